@@ -1,0 +1,1 @@
+"""Train a text-to-image diffusion transformer from scratch on one card. See README.md."""
