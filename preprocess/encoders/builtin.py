@@ -1,0 +1,338 @@
+"""Weight-free stand-ins for the VAE, the text encoder and the vision encoder.
+
+They need no download, so that the whole system runs on a fresh machine. They are for demonstrations and
+tests and know nothing of the world: `DctVae` is a block transform and blurs fine detail, `HashText` gives
+every word an arbitrary direction ("red" is no nearer to "crimson" than to "boat"), `ToneVision` sees colour
+and light and no objects. numpy only, deterministic on every platform.
+
+Shapes are named in suffixes: B images, H x W pixels, h x w blocks, C latent channels, F features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+
+import ml_dtypes
+import numpy as np
+
+from fluxdit_jax.records import EncoderIdentity
+
+BF16 = ml_dtypes.bfloat16
+REVISION = "1"  # raised when the output of any of the three changes for the same input
+
+
+def _identity(name: str, width: int, options: dict, *arrays: np.ndarray) -> EncoderIdentity:
+    """Identity of a built-in encoder; the sha256 covers its options and its constant arrays."""
+    digest = hashlib.sha256(json.dumps([name, REVISION, width, options], sort_keys=True).encode())
+    for array in arrays:
+        # In millionths: a last-bit difference in some platform's cosine must not make another encoder.
+        digest.update(np.rint(array * 1e6).astype("<i8").tobytes())
+    return EncoderIdentity(name, REVISION, digest.hexdigest(), "float32", width, options)
+
+
+def _check_images(images: np.ndarray, name: str) -> None:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape[1:3]:
+        raise ValueError(f"{name} takes uint8 [B, H, W, 3] images, got {images.dtype} {list(images.shape)}")
+
+
+# ---------------------------------------------------------------------------------------------- image codec
+
+_BLOCK = 8
+_KEPT = (10, 3, 3)  # coefficients of Y, Cb, Cr: FACTS.md has the other splits that were tried
+_SCALE = 0.25  # latents = this x orthonormal coefficients of [-1, 1] images
+_SMOOTHING = 4  # decoder iterations, +0.3 to +1.3 dB on photographs; 8 add 0.03 dB more
+# Full-range BT.601, as in JPEG.
+_RGB_TO_YCC = np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
+
+
+def _dct_rows(count: int) -> np.ndarray:
+    """The first `count` functions of the orthonormal 8x8 DCT-II in JPEG's zig-zag order, [count, 64]."""
+    k = np.arange(_BLOCK)
+    waves = np.sqrt(2 / _BLOCK) * np.cos(np.pi * (2 * k[None] + 1) * k[:, None] / (2 * _BLOCK))
+    waves[0] /= np.sqrt(2)
+    # Along anti-diagonals; the direction alternates.
+    order = sorted(((u, v) for u in k for v in k), key=lambda p: (p[0] + p[1], p[(p[0] + p[1] + 1) % 2]))
+    return np.stack([np.outer(waves[u], waves[v]).ravel() for u, v in order[:count]])
+
+
+def _to_blocks(plane_BHW: np.ndarray) -> np.ndarray:
+    """[B, H, W] to [B, h, w, 64]."""
+    B, H, W = plane_BHW.shape
+    split = plane_BHW.reshape(B, H // _BLOCK, _BLOCK, W // _BLOCK, _BLOCK)
+    return split.transpose(0, 1, 3, 2, 4).reshape(B, H // _BLOCK, W // _BLOCK, _BLOCK * _BLOCK)
+
+
+def _from_blocks(blocks_Bhw64: np.ndarray) -> np.ndarray:
+    """The inverse of `_to_blocks`."""
+    B, h, w, _ = blocks_Bhw64.shape
+    split = blocks_Bhw64.reshape(B, h, w, _BLOCK, _BLOCK)
+    return split.transpose(0, 1, 3, 2, 4).reshape(B, h * _BLOCK, w * _BLOCK)
+
+
+def _blur(plane_BHW: np.ndarray) -> np.ndarray:
+    """Binomial 3x3 filter, edges repeated."""
+    p = np.pad(plane_BHW, ((0, 0), (1, 1), (1, 1)), mode="edge")
+    p = 0.25 * (p[:, :-2] + 2 * p[:, 1:-1] + p[:, 2:])
+    return 0.25 * (p[:, :, :-2] + 2 * p[:, :, 1:-1] + p[:, :, 2:])
+
+
+class DctVae:
+    """`builtin:dct`: an orthonormal 8x8 DCT of YCbCr, 10 luma + 3 + 3 chroma of its 192 coefficients.
+
+    Attributes:
+      factor: 8 pixels per latent side.
+      identity: width 16 channels.
+    """
+
+    factor = _BLOCK
+
+    def __init__(self) -> None:
+        self._to_ycc = _RGB_TO_YCC.T.astype(np.float32)
+        self._to_rgb = np.linalg.inv(_RGB_TO_YCC).T.astype(np.float32)
+        self._rows = [_dct_rows(count).astype(np.float32) for count in _KEPT]
+        options = {"factor": _BLOCK, "kept": list(_KEPT), "scale": _SCALE, "smoothing": _SMOOTHING}
+        self.identity = _identity("builtin:dct", sum(_KEPT), options, _RGB_TO_YCC, *self._rows)
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """uint8 [B, H, W, 3] to bfloat16 [B, 16, H/8, W/8]; the DC of a white block is 2.
+
+        Raises:
+          ValueError: not uint8 RGB, or a side is not a multiple of 8.
+        """
+        _check_images(images, "builtin:dct")
+        if images.shape[1] % _BLOCK or images.shape[2] % _BLOCK:
+            raise ValueError(
+                f"builtin:dct: image sides must be multiples of {_BLOCK}, got {images.shape[1]}x"
+                f"{images.shape[2]} (height x width); resize or crop first"
+            )
+        ycc = (images.astype(np.float32) / 127.5 - 1) @ self._to_ycc
+        parts = [_to_blocks(ycc[..., c]) @ rows.T for c, rows in enumerate(self._rows)]
+        latents = _SCALE * np.concatenate(parts, axis=-1)
+        return np.ascontiguousarray(latents.transpose(0, 3, 1, 2)).astype(BF16)
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Any float [B, 16, h, w] to uint8 [B, 8h, 8w, 3].
+
+        The dropped coefficients are not set to zero but to what makes the picture smoothest: blur, put the
+        kept coefficients back, repeat. That removes most block edges, and encoding the result again still
+        gives the same latents (up to rounding and clipping).
+
+        Raises:
+          ValueError: not a float array of 16 channels.
+        """
+        latents = np.asarray(latents)
+        if latents.ndim != 4 or latents.shape[1] != sum(_KEPT) or latents.dtype.kind in "iub":
+            raise ValueError(
+                f"builtin:dct decodes float [B, {sum(_KEPT)}, h, w], "
+                f"got {latents.dtype} {list(latents.shape)}"
+            )
+        coefficients = latents.astype(np.float32).transpose(0, 2, 3, 1) / _SCALE
+        planes = []
+        for rows in self._rows:
+            kept, coefficients = np.split(coefficients, [len(rows)], axis=-1)
+            plane = _from_blocks(kept @ rows)
+            for _ in range(_SMOOTHING):
+                blocks = _to_blocks(_blur(plane))
+                plane = _from_blocks(blocks + (kept - blocks @ rows.T) @ rows)
+            planes.append(plane)
+        rgb = (np.stack(planes, axis=-1) @ self._to_rgb + 1) * 127.5
+        return np.clip(np.rint(rgb), 0, 255).astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------------------ text
+
+_TEXT_WIDTH = 1024
+_POSITION_WEIGHT = 0.25  # amplitude of the position against the word's ±1
+_WORD = re.compile(r"\w+|[^\w\s]")
+_END = "<end>"  # no token of the regular expression looks like this
+
+
+def _word_vector(word: str) -> np.ndarray:
+    """1,024 signs, ±1 float32, from SHAKE-256 of the word: nearly orthogonal for different words."""
+    digest = hashlib.shake_256(b"fluxdit word " + word.encode("utf-8", "replace")).digest(_TEXT_WIDTH // 8)
+    return np.unpackbits(np.frombuffer(digest, np.uint8)).astype(np.float32) * 2 - 1
+
+
+def _positions(count: int) -> np.ndarray:
+    """Sinusoids of the token index (Vaswani et al. 2017, eq. 5.1), float32 [count, 1024]."""
+    half = _TEXT_WIDTH // 2
+    angle = np.arange(count)[:, None] * 10_000.0 ** (-np.arange(half) / half)[None]
+    return np.concatenate([np.sin(angle), np.cos(angle)], axis=1).astype(np.float32)
+
+
+class HashText:
+    """`builtin:hash`: a fixed pseudo-random vector per word and punctuation mark, plus position.
+
+    Attributes:
+      truncated: captions cut to `max_tokens` since construction.
+      identity: width 1024.
+    """
+
+    def __init__(self, max_tokens: int = 512) -> None:
+        if max_tokens < 1:
+            raise ValueError(f"builtin:hash: max_tokens must be at least 1, got {max_tokens}")
+        self.max_tokens = max_tokens
+        self.truncated = 0
+        self._position_table = _positions(max_tokens)
+        self._vectors: dict[str, np.ndarray] = {}
+        options = {"max_tokens": max_tokens, "position_weight": _POSITION_WEIGHT, "pattern": _WORD.pattern}
+        self.identity = _identity(
+            "builtin:hash", _TEXT_WIDTH, options, _word_vector(_END), self._position_table[-1]
+        )
+
+    def encode(self, captions: list[str]) -> list[np.ndarray]:
+        """One bfloat16 [n, 1024] per caption, variance about 1; n counts an end token, so n >= 1.
+
+        Case does not matter. A caption of more than `max_tokens` - 1 words is cut before the end token, and
+        `truncated` counts it.
+        """
+        return [self._encode_one(caption) for caption in captions]
+
+    def _encode_one(self, caption: str) -> np.ndarray:
+        words = _WORD.findall(unicodedata.normalize("NFKC", caption).lower())
+        if len(words) > self.max_tokens - 1:
+            self.truncated += 1
+            words = words[: self.max_tokens - 1]
+        tokens = np.stack([self._vector(word) for word in [*words, _END]])
+        tokens += _POSITION_WEIGHT * self._position_table[: len(tokens)]
+        return (tokens / np.sqrt(1 + _POSITION_WEIGHT**2 / 2)).astype(BF16)
+
+    def _vector(self, word: str) -> np.ndarray:
+        if word not in self._vectors:
+            if len(self._vectors) >= 50_000:  # 200 MB: a bound on memory, not a limit of the vocabulary
+                self._vectors.clear()
+            self._vectors[word] = _word_vector(word)
+        return self._vectors[word]
+
+
+# ---------------------------------------------------------------------------------------------------- vision
+
+_VISION_WIDTH = 1024
+_GRID = 16
+_FLOOR = 0.004  # linear light added before a logarithm: about the darkest grey that a screen shows
+_CONSTANT = 2.0  # a feature that never changes, so that the unit norm does not hide how strong the others are
+# Name, typical value, typical spread of every feature: stops (log2) unless said otherwise.
+_FEATURES = (
+    ("luma_mean", -2.6, 1.0),
+    ("luma_spread", 1.4, 0.5),
+    ("luma_p05", -4.8, 1.2),
+    ("luma_p25", -3.5, 1.2),
+    ("luma_p75", -1.7, 1.0),
+    ("luma_p95", -0.8, 0.8),
+    ("redness_mean", 0.3, 0.5),
+    ("warmth_mean", 0.5, 0.9),
+    ("redness_spread", 0.4, 0.3),
+    ("warmth_spread", 0.7, 0.4),
+    ("redness_lights", 0.2, 0.5),
+    ("warmth_lights", 0.4, 0.9),
+    ("redness_darks", 0.3, 0.5),
+    ("warmth_darks", 0.5, 0.9),
+    ("luma_x", 0.0, 0.5),
+    ("luma_y", 0.3, 0.5),
+    ("luma_xx", 0.0, 0.4),
+    ("luma_xy", 0.0, 0.4),
+    ("luma_yy", 0.0, 0.4),
+    ("redness_x", 0.0, 0.15),
+    ("redness_y", 0.0, 0.15),
+    ("warmth_x", 0.0, 0.3),
+    ("warmth_y", 0.0, 0.3),
+)
+
+
+def _area_weights(size: int) -> np.ndarray:
+    """[16, size] weights of exact area averaging from `size` pixels to 16 cells, for any size."""
+    edges = np.linspace(0, size, _GRID + 1)
+    pixel = np.arange(size)
+    overlap = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
+    return (np.clip(overlap, 0, None) * _GRID / size).astype(np.float32)
+
+
+def _hadamard_rows(count: int, width: int) -> np.ndarray:
+    """`count` orthonormal rows of length `width`, entries ±1/sqrt(width), chosen by a hash. float32."""
+    if width & (width - 1):
+        raise ValueError(f"a Hadamard matrix needs a power of two, got {width}")
+    seed = hashlib.shake_256(b"fluxdit tone").digest(width // 8 + 8 * width)
+    signs = np.unpackbits(np.frombuffer(seed[: width // 8], np.uint8)).astype(np.float32) * 2 - 1
+    order = np.argsort(np.frombuffer(seed[width // 8 :], "<u8"), kind="stable")
+    overlap = order[:count, None] & np.arange(width)[None]
+    parity = np.bitwise_count(overlap) % 2
+    return ((1 - 2 * parity.astype(np.float32)) * signs / np.sqrt(width)).astype(np.float32)
+
+
+class ToneVision:
+    """`builtin:tone`: brightness, contrast, colour and the coarse direction of light, in 23 numbers.
+
+    The numbers (`features`) are standardised by fixed constants and carried into 1,024 dimensions by a fixed
+    orthonormal matrix, so that angles between vectors are angles between features.
+
+    Attributes:
+      identity: width 1024.
+    """
+
+    def __init__(self) -> None:
+        code = np.arange(256) / 255
+        linear = np.where(
+            code <= 0.04045, code / 12.92, ((code + 0.055) / 1.055) ** 2.4
+        )  # sRGB, IEC 61966-2-1
+        self._linear = linear.astype(np.float32)
+        self._rows = _hadamard_rows(len(_FEATURES) + 1, _VISION_WIDTH)
+        options = {
+            "grid": _GRID,
+            "floor": _FLOOR,
+            "constant": _CONSTANT,
+            "features": [list(f) for f in _FEATURES],
+        }
+        self.identity = _identity("builtin:tone", _VISION_WIDTH, options, self._rows[:, :64] * 32)
+
+    def features(self, images: np.ndarray) -> np.ndarray:
+        """uint8 [B, H, W, 3] of any size to float32 [B, 23], in stops, named by `ToneVision.names`."""
+        _check_images(images, "builtin:tone")
+        rows, columns = _area_weights(images.shape[1]), _area_weights(images.shape[2])
+        light = self._linear[images]  # [B, H, W, 3]
+        cells = np.einsum("ih,bhwc->biwc", rows, light, optimize=True)
+        cells = np.einsum("jw,biwc->bijc", columns, cells, optimize=True).reshape(len(images), -1, 3)
+        luma = np.log2(cells @ np.array([0.2126, 0.7152, 0.0722], np.float32) + _FLOOR)  # [B, 256]
+        red, green, blue = np.moveaxis(np.log2(cells + _FLOOR), -1, 0)
+        redness, warmth = red - green, 0.5 * (red + green) - blue
+
+        # The brighter and the darker half of the picture: lights take the lamp's colour, darks the sky's.
+        brighter = (luma >= np.median(luma, axis=1, keepdims=True)).astype(np.float32)
+
+        def mean(value: np.ndarray, weight: np.ndarray) -> np.ndarray:
+            return (value * weight).sum(1) / np.maximum(weight.sum(1), 1)
+
+        # Legendre polynomials on the unit square: slope to the right and down, bowl, saddle.
+        centre = (np.arange(_GRID, dtype=np.float32) + 0.5) * 2 / _GRID - 1
+        y, x = (part.ravel() for part in np.meshgrid(centre, centre, indexing="ij"))
+
+        def slope(value: np.ndarray, shape: np.ndarray) -> np.ndarray:
+            shape = shape - shape.mean()
+            return value @ shape / (shape @ shape)
+
+        p05, p25, p75, p95 = np.quantile(luma, [0.05, 0.25, 0.75, 0.95], axis=1)
+        values = [luma.mean(1), luma.std(1), p05, p25, p75, p95]
+        values += [redness.mean(1), warmth.mean(1), redness.std(1), warmth.std(1)]
+        values += [mean(redness, brighter), mean(warmth, brighter)]
+        values += [mean(redness, 1 - brighter), mean(warmth, 1 - brighter)]
+        values += [slope(luma, s) for s in (x, -y, 1.5 * x * x, x * -y, 1.5 * y * y)]
+        values += [slope(redness, x), slope(redness, -y), slope(warmth, x), slope(warmth, -y)]
+        return np.stack(values, axis=1).astype(np.float32)
+
+    names = tuple(name for name, _, _ in _FEATURES)
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """uint8 [B, H, W, 3] of any size to float32 [B, 1024], unit L2 norm.
+
+        Raises:
+          ValueError: not uint8 RGB.
+        """
+        typical = np.array([f[1] for f in _FEATURES], np.float32)
+        spread = np.array([f[2] for f in _FEATURES], np.float32)
+        standard = (self.features(images) - typical) / spread
+        standard = 3 * np.tanh(standard / 3)  # one odd feature must not own the vector
+        constant = np.full((len(standard), 1), _CONSTANT, np.float32)
+        vectors = np.concatenate([standard, constant], axis=1) @ self._rows
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
