@@ -1,0 +1,1 @@
+"""Raw images and captions in, an encoded dataset out. Never imports JAX."""
