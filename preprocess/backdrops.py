@@ -1,0 +1,206 @@
+"""Backgrounds of the demonstration portraits: simple, soft, a little out of focus."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from preprocess.scene import Scene, blur, rgb
+
+
+def _noise(scene: Scene, seed: int, cells: float) -> np.ndarray:
+    """Smooth noise in about [-1, 1] with `cells` bumps across the unit; the same for the same seed."""
+    rng = np.random.default_rng(seed)
+    total = np.zeros((scene.height, scene.width), np.float32)
+    for _ in range(6):
+        angle, phase = rng.uniform(0, 2 * np.pi, 2)
+        k = 2 * np.pi * cells * rng.uniform(0.6, 1.4) / scene.unit
+        total += np.sin(k * (np.cos(angle) * scene.x + np.sin(angle) * scene.y) + phase)
+    return total / 3
+
+
+def _soft(value: np.ndarray, width: float) -> np.ndarray:
+    return np.clip(value / width + 0.5, 0, 1)
+
+
+def _fill(scene: Scene, albedo: np.ndarray, height: np.ndarray | None = None, focus: float = 0.006) -> None:
+    """Lays the backdrop down, slightly out of focus."""
+    ones = np.ones((scene.height, scene.width), np.float32)
+    albedo = np.broadcast_to(albedo, scene.albedo.shape).astype(np.float32)
+    shape = np.zeros_like(ones) if height is None else height
+    scene.paint(ones, blur(albedo, focus * scene.unit), blur(shape.astype(np.float32), focus * scene.unit))
+
+
+def brick_wall(scene: Scene) -> None:
+    s = scene.unit
+    row_height, length, joint = 0.095 * s, 0.235 * s, 0.014 * s
+    row = np.floor(scene.y / row_height)
+    x = scene.x / length + 0.5 * (row % 2)
+    fx, fy = (x % 1) * length, scene.y % row_height
+    edge = np.minimum(np.minimum(fx, length - fx), np.minimum(fy, row_height - fy))
+    brick = _soft(edge - joint / 2, 0.01 * s)
+    tone = np.sin(12.9 * row + 78.2 * np.floor(x))
+    albedo = rgb("#8d7a6e") + brick[..., None] * (
+        rgb("#a8644c") * (1 + 0.22 * tone[..., None]) - rgb("#8d7a6e")
+    )
+    _fill(scene, albedo, 0.006 * s * brick, 0.004)
+
+
+def plain_wall(scene: Scene, colour: str = "#5f8f8c") -> None:
+    s = scene.unit
+    wall = rgb(colour) * (1 + 0.06 * _noise(scene, 3, 3)[..., None])
+    _fill(scene, wall)
+    for x, y, w, h, paint in ((0.20, 0.24, 0.12, 0.15, "#c9a25e"), (0.82, 0.22, 0.10, 0.12, "#b5654a")):
+        cx, cy = x * scene.width, y * scene.height
+        box = lambda g: scene.polygon(
+            [
+                (cx - g * w * s, cy - g * h * s),
+                (cx + g * w * s, cy - g * h * s),
+                (cx + g * w * s, cy + g * h * s),
+                (cx - g * w * s, cy + g * h * s),
+            ]
+        )
+        frame = box(1.0)
+        scene.cast(frame, 0.015 * s)
+        scene.paint(frame, rgb("#4a382c"), 2 * blur(frame, 0.008 * s) * 0.008 * s)
+        scene.paint(box(0.82), rgb("#d8cfbd"))
+        scene.paint(box(0.6), rgb(paint))
+
+
+def window(scene: Scene) -> None:
+    s = scene.unit
+    _fill(scene, rgb("#9c8f86") * (1 + 0.04 * _noise(scene, 5, 2)[..., None]))
+    w, h = 0.36 * scene.width, 0.36 * scene.height
+    cx, cy = 0.5 * scene.width, 0.40 * scene.height
+    box = lambda x0, y0, x1, y1: scene.polygon([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
+    frame = box(cx - w - 0.03 * s, cy - h - 0.03 * s, cx + w + 0.03 * s, cy + h + 0.03 * s)
+    scene.paint(frame, rgb("#d9d2c6"), 0.02 * s * blur(frame, 0.01 * s))
+    pane = box(cx - w, cy - h, cx + w, cy + h)
+    sky = np.clip((scene.y - cy + h) / (2 * h), 0, 1)[..., None]
+    view = rgb("#7fa3c4") + sky * (rgb("#c4cfcf") - rgb("#7fa3c4"))
+    hill = _soft(scene.y - cy - 0.45 * h - 0.08 * s * np.sin(scene.x / (0.13 * s)), 0.03 * s)[..., None]
+    scene.paint(pane, view + hill * (rgb("#6b8a62") - view))
+    bar = np.maximum(
+        box(cx - 0.012 * s, cy - h, cx + 0.012 * s, cy + h),
+        box(cx - w, cy - 0.012 * s, cx + w, cy + 0.012 * s),
+    )
+    scene.paint(bar, rgb("#d9d2c6"), 0.01 * s * blur(bar, 0.006 * s))
+
+
+def bookshelf(scene: Scene) -> None:
+    s = scene.unit
+    palette = [rgb(c) for c in ("#7c3b32", "#35566b", "#9a7b3f", "#4f6b4a", "#6b4a63", "#a58f73", "#40404f")]
+    albedo = np.broadcast_to(rgb("#3a2a20"), scene.albedo.shape).copy()
+    height = np.zeros((scene.height, scene.width), np.float32)
+    rng = np.random.default_rng(11)
+    shelf = 0.27 * s
+    for row in range(-1, int(scene.height / shelf) + 1):
+        base = (row + 0.93) * shelf
+        x = -0.02 * s
+        while x < scene.width:
+            w, h = rng.uniform(0.045, 0.075) * s, rng.uniform(0.17, 0.235) * s
+            inside = _soft(np.minimum(scene.x - x, x + w - scene.x), 0.006 * s)
+            inside = inside * _soft(np.minimum(scene.y - base + h, base - scene.y), 0.006 * s)
+            colour = palette[rng.integers(len(palette))] * rng.uniform(0.8, 1.15)
+            albedo += inside[..., None] * (colour - albedo)
+            height = np.maximum(
+                height,
+                inside * np.sqrt(np.clip(1 - ((scene.x - x - w / 2) / (w / 2)) ** 2, 0, 1)) * 0.012 * s,
+            )
+            x += w + (rng.uniform(0.0, 0.06) * s if rng.uniform() < 0.15 else 0.002 * s)
+        board = _soft(0.012 * s - np.abs(scene.y - base - 0.014 * s), 0.006 * s)
+        albedo += board[..., None] * (rgb("#8a6242") - albedo)
+    _fill(scene, albedo, height, 0.009)
+
+
+def sea(scene: Scene) -> None:
+    s = scene.unit
+    horizon = 0.46 * scene.height
+    t = np.clip(scene.y / horizon, 0, 1)[..., None]
+    sky = rgb("#7ba4c6") + t * (rgb("#d6d6cb") - rgb("#7ba4c6"))
+    cloud = np.clip(_noise(scene, 21, 1.6) + 0.5 * _noise(scene, 22, 3.5) - 0.15, 0, 1)[..., None] * (
+        1 - 0.4 * t
+    )
+    sky = sky + 0.6 * cloud * (rgb("#eceae4") - sky)
+    d = np.clip((scene.y - horizon) / (scene.height - horizon), 0, 1)
+    wave = np.sin(26 * np.sqrt(d + 0.002) + 0.6 * np.sin(scene.x / (0.16 * s)))
+    water = rgb("#3f7f92") * (1 + 0.14 * wave[..., None]) * (0.85 + 0.4 * (1 - d[..., None]))
+    water = water.astype(np.float32)
+    below = _soft(scene.y - horizon, 0.008 * s)[..., None]
+    _fill(scene, sky + below * (water - sky), below[..., 0] * 0.004 * s * wave)
+
+
+def garden(scene: Scene) -> None:
+    s = scene.unit
+    rng = np.random.default_rng(31)
+    albedo = rgb("#40603c") * (1 + 0.3 * _noise(scene, 32, 2)[..., None])
+    height = np.zeros((scene.height, scene.width), np.float32)
+    leaves = ("#557a41", "#6f9450", "#3d6a47", "#86a25a", "#c9738a", "#e0b0a8")
+    for k in range(70):
+        x, y, r = rng.uniform(0, scene.width), rng.uniform(0, scene.height), rng.uniform(0.03, 0.075) * s
+        disc = _soft(r - np.hypot(scene.x - x, scene.y - y), 0.012 * s)
+        colour = rgb(leaves[k % 4 if k % 9 else 4 + (k // 9) % 2])
+        albedo += 0.75 * disc[..., None] * (colour - albedo)
+        height += 0.15 * disc * r
+    _fill(scene, albedo, 0.4 * height, 0.010)
+
+
+def hills(scene: Scene) -> None:
+    s = scene.unit
+    t = np.clip(scene.y / (0.6 * scene.height), 0, 1)[..., None]
+    albedo = rgb("#8fb0c6") + t * (rgb("#dfd6bf") - rgb("#8fb0c6"))
+    height = np.zeros((scene.height, scene.width), np.float32)
+    for base, swing, length, phase, colour in (
+        (0.40, 0.05, 0.26, 0.4, "#8ea3a0"), (0.52, 0.06, 0.19, 2.0, "#7c9770"),
+        (0.66, 0.07, 0.23, 3.9, "#8c9a52"), (0.84, 0.05, 0.20, 5.5, "#6f7f40"),
+    ):  # fmt: skip
+        line = base * scene.height + swing * s * np.sin(scene.x / (length * s) + phase)
+        hill = _soft(scene.y - line, 0.008 * s)
+        albedo += hill[..., None] * (rgb(colour) - albedo)
+        depth = np.clip(scene.y - line, 0, None)
+        height = height * (1 - hill) + hill * 0.25 * s * (1 - np.exp(-depth / (0.12 * s)))
+    _fill(scene, albedo, 0.6 * height)
+
+
+def winter_town(scene: Scene) -> None:
+    s = scene.unit
+    t = np.clip(scene.y / scene.height, 0, 1)[..., None]
+    _fill(scene, rgb("#8598b0") + t * (rgb("#cfd2d6") - rgb("#8598b0")))
+    for x, w, top, colour in (
+        (0.02, 0.2, 0.30, "#8a5a50"),
+        (0.27, 0.18, 0.40, "#b08d62"),
+        (0.60, 0.17, 0.36, "#6f7f86"),
+        (0.80, 0.24, 0.27, "#96694f"),
+    ):
+        x0, x1, y0 = x * scene.width, (x + w) * scene.width, top * scene.height
+        wall = scene.polygon(
+            [(x0, y0), ((x0 + x1) / 2, y0 - 0.12 * s), (x1, y0), (x1, scene.height), (x0, scene.height)]
+        )
+        scene.paint(blur(wall, 0.005 * s), rgb(colour), 0.02 * s * blur(wall, 0.01 * s))
+        roof = scene.stroke(
+            [(x0 - 0.02 * s, y0), ((x0 + x1) / 2, y0 - 0.135 * s), (x1 + 0.02 * s, y0)], [0.035 * s] * 3
+        )
+        scene.paint(blur(roof, 0.005 * s), rgb("#e6e8ec"), 0.02 * s * blur(roof, 0.01 * s))
+        for r in range(3):
+            for c in (0.3, 0.7):
+                wx, wy = x0 + c * (x1 - x0), y0 + (0.08 + 0.14 * r) * s
+                pane = scene.polygon(
+                    [
+                        (wx - 0.02 * s, wy - 0.03 * s),
+                        (wx + 0.02 * s, wy - 0.03 * s),
+                        (wx + 0.02 * s, wy + 0.03 * s),
+                        (wx - 0.02 * s, wy + 0.03 * s),
+                    ]
+                )
+                scene.paint(blur(pane, 0.005 * s), rgb("#e3c98a"))
+
+
+BACKDROPS = {
+    "a brick wall": brick_wall,
+    "a teal wall with pictures": plain_wall,
+    "a window": window,
+    "a bookshelf": bookshelf,
+    "the sea": sea,
+    "a garden": garden,
+    "green hills": hills,
+    "a town in winter": winter_town,
+}
