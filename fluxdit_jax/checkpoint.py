@@ -1,0 +1,242 @@
+"""Checkpoints of a run: resumable states, of which the latest few are kept, and EMA weights, kept for ever.
+
+    checkpoints/<step>   one Orbax composite: `state` (masters, optimizer, EMA) and `meta` (JSON: data position)
+    ema/<step>           one Orbax PyTree of nested dicts of f32 arrays, restorable without this project
+
+Both are written in the background to a temporary name and renamed when complete, so a killed process leaves
+either a whole checkpoint or none.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from fluxdit_jax.state import TrainState
+
+log = logging.getLogger(__name__)
+_TEMPORARY = "orbax-checkpoint-tmp"
+
+
+class CheckpointError(Exception):
+    """No checkpoint can be restored, or it does not fit the configuration."""
+
+
+class Checkpoints:
+    """Saves and restores one run's checkpoints. Use as a context manager, or `close` it."""
+
+    def __init__(self, workdir: Path, keep: int):
+        self._root = workdir.absolute()
+        self._ema_root = self._root / "ema"
+        self._ema_root.mkdir(parents=True, exist_ok=True)
+        for leftover in self._ema_root.glob(f"*{_TEMPORARY}*"):
+            shutil.rmtree(leftover)
+        self._manager = ocp.CheckpointManager(
+            self._root / "checkpoints",
+            item_handlers={"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+            ),
+        )
+        self._ema_saver = ocp.StandardCheckpointer()
+        self._pending: dict[str, int] = {}  # what is being written, and its step
+        self.failures = 0
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> bool:
+        """Starts writing a resumable checkpoint; False if that could not even start.
+
+        The arrays are copied to the host before this returns, so that the state may be donated; the rest is
+        done in the background. A failure, then or later, is logged and counted in `failures`: the run goes
+        on with the last good checkpoint, and the next save is tried.
+        """
+        self.poll(wait=True)
+        if step in self._manager.all_steps():
+            return True
+        return self._start(
+            "state",
+            step,
+            lambda: self._manager.save(
+                step,
+                args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)),
+            ),
+        )
+
+    def save_ema(self, step: int, ema: Any) -> bool:
+        """Starts writing `ema/<step>`, in the way of `save`."""
+        self.poll(wait=True)
+        path = self._ema_root / str(step)
+        if path.exists():
+            return True
+        return self._start("ema", step, lambda: self._ema_saver.save(path, ema))
+
+    def _start(self, what: str, step: int, save) -> bool:
+        try:
+            save()
+        except Exception as error:  # noqa: BLE001  Orbax raises whatever the file system raised
+            self._failed(what, step, error)
+            return False
+        self._pending[what] = step
+        return True
+
+    def poll(self, wait: bool = False) -> None:
+        """Collects finished writes; with `wait`, until all are finished.
+
+        Orbax reports a full disk only here: not when the save is started, nor by `check_for_errors`.
+        """
+        writers = {"state": self._manager, "ema": self._ema_saver}
+        for what, step in list(self._pending.items()):
+            writer = writers[what]
+            if not wait and what == "state" and self._manager.is_saving_in_progress():
+                continue
+            if not wait and what == "ema" and not (self._ema_root / str(step)).exists():
+                continue
+            del self._pending[what]
+            try:
+                writer.wait_until_finished()
+            except Exception as error:  # noqa: BLE001  see above
+                self._failed(what, step, error)
+
+    def _failed(self, what: str, step: int, error: Exception) -> None:
+        self.failures += 1
+        folder = "checkpoints" if what == "state" else "ema"
+        log.error(
+            "could not write %s/%d: %s. Training goes on; the checkpoints before it are intact and the next save "
+            "is tried. Make space or mend the disk under %s",
+            folder,
+            step,
+            str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+            self._root,
+        )
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """Restores the newest checkpoint that can be read; None if there is none at all.
+
+        Args:
+          abstract: the state as `jax.ShapeDtypeStruct` with shardings; the checkpoint may have been written
+            on another mesh.
+
+        A damaged checkpoint is moved to `damaged/<step>` and the one before it is taken, with a warning.
+
+        Raises:
+          CheckpointError: there are checkpoints and none can be restored, or one has other shapes.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        damaged: list[tuple[int, Exception]] = []
+        for step in steps:
+            try:
+                self._check_shapes(step, abstract)
+                restored = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
+                    ),
+                )
+            except CheckpointError:
+                raise
+            except Exception as error:  # noqa: BLE001  whatever reading a damaged file raises
+                log.error(
+                    "checkpoints/%d cannot be restored (%s); trying the one before", step, _first_line(error)
+                )
+                damaged.append((step, error))
+                continue
+            self._set_aside([step for step, _ in damaged])
+            # Restored buffers may not be donatable; a copy made by XLA is (jax#18617).
+            return jax.jit(lambda tree: jax.tree.map(lambda x: x.copy(), tree))(restored["state"]), restored[
+                "meta"
+            ]
+        if damaged:
+            listed = "; ".join(f"{step}: {_first_line(error)}" for step, error in damaged)
+            raise CheckpointError(
+                f"none of the checkpoints in {self._root / 'checkpoints'} can be restored ({listed}). "
+                "Move that folder away to start the run from the beginning, or bring a backup of it"
+            )
+        return None
+
+    def _check_shapes(self, step: int, abstract: TrainState) -> None:
+        saved = self._manager.item_metadata(step)["state"]
+        found = {_path(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(saved)}
+        wanted = {_path(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
+        for path, shape in wanted.items():
+            if path not in found:
+                raise CheckpointError(f"checkpoints/{step} does not fit the configuration: it has no {path}")
+            if tuple(found[path]) != tuple(shape):
+                raise CheckpointError(
+                    f"checkpoints/{step} does not fit the configuration: {path} is {list(found[path])} there, "
+                    f"{list(shape)} here"
+                )
+
+    def _set_aside(self, steps: list[int]) -> None:
+        for step in steps:
+            target = self._root / "damaged" / str(step)
+            target.parent.mkdir(exist_ok=True)
+            if target.exists():
+                shutil.rmtree(target)
+            (self._root / "checkpoints" / str(step)).rename(target)
+            log.error("moved the damaged checkpoints/%d to %s", step, target)
+        if steps:
+            self._manager.reload()
+
+    def close(self) -> None:
+        """Waits for what is being written and releases the writers."""
+        self.poll(wait=True)
+        self._manager.close()
+        self._ema_saver.close()
+
+
+def ema_steps(workdir: Path) -> list[int]:
+    """Steps with EMA weights in a run directory, ascending."""
+    return sorted(int(path.name) for path in (workdir / "ema").glob("*") if path.name.isdigit())
+
+
+def restore_ema(workdir: Path, step: int | None = None) -> tuple[int, Any]:
+    """Loads EMA weights as host numpy arrays: (step, nested dict of f32).
+
+    Args:
+      step: which; None takes the newest.
+
+    Raises:
+      CheckpointError: there are none, or not of that step, or they cannot be read.
+    """
+    steps = ema_steps(workdir)
+    if not steps:
+        raise CheckpointError(
+            f"{workdir / 'ema'} has no weights yet: train first, or wait for the first save"
+        )
+    step = steps[-1] if step is None else step
+    if step not in steps:
+        raise CheckpointError(f"{workdir / 'ema'} has no step {step}; it has {', '.join(map(str, steps))}")
+    path = (workdir / "ema" / str(step)).absolute()
+    try:
+        with ocp.PyTreeCheckpointer() as reader:
+            shapes = reader.metadata(path).item_metadata.tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+            return step, reader.restore(path, restore_args=as_numpy)
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read: {_first_line(error)}") from error
+
+
+def _path(path: tuple) -> str:
+    names = (getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))) for key in path)
+    return "/".join(str(name) for name in names)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

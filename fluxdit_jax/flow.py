@@ -1,0 +1,121 @@
+"""Rectified flow: the path from image to noise, its velocity, the time density, and the training loss.
+
+x_t = (1 - t) x_0 + t noise, target velocity v = noise - x_0, t = 1 is noise (arXiv:2209.03003, 2403.03206).
+Everything here is f32: time in bf16 has 8 bits, which merges neighbouring noise levels near t = 1.
+
+Every random number of a sample is a function of (seed, index), where index counts the samples drawn since
+the start of the run. The draws of a step are therefore the same however the effective batch is split into
+micro-batches or over devices, and no random state needs saving.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+# One purpose, one stream: sharing a key would tie the noise to the time and to the dropped conditions.
+_TIME, _NOISE, _DROP, _STRATA = range(4)
+TIME_BINS = 8  # the loss is also reported by equal bins of t
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowConfig:
+    """The time density and the condition dropout.
+
+    Attributes:
+      mean, std: of the normal whose sigmoid is t (logit-normal, arXiv:2403.03206 section 3.1).
+      uniform_share: share of samples whose t is uniform instead; 1.0 is plain uniform time.
+      shift: s of t' = s t / (1 + (s - 1) t), applied last; sampling uses the same s.
+      stratified: draw the times of one effective batch from as many equal quantiles, for a quieter loss.
+      drop_text, drop_vision, drop_both: probabilities of the one categorical draw a sample gets.
+    """
+
+    mean: float
+    std: float
+    uniform_share: float
+    shift: float
+    stratified: bool
+    drop_text: float
+    drop_vision: float
+    drop_both: float
+
+
+def shift_time(t: jax.Array, shift: float) -> jax.Array:
+    """The token-count shift t' = s t / (1 + (s - 1) t): monotone, fixes 0 and 1."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def shift_for_tokens(tokens: int, base_tokens: int = 256) -> float:
+    """s = sqrt(tokens / base_tokens): keeps the image-level noise (arXiv:2403.03206, 5.3.2)."""
+    return (tokens / base_tokens) ** 0.5
+
+
+def sample_keys(seed: int, index_B: jax.Array) -> jax.Array:
+    """One key per sample, from the run's seed and the sample's position in the run (uint32 [B])."""
+    root = jax.random.key(seed)
+    return jax.vmap(lambda index: jax.random.fold_in(root, index))(index_B)
+
+
+def draw_time(config: FlowConfig, seed: int, index_B: jax.Array, effective_batch: int) -> jax.Array:
+    """Times in (0, 1), f32 [B], after the shift."""
+    keys = sample_keys(seed, index_B)
+    u = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, _TIME)))(keys)
+    if config.stratified:
+        step_B, slot_B = index_B // effective_batch, index_B % effective_batch
+
+        def stratum(step, slot):
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), _STRATA)
+            return jax.random.permutation(key, effective_batch)[slot]
+
+        u = (jax.vmap(stratum)(step_B, slot_B) + u) / effective_batch
+    # The first `uniform_share` of the quantiles is the uniform part, so strata stay strata.
+    share = config.uniform_share
+    edge = 1e-6
+    uniform = u / max(share, edge)
+    normal_quantile = jax.scipy.special.ndtri(jnp.clip((u - share) / max(1 - share, edge), edge, 1 - edge))
+    logit_normal = jax.nn.sigmoid(config.mean + config.std * normal_quantile)
+    t = jnp.where(u < share, uniform, logit_normal)
+    return shift_time(jnp.clip(t, edge, 1 - edge), config.shift)
+
+
+def draw_noise(seed: int, index_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal noise, f32 [B, *shape]."""
+    keys = sample_keys(seed, index_B)
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, _NOISE), shape))(keys)
+
+
+def draw_kept_conditions(config: FlowConfig, seed: int, index_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(keep_text, keep_vision), bool [B] each: one categorical draw over keep both / drop one / drop both."""
+    keys = sample_keys(seed, index_B)
+    u = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, _DROP)))(keys)
+    both, text = config.drop_both, config.drop_both + config.drop_text
+    vision = text + config.drop_vision
+    drop_text = u < text
+    drop_vision = (u < both) | ((u >= text) & (u < vision))
+    return ~drop_text, ~drop_vision
+
+
+def interpolate(x0: jax.Array, noise: jax.Array, t_B: jax.Array) -> jax.Array:
+    """x_t = (1 - t) x_0 + t noise for [B, ...] arrays."""
+    t = t_B.reshape(-1, *([1] * (x0.ndim - 1)))
+    return (1 - t) * x0 + t * noise
+
+
+def velocity(x0: jax.Array, noise: jax.Array) -> jax.Array:
+    """The target v = dx_t / dt = noise - x_0."""
+    return noise - x0
+
+
+def sample_means(values_BxNxP: jax.Array, valid_BxN: jax.Array) -> jax.Array:
+    """Mean over each sample's own tokens and their channels, f32 [B]."""
+    tokens = jnp.sum(valid_BxN, axis=1)
+    total = jnp.sum(jnp.where(valid_BxN[..., None], values_BxNxP, 0.0), axis=(1, 2))
+    return total / (tokens * values_BxNxP.shape[-1])
+
+
+def loss_by_time(loss_B: jax.Array, t_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(sum of losses, number of samples) in each of `TIME_BINS` equal bins of t, f32 each."""
+    member = jax.nn.one_hot(jnp.clip((t_B * TIME_BINS).astype(jnp.int32), 0, TIME_BINS - 1), TIME_BINS)
+    return loss_B @ member, jnp.sum(member, axis=0)

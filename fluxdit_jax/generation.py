@@ -1,0 +1,181 @@
+"""From conditions to latents: the network, the solver and guidance as one compiled function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fluxdit_jax import data, model, sampler
+from fluxdit_jax.records import BF16, Record
+from fluxdit_jax.train_step import valid_tokens
+
+Conditions = dict[str, np.ndarray]
+
+
+def conditions(
+    text: list[np.ndarray],
+    vision: list[np.ndarray | None],
+    grids: list[tuple[int, int]],
+    text_tokens: int,
+    vision_width: int,
+) -> Conditions:
+    """Stacks what a picture is asked to be.
+
+    Args:
+      text: per picture its text tokens bf16 [n, E]; empty means no caption.
+      vision: per picture its unit vector f32 [V], or None for no reference.
+      grids: per picture (rows, columns) of tokens.
+
+    Returns:
+      text bf16 [B, T, E], text_length int32, vision f32 [B, V], keep_text bool, keep_vision bool, grid int32 [B, 2].
+    """
+    B = len(text)
+    padded = np.zeros((B, text_tokens, text[0].shape[1]), BF16)
+    for row, tokens in enumerate(text):
+        padded[row, : len(tokens[:text_tokens])] = tokens[:text_tokens]
+    zero = np.zeros(vision_width, np.float32)
+    return {
+        "text": padded,
+        "text_length": np.asarray([max(1, min(len(tokens), text_tokens)) for tokens in text], np.int32),
+        "vision": np.stack([zero if vector is None else vector for vector in vision]),
+        "keep_text": np.asarray([len(tokens) > 0 for tokens in text]),
+        "keep_vision": np.asarray([vector is not None for vector in vision]),
+        "grid": np.asarray(grids, np.int32),
+    }
+
+
+def record_conditions(records: list[Record], patch: int, text_tokens: int) -> Conditions:
+    """The conditions that describe stored records."""
+    return conditions(
+        [record.text for record in records],
+        [record.vision for record in records],
+        [(record.latent.shape[1] // patch, record.latent.shape[2] // patch) for record in records],
+        text_tokens,
+        len(records[0].vision),
+    )
+
+
+class Generator:
+    """Samples latents from EMA weights.
+
+    Every picture is a sequence of `tokens` tokens, so one program serves all sizes and aspect ratios.
+    """
+
+    def __init__(
+        self,
+        config: model.ModelConfig,
+        *,
+        tokens: int,
+        shift: float,
+        statistics: tuple[np.ndarray, np.ndarray],
+        steps: int,
+        method: str = "heun",
+        guidance_text: float = 1.0,
+        guidance_vision: float = 1.0,
+        rescale: float = 0.0,
+        batch_size: int = 16,
+    ):
+        """
+        Args:
+          tokens: sequence length; the largest rows * columns that will be asked for.
+          statistics: `train_step.patch_statistics` of the training data set.
+          steps, method: see `sampler.integrate`.
+          guidance_text, guidance_vision, rescale: see `sampler.guide`; both scales at 1 cost one network
+            evaluation instead of three.
+          batch_size: pictures computed at once.
+        """
+        self._config = config
+        self._tokens = tokens
+        self._batch_size = batch_size
+        self._statistics = statistics
+        self._run = jax.jit(
+            _make_sampler(config, shift, steps, method, guidance_text, guidance_vision, rescale)
+        )
+
+    def cast(self, ema: Any) -> Any:
+        """EMA weights f32 -> the compute dtype, on the device."""
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf, self._config.dtype), ema)
+
+    def noise(self, seeds: list[int]) -> np.ndarray:
+        """Starting noise f32 [B, N, P]; a picture's noise depends on its own seed only."""
+        shape = (self._tokens, self._config.token_width)
+        draw = jax.jit(jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape)))
+        return np.asarray(draw(np.asarray(seeds, np.uint32)))
+
+    def latents(
+        self,
+        params: Any,
+        wanted: Conditions,
+        noise_BxNxP: np.ndarray,
+        progress: Callable[[int], Any] | None = None,
+    ) -> list[np.ndarray]:
+        """Samples one latent per row of `wanted`, f32 [C, h, w] in VAE space, in order.
+
+        Args:
+          params: of `cast`.
+          progress: called with the number of pictures done after each batch.
+        """
+        mean_P, std_P = self._statistics
+        count = len(noise_BxNxP)
+        result = []
+        for start in range(0, count, self._batch_size):
+            rows = np.arange(start, start + self._batch_size).clip(
+                max=count - 1
+            )  # the last batch is filled up
+            part = {name: array[rows] for name, array in wanted.items()}
+            tokens = np.asarray(self._run(params, part, noise_BxNxP[rows])) * std_P + mean_P
+            done = min(self._batch_size, count - start)
+            for row in range(done):
+                grid = tuple(int(side) for side in part["grid"][row])
+                result.append(data.unpatchify(tokens[row], grid, self._config.patch))
+            if progress is not None:
+                progress(done)
+        return result
+
+
+def _make_sampler(config, shift, steps, method, guidance_text, guidance_vision, rescale):
+    graph, _ = model.build(config)
+    plain = guidance_text == 1.0 and guidance_vision == 1.0
+
+    def run(params, wanted, noise):
+        valid = valid_tokens(wanted["grid"], noise.shape[1])[..., None]
+
+        def evaluate(x, t, keep_text, keep_vision, repeats=1):
+            def repeat(array):
+                return jnp.concatenate([array] * repeats) if repeats > 1 else array
+
+            v = model.apply(
+                graph,
+                params,
+                repeat(x),
+                jnp.full((x.shape[0] * repeats,), t),
+                repeat(wanted["grid"]),
+                repeat(wanted["text"]),
+                repeat(wanted["text_length"]),
+                repeat(wanted["vision"]),
+                keep_text,
+                keep_vision,
+            )
+            return jnp.where(repeat(valid), v, 0.0)
+
+        def velocity(x, t):
+            keep_text, keep_vision = wanted["keep_text"], wanted["keep_vision"]
+            if plain:
+                return evaluate(x, t, keep_text, keep_vision)
+            off = jnp.zeros_like(keep_text)
+            v = evaluate(
+                x,
+                t,
+                jnp.concatenate([off, keep_text, keep_text]),
+                jnp.concatenate([off, off, keep_vision]),
+                repeats=3,
+            )
+            return sampler.guide(*jnp.split(v, 3), guidance_text, guidance_vision, rescale)
+
+        return sampler.integrate(velocity, jnp.where(valid, noise, 0.0), steps, shift, method)
+
+    return run

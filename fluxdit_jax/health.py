@@ -1,0 +1,181 @@
+"""The monitor: turns a run's gradient norms and ratios into words and advice.
+
+What the numbers mean:
+  * a healthy gradient norm is hairy and falls slowly over thousands of steps;
+  * one that jumps and stays up means the weights were thrown somewhere bad: the learning rate is too high;
+  * one that sinks towards zero while the prediction stays weak means the network has given up and predicts
+    the mean of everything, which decodes to grey;
+  * a part whose gradient is exactly zero is not connected, or sits behind two zero initialisations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import deque
+from statistics import median
+
+WINDOW = 20  # steps a condition must last before it is named
+BASELINE = 200  # steps before the window that it is compared with
+SPIKE = 5.0  # a window's median this many times the baseline's
+SINK = 0.02  # a window's median at this share of the largest window so far
+WEAK = 0.3  # predicted RMS below this share of the target's
+STARVED = 0.25  # share of the time spent waiting for data
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """One optimizer step as the monitor sees it.
+
+    Attributes:
+      gradient_groups: gradient norm by parameter group.
+      rms_ratio: RMS of the predicted over that of the target velocity; 1.0 is ideal.
+      skipped: micro-batches skipped for non-finite gradients since the last observation.
+      data_wait: share of the step's time spent waiting for data, 0 to 1.
+    """
+
+    step: int
+    loss: float
+    gradient_norm: float
+    gradient_groups: dict[str, float]
+    rms_ratio: float
+    skipped: int
+    data_wait: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+    """Something to tell a person. `serious` ones stop the run where the configuration says so."""
+
+    kind: str
+    message: str
+    serious: bool
+
+
+class Monitor:
+    """Feed it every step; it answers with what has begun or ended since."""
+
+    def __init__(self, learning_rate: float, warmup_steps: int):
+        self._learning_rate = learning_rate
+        self._warmup_steps = warmup_steps
+        self._norms: deque[float] = deque(maxlen=BASELINE + WINDOW)
+        self._ratios: deque[float] = deque(maxlen=WINDOW)
+        self._waits: deque[float] = deque(maxlen=WINDOW)
+        self._skips: deque[int] = deque(maxlen=WINDOW)
+        self._groups: dict[str, deque[float]] = {}
+        self._largest = 0.0  # largest window median so far
+        self._active: set[str] = set()
+        self._seen = 0
+
+    def observe(self, seen: Observation) -> list[Diagnosis]:
+        """Takes one step; returns diagnoses that begin or end with it (usually none)."""
+        self._seen += 1
+        self._skips.append(seen.skipped)
+        self._waits.append(seen.data_wait)
+        if math.isfinite(seen.gradient_norm):
+            self._norms.append(seen.gradient_norm)
+        self._ratios.append(seen.rms_ratio)
+        for name, norm in seen.gradient_groups.items():
+            self._groups.setdefault(name, deque(maxlen=WINDOW)).append(norm)
+        found = [
+            self._non_finite(seen),
+            self._spiked(seen),
+            self._sinking(seen),
+            self._disconnected(seen),
+            self._starved(seen),
+        ]
+        return [diagnosis for diagnosis in found if diagnosis is not None]
+
+    def summary(self) -> str:
+        """One clause for the log on how the run is doing now."""
+        if self._active:
+            return "trouble: " + ", ".join(sorted(self._active))
+        if len(self._norms) < WINDOW:
+            return "too early to tell"
+        return "healthy"
+
+    def _change(
+        self, kind: str, present: bool, message: str, ended: str, serious: bool = True
+    ) -> Diagnosis | None:
+        if present and kind not in self._active:
+            self._active.add(kind)
+            return Diagnosis(kind, message, serious)
+        if not present and kind in self._active:
+            self._active.remove(kind)
+            return Diagnosis(kind, ended, False)
+        return None
+
+    def _non_finite(self, seen: Observation) -> Diagnosis | None:
+        recent = sum(self._skips)
+        return self._change(
+            "non-finite",
+            recent > 0,
+            f"step {seen.step}: {seen.skipped} micro-batch(es) had a gradient with NaN or infinity and were skipped; "
+            "the weights were not touched. Once in days is a bad record (`python -m preprocess verify` finds it); "
+            f"again and again means that the learning rate ({self._learning_rate:g}) is too high or a weight is broken",
+            f"step {seen.step}: gradients have been finite for {WINDOW} steps",
+            serious=seen.skipped > 0 and recent >= WINDOW // 2,
+        )
+
+    def _medians(self) -> tuple[float, float] | None:
+        norms = list(self._norms)
+        if len(norms) < 2 * WINDOW:
+            return None
+        return median(norms[-WINDOW:]), median(norms[:-WINDOW])
+
+    def _spiked(self, seen: Observation) -> Diagnosis | None:
+        medians = self._medians()
+        if medians is None:
+            return None
+        now, before = medians
+        return self._change(
+            "spiked",
+            now > SPIKE * before and min(list(self._norms)[-WINDOW:]) > before,
+            f"step {seen.step}: the gradient norm rose from about {before:.3g} to {now:.3g} and has stayed there for "
+            f"{WINDOW} steps: the learning rate ({self._learning_rate:g}) is too high. Go back to a checkpoint from "
+            "before, and lower optim.lr by 3 or lengthen optim.warmup_steps",
+            f"step {seen.step}: the gradient norm has come down to {now:.3g}",
+        )
+
+    def _sinking(self, seen: Observation) -> Diagnosis | None:
+        medians = self._medians()
+        if medians is None:
+            return None
+        now, _ = medians
+        self._largest = max(self._largest, now)
+        weak = median(self._ratios) < WEAK
+        return self._change(
+            "sinking",
+            now < SINK * self._largest or (weak and self._seen > self._warmup_steps + BASELINE),
+            f"step {seen.step}: the gradient norm sank to {now:.3g} (it was {self._largest:.3g}) and the prediction has "
+            f"{median(self._ratios):.2f} of the target's size: the network is collapsing to the mean of everything, "
+            "which is a grey image. Look at the latent statistics in the manifest, at the conditions, and at layers "
+            "that start at zero",
+            f"step {seen.step}: the gradient norm is back at {now:.3g}",
+        )
+
+    def _disconnected(self, seen: Observation) -> Diagnosis | None:
+        silent = sorted(
+            name
+            for name, norms in self._groups.items()
+            if len(norms) == WINDOW and all(norm == 0.0 for norm in norms)
+        )
+        return self._change(
+            "disconnected",
+            bool(silent),
+            f"step {seen.step}: {', '.join(silent)} had a gradient of exactly zero for {WINDOW} steps: not connected to "
+            "the loss, or behind two layers that both start at zero. It will never learn; restart with this mended",
+            f"step {seen.step}: every part of the network receives gradient",
+        )
+
+    def _starved(self, seen: Observation) -> Diagnosis | None:
+        full = len(self._waits) == WINDOW
+        share = sum(self._waits) / max(1, len(self._waits))
+        return self._change(
+            "starved",
+            full and share > STARVED,
+            f"step {seen.step}: {share:.0%} of the time is spent waiting for data. Raise data.threads or data.prefetch, "
+            "or move the data set to a faster disk",
+            f"step {seen.step}: data keeps up",
+            serious=False,
+        )

@@ -1,0 +1,94 @@
+"""What a run writes about itself: `metrics.jsonl`, TensorBoard, and the packing of device metrics."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tensorboardX import SummaryWriter
+
+
+def pack(metrics: dict[str, Any]) -> jax.Array:
+    """All metrics as one f32 vector: reading it costs one transfer from the device instead of one each."""
+    return jnp.concatenate([jnp.ravel(leaf).astype(jnp.float32) for leaf in jax.tree.leaves(metrics)])
+
+
+def unpack(values: np.ndarray, shapes: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `pack`, on the host, given the metrics' `jax.ShapeDtypeStruct` tree."""
+    leaves, structure = jax.tree.flatten(shapes)
+    ends = np.cumsum([math.prod(leaf.shape) for leaf in leaves])
+    parts = np.split(np.asarray(values), ends[:-1])
+    return jax.tree.unflatten(
+        structure, [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
+    )
+
+
+class MetricsWriter:
+    """Appends scalars to `metrics.jsonl` and TensorBoard alike.
+
+    A resumed run writes the steps after its checkpoint again, so what an interrupted run had logged beyond
+    `step` is dropped first: each step stands once in both.
+    """
+
+    def __init__(self, workdir: Path, step: int):
+        self._path = workdir / "metrics.jsonl"
+        if self._path.exists():
+            _drop_after(self._path, step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """One line of JSON with `step` and the values; the same values as TensorBoard scalars.
+
+        A value that is not finite is written as null: JSON has no NaN.
+        """
+        finite = {name: float(v) if math.isfinite(v) else None for name, v in values.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """A message, under `name` in TensorBoard's text page and as a string in `metrics.jsonl`."""
+        self._file.write(json.dumps({"step": step, name: text}) + "\n")
+        self._file.flush()
+        self._board.add_text(name, text, step)
+
+    def image(self, step: int, name: str, image_HxWx3: np.ndarray) -> None:
+        self._board.add_image(name, image_HxWx3, step, dataformats="HWC")
+
+    def layout(self, layout: dict[str, dict[str, list]]) -> None:
+        """TensorBoard's custom-scalar page: which charts to show together, first."""
+        self._board.add_custom_scalars(layout)
+
+    def flush(self) -> None:
+        self._board.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`. A last line that a killed process left unfinished is ignored."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    parsed = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            parsed.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(f"{path} line {number} is not JSON: {error}") from error
+    return parsed
+
+
+def _drop_after(path: Path, step: int) -> None:
+    kept = [entry for entry in read_metrics(path) if entry["step"] <= step]
+    temporary = path.with_suffix(".jsonl.tmp")
+    temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,170 @@
+"""The optimizer: schedule, AdamW or Muon on f32 masters, clipping, accumulation, and what it measured.
+
+`TrainState.params` are the f32 master weights that optax sees; the network gets a bf16 cast of them. bf16
+weights would not move: at a learning rate of 1e-4 the update of a weight of 0.5 is below half its last bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+NAMES = ("adamw", "muon")
+SCHEDULES = ("constant", "cosine")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Attributes:
+    lr: peak learning rate. For Muon that of the matrices; `adam_lr` is that of the rest.
+    warmup_steps, total_steps: optimizer steps.
+    final_fraction: the cosine ends at this share of the peak.
+    clip: largest global gradient norm.
+    accumulate: micro-batches per optimizer step.
+    """
+
+    name: str
+    lr: float
+    adam_lr: float
+    schedule: str
+    warmup_steps: int
+    total_steps: int
+    final_fraction: float
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+    clip: float
+    accumulate: int
+
+
+def path_name(path: tuple) -> str:
+    """`blocks/mlp/down/kernel` for a key path of the parameter tree."""
+    return "/".join(str(key.key) for key in path)
+
+
+def group_name(path: tuple) -> str:
+    """The group a parameter is reported under: its module; within the blocks, the module's parts."""
+    parts = path_name(path).split("/")
+    return "/".join(parts[:2]) if parts[0] == "blocks" else parts[0]
+
+
+def is_matrix(path: tuple) -> bool:
+    """Whether a parameter is a kernel: weight decay is for those, never for biases, scales, tables, nulls.
+
+    By name, because in the scanned stack kernels have three dimensions and biases two.
+    """
+    return path_name(path).endswith("/kernel")
+
+
+def is_hidden_matrix(path: tuple) -> bool:
+    """Whether Muon orthogonalises it: kernels inside the blocks; the first and last layers stay with Adam."""
+    return is_matrix(path) and path_name(path).startswith("blocks/")
+
+
+def learning_rate(config: OptimizerConfig, peak: float) -> optax.Schedule:
+    """Learning rate by optimizer step: linear warm-up, then constant or cosine."""
+    if config.schedule == "constant":
+        after = optax.constant_schedule(peak)
+    else:
+        decay_steps = max(1, config.total_steps - config.warmup_steps)
+        after = optax.cosine_decay_schedule(peak, decay_steps, config.final_fraction)
+    if config.warmup_steps == 0:
+        return after
+    # starts at peak / warmup, not at 0: the first update must not be a no-op
+    warmup = optax.linear_schedule(peak / config.warmup_steps, peak, max(1, config.warmup_steps - 1))
+    return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+class NormsState(NamedTuple):
+    """Norms of the gradient of the last optimizer step, before clipping, f32."""
+
+    total: jax.Array
+    groups: dict[str, jax.Array]
+
+
+def group_norms(tree: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(global norm, norm by `group_name`) of a parameter-shaped tree, accumulated in f32."""
+    squares: dict[str, jax.Array] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        square = jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+        name = group_name(path)
+        squares[name] = squares[name] + square if name in squares else square
+    total = jnp.sqrt(sum(squares.values(), jnp.float32(0.0)))
+    return total, {name: jnp.sqrt(square) for name, square in squares.items()}
+
+
+def record_norms() -> optax.GradientTransformation:
+    """Passes gradients through and keeps their norms in its state.
+
+    It stands inside `MultiSteps`, where alone the accumulated gradient of a whole step can be seen.
+    """
+
+    def init(params):
+        names = sorted({group_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)})
+        # one array each: the state is donated, and a buffer can be donated only once
+        zeros = {name: jnp.zeros((), jnp.float32) for name in ["", *names]}
+        return NormsState(zeros.pop(""), zeros)
+
+    def update(updates, state, params=None):
+        del state, params
+        return updates, NormsState(*group_norms(updates))
+
+    return optax.GradientTransformation(init, update)
+
+
+def build_optimizer(config: OptimizerConfig) -> optax.MultiSteps:
+    """The whole update rule; feed it f32 gradients of one micro-batch at a time.
+
+    Non-finite micro-batches are skipped by `MultiSteps` before they reach the accumulator, where one NaN
+    would stay for ever. The state is an `optax.MultiStepsState`: `gradient_step` counts optimizer steps.
+    """
+    by_path = jax.tree_util.tree_map_with_path
+
+    def matrices(params):
+        return by_path(lambda path, _: is_matrix(path), params)
+
+    if config.name == "adamw":
+        rule = optax.adamw(
+            learning_rate(config, config.lr),
+            config.b1,
+            config.b2,
+            config.eps,
+            weight_decay=config.weight_decay,
+            mask=matrices,
+        )
+    elif config.name == "muon":
+        # Stacked kernels are [depth, in, out]: the leading axis is a batch, not part of the matrix.
+        def matrix_axes(params):
+            axes = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+            return by_path(lambda path, _: axes if is_hidden_matrix(path) else None, params)
+
+        rule = optax.contrib.muon(
+            learning_rate(config, config.lr),
+            weight_decay=config.weight_decay,
+            weight_decay_mask=matrices,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            adam_learning_rate=learning_rate(config, config.adam_lr),
+            muon_weight_dimension_numbers=matrix_axes,
+            consistent_rms=0.2,  # updates as large as AdamW's, so its learning rate carries over (2502.16982)
+        )
+    else:
+        raise ValueError(f"optim.name must be one of {NAMES}, got {config.name!r}")
+    inner = optax.chain(record_norms(), optax.clip_by_global_norm(config.clip), rule)
+    return optax.MultiSteps(inner, config.accumulate, should_skip_update_fn=optax.skip_not_finite)
+
+
+def gradient_norms(opt_state: optax.MultiStepsState) -> NormsState:
+    """Norms of the last optimizer step's gradient."""
+    return opt_state.inner_opt_state[0]
+
+
+def ema_decay(step: jax.Array, decay: float) -> jax.Array:
+    """min(decay, (1 + step) / (10 + step)): a short memory early on, so that the start is forgotten."""
+    step = step.astype(jnp.float32)
+    return jnp.minimum(decay, (1 + step) / (10 + step))

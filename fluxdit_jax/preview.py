@@ -1,0 +1,46 @@
+"""Pictures of a run: the same few records, drawn by the EMA from the same noise at every visit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fluxdit_jax import pictures
+from fluxdit_jax.generation import Generator, record_conditions
+from fluxdit_jax.records import Record
+
+
+class Preview:
+    """A fixed set of records and noises. The truth beside each picture is the record's own decoded latent."""
+
+    def __init__(
+        self,
+        records: list[Record],
+        generator: Generator,
+        decoder: pictures.Decoder,
+        patch: int,
+        text_tokens: int,
+    ):
+        self._records = records
+        self._generator = generator
+        self._decoder = decoder
+        self._wanted = record_conditions(records, patch, text_tokens)
+        self._noise = generator.noise(list(range(len(records))))
+        self._truth = pictures.decode_all(decoder, [record.latent for record in records])
+
+    def draw(self, ema: Any) -> Image.Image:
+        """A row per record: the data set's picture, the EMA's."""
+        latents = self._generator.latents(self._generator.cast(ema), self._wanted, self._noise)
+        drawn = pictures.decode_all(self._decoder, latents)
+        return pictures.grid(
+            list(zip(self._truth, drawn, strict=True)),
+            column_titles=("data set", "EMA"),
+            row_titles=[record.caption for record in self._records],
+        )
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """`wanted` indices spread evenly over range(count); all of them if there are fewer."""
+    return [int(i) for i in np.unique(np.linspace(0, count - 1, min(wanted, count)).round())]

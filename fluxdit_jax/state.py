@@ -1,0 +1,38 @@
+"""The training state: everything that changes from step to step and goes into a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class TrainState(NamedTuple):
+    """Attributes:
+    params: f32 master weights, nested dicts.
+    opt_state: `optax.MultiStepsState`: f32 moments and accumulator; `gradient_step` is *the* step.
+    ema: f32 average of the masters, same tree; what is sampled, shown and exported.
+    skipped: int32, micro-batches skipped because their gradient was not finite.
+    """
+
+    params: Any
+    opt_state: optax.MultiStepsState
+    ema: Any
+    skipped: jax.Array
+
+    @property
+    def step(self) -> jax.Array:
+        """Optimizer updates done, int32."""
+        return self.opt_state.gradient_step
+
+
+def create_state(params: Any, optimizer: optax.MultiSteps) -> TrainState:
+    """The state at step 0. The EMA is a copy, not an alias: both buffers are donated at every step."""
+    return TrainState(
+        params=params,
+        opt_state=optimizer.init(params),
+        ema=jax.tree.map(jnp.copy, params),
+        skipped=jnp.zeros((), jnp.int32),
+    )

@@ -1,0 +1,140 @@
+"""One micro-batch: loss, gradient, accumulation, and, when a step is complete, update and EMA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fluxdit_jax import flow, model
+from fluxdit_jax.optimizer import ema_decay, gradient_norms, group_norms
+from fluxdit_jax.state import TrainState
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, Any]
+
+
+def patch_statistics(
+    mean: tuple[float, ...], std: tuple[float, ...], patch: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Per-channel latent statistics laid out as a patch, f32 [P]. Patches are (row, column, channel)."""
+    return np.tile(np.float32(mean), patch**2), np.tile(np.float32(std), patch**2)
+
+
+def valid_tokens(grid_Bx2: jax.Array, tokens: int) -> jax.Array:
+    """bool [B, tokens]: which tokens are the sample's own."""
+    return jnp.arange(tokens)[None, :] < (grid_Bx2[:, 0] * grid_Bx2[:, 1])[:, None]
+
+
+def normalize_latents(batch: Batch, mean_P: np.ndarray, std_P: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """(normalised latent tokens f32 [B, N, P] with zeros at padding, validity bool [B, N])."""
+    tokens = batch["latent"].astype(jnp.float32)
+    valid = valid_tokens(batch["grid"], tokens.shape[1])
+    return jnp.where(valid[..., None], (tokens - mean_P) / std_P, 0.0), valid
+
+
+def flow_loss(
+    graph: Any,
+    params: Any,
+    batch: Batch,
+    x0: jax.Array,
+    valid: jax.Array,
+    t: jax.Array,
+    noise: jax.Array,
+    keep: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Runs the network on (x_t, t) and returns f32 (loss [B], prediction [B, N, P], target [B, N, P])."""
+    noise = jnp.where(valid[..., None], noise, 0.0)
+    prediction = model.apply(
+        graph,
+        params,
+        flow.interpolate(x0, noise, t),
+        t,
+        batch["grid"],
+        batch["text"],
+        batch["text_length"],
+        batch["vision"],
+        *keep,
+    )
+    target = flow.velocity(x0, noise)
+    return flow.sample_means(jnp.square(prediction - target), valid), prediction, target
+
+
+def make_train_step(
+    graph: Any,
+    dtype: str,
+    optimizer: optax.MultiSteps,
+    flow_config: flow.FlowConfig,
+    statistics: tuple[np.ndarray, np.ndarray],
+    seed: int,
+    effective_batch: int,
+    ema_target: float,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Builds the pure function (state, batch) -> (state, metrics) to be jitted with the state donated.
+
+    The batch is what `data.py` makes: latent bf16 [B, N, P], grid int32 [B, 2], text bf16 [B, T, E],
+    text_length int32 [B], vision f32 [B, V], index uint32 [B].
+
+    Metrics are device scalars of the micro-batch; `grad_norm` and the like belong to the last whole step.
+    """
+    mean_P, std_P = statistics
+
+    def loss_fn(params, batch):
+        index = batch["index"]
+        x0, valid = normalize_latents(batch, mean_P, std_P)
+        t = flow.draw_time(flow_config, seed, index, effective_batch)
+        noise = flow.draw_noise(seed, index, x0.shape[1:])
+        keep = flow.draw_kept_conditions(flow_config, seed, index)
+        loss_B, prediction, target = flow_loss(graph, params, batch, x0, valid, t, noise, keep)
+        bin_loss, bin_count = flow.loss_by_time(loss_B, t)
+        metrics = {
+            "loss": jnp.mean(loss_B),
+            "prediction_rms": jnp.sqrt(jnp.mean(flow.sample_means(jnp.square(prediction), valid))),
+            "target_rms": jnp.sqrt(jnp.mean(flow.sample_means(jnp.square(target), valid))),
+            "bin_loss": bin_loss,
+            "bin_count": bin_count,
+        }
+        return metrics["loss"], metrics
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        # The gradient is taken with respect to the compute-dtype weights, then accumulated in f32.
+        compute = jax.tree.map(lambda p: p.astype(dtype), state.params)
+        grads, metrics = jax.grad(loss_fn, has_aux=True)(compute, batch)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        skipped = opt_state.skip_state["should_skip"]
+        # `MultiSteps.has_updated` stays true after a skipped micro-batch; the step counter does not lie.
+        advanced = opt_state.gradient_step > state.opt_state.gradient_step
+
+        def finish_step(params, ema, updates):
+            params = optax.apply_updates(params, updates)
+            decay = ema_decay(opt_state.gradient_step - 1, ema_target)
+            ema = optax.incremental_update(params, ema, 1 - decay)
+            distance = group_norms(jax.tree.map(lambda a, b: a - b, params, ema))[0]
+            return params, ema, group_norms(updates)[0], group_norms(params)[0], distance
+
+        def keep_going(params, ema, updates):
+            del updates
+            zero = jnp.zeros((), jnp.float32)
+            return params, ema, zero, zero, zero
+
+        params, ema, update_norm, param_norm, ema_distance = jax.lax.cond(
+            advanced, finish_step, keep_going, state.params, state.ema, updates
+        )
+        norms = gradient_norms(opt_state)
+        metrics |= {
+            "step": opt_state.gradient_step,
+            "skipped": skipped,
+            "grad_norm": norms.total,
+            "grad_norm_groups": norms.groups,
+            "update_norm": update_norm,
+            "param_norm": param_norm,
+            "ema_distance": ema_distance,
+        }
+        return TrainState(params, opt_state, ema, state.skipped + skipped), metrics
+
+    return train_step
