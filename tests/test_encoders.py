@@ -1,0 +1,271 @@
+"""The torch encoders against the libraries they wrap, on tiny random models of the real classes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from preprocess import PreprocessError
+from preprocess.encoders import load_text_encoder, load_vae, load_vision_encoder
+from preprocess.encoders.vision import input_size
+
+CAPTIONS = [
+    "a red dog",
+    "portrait of an old man looking left in a green field, 1892",
+    "sea",
+    "a cat under a tall tree",
+]
+
+
+@pytest.fixture(scope="module")
+def images(draw_photo) -> np.ndarray:
+    return np.stack([draw_photo(64, 96, seed) for seed in range(3)])
+
+
+def test_vae_applies_shift_and_scale_to_the_posterior_mean(tiny_vae_dir: Path, images: np.ndarray) -> None:
+    from diffusers import AutoencoderKL
+
+    model = AutoencoderKL.from_pretrained(tiny_vae_dir).eval()
+    with torch.no_grad():
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+        expected = (model.encode(pixels).latent_dist.mean.numpy() - 0.1159) * 0.3611
+    vae = load_vae(str(tiny_vae_dir), device="cpu")
+    latents = vae.encode(images)
+    assert latents.dtype == ml_dtypes.bfloat16 and latents.shape == (3, 16, 8, 12) and vae.factor == 8
+    np.testing.assert_allclose(latents.astype(np.float32), expected, rtol=2**-7, atol=1e-3)
+    identity = vae.identity
+    assert (identity.id, identity.revision, identity.width) == (str(tiny_vae_dir), "", 16)
+    assert identity.dtype == "float32" and len(identity.sha256) == 64
+    assert identity.options["factor"] == 8 and identity.options["latent"] == "mean"
+    json.dumps(identity.options)
+
+
+def test_vae_decode_undoes_shift_and_scale(tiny_vae_dir: Path, images: np.ndarray) -> None:
+    from diffusers import AutoencoderKL
+
+    latents = np.random.default_rng(0).normal(size=(2, 16, 4, 6)).astype(ml_dtypes.bfloat16)
+    model = AutoencoderKL.from_pretrained(tiny_vae_dir).eval()
+    with torch.no_grad():
+        z = torch.from_numpy(latents.astype(np.float32)) / 0.3611 + 0.1159
+        expected = ((model.decode(z).sample.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
+    decoded = load_vae(str(tiny_vae_dir), device="cpu").decode(latents)
+    assert decoded.dtype == np.uint8 and decoded.shape == (2, 32, 48, 3)
+    assert np.abs(decoded.astype(int) - expected).max() <= 1
+
+
+def test_autoencoder_tiny_latents_are_not_scaled_again(tiny_tiny_vae_dir: Path, images: np.ndarray) -> None:
+    from diffusers import AutoencoderTiny
+
+    model = AutoencoderTiny.from_pretrained(tiny_tiny_vae_dir).eval()
+    with torch.no_grad():
+        expected = model.encode(torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1).latents.numpy()
+    vae = load_vae(str(tiny_tiny_vae_dir), device="cpu")
+    assert vae.factor == 8 and vae.identity.options["class"] == "AutoencoderTiny"
+    np.testing.assert_allclose(vae.encode(images).astype(np.float32), expected, rtol=2**-7, atol=1e-3)
+    assert vae.decode(vae.encode(images)).shape == images.shape
+
+
+def test_vae_in_a_vae_folder_and_in_bfloat16(tiny_vae_dir: Path, images: np.ndarray, tmp_path: Path) -> None:
+    shutil.copytree(tiny_vae_dir, tmp_path / "repo" / "vae")
+    plain, nested = load_vae(str(tiny_vae_dir), device="cpu"), load_vae(str(tmp_path / "repo"), device="cpu")
+    assert plain.identity.sha256 == nested.identity.sha256
+    half = load_vae(str(tiny_vae_dir), device="cpu", dtype="bfloat16")
+    assert half.identity.dtype == "bfloat16"
+    error = np.abs(half.encode(images).astype(np.float32) - plain.encode(images).astype(np.float32))
+    assert 0 < error.max() < 0.2
+
+
+def test_sampled_latents_depend_on_seed_and_image_only(tiny_vae_dir: Path, images: np.ndarray) -> None:
+    vae = load_vae(str(tiny_vae_dir), device="cpu", latent="sample", seed=7)
+    both, last = vae.encode(images), vae.encode(images[2:])
+    np.testing.assert_allclose(both[2].astype(np.float32), last[0].astype(np.float32), rtol=2**-7, atol=1e-3)
+    mean = load_vae(str(tiny_vae_dir), device="cpu").encode(images).astype(np.float32)
+    other = load_vae(str(tiny_vae_dir), device="cpu", latent="sample", seed=8).encode(images)
+    spread = (both.astype(np.float32) - mean).std()
+    assert spread > 0.05 and (other.astype(np.float32) - both.astype(np.float32)).std() > spread
+    assert vae.identity.options["latent"] == "sample, seed 7"
+
+
+def test_vae_refuses_sides_it_would_floor(tiny_vae_dir: Path) -> None:
+    with pytest.raises(PreprocessError, match="60x64 are not multiples of 8"):
+        load_vae(str(tiny_vae_dir), device="cpu").encode(np.zeros((1, 60, 64, 3), np.uint8))
+
+
+def test_text_is_cut_to_its_own_tokens(tiny_t5_dir: Path) -> None:
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    encoder = load_text_encoder(str(tiny_t5_dir), device="cpu")
+    encoded = encoder.encode(CAPTIONS)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_t5_dir)
+    model = T5EncoderModel.from_pretrained(tiny_t5_dir).eval()
+    for caption, array in zip(CAPTIONS, encoded):
+        ids = tokenizer(caption, return_tensors="pt").input_ids
+        assert ids[0, -1] == tokenizer.eos_token_id
+        with torch.no_grad():
+            expected = model(ids).last_hidden_state[0].numpy()
+        assert array.dtype == ml_dtypes.bfloat16 and array.shape == expected.shape
+        np.testing.assert_allclose(array.astype(np.float32), expected, rtol=2**-7, atol=1e-2)
+    assert encoder.truncated == 0 and encoder.identity.width == 64
+    assert encoder.identity.options["max_tokens"] == 512
+
+
+def test_long_captions_keep_the_end_token_and_are_counted(tiny_t5_dir: Path) -> None:
+    encoder = load_text_encoder(str(tiny_t5_dir), device="cpu", max_tokens=8)
+    long, exact, empty = encoder.encode([" ".join(["dog"] * n) for n in (600, 7, 0)])
+    assert len(long) == len(exact) == 8 and len(empty) == 1 and encoder.truncated == 1
+    np.testing.assert_array_equal(long, exact)
+    assert encoder.encode([]) == []
+
+
+def test_many_captions_of_mixed_length_come_back_in_order(tiny_t5_dir: Path) -> None:
+    encoder = load_text_encoder(str(tiny_t5_dir), device="cpu")
+    captions = [" ".join(["dog"] * n) for n in [1, 400, 3, 90, 7, 250, 2] * 30]
+    lengths = [len(array) for array in encoder.encode(captions)]
+    assert lengths == [n + 1 for n in [1, 400, 3, 90, 7, 250, 2] * 30]
+
+
+@pytest.mark.parametrize("kind", ["tiny_dino_dir", "tiny_dino2_dir"])
+def test_vision_is_the_normed_class_token_of_the_whole_picture(
+    kind: str, request: pytest.FixtureRequest, draw_photo
+) -> None:
+    from transformers import AutoModel
+
+    directory = request.getfixturevalue(kind)
+    encoder = load_vision_encoder(str(directory), device="cpu")
+    image = draw_photo(112, 224, 5)  # sides fit patches of 14 and 16: no resize
+    model = AutoModel.from_pretrained(directory).eval()
+    pixels = (image / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    with torch.no_grad():
+        pixels = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)[None]
+        expected = model(pixels).last_hidden_state[0, 0].numpy()
+    vector = encoder.encode(image[None])
+    assert vector.dtype == np.float32 and vector.shape == (1, 32)
+    np.testing.assert_allclose(vector[0], expected / np.linalg.norm(expected), atol=1e-4)
+    assert abs(np.linalg.norm(vector.astype(np.float64)) - 1) < 1e-6
+    assert encoder.identity.options["patch"] == (16 if kind == "tiny_dino_dir" else 14)
+
+
+def test_vision_prepare_is_what_encode_would_do(tiny_dino_dir: Path, draw_photo) -> None:
+    encoder = load_vision_encoder(str(tiny_dino_dir), device="cpu")
+    image = draw_photo(600, 900, 1)
+    prepared = encoder.prepare(image)
+    assert prepared.shape == (416, 624, 3)
+    np.testing.assert_array_equal(encoder.encode(image[None]), encoder.encode(prepared[None]))
+
+
+@pytest.mark.parametrize(
+    ("size", "patch", "expected"),
+    [
+        ((1024, 1024), 16, (512, 512)),
+        ((1024, 1024), 14, (518, 518)),
+        ((512, 2048), 16, (256, 1024)),
+        ((128, 128), 14, (126, 126)),
+        ((8, 64), 16, (16, 64)),
+    ],
+)
+def test_input_size(size: tuple[int, int], patch: int, expected: tuple[int, int]) -> None:
+    assert input_size(*size, patch) == expected
+
+
+@pytest.mark.parametrize("load", [load_vae, load_text_encoder, load_vision_encoder])
+def test_float16_is_refused_with_the_reason(load) -> None:
+    with pytest.raises(PreprocessError, match="finite but wrong"):
+        load("builtin:dct", dtype="float16")
+
+
+@pytest.mark.parametrize("load", [load_vae, load_text_encoder, load_vision_encoder])
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [("./nowhere", "no such directory"), ("builtin:nonsense", "the built-in one is builtin:")],
+)
+def test_what_is_not_there_is_named(load, spec: str, message: str) -> None:
+    with pytest.raises(PreprocessError, match=message):
+        load(spec)
+
+
+def test_wrong_kind_of_model_is_named(tiny_vae_dir: Path, tiny_t5_dir: Path) -> None:
+    with pytest.raises(PreprocessError, match="no diffusion_pytorch_model.safetensors"):
+        load_vae(str(tiny_t5_dir))
+    with pytest.raises(PreprocessError, match="no model.safetensors"):
+        load_text_encoder(str(tiny_vae_dir))
+    with pytest.raises(PreprocessError, match="'t5'; supported are dinov3_vit"):
+        load_vision_encoder(str(tiny_t5_dir))
+
+
+def test_pickled_weights_are_not_read(tiny_t5_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_t5_dir, tmp_path / "t5")
+    (tmp_path / "t5" / "model.safetensors").rename(tmp_path / "t5" / "pytorch_model.bin")
+    with pytest.raises(PreprocessError, match="can run code when they are loaded"):
+        load_text_encoder(str(tmp_path / "t5"))
+
+
+def test_missing_weights_are_not_invented(tiny_dino_dir: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(tiny_dino_dir, tmp_path / "dino")
+    tensors = load_file(tmp_path / "dino" / "model.safetensors")
+    tensors.pop(next(name for name in tensors if "norm" in name))
+    save_file(tensors, tmp_path / "dino" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PreprocessError, match="1 weights of the model are not in its safetensors"):
+        load_vision_encoder(str(tmp_path / "dino"))
+
+
+def test_a_hub_that_cannot_be_reached_says_what_to_fetch(tmp_path: Path) -> None:
+    code = (
+        "from preprocess.encoders import *; from preprocess import PreprocessError\n"
+        "for load in (load_vae, load_text_encoder, load_vision_encoder):\n"
+        "    try: load()\n"
+        "    except PreprocessError as error: print(error)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    vae, text, vision = result.stdout.strip().splitlines()
+    assert "hf download black-forest-labs/FLUX.1-schnell --include vae/config.json" in vae
+    assert "--vae DIRECTORY" in vae and str(tmp_path) in vae
+    assert "hf download google/t5-v1_1-large" in text and "'spiece.model'" in text
+    assert "hf download facebook/dinov3-vitl16-pretrain-lvd1689m" in vision
+    assert all("builtin:dct" in line for line in (vae, text, vision))
+
+
+def test_a_cached_repository_is_used_offline_with_its_commit(tiny_vae_dir: Path, tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = tmp_path / "hub" / "models--someone--flux"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text(commit)
+    shutil.copytree(tiny_vae_dir, cache / "snapshots" / commit / "vae")
+    code = "from preprocess.encoders import load_vae; i = load_vae('someone/flux').identity; print(i.id, i.revision)"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.split() == ["someone/flux", commit]
+
+
+def test_built_in_encoders_need_no_torch() -> None:
+    code = (
+        "import sys, numpy as np; from preprocess.encoders import *\n"
+        "vae, text = load_vae('builtin:dct'), load_text_encoder('builtin:hash')\n"
+        "vision = load_vision_encoder('builtin:tone')\n"
+        "image = np.zeros((1, 32, 48, 3), np.uint8)\n"
+        "assert vae.encode(image).shape == (1, 16, 4, 6) and vae.factor == vae.identity.options['factor'] == 8\n"
+        "assert text.encode(['a dog'])[0].shape == (3, 1024) and vision.encode(image).shape == (1, 1024)\n"
+        "print([m for m in ('torch', 'transformers', 'diffusers', 'jax', 'tensorflow') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
