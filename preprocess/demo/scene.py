@@ -76,7 +76,20 @@ def normals(height: np.ndarray) -> np.ndarray:
 
 def inflate(mask: np.ndarray, radius: float, strength: float = 2.5) -> np.ndarray:
     """Height in pixels of a cushion over the mask: rounded within about `radius` pixels of its edge."""
-    return strength * radius * blur(mask, radius)
+    box = _bounds(mask, margin=3 * radius + 3)
+    height = np.zeros_like(mask)
+    height[box] = strength * radius * blur(mask[box], radius)
+    return height
+
+
+def _bounds(mask: np.ndarray, margin: float = 0) -> tuple[slice, slice]:
+    """The smallest box that holds every pixel above 0, grown by `margin` pixels."""
+    slices = []
+    for axis in (1, 0):
+        used = np.flatnonzero(mask.any(axis=axis))
+        first, last = (used[0], used[-1]) if len(used) else (0, 0)
+        slices.append(slice(max(int(first - margin), 0), int(last + 1 + margin)))
+    return slices[0], slices[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,11 +138,18 @@ class Scene:
 
     def polygon(self, *outlines: Sequence[Point]) -> np.ndarray:
         """Coverage [H, W] of the union of polygons, points in pixels."""
-        image = Image.new("L", (self.width * _OVERSAMPLE, self.height * _OVERSAMPLE))
+        mask = np.zeros((self.height, self.width), np.float32)
+        points = np.concatenate([np.asarray(outline, np.float64) for outline in outlines])
+        x0, y0 = np.maximum(np.floor(points.min(0)).astype(int) - 1, 0)
+        x1, y1 = np.minimum(np.ceil(points.max(0)).astype(int) + 2, (self.width, self.height))
+        if x1 <= x0 or y1 <= y0:
+            return mask
+        image = Image.new("L", (int(x1 - x0) * _OVERSAMPLE, int(y1 - y0) * _OVERSAMPLE))
         draw = ImageDraw.Draw(image)
         for outline in outlines:
-            draw.polygon([(x * _OVERSAMPLE, y * _OVERSAMPLE) for x, y in outline], fill=255)
-        return np.asarray(image.reduce(_OVERSAMPLE), np.float32) / 255
+            draw.polygon([((x - x0) * _OVERSAMPLE, (y - y0) * _OVERSAMPLE) for x, y in outline], fill=255)
+        mask[y0:y1, x0:x1] = np.asarray(image.reduce(_OVERSAMPLE), np.float32) / 255
+        return mask
 
     def ellipse(self, cx: float, cy: float, rx: float, ry: float, angle: float = 0.0) -> np.ndarray:
         """Coverage of an ellipse turned by `angle` radians."""
@@ -160,16 +180,20 @@ class Scene:
         opacity: float = 1.0,
     ) -> None:
         """Lays paint over the scene. Without `height` the shape beneath shows through (make-up, patterns)."""
-        alpha = (mask * opacity)[..., None]
-        self.albedo += alpha * (colour - self.albedo)
+        if not mask.any():
+            return
+        box = _bounds(mask, margin=1)  # the margin gives the height field neighbours at the shape's edge
+        alpha = mask[box][..., None] * opacity
+        if colour.ndim == 3:
+            colour = colour[box]
+        self.albedo[box] += alpha * (colour - self.albedo[box])
         if height is not None:
-            self.normal += alpha * (normals(height) - self.normal)
-            self.occlusion += alpha[..., 0] * (1 - self.occlusion)
-            self.gloss += alpha[..., 0] * (gloss - self.gloss)
+            self.normal[box] += alpha * (normals(height[box]) - self.normal[box])
+            self.occlusion[box] += alpha[..., 0] * (1 - self.occlusion[box])
             for _, receiver, _ in self.casters:
-                receiver *= 1 - alpha[..., 0]  # this shape now hides what the shadow fell on
-        elif gloss:
-            self.gloss += alpha[..., 0] * (gloss - self.gloss)
+                receiver[box] *= 1 - alpha[..., 0]  # this shape now hides what the shadow fell on
+        if height is not None or gloss:
+            self.gloss[box] += alpha[..., 0] * (gloss - self.gloss[box])
 
     def cast(self, mask: np.ndarray, lift: float) -> None:
         """Lets a shape `lift` pixels above what is painted so far shade it: contact and cast shadow.

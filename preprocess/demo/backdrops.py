@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from preprocess.scene import Scene, blur, rgb
+from preprocess.demo.scene import Scene, blur, rgb
 
 
 def _noise(scene: Scene, seed: int, cells: float) -> np.ndarray:
