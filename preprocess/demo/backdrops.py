@@ -22,12 +22,16 @@ def _soft(value: np.ndarray, width: float) -> np.ndarray:
     return np.clip(value / width + 0.5, 0, 1)
 
 
-def _fill(scene: Scene, albedo: np.ndarray, height: np.ndarray | None = None, focus: float = 0.006) -> None:
-    """Lays the backdrop down, slightly out of focus."""
+def _box(scene: Scene, x: float, y: float, w: float, h: float) -> np.ndarray:
+    """Mask of an upright rectangle around (x, y) with half sides w, h, pixels."""
+    return scene.polygon([(x - w, y - h), (x + w, y - h), (x + w, y + h), (x - w, y + h)])
+
+
+def _fill(scene: Scene, albedo: np.ndarray, height: np.ndarray | None = None) -> None:
+    """Covers the whole picture."""
     ones = np.ones((scene.height, scene.width), np.float32)
     albedo = np.broadcast_to(albedo, scene.albedo.shape).astype(np.float32)
-    shape = np.zeros_like(ones) if height is None else height
-    scene.paint(ones, blur(albedo, focus * scene.unit), blur(shape.astype(np.float32), focus * scene.unit))
+    scene.paint(ones, albedo, np.zeros_like(ones) if height is None else height.astype(np.float32))
 
 
 def brick_wall(scene: Scene) -> None:
@@ -42,74 +46,56 @@ def brick_wall(scene: Scene) -> None:
     albedo = rgb("#8d7a6e") + brick[..., None] * (
         rgb("#a8644c") * (1 + 0.22 * tone[..., None]) - rgb("#8d7a6e")
     )
-    _fill(scene, albedo, 0.006 * s * brick, 0.004)
+    _fill(scene, albedo, 0.006 * s * brick)
 
 
-def plain_wall(scene: Scene, colour: str = "#5f8f8c") -> None:
+def plain_wall(scene: Scene) -> None:
     s = scene.unit
-    wall = rgb(colour) * (1 + 0.06 * _noise(scene, 3, 3)[..., None])
-    _fill(scene, wall)
-    for x, y, w, h, paint in ((0.20, 0.24, 0.12, 0.15, "#c9a25e"), (0.82, 0.22, 0.10, 0.12, "#b5654a")):
-        cx, cy = x * scene.width, y * scene.height
-        box = lambda g: scene.polygon(
-            [
-                (cx - g * w * s, cy - g * h * s),
-                (cx + g * w * s, cy - g * h * s),
-                (cx + g * w * s, cy + g * h * s),
-                (cx - g * w * s, cy + g * h * s),
-            ]
-        )
-        frame = box(1.0)
+    _fill(scene, rgb("#6f9a94") * (1 + 0.06 * _noise(scene, 3, 3)[..., None]))
+    for x, y, w, h, colour in ((0.20, 0.24, 0.12, 0.15, "#b99a62"), (0.82, 0.22, 0.10, 0.12, "#a8705c")):
+        x, y = x * scene.width, y * scene.height
+        frame = _box(scene, x, y, w * s, h * s)
         scene.cast(frame, 0.015 * s)
-        scene.paint(frame, rgb("#4a382c"), 2 * blur(frame, 0.008 * s) * 0.008 * s)
-        scene.paint(box(0.82), rgb("#d8cfbd"))
-        scene.paint(box(0.6), rgb(paint))
+        scene.paint(frame, rgb("#5a483c"), 0.016 * s * blur(frame, 0.008 * s))
+        scene.paint(_box(scene, x, y, 0.82 * w * s, 0.82 * h * s), rgb("#c9c0ae"))
+        scene.paint(_box(scene, x, y, 0.6 * w * s, 0.6 * h * s), rgb(colour))
 
 
 def window(scene: Scene) -> None:
     s = scene.unit
     _fill(scene, rgb("#9c8f86") * (1 + 0.04 * _noise(scene, 5, 2)[..., None]))
-    w, h = 0.36 * scene.width, 0.36 * scene.height
-    cx, cy = 0.5 * scene.width, 0.40 * scene.height
-    box = lambda x0, y0, x1, y1: scene.polygon([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
-    frame = box(cx - w - 0.03 * s, cy - h - 0.03 * s, cx + w + 0.03 * s, cy + h + 0.03 * s)
-    scene.paint(frame, rgb("#d9d2c6"), 0.02 * s * blur(frame, 0.01 * s))
-    pane = box(cx - w, cy - h, cx + w, cy + h)
-    sky = np.clip((scene.y - cy + h) / (2 * h), 0, 1)[..., None]
+    x, y, w, h = 0.5 * scene.width, 0.40 * scene.height, 0.36 * scene.width, 0.36 * scene.height
+    frame = _box(scene, x, y, w + 0.03 * s, h + 0.03 * s)
+    scene.paint(frame, rgb("#d2cabd"), 0.02 * s * blur(frame, 0.01 * s))
+    sky = np.clip((scene.y - y + h) / (2 * h), 0, 1)[..., None]
     view = rgb("#7fa3c4") + sky * (rgb("#c4cfcf") - rgb("#7fa3c4"))
-    hill = _soft(scene.y - cy - 0.45 * h - 0.08 * s * np.sin(scene.x / (0.13 * s)), 0.03 * s)[..., None]
-    scene.paint(pane, view + hill * (rgb("#6b8a62") - view))
-    bar = np.maximum(
-        box(cx - 0.012 * s, cy - h, cx + 0.012 * s, cy + h),
-        box(cx - w, cy - 0.012 * s, cx + w, cy + 0.012 * s),
-    )
-    scene.paint(bar, rgb("#d9d2c6"), 0.01 * s * blur(bar, 0.006 * s))
+    hill = _soft(scene.y - y - 0.45 * h - 0.08 * s * np.sin(scene.x / (0.13 * s)), 0.03 * s)[..., None]
+    scene.paint(_box(scene, x, y, w, h), view + hill * (rgb("#6b8a62") - view))
+    bars = np.maximum(_box(scene, x, y, 0.012 * s, h), _box(scene, x, y, w, 0.012 * s))
+    scene.paint(bars, rgb("#d2cabd"), 0.01 * s * blur(bars, 0.006 * s))
 
 
 def bookshelf(scene: Scene) -> None:
     s = scene.unit
-    palette = [rgb(c) for c in ("#7c3b32", "#35566b", "#9a7b3f", "#4f6b4a", "#6b4a63", "#a58f73", "#40404f")]
-    albedo = np.broadcast_to(rgb("#3a2a20"), scene.albedo.shape).copy()
+    palette = [rgb(c) for c in ("#96594e", "#56748a", "#a98b58", "#6d8763", "#84647a", "#b09c82", "#5f6274")]
+    albedo = np.broadcast_to(rgb("#584639"), scene.albedo.shape).copy()
     height = np.zeros((scene.height, scene.width), np.float32)
     rng = np.random.default_rng(11)
-    shelf = 0.27 * s
+    shelf = 0.34 * s
     for row in range(-1, int(scene.height / shelf) + 1):
-        base = (row + 0.93) * shelf
+        base = (row + 0.80) * shelf
         x = -0.02 * s
         while x < scene.width:
-            w, h = rng.uniform(0.045, 0.075) * s, rng.uniform(0.17, 0.235) * s
-            inside = _soft(np.minimum(scene.x - x, x + w - scene.x), 0.006 * s)
-            inside = inside * _soft(np.minimum(scene.y - base + h, base - scene.y), 0.006 * s)
-            colour = palette[rng.integers(len(palette))] * rng.uniform(0.8, 1.15)
+            w, h = rng.uniform(0.06, 0.10) * s, rng.uniform(0.24, 0.30) * s
+            inside = _box(scene, x + w / 2, base - h / 2, w / 2, h / 2)
+            colour = palette[rng.integers(len(palette))] * rng.uniform(0.9, 1.12)
             albedo += inside[..., None] * (colour - albedo)
-            height = np.maximum(
-                height,
-                inside * np.sqrt(np.clip(1 - ((scene.x - x - w / 2) / (w / 2)) ** 2, 0, 1)) * 0.012 * s,
-            )
-            x += w + (rng.uniform(0.0, 0.06) * s if rng.uniform() < 0.15 else 0.002 * s)
-        board = _soft(0.012 * s - np.abs(scene.y - base - 0.014 * s), 0.006 * s)
-        albedo += board[..., None] * (rgb("#8a6242") - albedo)
-    _fill(scene, albedo, height, 0.009)
+            across = np.clip(1 - ((scene.x - x - w / 2) / (w / 2)) ** 2, 0, 1)
+            height = np.maximum(height, inside * np.sqrt(across) * 0.012 * s)
+            x += w + (rng.uniform(0.0, 0.06) * s if rng.uniform() < 0.12 else 0.002 * s)
+        board = _soft(0.014 * s - np.abs(scene.y - base - 0.014 * s), 0.006 * s)
+        albedo += board[..., None] * (rgb("#8a6a50") - albedo)
+    _fill(scene, albedo, height)
 
 
 def sea(scene: Scene) -> None:
@@ -141,7 +127,7 @@ def garden(scene: Scene) -> None:
         colour = rgb(leaves[k % 4 if k % 9 else 4 + (k // 9) % 2])
         albedo += 0.75 * disc[..., None] * (colour - albedo)
         height += 0.15 * disc * r
-    _fill(scene, albedo, 0.4 * height, 0.010)
+    _fill(scene, albedo, 0.4 * height)
 
 
 def hills(scene: Scene) -> None:
@@ -163,35 +149,31 @@ def hills(scene: Scene) -> None:
 
 def winter_town(scene: Scene) -> None:
     s = scene.unit
-    t = np.clip(scene.y / scene.height, 0, 1)[..., None]
-    _fill(scene, rgb("#8598b0") + t * (rgb("#cfd2d6") - rgb("#8598b0")))
-    for x, w, top, colour in (
-        (0.02, 0.2, 0.30, "#8a5a50"),
-        (0.27, 0.18, 0.40, "#b08d62"),
-        (0.60, 0.17, 0.36, "#6f7f86"),
-        (0.80, 0.24, 0.27, "#96694f"),
-    ):
-        x0, x1, y0 = x * scene.width, (x + w) * scene.width, top * scene.height
-        wall = scene.polygon(
-            [(x0, y0), ((x0 + x1) / 2, y0 - 0.12 * s), (x1, y0), (x1, scene.height), (x0, scene.height)]
-        )
-        scene.paint(blur(wall, 0.005 * s), rgb(colour), 0.02 * s * blur(wall, 0.01 * s))
-        roof = scene.stroke(
-            [(x0 - 0.02 * s, y0), ((x0 + x1) / 2, y0 - 0.135 * s), (x1 + 0.02 * s, y0)], [0.035 * s] * 3
-        )
-        scene.paint(blur(roof, 0.005 * s), rgb("#e6e8ec"), 0.02 * s * blur(roof, 0.01 * s))
-        for r in range(3):
-            for c in (0.3, 0.7):
-                wx, wy = x0 + c * (x1 - x0), y0 + (0.08 + 0.14 * r) * s
-                pane = scene.polygon(
-                    [
-                        (wx - 0.02 * s, wy - 0.03 * s),
-                        (wx + 0.02 * s, wy - 0.03 * s),
-                        (wx + 0.02 * s, wy + 0.03 * s),
-                        (wx - 0.02 * s, wy + 0.03 * s),
-                    ]
+    down = np.clip(scene.y / scene.height, 0, 1)[..., None]
+    _fill(scene, rgb("#8598b0") + down * (rgb("#c6cacf") - rgb("#8598b0")))
+    houses = ((0.02, 0.20, 0.30, "#92675d"), (0.27, 0.18, 0.40, "#ab8f6b"), (0.60, 0.17, 0.36, "#7a888e"),
+              (0.80, 0.24, 0.27, "#9a7660"))  # fmt: skip
+    for x, w, top, colour in houses:
+        left, right, y = x * scene.width, (x + w) * scene.width, top * scene.height
+        middle = (left + right) / 2
+        gable = [(left, y), (middle, y - 0.12 * s), (right, y), (right, scene.height), (left, scene.height)]
+        wall = scene.polygon(gable)
+        scene.paint(wall, rgb(colour), 0.02 * s * blur(wall, 0.01 * s))
+        snow = [(left - 0.02 * s, y), (middle, y - 0.135 * s), (right + 0.02 * s, y)]
+        roof = scene.stroke(snow, [0.035 * s] * 3)
+        scene.paint(roof, rgb("#d8dbe0"), 0.02 * s * blur(roof, 0.01 * s))
+        for floor in range(3):
+            for column in (0.3, 0.7):
+                pane = _box(
+                    scene, left + column * (right - left), y + (0.08 + 0.14 * floor) * s, 0.02 * s, 0.03 * s
                 )
-                scene.paint(blur(pane, 0.005 * s), rgb("#e3c98a"))
+                scene.paint(pane, rgb("#d8c08a"))
+
+
+def draw_backdrop(scene: Scene, place: str) -> None:
+    """Paints a place of `BACKDROPS` behind everything, a little out of focus as behind a portrait lens."""
+    BACKDROPS[place](scene)
+    scene.defocus(0.011 * scene.unit)
 
 
 BACKDROPS = {

@@ -11,7 +11,7 @@ from preprocess.demo.scene import Light
 LIGHTS = (
     Light("golden evening from the left", (-0.85, -0.25, 0.65), (2.10, 1.22, 0.50), (0.34, 0.29, 0.33), 0.40, 0.60),
     Light("moonlight from the right", (0.80, -0.45, 0.60), (0.34, 0.62, 1.30), (0.08, 0.12, 0.25), 0.40, 0.60),
-    Light("daylight from the front", (0.05, -0.25, 1.00), (1.20, 1.18, 1.16), (0.62, 0.64, 0.68), 0.08, 0.35),
+    Light("daylight from the front", (0.05, -0.25, 1.00), (1.10, 1.08, 1.06), (0.56, 0.58, 0.62), 0.08, 0.35),
     Light("magenta sunset from above", (0.40, -0.90, 0.55), (1.70, 0.50, 0.80), (0.42, 0.18, 0.42), 0.35, 0.55),
     Light("green lamp from below", (-0.25, 0.70, 0.75), (0.22, 0.85, 0.50), (0.05, 0.19, 0.15), 0.45, 0.45),
 )  # fmt: skip

@@ -19,7 +19,7 @@ def body_mask(scene: Scene, head: Head, person: Person) -> np.ndarray:
     left = [(-0.105 * s, -0.02 * s), (-0.55 * broad, 0.060 * s), (-0.93 * broad, 0.135 * s),
             (-1.08 * broad, 0.26 * s), (-1.13 * broad, 0.40 * s)]  # fmt: skip
     low = scene.height + 0.1 * s - y
-    outline = left + [(-1.16 * broad, low), (1.16 * broad, low)] + [(-u, v) for u, v in reversed(left)]
+    outline = left + [(-1.12 * broad, low), (1.12 * broad, low)] + [(-u, v) for u, v in reversed(left)]
     return scene.polygon(spline([(x + u, y + v) for u, v in outline]))
 
 
@@ -52,8 +52,9 @@ def paint_body(scene: Scene, head: Head, person: Person, body: np.ndarray) -> No
         scene.paint(collar, cloth * 1.1, inflate(collar, 0.03 * s), gloss=0.04)
     else:
         if person.clothes in ("coat", "cardigan"):  # the shirt shows in the opening
+            depth = 0.25 if person.clothes == "coat" else 0.30
             opening = scene.polygon(
-                [(x - 0.115 * s, y - 0.01 * s), (x, y + 0.30 * s), (x + 0.115 * s, y - 0.01 * s)]
+                [(x - 0.115 * s, y - 0.01 * s), (x, y + depth * s), (x + 0.115 * s, y - 0.01 * s)]
             )
             scene.paint(opening, second, inflate(opening, 0.02 * s))
         neck = _neck(scene, head, wide, _NECKLINE.get(person.clothes, 0.055))
@@ -114,9 +115,9 @@ def paint_glasses(scene: Scene, head: Head) -> None:
         x, y = head.on(0.40 * side, 0.07, 1.0)
         w, h = 0.33 * rx * (0.3 + 0.7 * head.narrow(0.40 * side)), 0.215 * ry
         rim = scene.ellipse(x, y, w, h) * (1 - scene.ellipse(x, y, w - 0.05 * rx, h - 0.05 * rx))
-        scene.paint(rim, dark, gloss=0.6)
+        scene.paint(rim, dark, gloss=0.2)
     bridge = [head.on(-0.10, 0.03, 1.05), head.on(0, 0.0, 1.08), head.on(0.10, 0.03, 1.05)]
-    scene.paint(scene.stroke(bridge, [0.05 * rx] * 3), dark, gloss=0.6)
+    scene.paint(scene.stroke(bridge, [0.05 * rx] * 3), dark, gloss=0.2)
     for side in head.ear_sides():
         x, y = head.ear(side)
         arm = scene.stroke([head.on(0.78 * side, 0.03), (x, y - 0.1 * ry)], [0.045 * rx] * 2)

@@ -6,7 +6,7 @@ import numpy as np
 
 from preprocess.demo.cast import Person
 from preprocess.demo.head import Head
-from preprocess.demo.scene import Scene, blur, inflate, rgb, spline
+from preprocess.demo.scene import Scene, blur, cells, inflate, rgb, spline
 
 # Style: hairline (head units, -1 is the top), longitude of its sides, size of the cap against the skull.
 _CUT = {
@@ -59,14 +59,16 @@ def paint_hair(scene: Scene, head: Head, person: Person, mask: np.ndarray, shade
     dx, dy = scene.x - x, scene.y - y
     curly = person.hair in ("curls", "afro")
     if curly:
-        strands = np.sin(dx / (0.016 * s) + 2 * np.sin(dy / (0.021 * s))) * np.sin(dy / (0.017 * s))
+        bumps = cells(dx, dy, (0.062 if person.hair == "curls" else 0.036) * s)
+        strands, lift, gloss = 2.2 * bumps - 1.5, 0.012, 0.06
     else:
         angle, far = np.arctan2(dy, dx), np.hypot(dx, dy) / s
         strands = 0.6 * np.sin(31 * angle + 3 * np.sin(9 * far)) + 0.4 * np.sin(67 * angle + 5 * far)
+        strands, lift, gloss = strands * np.clip(far / 0.15, 0, 1), 0.0018, 0.2
     height = inflate(mask, 0.045 * s, 2.2) + 0.6 * inflate(mask, 0.014 * s, 2.2)
-    height = height + (0.0035 if curly else 0.0018) * s * strands
+    height = height + lift * s * strands
     colour = rgb(person.hair_colour) * shade * (1 + 0.14 * strands[..., None])
-    scene.paint(mask, colour, height, gloss=0.07 if curly else 0.2)
+    scene.paint(mask, colour, height, gloss)
 
 
 def skull_cap(scene: Scene, head: Head, grow: float) -> np.ndarray:

@@ -172,8 +172,8 @@ def _eye(scene: Scene, head: Head, person: Person, side: int, outline: np.ndarra
     bx, by = head.on(longitude, -0.18, 1.0)
     bw = 0.27 * rx * (0.3 + 0.7 * narrow)
     thick = (0.062 if person.female or person.young else 0.095) * rx
-    brow = scene.stroke([(bx - side * bw, by), (bx + 0.1 * side * bw, by - 0.045 * ry), (bx + side * bw, by + 0.025 * ry)],
-                        [1.1 * thick, thick, 0.45 * thick])  # fmt: skip
+    arch = [(bx - side * bw, by), (bx + 0.1 * side * bw, by - 0.045 * ry), (bx + side * bw, by + 0.025 * ry)]
+    brow = scene.stroke(arch, [1.1 * thick, thick, 0.45 * thick])
     scene.paint(brow * outline, rgb(person.hair_colour) * 0.65, opacity=0.9)
 
 
@@ -253,7 +253,7 @@ def _beard(scene: Scene, head: Head, person: Person, outline: np.ndarray) -> Non
                 u *= 0.86
             lower.append(head.at(u + 0.30 * head.turn * max(v - 0.1, 0), v))
         mask = scene.polygon(upper + lower)
-    mask = blur(mask, 0.004 * s)
+    mask = blur(mask, 0.004 * s) * np.clip(4 * blur(outline, 0.022 * s), 0, 1)  # no further than the jaw
     lip = head.on(0, 0.665, 1.0)
     mask = mask * (1 - blur(scene.ellipse(*lip, 0.26 * head.rx, 0.07 * head.ry), 0.003 * s))
     scene.paint(mask, colour, inflate(mask, 0.022 * s) + inflate(outline, 0.08 * s), gloss=0.05)

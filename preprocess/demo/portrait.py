@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from preprocess.demo.backdrops import BACKDROPS
+from preprocess.demo.backdrops import draw_backdrop
 from preprocess.demo.cast import Composition, Person
 from preprocess.demo.clothes import body_mask, paint_body, paint_earrings, paint_glasses, paint_hat
 from preprocess.demo.hair import hair_behind, hair_over, paint_hair, skull_cap
@@ -16,8 +16,9 @@ def compose(composition: Composition) -> Scene:
     """Draws a composition without light; `Scene.shade` lights it."""
     width, height = composition.character.size
     scene = Scene(height, width)
-    BACKDROPS[composition.character.place](scene)
+    draw_backdrop(scene, composition.character.place)
     _draw_person(scene, composition.character.person, composition.looking)
+    scene.expose()
     return scene
 
 

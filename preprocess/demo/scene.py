@@ -92,6 +92,20 @@ def _bounds(mask: np.ndarray, margin: float = 0) -> tuple[slice, slice]:
     return slices[0], slices[1]
 
 
+def cells(x: np.ndarray, y: np.ndarray, size: float) -> np.ndarray:
+    """Round bumps [H, W] in [0, 1] on a jittered grid of `size` pixels: curls, foliage (Worley 1996)."""
+    column, row = np.floor(x / size), np.floor(y / size)
+    nearest = np.full(x.shape, 4.0, np.float32)
+    for dx in (-1, 0, 1):
+        for dy in (-1, 0, 1):
+            i, j = column + dx, row + dy
+            # A hash from sines: the jitter of a cell is the same whichever pixel asks.
+            jitter_x = 0.5 + 0.35 * np.sin(12.9898 * i + 78.233 * j)
+            jitter_y = 0.5 + 0.35 * np.sin(39.3468 * i + 11.135 * j)
+            nearest = np.minimum(nearest, (x / size - i - jitter_x) ** 2 + (y / size - j - jitter_y) ** 2)
+    return np.sqrt(np.clip(1 - 1.3 * nearest, 0, 1))
+
+
 @dataclasses.dataclass(frozen=True)
 class Light:
     """How a scene is lit.
@@ -121,6 +135,7 @@ class Scene:
       normal: [H, W, 3] unit.
       gloss: [H, W] strength of highlights.
       occlusion: [H, W] share of the ambient light that arrives.
+      exposure: factor on all light.
       casters: for each shape that throws a shadow: its mask, where that shadow is still seen (what was
         painted before the shape and not hidden since), and its lift above that in pixels.
     """
@@ -133,6 +148,7 @@ class Scene:
         self.normal[..., 2] = 1
         self.gloss = np.zeros((height, width), np.float32)
         self.occlusion = np.ones((height, width), np.float32)
+        self.exposure = 1.0
         self.casters: list[tuple[np.ndarray, np.ndarray, float]] = []
         self.y, self.x = np.mgrid[:height, :width].astype(np.float32)
 
@@ -203,6 +219,17 @@ class Scene:
         self.occlusion *= 1 - 0.45 * blur(mask, 0.6 * lift + 1)
         self.casters.append((mask, np.ones_like(mask), lift))
 
+    def defocus(self, sigma: float) -> None:
+        """Blurs what is painted so far; sigma in pixels."""
+        self.albedo, self.normal = blur(self.albedo, sigma), blur(self.normal, sigma)
+        self.normal /= np.linalg.norm(self.normal, axis=-1, keepdims=True)
+        self.gloss, self.occlusion = blur(self.gloss, sigma), blur(self.occlusion, sigma)
+
+    def expose(self) -> None:
+        """Sets the camera for this scene's paint, not for its light: a snow scene and a dark room come out alike."""
+        luma = self.albedo @ np.array([0.2126, 0.7152, 0.0722], np.float32)
+        self.exposure = float((0.19 / np.exp(np.mean(np.log(luma + 0.02)))) ** 0.7)
+
     def shade(self, light: Light) -> np.ndarray:
         """The picture under a light, uint8 [H, W, 3]."""
         towards = np.array(light.towards, np.float32)
@@ -210,7 +237,7 @@ class Scene:
         key, ambient = np.array(light.key, np.float32), np.array(light.ambient, np.float32)
 
         lambert = np.clip((self.normal @ towards + 0.25) / 1.25, 0, None)
-        lambert = lambert * (0.35 + 0.65 * lambert)
+        lambert = lambert * (0.5 + 0.5 * lambert)
         visible = np.ones_like(lambert)
         for mask, receiver, lift in self.casters:
             shift = -lift * towards[:2] / max(towards[2], 0.45)
@@ -229,7 +256,7 @@ class Scene:
         shine = self.gloss * np.clip(self.normal @ half, 0, 1) ** 24 * visible
         linear = self.albedo * (diffuse + sky[..., None] * ambient) + 0.35 * shine[..., None] * key
         # A soft shoulder: strong light saturates like film instead of clipping.
-        return to_srgb(1.08 * (1 - np.exp(-1.25 * linear)))
+        return to_srgb(1.08 * (1 - np.exp(-1.25 * self.exposure * linear)))
 
 
 def _shifted(image: np.ndarray, dx: float, dy: float) -> np.ndarray:
