@@ -43,8 +43,8 @@ def brick_wall(scene: Scene) -> None:
     edge = np.minimum(np.minimum(fx, length - fx), np.minimum(fy, row_height - fy))
     brick = _soft(edge - joint / 2, 0.01 * s)
     tone = np.sin(12.9 * row + 78.2 * np.floor(x))
-    albedo = rgb("#8d7a6e") + brick[..., None] * (
-        rgb("#a8644c") * (1 + 0.22 * tone[..., None]) - rgb("#8d7a6e")
+    albedo = rgb("#8d8075") + brick[..., None] * (
+        rgb("#9c6a57") * (1 + 0.22 * tone[..., None]) - rgb("#8d8075")
     )
     _fill(scene, albedo, 0.006 * s * brick)
 
@@ -68,7 +68,7 @@ def window(scene: Scene) -> None:
     frame = _box(scene, x, y, w + 0.03 * s, h + 0.03 * s)
     scene.paint(frame, rgb("#d2cabd"), 0.02 * s * blur(frame, 0.01 * s))
     sky = np.clip((scene.y - y + h) / (2 * h), 0, 1)[..., None]
-    view = rgb("#7fa3c4") + sky * (rgb("#c4cfcf") - rgb("#7fa3c4"))
+    view = rgb("#8ca6bb") + sky * (rgb("#cbcfc6") - rgb("#8ca6bb"))
     hill = _soft(scene.y - y - 0.45 * h - 0.08 * s * np.sin(scene.x / (0.13 * s)), 0.03 * s)[..., None]
     scene.paint(_box(scene, x, y, w, h), view + hill * (rgb("#6b8a62") - view))
     bars = np.maximum(_box(scene, x, y, 0.012 * s, h), _box(scene, x, y, w, 0.012 * s))

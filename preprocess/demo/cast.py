@@ -107,7 +107,7 @@ CHARACTERS = (
     ),
     Character(
         "b", "a man with short black hair and a beard in a blue turtleneck", "a window", _TALL, _ALL,
-        Person("man", "#c98f68", "#5a4632", "short", "#3a2e2a", "turtleneck", "#3a5a82", "#3a5a82", "full"),
+        Person("man", "#c98f68", "#5a4632", "short", "#3a2e2a", "turtleneck", "#425e80", "#425e80", "full"),
     ),
     Character(
         "c", "an old man with white hair and round glasses in a yellow cardigan", "a bookshelf", _WIDE, _ALL,
@@ -119,8 +119,8 @@ CHARACTERS = (
         Person("girl", "#ecbf9f", "#4f7ea3", "braids", "#cfa052", "scarf", "#d2ccc0", "#ad3f3c"),
     ),
     Character(
-        "e", "a woman with a black hair bun and pearl earrings in an orange blouse", "a garden", _TALL, _TWO,
-        Person("woman", "#d6a27c", "#4a3526", "bun", "#3b3034", "blouse", "#c9793f", "#e2c59c", earrings=True),
+        "e", "a woman with a black hair bun and pearl earrings in a purple blouse", "a garden", _TALL, _TWO,
+        Person("woman", "#d6a27c", "#4a3526", "bun", "#3b3034", "blouse", "#8a6a9a", "#dccbd0", earrings=True),
     ),
     Character(
         "f", "a man with a grey hat in a brown jacket", "green hills", _SQUARE, _TWO,
