@@ -12,6 +12,7 @@ import functools
 import hashlib
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -21,31 +22,35 @@ from preprocess.demo.cast import COMPOSITIONS, LIGHTS, Composition
 from preprocess.demo.portrait import compose
 
 
-def draw_dataset(output: Path, progress: bool = True) -> int:
-    """Writes the set into `output` as `cNN_lM.png` with `cNN_lM.json` beside it, and returns 100.
+def draw_dataset(
+    output: Path, progress: bool = True, compositions: Sequence[Composition] = COMPOSITIONS
+) -> int:
+    """Writes the set into `output` as `cNN_lM.png` with `cNN_lM.json` beside it; returns its number of images.
 
     The JSON has `caption`, and as ground truth `composition`, `character`, `looking`, `lighting` and `light`.
     The same code writes the same bytes. What is there already and was drawn by this code is kept.
 
+    Args:
+      output: folder, made if it is not there.
+      progress: show a progress bar.
+      compositions: the rows of the grid to draw, all 20 unless told otherwise.
+
     Raises:
-      FileExistsError: `output` holds images or captions that are not of this set.
+      FileExistsError: `output` holds files that are not of this set.
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    expected = {
-        f"{c.name}_l{m}{end}" for c in COMPOSITIONS for m in range(len(LIGHTS)) for end in (".png", ".json")
-    }
-    strangers = sorted(
-        p.name for p in output.iterdir() if not p.name.startswith(".") and p.name not in expected
-    )
-    if strangers:
+    stems = [f"{c.name}_l{m}" for c in compositions for m in range(len(LIGHTS))]
+    expected = {stem + end for stem in stems for end in (".png", ".json")}
+    present = {path.name for path in output.iterdir() if not path.name.startswith(".")}
+    if strangers := sorted(present - expected):
         raise FileExistsError(
             f"{output} holds {len(strangers)} files that are not of the demonstration set, the first is "
             f"{strangers[0]!r}; give an empty folder"
         )
-    total = len(COMPOSITIONS) * len(LIGHTS)
+    total = len(stems)
     with tqdm(total=total, desc="drawing", unit="image", disable=not progress) as bar:
-        for composition in COMPOSITIONS:
+        for composition in compositions:
             missing = [m for m in range(len(LIGHTS)) if not _is_drawn(output, composition, m)]
             bar.update(len(LIGHTS) - len(missing))
             drawing = compose(composition) if missing else None

@@ -56,14 +56,14 @@ def blur(image: np.ndarray, sigma: float) -> np.ndarray:
     radius = round(0.5 * (np.sqrt(4 * sigma**2 + 1) - 1))  # three boxes of 2r+1 have variance r(r+1)
     if radius < 1:
         return image
-    for axis in (0, 1):
+    if image.ndim == 3:
+        return np.stack([blur(image[..., c], sigma) for c in range(image.shape[2])], axis=-1)
+    size = 2 * radius + 1
+    for _ in range(2):  # along rows, then along columns
         for _ in range(3):
-            pad = [(0, 0)] * image.ndim
-            pad[axis] = (radius + 1, radius)
-            total = np.cumsum(np.pad(image, pad, mode="edge"), axis=axis, dtype=np.float32)
-            size = 2 * radius + 1
-            upper = total.take(range(size, total.shape[axis]), axis)
-            image = (upper - total.take(range(total.shape[axis] - size), axis)) / size
+            total = np.cumsum(np.pad(image, ((0, 0), (radius + 1, radius)), mode="edge"), axis=1)
+            image = (total[:, size:] - total[:, :-size]) * np.float32(1 / size)
+        image = np.ascontiguousarray(image.T)
     return image
 
 
@@ -136,7 +136,7 @@ class Scene:
       gloss: [H, W] strength of highlights.
       occlusion: [H, W] share of the ambient light that arrives.
       exposure: factor on all light.
-      casters: for each shape that throws a shadow: its mask, where that shadow is still seen (what was
+      casters: for each shape that throws a shadow: its mask with a soft edge, where that shadow is still seen (what was
         painted before the shape and not hidden since), and its lift above that in pixels.
     """
 
@@ -217,7 +217,7 @@ class Scene:
         Call it just before the shape itself is painted.
         """
         self.occlusion *= 1 - 0.45 * blur(mask, 0.6 * lift + 1)
-        self.casters.append((mask, np.ones_like(mask), lift))
+        self.casters.append((blur(mask, 0.35 * lift), np.ones_like(mask), lift))
 
     def defocus(self, sigma: float) -> None:
         """Blurs what is painted so far; sigma in pixels."""
@@ -241,7 +241,7 @@ class Scene:
         visible = np.ones_like(lambert)
         for mask, receiver, lift in self.casters:
             shift = -lift * towards[:2] / max(towards[2], 0.45)
-            moved = _shifted(blur(mask, 0.35 * lift), shift[0], shift[1])
+            moved = _shifted(mask, shift[0], shift[1])
             visible *= 1 - light.shadow * moved * receiver
         # Near the lamp it is brighter: a linear ramp through the picture's centre.
         px = (self.x / self.width - 0.5) * 2
