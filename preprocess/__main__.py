@@ -1,0 +1,115 @@
+"""`python -m preprocess build | inspect | verify | demo`: thin; the work is in the module of that name."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+from preprocess import PreprocessError
+from preprocess.options import Options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command and returns its exit status."""
+    parsed = _parser().parse_args(arguments)
+    warnings.filterwarnings("ignore", module="PIL")  # their cases are judged in images.py
+    signal.signal(signal.SIGTERM, _terminate)
+    from fluxdit_jax.records import DatasetError
+
+    try:
+        return parsed.run(parsed)
+    except (PreprocessError, DatasetError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; finished shards are kept, the same command goes on from there", file=sys.stderr)
+        return 130
+
+
+def _terminate(number: int, frame: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the second one while cleaning up changes nothing
+    raise KeyboardInterrupt
+
+
+def _build(parsed: argparse.Namespace) -> int:
+    from preprocess.build import build
+
+    names = {field.name for field in dataclasses.fields(Options)}
+    return build(Options(**{name: value for name, value in vars(parsed).items() if name in names})).status
+
+
+def _demo(parsed: argparse.Namespace) -> int:
+    from preprocess.demo import draw_dataset
+
+    count = draw_dataset(Path(parsed.output))
+    print(f"{count} pictures with captions are in {parsed.output}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m preprocess", description="Turns images with captions into an encoded dataset."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_build(
+        commands.add_parser("build", help="encode a folder of images and captions", description=_BUILD)
+    )
+    demo = commands.add_parser("demo", help="draw the demonstration pictures with their captions")
+    demo.add_argument("--output", required=True, help="folder to write them to")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+_BUILD = (
+    "Encodes images and captions into a dataset directory. Give the same command again to continue after an "
+    "interruption, or after images or captions have changed: only what depends on the change is done again."
+)
+
+
+def _add_build(parser: argparse.ArgumentParser) -> None:
+    default = Options(input="", output="")
+
+    def option(name: str, help: str, **more) -> None:  # noqa: A002
+        value = getattr(default, name.strip("-").replace("-", "_"))
+        shown = f" (default: {value})" if value not in ("", 0) else ""
+        more = {"default": value, "type": type(value)} | more
+        parser.add_argument(name, help=(help + shown).replace("%", "%%"), **more)
+
+    parser.add_argument(
+        "--input", required=True, help="folder of images, or a .jsonl of image_path and caption, or a .tar"
+    )
+    parser.add_argument("--output", required=True, help="the dataset directory")
+    option("--vae", "Hugging Face id, directory, or builtin:dct")
+    option("--text-encoder", "Hugging Face id, directory, or builtin:hash")
+    option("--vision-encoder", "Hugging Face id, directory, or builtin:tone")
+    option("--vision-embeddings", "folder of KEY.npy (float32 [1024]) instead of a vision encoder")
+    option("--resolution", "side of the square with the pixel budget")
+    option(
+        "--modulus", "bucket sides are multiples of this; a multiple of 16 (default: 64, less below 1024 px)"
+    )
+    option("--fit", "how an image is brought to its bucket", choices=("resize", "pad", "crop"))
+    option("--max-aspect", "reject images longer than this against their shorter side")
+    option("--min-side", "reject images with a shorter side than this, pixels")
+    option("--max-pixels", "reject images with more pixels than this, before decoding them")
+    option("--max-upscale", "warn about images that are enlarged more than this")
+    option("--caption-field", "field of the .json looked for before 'caption' and 'text'")
+    option("--holdout", "share of the images kept out of training, by content")
+    option("--shard-size", "records in a shard at most")
+    option("--limit", "use only the first N images by name (default: all)")
+    option("--latent", "posterior mean, or a seeded sample", choices=("mean", "sample"))
+    option("--max-tokens", "cut captions to this many tokens")
+    option("--seed", "for --latent sample")
+    option("--device", "auto, cpu, cuda (also for ROCm), cuda:N, mps")
+    option("--dtype", "of the encoders; auto is bfloat16 on an accelerator, float32 on a CPU", choices=None)
+    option("--batch-size", "images in a batch of the VAE and the vision encoder")
+    option("--workers", "threads that decode images (default: one a core)")
+    option("--max-rejects", "exit with status 3 if a larger share of the inputs is rejected")
+    parser.set_defaults(run=_build)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,274 @@
+"""The plan of a build: which records there will be, in which shard, and what each depends on.
+
+Every file is read and hashed, so a change is noticed by content and never by name or time. Nothing is
+decoded beyond headers.
+
+Shards are the leaves of a binary tree over the hash of the key: a leaf with more than `shard_size` images is
+split by the next bit. So the plan is a function of the set of images alone, and one image more or less
+touches one shard (or splits it in two), where numbering them through would shift all the shards behind it.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from fluxdit_jax.records import SPLITS, WRITER_OPTIONS, EncoderIdentity
+from preprocess import PreprocessError, captions
+from preprocess.buckets import Size, nearest
+from preprocess.images import Header, Rejected, read_header
+from preprocess.options import Options
+from preprocess.scan import Found, Place, Reject, Scan
+from preprocess.vectors import Vectors
+
+MAX_FILE_BYTES = 512_000_000
+PIXELS_VERSION = 1  # raised when `images.decode` gives other pixels for the same file and bucket
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Item:
+    """One image that is to become a record.
+
+    Attributes:
+      content: sha256 of the image file, hex.
+      header: size of the upright picture.
+      bucket: (height, width), pixels.
+      vector: sha256 of its precomputed vector's file, or "".
+    """
+
+    key: str
+    image: Place
+    caption: str
+    content: str
+    header: Header
+    bucket: Size
+    vector: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fingerprints:
+    """What the three tensors of a record depend on, beside the image and the caption; short hashes."""
+
+    latent: str
+    text: str
+    vision: str
+
+    @classmethod
+    def of(cls, options: Options, vae: EncoderIdentity, text: EncoderIdentity, vision: EncoderIdentity):
+        pixels = [PIXELS_VERSION, options.fit]
+        return cls(
+            latent=_digest("latent", pixels, _weights(vae)),
+            text=_digest("text", _weights(text)),
+            vision=_digest("vision", pixels, _weights(vision)),
+        )
+
+    def ids(self, item: Item) -> tuple[str, str, str]:
+        """Names of the latent, the text and the vision vector of an item, by what they are made from."""
+        vector = [item.vector] if item.vector else [item.content, item.bucket]
+        return (
+            _digest(self.latent, item.content, item.bucket),
+            _digest(self.text, item.caption),
+            _digest(self.vision, *vector),
+        )
+
+
+def _weights(identity: EncoderIdentity) -> list:
+    """What decides an encoder's output; not its name, which changes when a directory is moved."""
+    return [identity.sha256, identity.dtype, identity.width, identity.options]
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """A unit of work: one shard.
+
+    Attributes:
+      split: "train" or "holdout".
+      items: in the order of the records, by key.
+    """
+
+    split: str
+    items: tuple[Item, ...]
+
+    def uid(self, prints: Fingerprints) -> str:
+        """A hash over everything that decides the shard's bytes."""
+        rows = [[item.key, item.content, *prints.ids(item)] for item in self.items]
+        return _digest(WRITER_OPTIONS, self.split, rows)
+
+
+@dataclasses.dataclass
+class Plan:
+    """All items by key, their division into units, and the inputs that were refused so far.
+
+    Attributes:
+      duplicates: groups of keys whose image files are equal, byte by byte.
+      wrong_extension: images whose extension names another format than they have.
+      bytes_read: of images.
+    """
+
+    options: Options
+    items: list[Item]
+    units: list[Unit]
+    rejects: list[Reject]
+    duplicates: list[tuple[str, ...]]
+    wrong_extension: int
+    bytes_read: int
+
+
+def make_plan(
+    scan: Scan,
+    options: Options,
+    vectors: Vectors | None = None,
+    progress: Callable[[int], None] = lambda n: None,
+) -> Plan:
+    """Reads and judges every input found.
+
+    Args:
+      scan: what there is.
+      options: checked ones.
+      vectors: precomputed vision vectors, if any.
+      progress: called with the number of inputs done since the last call.
+
+    Raises:
+      PreprocessError: nothing is left to train on.
+    """
+    found = scan.found[: options.limit or None]
+    items: list[Item] = []
+    rejects = list(scan.rejects)
+    size = 0
+    for result in _in_threads(lambda f: _examine(f, options, vectors), found, options.workers):
+        if isinstance(result, Reject):
+            rejects.append(result)
+        else:
+            item, bytes_read = result
+            items.append(item)
+            size += bytes_read
+        progress(1)
+    units = make_units(items, options.holdout, options.shard_size)
+    if not any(unit.split == "train" for unit in units):
+        raise PreprocessError(_nothing(scan, found, items, rejects, options))
+    return Plan(
+        options=options,
+        items=items,
+        units=units,
+        rejects=rejects,
+        duplicates=_duplicates(items),
+        wrong_extension=sum(_wrong_extension(item) for item in items),
+        bytes_read=size,
+    )
+
+
+def _examine(found: Found, options: Options, vectors: Vectors | None) -> tuple[Item, int] | Reject:
+    try:
+        caption = _caption(found, captions.fields(options.caption_field))
+        data = found.image.read(MAX_FILE_BYTES)
+        header = read_header(data, options.limits())
+        vector = hashlib.sha256(vectors.read(found.key)[0]).hexdigest() if vectors else ""
+        item = Item(
+            key=found.key,
+            image=found.image,
+            caption=caption,
+            content=hashlib.sha256(data).hexdigest(),
+            header=header,
+            bucket=nearest(options.buckets(), header.height, header.width),
+            vector=vector,
+        )
+    except Rejected as rejected:
+        return Reject.of(found.key, found.image.path, rejected)
+    return item, len(data)
+
+
+def _caption(found: Found, names: tuple[str, ...]) -> str:
+    if found.caption_file is not None:
+        path = found.caption_file
+        data = path.read(captions.MAX_BYTES)
+        # In an archive the place is that of the archive, so the name does not tell: an object starts with {.
+        is_json = path.path.lower().endswith(".json") or (path.size >= 0 and data.lstrip()[:1] == b"{")
+        return captions.from_json(data, names) if is_json else captions.from_text(data)
+    if isinstance(found.caption, Rejected):
+        raise found.caption
+    if found.caption is None:
+        raise Rejected("no caption", "no .json or .txt beside the image and no row in a metadata table")
+    return found.caption
+
+
+def _in_threads(work: Callable, jobs: list, threads: int) -> Iterator:
+    """`map` in threads, in order, with a bounded number of results waiting."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: collections.deque = collections.deque()
+        for job in jobs:
+            waiting.append(pool.submit(work, job))
+            if len(waiting) >= 16 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def split_of(content: str, holdout: float) -> str:
+    """The split of an image, from the hash of its content: the same whatever else is in the dataset."""
+    return "holdout" if int(content[:16], 16) < holdout * 2**64 else "train"
+
+
+def make_units(items: list[Item], holdout: float, shard_size: int) -> list[Unit]:
+    """Divides items into units of at most `shard_size`, train first."""
+    units = []
+    for split in SPLITS:
+        members = [
+            (int.from_bytes(hashlib.sha256(item.key.encode()).digest()[:8]), item)
+            for item in items
+            if split_of(item.content, holdout) == split
+        ]
+        for leaf in _leaves(members, shard_size, bit=63):
+            units.append(Unit(split, tuple(sorted((item for _, item in leaf), key=lambda item: item.key))))
+    return units
+
+
+def _leaves(members: list[tuple[int, Item]], size: int, bit: int) -> Iterator[list[tuple[int, Item]]]:
+    if len(members) <= size or bit < 0:
+        if members:
+            yield members
+        return
+    yield from _leaves([m for m in members if not m[0] >> bit & 1], size, bit - 1)
+    yield from _leaves([m for m in members if m[0] >> bit & 1], size, bit - 1)
+
+
+def _duplicates(items: list[Item]) -> list[tuple[str, ...]]:
+    groups: dict[str, list[str]] = collections.defaultdict(list)
+    for item in items:
+        groups[item.content].append(item.key)
+    return [tuple(keys) for keys in groups.values() if len(keys) > 1]
+
+
+_NAMES = {"JPEG": ".jpg .jpeg", "MPO": ".jpg .jpeg", "PNG": ".png", "WEBP": ".webp", "AVIF": ".avif"}
+_NAMES |= {"BMP": ".bmp", "DIB": ".bmp", "TIFF": ".tif .tiff"}
+
+
+def _wrong_extension(item: Item) -> bool:
+    return Path(item.key).suffix.lower() not in _NAMES.get(item.header.format, "")
+
+
+def _nothing(
+    scan: Scan, found: list[Found], items: list[Item], rejects: list[Reject], options: Options
+) -> str:
+    if items:
+        return (
+            f"--holdout {options.holdout} puts all {len(items)} images into the holdout split and leaves none to "
+            "train on; use --holdout 0"
+        )
+    if not found:
+        return f"--input {options.input}: no image in {scan.root} ({sum(scan.ignored.values())} other files)"
+    reasons = collections.Counter(reject.reason for reject in rejects).most_common(3)
+    told = "; ".join(f"{reason}: {count}" for reason, count in reasons)
+    example = next(reject for reject in rejects if reject.reason == reasons[0][0])
+    return (
+        f"--input {options.input}: none of {len(found)} images can be used ({told}; for example {example.file}: "
+        f"{example.detail or example.reason})"
+    )

@@ -1,0 +1,274 @@
+"""From finished units to a dataset directory, so that a kill at any moment leaves one or the other.
+
+Everything new is written into `.build/next` first. Then `.build/commit.json` says which file goes where, and
+from there the way only leads forward: `roll_forward` may be killed and called again as often as it likes.
+While files are moved there is no manifest, so nobody takes the directory for a finished dataset.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from fluxdit_jax import records
+from fluxdit_jax.records import EncoderIdentity, Manifest, Shard
+from preprocess import PreprocessError
+from preprocess.options import Options
+from preprocess.plan import Plan, Unit
+from preprocess.scan import Reject
+from preprocess.statistics import Moments
+from preprocess.units import (
+    INDEX,
+    SHARD_SUFFIX,
+    WORK,
+    Rows,
+    UnitInfo,
+    bucket_histogram,
+    disk_errors,
+    replacing,
+    sync_folder,
+)
+
+OPTIONS_FILE = "build.json"
+LOG_FILE = "build_log.jsonl"
+_NEXT, _COMMIT = "next", "commit.json"
+
+
+def dataset_name(directory: Path) -> str:
+    """The TFDS name of a dataset: its folder's name in lower case, other characters than a-z, 0-9 as _."""
+    name = re.sub(r"[^a-z0-9]+", "_", directory.resolve().name.lower()).strip("_")
+    return name if name[:1].isalpha() else f"dataset_{name}".rstrip("_")
+
+
+@dataclasses.dataclass(frozen=True)
+class Identities:
+    """The three encoders' identities."""
+
+    vae: EncoderIdentity
+    text: EncoderIdentity
+    vision: EncoderIdentity
+
+
+def publish(
+    directory: Path, plan: Plan, done: list[tuple[Unit, UnitInfo, pa.Table]], identities: Identities
+) -> tuple[Manifest, bool]:
+    """Makes the dataset that consists of exactly these units.
+
+    Args:
+      done: every unit of the plan in order, with what is known of it and its rows. `UnitInfo.file` tells
+        whether its shard is in the dataset already or in `.build`.
+
+    Returns:
+      The manifest, and False if the directory was that dataset already.
+
+    Raises:
+      PreprocessError: no record is left in the train split, or a latent channel is constant.
+    """
+    name = dataset_name(directory)
+    placed = _place(name, done)
+    manifest = _manifest(name, plan, placed, identities)
+    rejects = sorted(
+        [*plan.rejects, *(reject for info, _, _ in placed for reject in info.rejects)],
+        key=lambda reject: (reject.key, reject.reason, reject.detail),
+    )
+    work = directory / WORK
+    next_folder = work / _NEXT
+    shutil.rmtree(next_folder, ignore_errors=True)
+    next_folder.mkdir(parents=True)
+    with disk_errors(next_folder):
+        index = pa.concat_tables([_index_part(info, table) for info, table, _ in placed]).cast(INDEX)
+        Rows(index, [info for info, _, _ in placed]).save(next_folder / records.INDEX)
+        _save_text(next_folder / records.REJECTS, "".join(_reject_line(reject) for reject in rejects))
+        _save_text(next_folder / OPTIONS_FILE, _to_json({"options": plan.options.to_dict()}))
+        _save_text(next_folder / records.MANIFEST, manifest.to_json())
+    moves = [(info.uid, old, info.file) for info, _, old in placed if info.records]
+    if all(old == new for _, old, new in moves) and _same(directory, next_folder):
+        finish(directory)
+        return manifest, False
+    with disk_errors(work / _COMMIT):
+        keep = {old: uid for uid, old, _ in moves if old}
+        commit = {"phase": 1, "keep": keep, "place": {uid: new for uid, _, new in moves}}
+        _save_text(work / _COMMIT, _to_json(commit))
+    roll_forward(directory)
+    return manifest, True
+
+
+def _place(name: str, done: list[tuple[Unit, UnitInfo, pa.Table]]) -> list[tuple[UnitInfo, pa.Table, str]]:
+    """Gives shards their names; a unit without records gets none. Returns (info, rows, present name)."""
+    placed = []
+    for split in records.SPLITS:
+        units = [(info, table) for unit, info, table in done if unit.split == split]
+        count = sum(info.records > 0 for info, _ in units)
+        number = 0
+        for info, table in units:
+            file = ""
+            if info.records:
+                file = records.shard_name(name, split, number, count)
+                number += 1
+            placed.append((dataclasses.replace(info, file=file), table, info.file))
+    return placed
+
+
+def _index_part(info: UnitInfo, table: pa.Table) -> pa.Table:
+    count = table.num_rows
+    columns = {
+        "split": pa.array([info.split] * count, pa.string()),
+        "shard": pa.array([info.file] * count, pa.string()),
+        "row": pa.array(range(count), pa.int32()),
+    }
+    return pa.table(columns | {column: table[column] for column in table.column_names})
+
+
+def _manifest(
+    name: str, plan: Plan, placed: list[tuple[UnitInfo, pa.Table, str]], identities: Identities
+) -> Manifest:
+    options = plan.options
+    shards: dict[str, list[Shard]] = {}
+    for info, table, _ in placed:
+        if info.records:
+            shard = Shard(info.file, info.sha256, info.bytes, info.records, bucket_histogram(table))
+            shards.setdefault(info.split, []).append(shard)
+    moments = Moments.merged(info.moments for info, _, _ in placed if info.moments and info.split == "train")
+    if moments is None:
+        raise PreprocessError(
+            "every image of the train split was rejected while it was decoded or encoded; the reasons are in "
+            f"{Path(options.output) / LOG_FILE}"
+        )
+    constant = [channel for channel, std in enumerate(moments.std) if not std > 0]
+    if constant:
+        raise PreprocessError(
+            f"latent channel {constant[0]} has the same value everywhere in the train split, so it cannot be "
+            "normalised: the images are all of one flat colour, or the VAE is broken"
+        )
+    return Manifest(
+        name=name,
+        resolution=options.resolution,
+        modulus=options.modulus,
+        fit=options.fit,
+        vae=identities.vae,
+        text=identities.text,
+        vision=identities.vision,
+        buckets=options.buckets(),
+        latent_mean=tuple(moments.mean.tolist()),
+        latent_std=tuple(moments.std.tolist()),
+        latent_count=moments.count,
+        text_tokens=max(max(table["tokens"].to_pylist()) for info, table, _ in placed if info.records),
+        shards={split: tuple(of_split) for split, of_split in shards.items()},
+        rejects=len(plan.rejects) + sum(len(info.rejects) for info, _, _ in placed),
+    )
+
+
+def _reject_line(reject: Reject) -> str:
+    raw = dataclasses.asdict(reject)
+    raw.pop("transient")
+    return json.dumps(raw, ensure_ascii=False) + "\n"
+
+
+def _to_json(raw: Any) -> str:
+    return json.dumps(raw, indent=1, sort_keys=True) + "\n"
+
+
+def _save_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _same(directory: Path, next_folder: Path) -> bool:
+    """Whether the published files equal the next ones, byte for byte."""
+    for path in next_folder.iterdir():
+        try:
+            if (directory / path.name).read_bytes() != path.read_bytes():
+                return False
+        except FileNotFoundError:
+            return False
+    return all((directory / name).exists() for name in ("dataset_info.json", "features.json"))
+
+
+def roll_forward(directory: Path) -> bool:
+    """Completes a publication that was begun, if there is one; returns whether there was."""
+    work = directory / WORK
+    try:
+        commit = json.loads((work / _COMMIT).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    with disk_errors(directory):
+        if commit["phase"] == 1:
+            (directory / records.MANIFEST).unlink(missing_ok=True)
+            for file, uid in commit["keep"].items():
+                if (directory / file).exists():
+                    (directory / file).replace(work / (uid + SHARD_SUFFIX))
+            sync_folder(work)
+            sync_folder(directory)
+            commit["phase"] = 2
+            _save_text(work / _COMMIT, _to_json(commit))
+        for uid, file in commit["place"].items():
+            if (work / (uid + SHARD_SUFFIX)).exists():
+                (work / (uid + SHARD_SUFFIX)).replace(directory / file)
+        for path in directory.glob("*.array_record-*-of-*"):
+            if path.name not in commit["place"].values():
+                path.unlink()
+        next_folder = work / _NEXT
+        manifest_path = next_folder if (next_folder / records.MANIFEST).exists() else directory
+        manifest = records.load_manifest(manifest_path)
+        _write_tfds_metadata(directory, manifest)
+        for name in (records.INDEX, records.REJECTS, OPTIONS_FILE, records.MANIFEST):  # the manifest last
+            if (next_folder / name).exists():
+                (next_folder / name).replace(directory / name)
+        sync_folder(directory)
+    finish(directory)
+    return True
+
+
+def finish(directory: Path) -> None:
+    """Removes `.build` (the lock in it goes last and its holder keeps it)."""
+    work = directory / WORK
+    (work / _COMMIT).unlink(missing_ok=True)
+    for path in work.glob("*.parquet"):  # before the shards: a unit without rows does not count as finished
+        path.unlink()
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _write_tfds_metadata(directory: Path, manifest: Manifest) -> None:
+    """`dataset_info.json` and `features.json`, as TFDS wants them."""
+    import tensorflow_datasets as tfds
+
+    template = tfds.core.ShardedFileTemplate(
+        dataset_name=manifest.name,
+        data_dir=directory,
+        filetype_suffix="array_record",
+        template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+    )
+    splits = [
+        tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=[shard.records for shard in shards],
+            num_bytes=sum(shard.bytes for shard in shards),
+            filename_template=template,
+        )
+        for split, shards in manifest.shards.items()
+    ]
+    tfds.folder_dataset.write_metadata(
+        data_dir=directory,
+        features=records.tfds_features(manifest.vae.width, manifest.text.width, manifest.vision.width),
+        split_infos=splits,
+        filename_template=template,
+        version="1.0.0",
+        check_data=False,
+        description="Images encoded for fluxdit_jax: VAE latents, T5 tokens, DINO vectors.",
+    )
+
+
+def load_options(directory: Path) -> Options:
+    """The options that a dataset was built with; raises `PreprocessError` if they are not there."""
+    path = directory / OPTIONS_FILE
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        return Options.from_dict(raw["options"], str(path))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PreprocessError(f"{path} cannot be read: {error}") from error
