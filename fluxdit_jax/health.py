@@ -55,7 +55,13 @@ class Diagnosis:
 class Monitor:
     """Feed it every step; it answers with what has begun or ended since."""
 
-    def __init__(self, learning_rate: float, warmup_steps: int):
+    def __init__(self, learning_rate: float, warmup_steps: int, silent: frozenset[str] = frozenset()):
+        """
+        Args:
+          learning_rate, warmup_steps: of the run, to speak of them.
+          silent: parameter groups that rightly get no gradient (nulls of conditions that are never dropped).
+        """
+        self._silent = silent
         self._learning_rate = learning_rate
         self._warmup_steps = warmup_steps
         self._norms: deque[float] = deque(maxlen=BASELINE + WINDOW)
@@ -147,8 +153,8 @@ class Monitor:
         return self._change(
             "sinking",
             now < SINK * self._largest or (weak and self._seen > self._warmup_steps + BASELINE),
-            f"step {seen.step}: the gradient norm sank to {now:.3g} (it was {self._largest:.3g}) and the prediction has "
-            f"{median(self._ratios):.2f} of the target's size: the network is collapsing to the mean of everything, "
+            f"step {seen.step}: the gradient norm sank to {now:.3g} (it was {self._largest:.3g}) and the prediction "
+            f"has {median(self._ratios):.2f} of the target's size: the network is collapsing to the mean of all, "
             "which is a grey image. Look at the latent statistics in the manifest, at the conditions, and at layers "
             "that start at zero",
             f"step {seen.step}: the gradient norm is back at {now:.3g}",
@@ -163,8 +169,8 @@ class Monitor:
         return self._change(
             "disconnected",
             bool(silent),
-            f"step {seen.step}: {', '.join(silent)} had a gradient of exactly zero for {WINDOW} steps: not connected to "
-            "the loss, or behind two layers that both start at zero. It will never learn; restart with this mended",
+            f"step {seen.step}: {', '.join(silent)} had a gradient of exactly zero for {WINDOW} steps: not connected "
+            "to the loss, or behind two layers that both start at zero. It will never learn; restart with this mended",
             f"step {seen.step}: every part of the network receives gradient",
         )
 
@@ -174,8 +180,8 @@ class Monitor:
         return self._change(
             "starved",
             full and share > STARVED,
-            f"step {seen.step}: {share:.0%} of the time is spent waiting for data. Raise data.threads or data.prefetch, "
-            "or move the data set to a faster disk",
+            f"step {seen.step}: {share:.0%} of the time is spent waiting for data. Raise data.threads or "
+            "data.prefetch, or move the data set to a faster disk",
             f"step {seen.step}: data keeps up",
             serious=False,
         )

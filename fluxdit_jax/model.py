@@ -109,8 +109,8 @@ def time_features(t_B: jax.Array) -> jax.Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def rotary_angles(grid_Bx2: jax.Array, tokens: int, head_dim: int) -> jax.Array:
-    """Rotary angles of each token from its row and column, f32 [B, tokens, head_dim / 2].
+def rotary(grid_Bx2: jax.Array, tokens: int, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of each token's rotary angles from its row and column, f32 [B, tokens, head_dim / 2] each.
 
     Args:
       grid_Bx2: int32 (rows, columns) of each sample's token grid; token i is at (i // columns, i % columns).
@@ -121,14 +121,14 @@ def rotary_angles(grid_Bx2: jax.Array, tokens: int, head_dim: int) -> jax.Array:
     columns = grid_Bx2[:, 1:2]
     position_BxNx2 = jnp.stack([index // columns, index % columns], axis=-1).astype(jnp.float32)
     angles = position_BxNx2[..., None] * frequencies
-    return angles.reshape(*angles.shape[:2], 2 * pairs)
+    angles = angles.reshape(*angles.shape[:2], 2 * pairs)
+    return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x_BxNxHxd: jax.Array, angles_BxNxd2: jax.Array) -> jax.Array:
-    """Turns the pairs (x[i], x[i + d/2]) by the angles, in f32."""
-    x = x_BxNxHxd.astype(jnp.float32)
-    a, b = jnp.split(x, 2, axis=-1)
-    cos, sin = jnp.cos(angles_BxNxd2)[:, :, None], jnp.sin(angles_BxNxd2)[:, :, None]
+def rotate(x_BxNxHxd: jax.Array, cos_BxNxd2: jax.Array, sin_BxNxd2: jax.Array) -> jax.Array:
+    """Turns the pairs (x[i], x[i + d/2]) by the angles of `rotary`, in f32."""
+    a, b = jnp.split(x_BxNxHxd.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos_BxNxd2[:, :, None], sin_BxNxd2[:, :, None]
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x_BxNxHxd.dtype)
 
 
@@ -140,11 +140,11 @@ class SelfAttention(nnx.Module):
         self.k_scale = nnx.Param(jnp.ones((config.head_dim,)))
         self.out = Dense(config.width, config.width, rngs=rngs)
 
-    def __call__(self, x_BxNxD, angles, length_B):
+    def __call__(self, x_BxNxD, cos, sin, length_B):
         B, N, D = x_BxNxD.shape
         q, k, v = (y.reshape(B, N, self.heads, -1) for y in jnp.split(self.qkv(x_BxNxD), 3, axis=-1))
-        q = rotate(rms_norm(q, self.q_scale[...]), angles)
-        k = rotate(rms_norm(k, self.k_scale[...]), angles)
+        q = rotate(rms_norm(q, self.q_scale[...]), cos, sin)
+        k = rotate(rms_norm(k, self.k_scale[...]), cos, sin)
         y = checkpoint_name(attend(q, k, v, length_B, self.implementation), "attention_out")
         return self.out(y.reshape(B, N, D))
 
@@ -188,13 +188,13 @@ class Block(nnx.Module):
         self.mlp = Mlp(config, rngs=rngs)
         self.table = nnx.Param(jnp.zeros((N_BLOCK_MODULATIONS, config.width)))
 
-    def __call__(self, x_BxNxD, modulation_Bx7xD, text_BxTxD, text_length_B, angles, length_B):
+    def __call__(self, x_BxNxD, modulation_Bx7xD, text_BxTxD, text_length_B, cos, sin, length_B):
         m = (modulation_Bx7xD + self.table[...])[:, :, None, :]
         shift1, scale1, gate1, gate_cross, shift2, scale2, gate2 = (
             m[:, i] for i in range(N_BLOCK_MODULATIONS)
         )
         x = x_BxNxD
-        x = x + gate1 * self.attention(rms_norm(x) * (1 + scale1) + shift1, angles, length_B)
+        x = x + gate1 * self.attention(rms_norm(x) * (1 + scale1) + shift1, cos, sin, length_B)
         x = x + gate_cross * self.cross(rms_norm(x), text_BxTxD, text_length_B)
         return x + gate2 * self.mlp(rms_norm(x) * (1 + scale2) + shift2)
 
@@ -255,7 +255,7 @@ class DiT(nnx.Module):
         dtype = jnp.dtype(config.dtype)
         x = self.patch_embed(x_BxNxP.astype(dtype))
         length_B = grid_Bx2[:, 0] * grid_Bx2[:, 1]
-        angles = rotary_angles(grid_Bx2, x.shape[1], config.head_dim)
+        cos, sin = rotary(grid_Bx2, x.shape[1], config.head_dim)
 
         text = self.text_embed(rms_norm(text_BxTxE.astype(dtype), self.text_scale[...]))
         text = jnp.where(keep_text_B[:, None, None], text, self.null_text[...])
@@ -271,7 +271,7 @@ class DiT(nnx.Module):
 
         def body(x, block_parameters):
             block = nnx.merge(graph, block_parameters)
-            return block(x, block_modulation, text, text_length_B, angles, length_B), None
+            return block(x, block_modulation, text, text_length_B, cos, sin, length_B), None
 
         if config.remat != "none":
             body = jax.checkpoint(body, prevent_cse=False, policy=REMAT_POLICIES[config.remat])

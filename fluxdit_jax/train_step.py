@@ -128,6 +128,7 @@ def make_train_step(
         norms = gradient_norms(opt_state)
         metrics |= {
             "step": opt_state.gradient_step,
+            "mini_step": opt_state.mini_step,
             "skipped": skipped,
             "grad_norm": norms.total,
             "grad_norm_groups": norms.groups,

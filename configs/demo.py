@@ -1,0 +1,32 @@
+"""The quickstart: memorise the 100 drawn portraits (128 px, 64 tokens) on a laptop.
+
+    bash scripts/quickstart.sh            # or, by hand:
+    python -m preprocess demo --output data/demo-images
+    python -m preprocess build --input data/demo-images --output data/demo --resolution 128 --modulus 16 \
+        --holdout 0 --vae builtin:dct --text-encoder builtin:hash --vision-encoder builtin:tone
+    python -m fluxdit_jax.train --config=configs/demo.py --config.data.path=data/demo --config.workdir=runs/demo
+"""
+
+from fluxdit_jax.config import default_config
+
+
+def get_config():
+    c = default_config()
+    c.model.width = 192
+    c.model.depth = 4
+    c.model.heads = 3
+    c.data.batch_size = 16
+    c.optim.effective_batch = 16
+    c.optim.lr = 2e-3
+    c.optim.schedule = "cosine"
+    c.optim.warmup_steps = 100
+    c.optim.final_fraction = 0.02
+    c.flow.uniform_share = 1.0
+    c.flow.shift = 3.0
+    c.flow.drop_text = 0.0
+    c.flow.drop_vision = 0.0
+    c.flow.drop_both = 0.0
+    c.model.remat = "dots"
+    c.train.steps = 3600
+    c.log.preview_every = 600
+    return c

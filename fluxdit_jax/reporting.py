@@ -1,0 +1,185 @@
+"""Reads what each micro-batch measured and tells people: terminal, log, metrics.jsonl, TensorBoard."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import optax
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from fluxdit_jax.flow import TIME_BINS
+from fluxdit_jax.health import Diagnosis, Monitor, Observation
+from fluxdit_jax.metrics import MetricsWriter, unpack
+
+log = logging.getLogger(__name__)
+_LINE_SECONDS = 20.0  # without a terminal, a progress line at most this often
+
+
+class Reporter:
+    """Follows a run micro-batch by micro-batch. Use as a context manager.
+
+    Attributes:
+      trouble: the last serious diagnosis, or None; the loop decides what to do about it.
+    """
+
+    def __init__(
+        self,
+        *,
+        writer: MetricsWriter,
+        monitor: Monitor,
+        schedule: optax.Schedule,
+        metric_shapes: dict[str, Any],
+        batch_size: int,
+        step: int,
+        total_steps: int,
+        every: int,
+    ):
+        """
+        Args:
+          metric_shapes: of the metrics that `metrics.pack` packed.
+          batch_size: samples per micro-batch.
+          step: optimizer steps already done; total_steps: of the whole run.
+          every: steps between logged scalars.
+        """
+        self._writer, self._monitor, self._schedule = writer, monitor, schedule
+        self._shapes, self._batch_size, self._every = metric_shapes, batch_size, every
+        self._total = total_steps
+        self.trouble: Diagnosis | None = None
+        self._bar = tqdm(
+            total=total_steps,
+            initial=step,
+            unit="step",
+            smoothing=0.05,
+            disable=not sys.stderr.isatty(),
+            leave=True,
+        )
+        self._redirect = logging_redirect_tqdm() if sys.stderr.isatty() else None
+        self._line_at = time.monotonic()
+        self._began = (time.monotonic(), step)
+        self._start_step()
+        self._start_window()
+
+    def __enter__(self) -> Reporter:
+        if self._redirect:
+            self._redirect.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+        if self._redirect:
+            self._redirect.__exit__(*exception)
+        self._writer.close()
+
+    def _start_step(self) -> None:
+        self._step_micro: list[dict[str, Any]] = []
+        self._step_skipped = 0
+        self._step_started = time.monotonic()
+        self._step_waited = 0.0
+
+    def _start_window(self) -> None:
+        self._losses: list[float] = []
+        self._bins = np.zeros((2, TIME_BINS))
+        self._window_samples = 0
+        self._window_skipped = 0
+        self._window_started = time.monotonic()
+        self._window_waited = 0.0
+
+    def waited(self, seconds: float) -> None:
+        """Counts time in which the device had nothing to do because the data was late."""
+        self._step_waited += seconds
+        self._window_waited += seconds
+
+    def pause(self, seconds: float) -> None:
+        """Leaves time spent on pictures and the like out of the throughput."""
+        self._window_started += seconds
+        self._step_started += seconds
+
+    def read(self, values: Any) -> tuple[int, int]:
+        """Takes one micro-batch's packed metrics, waiting for the device if it must.
+
+        Returns:
+          (optimizer steps done, micro-batches accumulated towards the next), as the device counts them.
+        """
+        micro = unpack(np.asarray(values), self._shapes)
+        step, mini = int(micro["step"]), int(micro["mini_step"])
+        self._window_samples += self._batch_size
+        if micro["skipped"]:
+            self._step_skipped += 1
+            self._window_skipped += 1
+        else:
+            self._step_micro.append(micro)
+            self._bins += np.stack([micro["bin_loss"], micro["bin_count"]])
+        if micro["skipped"] or mini == 0:
+            self._finish_step(step, micro, completed=mini == 0 and not micro["skipped"])
+        return step, mini
+
+    def _finish_step(self, step: int, micro: dict[str, Any], completed: bool) -> None:
+        elapsed = max(1e-9, time.monotonic() - self._step_started)
+        loss = float(np.mean([m["loss"] for m in self._step_micro])) if self._step_micro else float("nan")
+        for diagnosis in self._monitor.observe(
+            Observation(
+                step=step,
+                loss=loss,
+                gradient_norm=float(micro["grad_norm"]),
+                gradient_groups={name: float(norm) for name, norm in micro["grad_norm_groups"].items()},
+                rms_ratio=float(micro["prediction_rms"] / micro["target_rms"]),
+                skipped=self._step_skipped,
+                data_wait=self._step_waited / elapsed,
+            )
+        ):
+            (log.warning if diagnosis.serious else log.info)("health: %s", diagnosis.message)
+            self._writer.text(step, f"health/{diagnosis.kind}", diagnosis.message)
+            if diagnosis.serious:
+                self.trouble = diagnosis
+        if not completed:
+            self._step_skipped = 0
+            return
+        self._losses.append(loss)
+        self._bar.update(step - self._bar.n)
+        if step % self._every == 0 or step == self._total:
+            self._log(step, micro)
+        self._start_step()
+
+    def _log(self, step: int, micro: dict[str, Any]) -> None:
+        elapsed = max(1e-9, time.monotonic() - self._window_started)
+        rate = self._window_samples / elapsed
+        loss = float(np.mean(self._losses))
+        scalars = {
+            "loss": loss,
+            "gradient_norm": float(micro["grad_norm"]),
+            "learning_rate": float(self._schedule(step - 1)),
+            "images_per_second": rate,
+            "data_wait": self._window_waited / elapsed,
+            "velocity_rms_ratio": float(micro["prediction_rms"] / micro["target_rms"]),
+            "update_norm": float(micro["update_norm"]),
+            "parameter_norm": float(micro["param_norm"]),
+            "ema_distance": float(micro["ema_distance"]),
+            "skipped": self._window_skipped,
+        }
+        for index, (total, count) in enumerate(self._bins.T):
+            if count:
+                scalars[f"loss_by_time/{index / TIME_BINS:.3f}"] = float(total / count)
+        for name, norm in micro["grad_norm_groups"].items():
+            scalars[f"gradient_norm_by_group/{name.replace('/', '.')}"] = float(norm)
+        self._writer.scalars(step, scalars)
+        self._bar.set_postfix_str(f"loss {loss:.4f}, grad {scalars['gradient_norm']:.3f}, {rate:.1f} img/s")
+        if self._bar.disable and (time.monotonic() - self._line_at > _LINE_SECONDS or step == self._total):
+            self._line_at = time.monotonic()
+            started, first = self._began
+            left = (time.monotonic() - started) / max(1, step - first) * (self._total - step)
+            log.info(
+                "step %d/%d  loss %.4f  gradient norm %.3f  %.1f images/s  ETA %s  %s",
+                step,
+                self._total,
+                loss,
+                scalars["gradient_norm"],
+                rate,
+                tqdm.format_interval(left),
+                self._monitor.summary(),
+            )
+        self._start_window()

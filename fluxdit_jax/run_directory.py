@@ -1,0 +1,143 @@
+"""The run directory: what a run was started with, and whether it may go on with something else.
+
+config.json       the configuration, every key
+dataset.json      the manifest of the data set it was trained on, as it was
+checkpoints/ ema/ tensorboard/ metrics.jsonl samples/ validation/ train.log
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from fluxdit_jax.records import Manifest, load_manifest
+
+CONFIG = "config.json"
+DATASET = "dataset.json"
+
+# Keys that may change between two starts of a run without changing its mathematics. A micro-batch may change
+# because the draws of a step do not depend on how it is split; train.steps only while no schedule reads it.
+FREE_KEYS = (
+    "workdir",
+    "device_memory_gb",
+    "profile",
+    "data.path",
+    "data.batch_size",
+    "data.threads",
+    "data.prefetch",
+    "model.remat",
+    "checkpoint.",
+    "health.",
+    "log.",
+    "gate.",
+    "mesh.",
+    "resume.",
+)
+
+
+class RunError(Exception):
+    """The run directory cannot be used; the message says why and what to do."""
+
+
+class RunLock:
+    """One process per run directory. The kernel releases the lock when its owner dies, however it dies."""
+
+    def __init__(self, workdir: Path):
+        workdir.mkdir(parents=True, exist_ok=True)
+        self._file = (workdir / ".lock").open("a+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.seek(0)
+            owner = self._file.read().strip() or "another process"
+            raise RunError(f"{workdir} is in use by {owner}; stop it, or give another workdir") from error
+        self._file.truncate(0)
+        self._file.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        self._file.flush()
+
+    def release(self) -> None:
+        self._file.close()
+
+
+def start_or_resume(workdir: Path, config: ConfigDict, manifest: Manifest) -> bool:
+    """Records the start of a new run, or checks that an old one may go on; True if it is an old one.
+
+    Raises:
+      RunError: the data set or a key that decides the mathematics is not what the run was started with, and
+        `config.resume.allow_changes` is not set. The message lists every difference.
+    """
+    config_file, dataset_file = workdir / CONFIG, workdir / DATASET
+    resuming = config_file.exists()
+    if resuming:
+        changes = config_changes(load_config(workdir), config)
+        if _dataset_identity(load_dataset(workdir)) != _dataset_identity(manifest):
+            changes.append(f"data.path: {config.data.path} is not the data set of this run ({DATASET})")
+        if changes and not config.resume.allow_changes:
+            raise RunError(
+                f"{workdir} holds a run with another configuration:\n  " + "\n  ".join(changes) + "\n"
+                "Give the old values, another workdir, or --config.resume.allow_changes=True to go on all the same"
+            )
+    _write(dataset_file, manifest.to_json())
+    _write(config_file, json.dumps(config.to_dict(), indent=1) + "\n")
+    return resuming
+
+
+def config_changes(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """`key: old -> new` for every key that decides the mathematics and differs."""
+    before, after = _flatten(old.to_dict()), _flatten(new.to_dict())
+    free = FREE_KEYS + (("train.steps",) if new.optim.schedule == "constant" else ())
+    changes = []
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key) and not any(
+            key == f or (f[-1] == "." and key.startswith(f)) for f in free
+        ):
+            changes.append(f"{key}: {before.get(key)!r} -> {after.get(key)!r}")
+    return changes
+
+
+def load_config(workdir: Path) -> ConfigDict:
+    """The configuration a run was last started with."""
+    path = workdir / CONFIG
+    try:
+        return ConfigDict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise RunError(
+            f"{path} does not exist: {workdir} is not a run directory of fluxdit_jax.train"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+
+
+def load_dataset(workdir: Path) -> Manifest:
+    """The manifest of the run's data set; the data set itself may be gone."""
+    path = workdir / DATASET
+    if not path.exists():
+        return load_manifest(load_config(workdir).data.path)
+    return Manifest.from_json(path.read_text(encoding="utf-8"), str(path))
+
+
+def _dataset_identity(manifest: Manifest) -> list[str]:
+    """What makes two data sets the same for training: their train shards, and the statistics that follow."""
+    return [shard.sha256 for shard in manifest.shards.get("train", ())]
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

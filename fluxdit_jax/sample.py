@@ -1,0 +1,242 @@
+"""Draws pictures: `python -m fluxdit_jax.sample --workdir=RUN --prompt "..." --out picture.png`.
+
+The weights are the run's EMA. The prompt goes through the text encoder that encoded the training captions,
+and a reference picture through the same vision encoder; both are those of `preprocess/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging as absl_logging
+from PIL import Image, PngImagePlugin
+from tqdm import tqdm
+
+from fluxdit_jax import pictures, sampler
+from fluxdit_jax.checkpoint import CheckpointError, restore_ema
+from fluxdit_jax.config import resolve
+from fluxdit_jax.generation import Generator, conditions
+from fluxdit_jax.records import EncoderIdentity, Manifest
+from fluxdit_jax.run_directory import RunError, load_config, load_dataset
+from fluxdit_jax.train import use_compilation_cache
+from fluxdit_jax.train_step import patch_statistics
+from fluxdit_jax.vae import DecoderError, load_decoder
+from preprocess import PreprocessError
+
+
+class SampleError(Exception):
+    """The request cannot be drawn; the message names the argument."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One picture to draw: what it is asked to be, its size (height, width) in pixels, and its noise."""
+
+    prompt: str
+    size: tuple[int, int]
+    seed: int
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m fluxdit_jax.sample", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--workdir", type=Path, required=True, help="run directory of fluxdit_jax.train")
+    add("--prompt", action="append", default=[], help="what to draw; may be given several times")
+    add("--prompts", type=Path, help="text file with one prompt per line")
+    add("--reference", type=Path, help="picture whose light and mood (vision vector) to take")
+    add("--guidance-text", type=float, default=1.0, help="1: the model itself; above: closer to the prompt")
+    add("--guidance-vision", type=float, default=1.0, help="the same for the reference")
+    add("--rescale", type=float, default=0.0, help="0 to 1: undoes the over-saturation of strong guidance")
+    add("--steps", type=int, default=32, help="solver steps")
+    add("--method", choices=sampler.METHODS, default="heun", help="solver; heun costs two evaluations a step")
+    add("--seed", type=int, default=0, help="seed of the first picture; the next ones count up")
+    add("--count", type=int, default=1, help="pictures per prompt")
+    add(
+        "--size",
+        help="HEIGHTxWIDTH in pixels, one of the run's buckets; default: as the reference, or square",
+    )
+    add("--step", type=int, help="which EMA weights; default: the newest")
+    add("--vae", help="directory of the VAE, if it is not where the data set says")
+    add("--text-encoder", help="directory or id of the text encoder, likewise")
+    add("--vision-encoder", help="directory or id of the vision encoder, likewise")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        help="PNG file; with several pictures their sheet, each one beside it",
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.prompts:
+        lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
+        arguments.prompt += [line.strip() for line in lines if line.strip()]
+    if not arguments.prompt:
+        parser.error("give --prompt or --prompts")
+    if min(arguments.steps, arguments.count) < 1 or arguments.seed < 0:
+        parser.error("--steps and --count must be at least 1, --seed at least 0")
+    if not 0 <= arguments.rescale <= 1:
+        parser.error("--rescale must be between 0 and 1")
+    if arguments.out.suffix.lower() != ".png":
+        parser.error("--out must end in .png")
+    return arguments
+
+
+def choose_size(wanted: str | None, reference: tuple[int, int] | None, manifest: Manifest) -> tuple[int, int]:
+    """(height, width) in pixels: the bucket asked for, the one nearest to the reference, or the squarest."""
+    if wanted is None:
+        aspect = 0.0 if reference is None else np.log(reference[1] / reference[0])
+        return min(
+            manifest.buckets, key=lambda size: (abs(np.log(size[1] / size[0]) - aspect), -size[0] * size[1])
+        )
+    try:
+        height, width = (int(side) for side in wanted.lower().split("x"))
+    except ValueError as error:
+        raise SampleError(f"--size is {wanted!r}; it must be HEIGHTxWIDTH in pixels, as 512x768") from error
+    if (height, width) not in manifest.buckets:
+        known = ", ".join(f"{h}x{w}" for h, w in manifest.buckets)
+        raise SampleError(f"--size {height}x{width} is not a size this run was trained on: {known}")
+    return height, width
+
+
+def check_encoder(found: EncoderIdentity, trained: EncoderIdentity, option: str) -> None:
+    """Refuses an encoder other than the one the training set was made with."""
+    if (found.sha256, found.width) != (trained.sha256, trained.width):
+        raise SampleError(
+            f"the run was trained with {trained.id!r} (width {trained.width}, sha256 {trained.sha256[:12]}), but "
+            f"{option} is {found.id!r} (width {found.width}, sha256 {found.sha256[:12]}): its vectors mean other things"
+        )
+
+
+def encode_prompts(prompts: list[str], manifest: Manifest, spec: str | None) -> list[np.ndarray]:
+    """Text tokens bf16 [n, E] of each prompt, by the encoder of the training captions."""
+    from preprocess.encoders import load_text_encoder
+
+    encoder = load_text_encoder(
+        spec or manifest.text.id,
+        dtype=manifest.text.dtype,
+        max_tokens=manifest.text.options.get("max_tokens", 512),
+    )
+    check_encoder(encoder.identity, manifest.text, "--text-encoder")
+    return encoder.encode(prompts)
+
+
+def encode_reference(path: Path, manifest: Manifest, spec: str | None) -> tuple[np.ndarray, tuple[int, int]]:
+    """(vision vector f32 [V], (height, width) of the picture), by the encoder of the training pictures."""
+    from preprocess import images
+    from preprocess.buckets import nearest
+    from preprocess.encoders import load_vision_encoder
+
+    try:
+        content = path.read_bytes()
+        header = images.read_header(content, images.Limits())
+        bucket = nearest(manifest.buckets, header.height, header.width)
+        pixels = images.decode(content, header, bucket, manifest.fit).pixels
+    except (OSError, images.Rejected) as error:
+        raise SampleError(f"--reference {path}: {error}") from error
+    encoder = load_vision_encoder(spec or manifest.vision.id, dtype=manifest.vision.dtype)
+    check_encoder(encoder.identity, manifest.vision, "--vision-encoder")
+    return encoder.encode(pixels[None])[0], (header.height, header.width)
+
+
+def sample(arguments: argparse.Namespace) -> list[np.ndarray]:
+    """Draws what the arguments ask for; returns the pictures, uint8 [H, W, 3]."""
+    config = load_config(arguments.workdir)
+    manifest = load_dataset(arguments.workdir)
+    settings = resolve(config, manifest)
+    step, ema = restore_ema(arguments.workdir, arguments.step)
+    print(f"weights: {arguments.workdir / 'ema' / str(step)} (EMA, step {step})")
+
+    vector, reference_size = None, None
+    if arguments.reference:
+        vector, reference_size = encode_reference(arguments.reference, manifest, arguments.vision_encoder)
+    elif not config.flow.drop_vision + config.flow.drop_both:
+        print("note: this run never trained without a vision vector; without --reference expect little")
+    guided = arguments.guidance_text != 1.0 or arguments.guidance_vision != 1.0
+    if guided and not config.flow.drop_both:
+        print(
+            "note: this run never trained without conditions (flow.drop_both=0); guidance has nothing to lean on"
+        )
+    size = choose_size(arguments.size, reference_size, manifest)
+    texts = encode_prompts(arguments.prompt, manifest, arguments.text_encoder)
+
+    requests = [
+        Request(prompt, size, arguments.seed + number)
+        for number, prompt in enumerate(p for p in arguments.prompt for _ in range(arguments.count))
+    ]
+    patch_pixels = settings.model.patch * manifest.vae.options["factor"]
+    wanted = conditions(
+        [text for text in texts for _ in range(arguments.count)],
+        [vector] * len(requests),
+        [(size[0] // patch_pixels, size[1] // patch_pixels)] * len(requests),
+        settings.text_tokens,
+        settings.model.vision_width,
+    )
+    decoder = load_decoder(manifest.vae, arguments.vae)
+    generator = Generator(
+        settings.model,
+        tokens=settings.tokens,
+        shift=settings.flow.shift,
+        statistics=patch_statistics(manifest.latent_mean, manifest.latent_std, settings.model.patch),
+        steps=arguments.steps,
+        method=arguments.method,
+        guidance_text=arguments.guidance_text,
+        guidance_vision=arguments.guidance_vision,
+        rescale=arguments.rescale,
+        batch_size=min(16, len(requests)),
+    )
+    with tqdm(total=len(requests), unit="image", disable=not sys.stderr.isatty()) as bar:
+        noise = generator.noise([request.seed for request in requests])
+        latents = generator.latents(generator.cast(ema), wanted, noise, bar.update)
+    images = pictures.decode_all(decoder, latents)
+    _write(arguments, requests, images, step)
+    return images
+
+
+def _write(
+    arguments: argparse.Namespace, requests: list[Request], images: list[np.ndarray], step: int
+) -> None:
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    single = len(images) == 1
+    for number, (request, pixels) in enumerate(zip(requests, images, strict=True)):
+        path = arguments.out if single else arguments.out.with_stem(f"{arguments.out.stem}-{number:03d}")
+        Image.fromarray(pixels).save(path, pnginfo=_recipe(arguments, request, step))
+        print(f"{path}  {pixels.shape[1]}x{pixels.shape[0]}  seed {request.seed}  {request.prompt!r}")
+    if not single:
+        rows = [images[i : i + arguments.count] for i in range(0, len(images), arguments.count)]
+        pictures.grid(rows, row_titles=arguments.prompt, cell=256).save(arguments.out)
+        print(f"{arguments.out}  the sheet of all {len(images)}")
+
+
+def _recipe(arguments: argparse.Namespace, request: Request, step: int) -> PngImagePlugin.PngInfo:
+    """How the picture was made, as PNG text."""
+    recipe: dict[str, Any] = {
+        "prompt": request.prompt,
+        "seed": request.seed,
+        "steps": arguments.steps,
+        "method": arguments.method,
+        "guidance_text": arguments.guidance_text,
+        "guidance_vision": arguments.guidance_vision,
+        "weights": f"{arguments.workdir}/ema/{step}",
+        "reference": arguments.reference or "",
+    }
+    info = PngImagePlugin.PngInfo()
+    for name, value in recipe.items():
+        info.add_itxt(name, str(value))
+    return info
+
+
+def main() -> None:
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    use_compilation_cache()
+    try:
+        sample(parse_arguments(sys.argv[1:]))
+    except (SampleError, RunError, CheckpointError, DecoderError, PreprocessError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

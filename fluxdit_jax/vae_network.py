@@ -1,0 +1,389 @@
+"""The decoder networks of diffusers' `AutoencoderKL` and `AutoencoderTiny`, in Flax NNX.
+
+Attributes carry diffusers' names, so that a parameter's path in the module is its name in the safetensors
+file. Activations are [B, H, W, C] (diffusers: [B, C, H, W]): the layout in which XLA's convolutions are fast.
+Each network is cut in two: `head` runs on the whole latent, `tail` may run on tiles of what `head` returns.
+
+Sources: Rombach et al. 2022 (arXiv:2112.10752), appendix E; github.com/madebyollin/taesd.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+ACTIVATIONS: dict[str, Callable] = {
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "mish": jax.nn.mish,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+}
+EPSILON = 1e-6
+SCORES = 2**24  # attention scores held at a time: 64 MiB of f32
+
+
+@dataclasses.dataclass(frozen=True)
+class KlConfig:
+    """What decides the decoder of an `AutoencoderKL`; names and defaults are those of its `config.json`."""
+
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    norm_num_groups: int = 32
+    act_fn: str = "silu"
+    mid_block_add_attention: bool = True
+    use_post_quant_conv: bool = True
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyConfig:
+    """What decides the decoder of an `AutoencoderTiny`; names and defaults are those of its `config.json`.
+
+    Its `scaling_factor` and `shift_factor` are not here: its latents are already scaled.
+    """
+
+    latent_channels: int = 4
+    decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
+    num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
+    upsampling_scaling_factor: int = 2
+    act_fn: str = "relu"
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent side."""
+        return self.upsampling_scaling_factor ** (len(self.num_decoder_blocks) - 1)
+
+
+Moments = Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
+
+
+def image_moments(x_BHWC: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance of each channel group over a whole image, f32 [B, groups] each.
+
+    Two passes: one pass (the mean of squares less the square of the mean) loses digits.
+    """
+    ones = jnp.ones(x_BHWC.shape[1:3], jnp.float32)
+    return _weighted_moments(x_BHWC, groups, ones)
+
+
+class TileMoments:
+    """`Moments` for a tile: those of the whole image where they are known, else the tile's own.
+
+    The tile's own, over the part of the image that is the tile's alone, are kept in `seen` in the order in which
+    the norms asked, f32 [2, groups] each (mean, variance), so that all tiles' can be pooled.
+
+    Args:
+      size: (height, width) of the tile, latent positions.
+      owned: ((top, bottom), (left, right)) of its own part within it, latent positions.
+      given: f32 [norms, 2, groups], the whole image's.
+      known: bool scalar: use `given`.
+    """
+
+    def __init__(self, size: tuple[int, int], owned: tuple, given: jax.Array, known: jax.Array):
+        self.size, self.owned, self.given, self.known = size, owned, given, known
+        self.seen: list[jax.Array] = []
+
+    def __call__(self, x_1HWC: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
+        inside = []
+        for side, latent_side, (first, last) in zip(x_1HWC.shape[1:3], self.size, self.owned):
+            scale = side // latent_side
+            position = jnp.arange(side)
+            inside.append((position >= first * scale) & (position < last * scale))
+        mask_HW = (inside[0][:, None] & inside[1][None, :]).astype(jnp.float32)
+        own = jnp.concatenate(_weighted_moments(x_1HWC, groups, mask_HW))
+        used = jnp.where(self.known, self.given[len(self.seen)], own)
+        self.seen.append(own)
+        return used[:1], used[1:]
+
+
+def _weighted_moments(x_BHWC: jax.Array, groups: int, weight_HW: jax.Array) -> tuple[jax.Array, jax.Array]:
+    weight_HW1 = weight_HW[..., None] / weight_HW.sum()
+
+    def mean(values_BHWC: jax.Array) -> jax.Array:
+        per_channel_BC = (values_BHWC * weight_HW1).sum((1, 2))
+        return per_channel_BC.reshape(len(per_channel_BC), groups, -1).mean(-1)
+
+    x_BHWC = x_BHWC.astype(jnp.float32)
+    mean_BG = mean(x_BHWC)
+    return mean_BG, mean(jnp.square(x_BHWC - _per_channel(mean_BG, x_BHWC.shape[-1])))
+
+
+def _per_channel(values_BG: jax.Array, channels: int) -> jax.Array:
+    return jnp.repeat(values_BG, channels // values_BG.shape[-1], axis=-1)[:, None, None, :]
+
+
+class GroupNorm(nnx.Module):
+    """Group normalisation of [B, H, W, C]; the arithmetic is f32."""
+
+    def __init__(self, channels: int, groups: int, dtype: Any):
+        self.groups = groups
+        self.scale = nnx.Param(jnp.ones(channels, dtype))
+        self.bias = nnx.Param(jnp.zeros(channels, dtype))
+
+    def __call__(self, x: jax.Array, moments: Moments = image_moments) -> jax.Array:
+        mean, variance = (_per_channel(m, x.shape[-1]) for m in moments(x, self.groups))
+        scale = self.scale[...].astype(jnp.float32) * jax.lax.rsqrt(variance + EPSILON)
+        y = (x.astype(jnp.float32) - mean) * scale + self.bias[...].astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+class Upsample(nnx.Module):
+    """Nearest-neighbour enlargement of [B, H, W, C] to [B, H*factor, W*factor, C]."""
+
+    def __init__(self, factor: int):
+        self.factor = factor
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x.repeat(self.factor, axis=1).repeat(self.factor, axis=2)
+
+
+class Activation(nnx.Module):
+    """An activation function as a layer, because diffusers counts it as one in its parameter names."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return ACTIVATIONS[self.name](x)
+
+
+def _conv(size: int, inputs: int, outputs: int, dtype: Any, bias: bool = True) -> nnx.Conv:
+    return nnx.Conv(
+        inputs, outputs, (size, size), padding="SAME", use_bias=bias, dtype=dtype, param_dtype=dtype,
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------- AutoencoderKL
+
+
+class Resnet(nnx.Module):
+    """diffusers' `ResnetBlock2D` without time embedding: norm, act, conv, twice, plus the input."""
+
+    def __init__(self, inputs: int, outputs: int, config: KlConfig, dtype: Any):
+        self.act_fn = config.act_fn
+        self.norm1 = GroupNorm(inputs, config.norm_num_groups, dtype)
+        self.conv1 = _conv(3, inputs, outputs, dtype)
+        self.norm2 = GroupNorm(outputs, config.norm_num_groups, dtype)
+        self.conv2 = _conv(3, outputs, outputs, dtype)
+        if inputs != outputs:
+            self.conv_shortcut = _conv(1, inputs, outputs, dtype)
+
+    def __call__(self, x: jax.Array, moments: Moments = image_moments) -> jax.Array:
+        act = ACTIVATIONS[self.act_fn]
+        y = self.conv1(act(self.norm1(x, moments)))
+        y = self.conv2(act(self.norm2(y, moments)))
+        return y + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class Attention(nnx.Module):
+    """One head over all positions of [B, h, w, C], plus the input. Memory is linear in the positions."""
+
+    def __init__(self, channels: int, config: KlConfig, dtype: Any):
+        linear = functools.partial(
+            nnx.Linear, channels, channels, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)
+        )
+        self.group_norm = GroupNorm(channels, config.norm_num_groups, dtype)
+        self.to_q, self.to_k, self.to_v = linear(), linear(), linear()
+        self.to_out = nnx.List([linear()])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        normed = self.group_norm(x)
+        return x + jnp.stack([self._image(image) for image in normed])
+
+    def _image(self, x_hwC: jax.Array) -> jax.Array:
+        h, w, C = x_hwC.shape
+        x_NC = x_hwC.reshape(h * w, C)
+        q_NC, k_NC, v_NC = self.to_q(x_NC), self.to_k(x_NC), self.to_v(x_NC)
+
+        def one_query(q_C: jax.Array) -> jax.Array:
+            scores_N = jnp.dot(k_NC, q_C, preferred_element_type=jnp.float32) / math.sqrt(C)
+            return jax.nn.softmax(scores_N).astype(v_NC.dtype) @ v_NC
+
+        # All scores of a 1024 px image would take 1 GiB; the batch size turns the products into matrix ones.
+        y_NC = jax.lax.map(one_query, q_NC, batch_size=max(1, SCORES // (h * w)))
+        return self.to_out[0](y_NC).reshape(h, w, C)
+
+
+class MidBlock(nnx.Module):
+    """Resnet, attention (if the config has it), resnet."""
+
+    def __init__(self, channels: int, config: KlConfig, dtype: Any):
+        self.resnets = nnx.List([Resnet(channels, channels, config, dtype) for _ in range(2)])
+        self.attentions = nnx.List(
+            [Attention(channels, config, dtype)] if config.mid_block_add_attention else []
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.resnets[0](x)
+        for attention in self.attentions:
+            x = attention(x)
+        return self.resnets[1](x)
+
+
+class UpsampleConv(nnx.Module):
+    """Doubles [B, H, W, C] and smooths it with a convolution."""
+
+    def __init__(self, channels: int, dtype: Any):
+        self.upsample = Upsample(2)
+        self.conv = _conv(3, channels, channels, dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.conv(self.upsample(x))
+
+
+class UpBlock(nnx.Module):
+    """diffusers' `UpDecoderBlock2D`: resnets, then (but in the last block) an enlargement."""
+
+    def __init__(self, inputs: int, outputs: int, config: KlConfig, dtype: Any, last: bool):
+        self.resnets = nnx.List(
+            [
+                Resnet(inputs if i == 0 else outputs, outputs, config, dtype)
+                for i in range(config.layers_per_block + 1)
+            ]
+        )
+        self.upsamplers = nnx.List([] if last else [UpsampleConv(outputs, dtype)])
+
+    def __call__(self, x: jax.Array, moments: Moments = image_moments) -> jax.Array:
+        for resnet in self.resnets:
+            x = resnet(x, moments)
+        for upsampler in self.upsamplers:
+            x = upsampler(x)
+        return x
+
+
+class KlStack(nnx.Module):
+    """The module that diffusers calls `AutoencoderKL.decoder`."""
+
+    def __init__(self, config: KlConfig, dtype: Any):
+        widths = config.block_out_channels[::-1]
+        self.conv_in = _conv(3, config.latent_channels, widths[0], dtype)
+        self.mid_block = MidBlock(widths[0], config, dtype)
+        self.up_blocks = nnx.List(
+            [
+                UpBlock(widths[max(i - 1, 0)], width, config, dtype, last=i == len(widths) - 1)
+                for i, width in enumerate(widths)
+            ]
+        )
+        self.conv_norm_out = GroupNorm(widths[-1], config.norm_num_groups, dtype)
+        self.conv_out = _conv(3, widths[-1], 3, dtype)
+
+
+class KlDecoder(nnx.Module):
+    """The decoder of an `AutoencoderKL`.
+
+    Attributes:
+      halo: how far, in latent positions, an output pixel of `tail` sees through the convolutions.
+      norms: group norms in `tail`.
+      groups: groups of each.
+    """
+
+    def __init__(self, config: KlConfig, dtype: Any):
+        if config.use_post_quant_conv:
+            self.post_quant_conv = _conv(1, config.latent_channels, config.latent_channels, dtype)
+        self.decoder = KlStack(config, dtype)
+        self.scaling_factor = config.scaling_factor
+        self.shift_factor = config.shift_factor or 0.0
+        self.dtype = dtype
+        self.groups = config.norm_num_groups
+        # Per block 2 convolutions a resnet at its own scale and one after the enlargement, at twice that.
+        blocks = len(config.block_out_channels)
+        convs = 2 * (config.layers_per_block + 1)
+        self.norms = blocks * convs + 1
+        self.halo = math.ceil(
+            sum(convs / 2**i for i in range(blocks))
+            + sum(1 / 2 ** (i + 1) for i in range(blocks - 1))
+            + 1 / 2 ** (blocks - 1)
+        )
+
+    def head(self, latents: jax.Array) -> jax.Array:
+        """f32 [B, h, w, latent_channels] after scale and shift, to features [B, h, w, C]."""
+        x = (latents / self.scaling_factor + self.shift_factor).astype(self.dtype)
+        if hasattr(self, "post_quant_conv"):
+            x = self.post_quant_conv(x)
+        return self.decoder.mid_block(self.decoder.conv_in(x))
+
+    def tail(self, features: jax.Array, moments: Moments = image_moments) -> jax.Array:
+        """[B, h, w, C] to f32 images [B, h*factor, w*factor, 3], about [-1, 1], not clipped."""
+        x = features
+        for block in self.decoder.up_blocks:
+            x = block(x, moments)
+        x = jax.nn.silu(self.decoder.conv_norm_out(x, moments))  # diffusers: SiLU here whatever act_fn says
+        return self.decoder.conv_out(x).astype(jnp.float32)
+
+
+# ------------------------------------------------------------------------------------------- AutoencoderTiny
+
+
+class TinyBlock(nnx.Module):
+    """diffusers' `AutoencoderTinyBlock`: three convolutions plus the input, then ReLU."""
+
+    def __init__(self, channels: int, act_fn: str, dtype: Any):
+        conv = functools.partial(_conv, 3, channels, channels, dtype)
+        self.conv = nnx.List([conv(), Activation(act_fn), conv(), Activation(act_fn), conv()])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x
+        for layer in self.conv:
+            y = layer(y)
+        return jax.nn.relu(x + y)
+
+
+class TinyStack(nnx.Module):
+    """The module that diffusers calls `AutoencoderTiny.decoder`."""
+
+    def __init__(self, config: TinyConfig, dtype: Any):
+        width = config.decoder_block_out_channels[0]
+        layers = [_conv(3, config.latent_channels, width, dtype), Activation(config.act_fn)]
+        for i, count in enumerate(config.num_decoder_blocks):
+            layers += [TinyBlock(width, config.act_fn, dtype) for _ in range(count)]
+            if i == len(config.num_decoder_blocks) - 1:
+                layers.append(_conv(3, width, 3, dtype))
+            else:
+                layers.append(Upsample(config.upsampling_scaling_factor))
+                layers.append(_conv(3, width, width, dtype, bias=False))
+        self.layers = nnx.List(layers)
+
+
+class TinyDecoder(nnx.Module):
+    """The decoder of an `AutoencoderTiny`. Attributes as in `KlDecoder`; it has no norms."""
+
+    norms = groups = 0
+
+    def __init__(self, config: TinyConfig, dtype: Any):
+        self.decoder = TinyStack(config, dtype)
+        self.dtype = dtype
+        reach, scale = 1.0, 1
+        for i, count in enumerate(config.num_decoder_blocks):
+            if i > 0:
+                scale *= config.upsampling_scaling_factor
+                reach += 1 / scale
+            reach += 3 * count / scale
+        self.halo = math.ceil(reach + 1 / scale)
+
+    def head(self, latents: jax.Array) -> jax.Array:
+        """f32 [B, h, w, latent_channels] to the same shape, softly clamped to ±3."""
+        return (jnp.tanh(latents / 3) * 3).astype(self.dtype)
+
+    def tail(self, features: jax.Array, moments: Moments = image_moments) -> jax.Array:
+        """[B, h, w, latent_channels] to f32 images [B, h*factor, w*factor, 3], about [-1, 1], not clipped."""
+        del moments  # no norms
+        x = features
+        for layer in self.decoder.layers:
+            x = layer(x)
+        return x.astype(jnp.float32) * 2 - 1
