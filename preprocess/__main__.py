@@ -42,6 +42,19 @@ def _build(parsed: argparse.Namespace) -> int:
     return build(Options(**{name: value for name, value in vars(parsed).items() if name in names})).status
 
 
+def _inspect(parsed: argparse.Namespace) -> int:
+    from preprocess.report import inspect
+
+    inspect(parsed.dataset, parsed.output, parsed.cells, parsed.device)
+    return 0
+
+
+def _verify(parsed: argparse.Namespace) -> int:
+    from preprocess.verify import report, verify
+
+    return report(verify(parsed.dataset, parsed.workers), parsed.dataset)
+
+
 def _demo(parsed: argparse.Namespace) -> int:
     from preprocess.demo import draw_dataset
 
@@ -58,6 +71,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_build(
         commands.add_parser("build", help="encode a folder of images and captions", description=_BUILD)
     )
+    inspect = commands.add_parser("inspect", help="print and draw what is in a dataset")
+    inspect.add_argument("dataset", help="the dataset directory")
+    inspect.add_argument("--output", help="folder for the pictures (default: DATASET/inspect)")
+    inspect.add_argument("--cells", type=int, default=24, help="records on the contact sheet (default: 24)")
+    inspect.add_argument("--device", default="auto", help="for the VAE's decoder (default: auto)")
+    inspect.set_defaults(run=_inspect)
+    verify = commands.add_parser("verify", help="read everything and name what is damaged")
+    verify.add_argument("dataset", help="the dataset directory")
+    verify.add_argument("--workers", type=int, default=2, help="shards read at a time (default: 2)")
+    verify.set_defaults(run=_verify)
     demo = commands.add_parser("demo", help="draw the demonstration pictures with their captions")
     demo.add_argument("--output", required=True, help="folder to write them to")
     demo.set_defaults(run=_demo)

@@ -6,11 +6,13 @@ import dataclasses
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from preprocess import PreprocessError, encoders
 from preprocess.buckets import Size, bucket_table, default_modulus
-from preprocess.images import Limits
+
+if TYPE_CHECKING:  # the command line's help needs the defaults above and not Pillow
+    from preprocess.images import Limits
 
 FITS = ("resize", "pad", "crop")
 
@@ -81,6 +83,8 @@ class Options:
 
     def limits(self) -> Limits:
         """What is too much or too little of a picture."""
+        from preprocess.images import Limits
+
         return Limits(self.max_pixels, self.min_side, self.max_aspect)
 
     def to_dict(self) -> dict[str, Any]:

@@ -6,12 +6,14 @@ Everything heavy (torch, transformers, diffusers) is imported when a real encode
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-
-from fluxdit_jax.records import EncoderIdentity
 from preprocess import PreprocessError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from fluxdit_jax.records import EncoderIdentity
 
 DEFAULT_VAE = "black-forest-labs/FLUX.1-schnell"
 DEFAULT_TEXT = "google/t5-v1_1-large"
@@ -112,6 +114,11 @@ def load_vision_encoder(
 ) -> VisionEncoder:
     """Loads a DINOv3 or DINOv2 ViT, or `builtin:tone`. Otherwise as `load_vae`."""
     _check_arguments(dtype)
+    if spec == "precomputed" or spec.startswith("precomputed:"):
+        raise PreprocessError(
+            f"the vision vectors are {spec!r}: they came from files (--vision-embeddings), so give the encoder that "
+            "made them by its id or directory (--vision-encoder)"
+        )
     if spec.startswith("builtin:"):
         from preprocess.encoders import builtin
 

@@ -1,0 +1,215 @@
+"""`python -m preprocess verify`: reads every byte of a dataset and says what is wrong, by shard and row."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from array_record.python import array_record_module
+
+from fluxdit_jax import records
+from fluxdit_jax.records import DatasetError, Manifest, Shard
+from preprocess.journal import Journal
+from preprocess.statistics import Moments
+from preprocess.units import Rows, bucket_histogram, read_rows
+
+WHOLE = -1  # the row of a finding about a whole shard
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """Something wrong: in which file, at which row (-1: the file as a whole), and what."""
+
+    file: str
+    row: int
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.file}{f' row {self.row}' if self.row >= 0 else ''}: {self.what}"
+
+
+def verify(directory: str | Path, workers: int = 2) -> list[Finding]:
+    """Reads everything and compares it with the manifest and the index.
+
+    Raises:
+      DatasetError: there is no manifest, or it cannot be read.
+    """
+    directory = Path(directory)
+    manifest = records.load_manifest(directory)
+    findings: list[Finding] = []
+    try:
+        index = Rows.load(directory / records.INDEX).table
+    except DatasetError as error:
+        findings.append(Finding(records.INDEX, WHOLE, str(error)))
+        index = None
+    findings += _check_metadata(directory, manifest)
+    shards = [(split, shard) for split, of_split in manifest.shards.items() for shard in of_split]
+    moments: list[Moments] = []
+    keys: dict[str, str] = {}
+    journal = Journal(None)
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        journal.bar(sum(s.records for _, s in shards), "verify", "record") as bar,
+    ):
+        jobs = [
+            pool.submit(_check_shard, directory, s, split, manifest, index, bar.update) for split, s in shards
+        ]
+        for (split, shard), job in zip(shards, jobs):
+            found, of_shard, shard_keys = job.result()
+            findings += found
+            if split == "train" and of_shard:
+                moments.append(of_shard)
+            for row, key in enumerate(shard_keys):
+                if key in keys:
+                    findings.append(Finding(shard.file, row, f"key {key!r} is in {keys[key]} too"))
+                elif key:
+                    keys[key] = f"{shard.file} row {row}"
+    if index is not None and index.num_rows != sum(shard.records for _, shard in shards):
+        findings.append(Finding(records.INDEX, WHOLE, f"{index.num_rows} rows, not one for each record"))
+    if not findings:
+        findings += _check_statistics(manifest, Moments.merged(moments))
+    return findings
+
+
+def _check_metadata(directory: Path, manifest: Manifest) -> list[Finding]:
+    findings = []
+    for name in ("dataset_info.json", "features.json", records.REJECTS):
+        if not (directory / name).is_file():
+            findings.append(Finding(name, WHOLE, "is missing"))
+    listed = {shard.file for shards in manifest.shards.values() for shard in shards}
+    for path in directory.glob("*.array_record*"):
+        if path.name not in listed:
+            findings.append(Finding(path.name, WHOLE, "is not in the manifest"))
+    rejects = directory / records.REJECTS
+    if rejects.is_file():
+        lines = rejects.read_bytes().count(b"\n")
+        if lines != manifest.rejects:
+            findings.append(
+                Finding(records.REJECTS, WHOLE, f"{lines} lines, the manifest says {manifest.rejects}")
+            )
+    return findings
+
+
+def _check_shard(
+    directory: Path,
+    shard: Shard,
+    split: str,
+    manifest: Manifest,
+    index: pa.Table | None,
+    progress: Callable[[int], None],
+) -> tuple[list[Finding], Moments | None, list[str]]:
+    path = directory / shard.file
+    findings: list[Finding] = []
+
+    def whole(what: str) -> None:
+        findings.append(Finding(shard.file, WHOLE, what))
+
+    if not path.is_file():
+        whole("is missing")
+        return findings, None, []
+    digest = records.sha256_file(path)
+    if digest != shard.sha256:
+        whole(f"sha256 is {digest[:16]}..., the manifest says {shard.sha256[:16]}...")
+    if path.stat().st_size != shard.bytes:
+        whole(f"{path.stat().st_size} bytes, the manifest says {shard.bytes}")
+    try:
+        count = array_record_module.ArrayRecordReader(str(path)).num_records()
+    except (RuntimeError, ValueError, OSError) as error:
+        whole(f"cannot be opened: {error}")
+        return findings, None, []
+    if count != shard.records:
+        whole(f"{count} records, the manifest says {shard.records}")
+    rows = None
+    if index is not None:
+        of_shard = index.filter(pa.compute.equal(index["shard"], shard.file))
+        rows = of_shard.to_pylist()
+        if len(rows) != shard.records or any(row["split"] != split for row in rows):
+            whole(f"{len(rows)} rows in {records.INDEX}, {shard.records} records in the manifest")
+            rows = None
+        elif bucket_histogram(of_shard) != shard.buckets:
+            whole(f"the buckets in {records.INDEX} are not those in the manifest")
+    keys, moments = [], None
+    for row, data in read_rows(path, list(range(count))):
+        progress(1)
+        key = ""
+        try:
+            if isinstance(data, DatasetError):
+                raise data
+            record = records.decode_record(data, manifest.text.width)
+            records.check_record(record)
+            _compare(record, rows[row] if rows and row < len(rows) else None, manifest)
+            part = Moments.of(record.latent)
+            moments = Moments.merged([moments, part] if moments else [part])
+            key = record.key
+        except DatasetError as error:
+            findings.append(Finding(shard.file, row, str(error)))
+        keys.append(key)
+    return findings, moments, keys
+
+
+def _compare(record: records.Record, row: dict | None, manifest: Manifest) -> None:
+    """Raises `DatasetError` if a record does not fit the manifest or its row of the index."""
+    factor = manifest.vae.options["factor"]
+    height, width = record.encoded_size
+    if record.latent.shape != (manifest.vae.width, height // factor, width // factor):
+        raise DatasetError(f"latent {list(record.latent.shape)} does not fit an image of {height}x{width}")
+    if (height, width) not in manifest.buckets:
+        raise DatasetError(f"size {height}x{width} is not in the bucket table")
+    if record.vision.size != manifest.vision.width:
+        raise DatasetError(
+            f"vision vector of {record.vision.size}, the manifest says {manifest.vision.width}"
+        )
+    if row is None:
+        return
+    pairs = {
+        "key": record.key,
+        "caption": record.caption,
+        "content_hash": record.content_hash,
+        "tokens": len(record.text),
+        "bucket_height": height,
+        "bucket_width": width,
+        "height": record.original_size[0],
+        "width": record.original_size[1],
+    }
+    for name, value in pairs.items():
+        if row[name] != value:
+            raise DatasetError(f"{name} is {value!r}, {records.INDEX} says {row[name]!r}")
+
+
+def _check_statistics(manifest: Manifest, moments: Moments | None) -> list[Finding]:
+    if moments is None:
+        return [Finding(records.MANIFEST, WHOLE, "there is no readable record in the train split")]
+    findings = []
+    if moments.count != manifest.latent_count:
+        what = f"latent_count is {manifest.latent_count}, the records have {moments.count}"
+        findings.append(Finding(records.MANIFEST, WHOLE, what))
+    for name, stated, found in (
+        ("latent_mean", manifest.latent_mean, moments.mean),
+        ("latent_std", manifest.latent_std, moments.std),
+    ):
+        error = float(np.abs(np.array(stated) - found).max())
+        if not error <= 1e-9 * max(1.0, float(np.abs(found).max())):
+            findings.append(
+                Finding(records.MANIFEST, WHOLE, f"{name} is off by {error:.3g} from the records")
+            )
+    return findings
+
+
+def report(findings: list[Finding], directory: str) -> int:
+    """Prints findings and returns the exit status: 0 if there are none."""
+    for finding in findings:
+        print(finding)
+    if findings:
+        print(
+            f"error: {len(findings)} things are wrong with {directory}; `python -m preprocess verify {directory} "
+            "--repair` encodes again what is damaged",
+            file=sys.stderr,
+        )
+        return 1
+    print(f"{directory}: every record, checksum and statistic is right")
+    return 0
