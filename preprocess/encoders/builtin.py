@@ -230,11 +230,8 @@ _FEATURES = (
     ("warmth_darks", 0.2, 0.9),
     ("redness_edges", 0.2, 0.25),
     ("warmth_edges", 0.2, 0.25),
-    ("luma_x", 0.0, 0.15),
+    ("luma_x", 0.0, 0.3),
     ("luma_y", 0.2, 0.6),
-    ("luma_xx", 0.0, 1.0),
-    ("luma_xy", 0.0, 0.2),
-    ("luma_yy", 0.0, 0.8),
     ("redness_x", 0.0, 0.4),
     ("redness_y", 0.0, 1.2),
     ("warmth_x", 0.0, 0.4),
@@ -263,7 +260,7 @@ def _hadamard_rows(count: int, width: int) -> np.ndarray:
 
 
 class ToneVision:
-    """`builtin:tone`: brightness, contrast, colour and the coarse direction of light, in 21 numbers.
+    """`builtin:tone`: brightness, contrast, colour and the coarse direction of light, in 18 numbers.
 
     The numbers (`features`) are standardised by fixed constants and carried into 1,024 dimensions by a fixed
     orthonormal matrix, so that angles between vectors are angles between features.
@@ -288,7 +285,7 @@ class ToneVision:
         self.identity = _identity("builtin:tone", _VISION_WIDTH, options, self._rows[:, :64] * 32)
 
     def features(self, images: np.ndarray) -> np.ndarray:
-        """uint8 [B, H, W, 3] of any size to float32 [B, 21], in stops, named by `ToneVision.names`."""
+        """uint8 [B, H, W, 3] of any size to float32 [B, 18], in stops, named by `ToneVision.names`."""
         _check_images(images, "builtin:tone")
         rows, columns = _area_weights(images.shape[1]), _area_weights(images.shape[2])
         light = self._linear[images]  # [B, H, W, 3]
@@ -312,19 +309,26 @@ class ToneVision:
         darker = (luma <= np.median(luma, axis=1, keepdims=True)).astype(np.float32)
         darker /= darker.sum(1, keepdims=True)
 
-        # Legendre polynomials on the unit square: slope to the right and down, bowl, saddle.
-        centre = (np.arange(_GRID, dtype=np.float32) + 0.5) * 2 / _GRID - 1
-        y, x = (part.ravel() for part in np.meshgrid(centre, centre, indexing="ij"))
+        # From side to side, between medians of the outer fifths: a subject in the middle moves them little, so
+        # that the vector does not tell where the subject stands.
+        fifth = round(_GRID / 5)
 
-        def slope(value: np.ndarray, shape: np.ndarray) -> np.ndarray:
-            shape = shape - shape.mean()
-            return value @ shape / (shape @ shape)
+        def across(value: np.ndarray) -> np.ndarray:
+            square = value.reshape(-1, _GRID, _GRID)
+            left, right = square[:, :, :fifth], square[:, :, -fifth:]
+            return np.median(right, axis=(1, 2)) - np.median(left, axis=(1, 2))
+
+        # From bottom to top, the slope of a plane through all cells.
+        up = np.repeat((_GRID - 1) / _GRID - 2 * np.arange(_GRID) / _GRID, _GRID).astype(np.float32)
+
+        def upwards(value: np.ndarray) -> np.ndarray:
+            return value @ up / (up @ up)
 
         p05, p95 = np.quantile(luma, [0.05, 0.95], axis=1)
         values = [luma.mean(1), luma.std(1), p05, p95, redness.mean(1), warmth.mean(1), *opponent(lights)]
         values += [(redness * darker).sum(1), (warmth * darker).sum(1), *opponent(edges, _FLOOR / 8)]
-        values += [slope(luma, s) for s in (x, -y, 1.5 * x * x, x * -y, 1.5 * y * y)]
-        values += [slope(redness, x), slope(redness, -y), slope(warmth, x), slope(warmth, -y)]
+        values += [across(luma), upwards(luma)]
+        values += [across(redness), upwards(redness), across(warmth), upwards(warmth)]
         return np.stack(values, axis=1).astype(np.float32)
 
     names = tuple(name for name, _, _ in _FEATURES)
