@@ -126,6 +126,21 @@ def test_hash_text_counts_truncations():
     assert (exact == cut).all()
 
 
+def test_an_image_does_not_depend_on_its_batch(photos):
+    """Bitwise, or a record would change with the neighbours it was encoded with."""
+    many = np.concatenate(
+        [photos[:, :104, :136], photos[:, 104:208, 136:272], photos[:, ::2, ::2][:, :104, :136]]
+    )
+    vae, tone = DctVae(), ToneVision()
+    latents, vectors = vae.encode(many), tone.encode(many)
+    decoded = vae.decode(latents)
+    for i in range(len(many)):
+        one = slice(i, i + 1)
+        assert vae.encode(many[one]).tobytes() == latents[one].tobytes()
+        assert tone.encode(many[one]).tobytes() == vectors[one].tobytes()
+        assert vae.decode(latents[one]).tobytes() == decoded[one].tobytes()
+
+
 def test_tone_is_unit_and_independent_of_size_and_batch(photos):
     tone = ToneVision()
     vectors = tone.encode(photos)
