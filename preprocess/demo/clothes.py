@@ -14,7 +14,7 @@ _NECKLINE = {"coat": 0.13, "cardigan": 0.07, "blouse": 0.14, "dress": 0.12}  # d
 
 
 def body_mask(scene: Scene, head: Head, person: Person) -> np.ndarray:
-    s, x, y = scene.unit, head.body_x, head.body_y
+    s, x, y = head.unit, head.body_x, head.body_y
     broad = _SHOULDER[person.kind] * s
     left = [(-0.105 * s, -0.02 * s), (-0.55 * broad, 0.060 * s), (-0.93 * broad, 0.135 * s),
             (-1.08 * broad, 0.26 * s), (-1.13 * broad, 0.40 * s)]  # fmt: skip
@@ -25,7 +25,7 @@ def body_mask(scene: Scene, head: Head, person: Person) -> np.ndarray:
 
 def paint_body(scene: Scene, head: Head, person: Person, body: np.ndarray) -> None:
     """The garment over the mask `body`, the neck, and what lies around it."""
-    s, x, y = scene.unit, head.body_x, head.body_y
+    s, x, y = head.unit, head.body_x, head.body_y
     cloth, second, skin = rgb(person.cloth), rgb(person.second), rgb(person.skin)
     broad = _SHOULDER[person.kind] * s
     folds = np.sin((scene.x - x) / (0.05 * s) + 0.8 * np.sin(scene.y / (0.07 * s)))
@@ -64,7 +64,7 @@ def paint_body(scene: Scene, head: Head, person: Person, body: np.ndarray) -> No
 
 def _neck(scene: Scene, head: Head, wide: float, depth: float) -> np.ndarray:
     """A neck of half width `wide` units from the head to `depth` units below its pit."""
-    s, x, y = scene.unit, head.body_x, head.body_y
+    s, x, y = head.unit, head.body_x, head.body_y
     top = head.cx - 0.025 * s * head.turn
     lean = x + 0.35 * (head.cx - x)
     half = [(top, 0.9, head.cy + 0.55 * head.ry), (lean, 1.0, y - 0.01 * s), (x, 1.25, y + 0.03 * s)]
@@ -73,7 +73,7 @@ def _neck(scene: Scene, head: Head, wide: float, depth: float) -> np.ndarray:
 
 
 def _trimming(scene: Scene, head: Head, person: Person) -> None:
-    s, x, y = scene.unit, head.body_x, head.body_y
+    s, x, y = head.unit, head.body_x, head.body_y
     cloth, second = rgb(person.cloth), rgb(person.second)
 
     def place(points: list[Point], flip: int = 1) -> list[Point]:
@@ -133,7 +133,7 @@ def paint_earrings(scene: Scene, head: Head) -> None:
 
 
 def paint_hat(scene: Scene, head: Head, person: Person) -> None:
-    s, colour = scene.unit, rgb(person.hat_colour)
+    s, colour = head.unit, rgb(person.hat_colour)
     if person.hat == "beanie":
         dome = [
             (-1.12, -0.42),

@@ -54,7 +54,7 @@ def hair_over(scene: Scene, head: Head, person: Person) -> np.ndarray:
 
 def paint_hair(scene: Scene, head: Head, person: Person, mask: np.ndarray, shade: float = 1.0) -> None:
     """Paints a mask as hair: strands from the crown, or waves for curls."""
-    s = scene.unit
+    s = head.unit
     x, y = head.at(-0.15 * head.turn, -1.0)
     dx, dy = scene.x - x, scene.y - y
     curly = person.hair in ("curls", "afro")
@@ -105,4 +105,4 @@ def _curls(scene: Scene, head: Head, places: list[tuple[float, float]], radius: 
         x, y = head.at(-0.1 * head.turn + distance * np.cos(angle), -0.95 * distance * np.sin(angle))
         r = radius * (1 + 0.18 * np.sin(2.4 * k)) * head.rx
         mask = np.maximum(mask, scene.ellipse(x, y, r, r))
-    return blur(mask, 0.002 * scene.unit)
+    return blur(mask, 0.002 * head.unit)

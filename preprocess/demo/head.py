@@ -15,6 +15,7 @@ _TURN = {"left": -1, "front": 0, "right": 1}
 _YAW = 0.54  # radians that a head turns
 _HEAD_SHIFT = 0.10  # of the picture's width, towards the side looked at
 _BODY_SHIFT = 0.055  # the shoulders follow half-way
+_CLOSE_UP = 1.13  # size of people: larger faces keep more of themselves at 128 pixels
 _FLUSHED = np.array([1.0, 0.62, 0.55], np.float32)  # skin where blood shows: cheeks, nose, ears
 _INK = rgb("#2a1c18")
 
@@ -23,7 +24,7 @@ class Head:
     """Where a head is in a scene, and how far it is turned (`turn` -1 left, 0, 1 right of the picture)."""
 
     def __init__(self, scene: Scene, person: Person, looking: str) -> None:
-        s = scene.unit
+        s = self.unit = _CLOSE_UP * scene.unit
         self.turn = _TURN[looking]
         self.yaw = self.turn * _YAW
         self.rx, self.ry = (0.176 * s, 0.205 * s) if person.young else (0.178 * s, 0.226 * s)
@@ -78,7 +79,7 @@ def head_outline(head: Head) -> list[Point]:
 
 def paint_face(scene: Scene, head: Head, person: Person, outline: np.ndarray) -> None:
     """Skull, nose, cheeks, beard, mouth and eyes, within the mask `outline`."""
-    s, rx, ry, skin = scene.unit, head.rx, head.ry, rgb(person.skin)
+    s, rx, ry, skin = head.unit, head.rx, head.ry, rgb(person.skin)
     height = inflate(outline, 0.10 * s, 2.4) + 0.4 * inflate(outline, 0.03 * s, 2.4)
 
     def spot(longitude: float, v: float, wide: float, tall: float, out: float = 1.0) -> np.ndarray:
@@ -110,7 +111,7 @@ def paint_face(scene: Scene, head: Head, person: Person, outline: np.ndarray) ->
 
 
 def paint_ears(scene: Scene, head: Head, person: Person) -> None:
-    s, skin = scene.unit, rgb(person.skin) * np.array([0.98, 0.86, 0.82], np.float32)
+    s, skin = head.unit, rgb(person.skin) * np.array([0.98, 0.86, 0.82], np.float32)
     for side in head.ear_sides():
         x, y = head.ear(side)
         ear = scene.ellipse(x, y, 0.135 * head.rx, 0.185 * head.ry, 0.15 * side)
@@ -122,7 +123,7 @@ def paint_ears(scene: Scene, head: Head, person: Person) -> None:
 
 
 def _nose(scene: Scene, head: Head, skin: np.ndarray, outline: np.ndarray) -> None:
-    s, rx, ry = scene.unit, head.rx, head.ry
+    s, rx, ry = head.unit, head.rx, head.ry
     x, y = head.on(0, 0.33, 1.06)
     scene.paint(scene.spot(x, y, 0.13 * rx, 0.09 * ry) * outline, skin * _FLUSHED, opacity=0.5)
     # A soft edge along the bridge on the far side of a turned nose, and the shade under the tip.
@@ -151,7 +152,7 @@ def _eye(scene: Scene, head: Head, person: Person, side: int, outline: np.ndarra
     w, h = 0.215 * rx * (0.25 + 0.75 * narrow), (0.100 if person.female or person.young else 0.085) * ry
     almond = spline([(x - w, y + 0.12 * h), (x - 0.1 * w, y - h), (x + w, y + 0.10 * h), (x, y + 0.8 * h)])
     white = scene.polygon(almond) * outline
-    scene.paint(white, rgb("#e6dfd8"), inflate(white, 0.012 * scene.unit), gloss=0.5)
+    scene.paint(white, rgb("#e6dfd8"), inflate(white, 0.012 * head.unit), gloss=0.5)
     ix, iy = x + 0.28 * head.turn * w, y - 0.06 * h
     size = 0.118 * rx
     scene.paint(scene.ellipse(ix, iy, size * (0.5 + 0.5 * narrow), size) * white, rgb(person.eyes), gloss=0.9)
@@ -206,7 +207,7 @@ def _mouth(scene: Scene, head: Head, person: Person, skin: np.ndarray) -> None:
 
 
 def _beard(scene: Scene, head: Head, person: Person, outline: np.ndarray) -> None:
-    s, colour = scene.unit, rgb(person.hair_colour)
+    s, colour = head.unit, rgb(person.hair_colour)
     moustache = [
         (-0.36, 0.60),
         (-0.2, 0.49),

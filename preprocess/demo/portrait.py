@@ -29,12 +29,12 @@ def _draw_person(scene: Scene, person: Person, looking: str) -> None:
     behind, over = hair_behind(scene, head, person), hair_over(scene, head, person)
 
     silhouette = np.maximum.reduce([body, outline, behind, skull_cap(scene, head, 1.08)])
-    scene.cast(silhouette, 0.085 * scene.unit)
+    scene.cast(silhouette, 0.085 * head.unit)
     paint_hair(scene, head, person, behind, shade=0.72)
     paint_body(scene, head, person, body)
-    scene.cast(outline, 0.05 * scene.unit)
+    scene.cast(outline, 0.05 * head.unit)
     paint_face(scene, head, person, outline)
-    scene.cast(over, 0.015 * scene.unit)
+    scene.cast(over, 0.015 * head.unit)
     paint_hair(scene, head, person, over)
     if person.hair in ("short", "bun"):  # the other styles cover the ears
         paint_ears(scene, head, person)
