@@ -1,0 +1,464 @@
+"""`build`, end to end: datasets from folders, by the real code with the built-in or tiny real encoders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fluxdit_jax import records
+from preprocess import PreprocessError
+from preprocess.build import build
+from preprocess.encoders import load_text_encoder, load_vae, load_vision_encoder
+from preprocess.images import Limits, decode, read_header
+from preprocess.options import Options
+from preprocess.units import Rows, read_rows
+from preprocess.verify import verify
+
+SIZES = [(160, 160), (140, 180), (180, 140), (300, 310), (128, 150)]
+
+
+def write_image(path: Path, seed: int, caption: str | None, draw: Callable) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(draw(*SIZES[seed % len(SIZES)], seed)).save(path)
+    if caption is not None:
+        path.with_suffix(".json").write_text(json.dumps({"caption": caption}))
+
+
+@pytest.fixture
+def photos(tmp_path: Path, draw_photo) -> Path:
+    """24 photographs of several sizes in two folders."""
+    folder = tmp_path / "photos"
+    for seed in range(24):
+        write_image(
+            folder / f"set{seed % 2}" / f"p{seed:02}.png", seed, f"photo number {seed} of a dog", draw_photo
+        )
+    return folder
+
+
+def options(photos: Path, output: Path, **more) -> Options:
+    values = {"vae": "builtin:dct", "text_encoder": "builtin:hash", "vision_encoder": "builtin:tone"}
+    values |= {
+        "resolution": 128,
+        "modulus": 16,
+        "holdout": 0.2,
+        "shard_size": 8,
+        "batch_size": 3,
+        "workers": 2,
+    }
+    return Options(input=str(photos), output=str(output), **(values | more))
+
+
+def read(directory: Path) -> dict[str, records.Record]:
+    """All records by key."""
+    manifest = records.load_manifest(directory)
+    found = {}
+    for shards in manifest.shards.values():
+        for shard in shards:
+            for _, data in read_rows(directory / shard.file, list(range(shard.records))):
+                record = records.decode_record(data, manifest.text.width)
+                found[record.key] = record
+    return found
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file of a dataset that the contract names."""
+    names = [p for p in directory.iterdir() if p.name not in ("build.json", "build_log.jsonl", "inspect")]
+    return {path.name: path.read_bytes() for path in names}
+
+
+def test_records_are_what_the_encoders_say(photos: Path, tmp_path: Path) -> None:
+    result = build(options(photos, tmp_path / "My Data-set"))
+    assert result.status == 0 and result.manifest.name == "my_data_set"
+    directory = tmp_path / "My Data-set"
+    found = read(directory)
+    assert sorted(found) == sorted(p.relative_to(photos).as_posix() for p in photos.rglob("*.png"))
+    vae, text = load_vae("builtin:dct"), load_text_encoder("builtin:hash")
+    vision = load_vision_encoder("builtin:tone")
+    for key, record in found.items():
+        data = (photos / key).read_bytes()
+        header = read_header(data, Limits())
+        pixels = decode(data, header, record.encoded_size, "resize").pixels
+        assert record.encoded_size in result.manifest.buckets
+        assert record.original_size == (header.height, header.width)
+        assert record.caption == json.loads((photos / key).with_suffix(".json").read_text())["caption"]
+        np.testing.assert_array_equal(record.latent, vae.encode(pixels[None])[0])
+        np.testing.assert_array_equal(record.text, text.encode([record.caption])[0])
+        np.testing.assert_allclose(record.vision, vision.encode(pixels[None])[0], atol=1e-6)
+    assert verify(directory) == []
+
+
+def test_manifest_index_and_statistics(photos: Path, tmp_path: Path) -> None:
+    build(options(photos, tmp_path / "data"))
+    directory = tmp_path / "data"
+    manifest = records.load_manifest(directory)
+    found = read(directory)
+    train, holdout = manifest.shards["train"], manifest.shards["holdout"]
+    assert manifest.records("train") + manifest.records("holdout") == 24 and manifest.records("holdout") > 0
+    assert all(shard.records <= 8 for shard in train + holdout) and len(train) > 1
+    index = Rows.load(directory / records.INDEX).table.to_pylist()
+    assert len(index) == 24
+    for row in index:
+        record = found[row["key"]]
+        ((_, data),) = read_rows(directory / row["shard"], [row["row"]])
+        assert records.decode_record(data, 1024).key == row["key"]
+        assert row["split"] in row["shard"] and row["source"] == row["key"]
+        assert (row["bucket_height"], row["bucket_width"]) == record.encoded_size
+        assert (row["height"], row["width"]) == record.original_size
+        assert (row["tokens"], row["content_hash"]) == (len(record.text), record.content_hash)
+    in_train = [found[row["key"]].latent for row in index if row["split"] == "train"]
+    values = np.concatenate([latent.astype(np.float64).reshape(16, -1) for latent in in_train], axis=1)
+    assert manifest.latent_count == values.shape[1]
+    assert np.abs(np.array(manifest.latent_mean) - values.mean(axis=1)).max() < 1e-10
+    assert np.abs(np.array(manifest.latent_std) - values.std(axis=1)).max() < 1e-10
+    assert manifest.text_tokens == max(len(record.text) for record in found.values())
+    for shard in train + holdout:
+        assert records.sha256_file(directory / shard.file) == shard.sha256
+        assert sum(shard.buckets.values()) == shard.records
+    assert not (directory / ".build").exists() and (directory / records.REJECTS).read_text() == ""
+
+
+def test_the_same_input_gives_the_same_bytes(photos: Path, tmp_path: Path) -> None:
+    build(options(photos, tmp_path / "a" / "data"))
+    build(options(photos, tmp_path / "b" / "data", workers=1))
+    assert contents(tmp_path / "a" / "data") == contents(tmp_path / "b" / "data")
+
+
+def test_plain_tfds_reads_it_without_tensorflow_torch_or_jax(photos: Path, tmp_path: Path) -> None:
+    build(options(photos, tmp_path / "data"))
+    code = (
+        "import sys, json, ml_dtypes\n"
+        "import tensorflow_datasets as tfds\n"
+        "builder = tfds.builder_from_directory(sys.argv[1])\n"
+        "for split in ('train', 'holdout'):\n"
+        "    for example in builder.as_data_source(split):\n"
+        "        print(json.dumps([split, example['key'].decode(), example['caption'].decode(),\n"
+        "            str(example['latent'].dtype), list(example['latent'].shape), list(example['text'].shape),\n"
+        "            float(example['latent'].astype('f4').sum()), float((example['vision'] ** 2).sum()),\n"
+        "            example['encoded_size'].tolist()]))\n"
+        "assert not {'tensorflow', 'torch', 'jax'} & set(sys.modules)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "data")], capture_output=True, text=True, check=True
+    )
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    found = read(tmp_path / "data")
+    assert len(rows) == len(found) == 24 and {row[0] for row in rows} == {"train", "holdout"}
+    for _, key, caption, dtype, latent, text, total, norm, size in rows:
+        record = found[key]
+        assert caption == record.caption and dtype == "bfloat16"
+        assert tuple(latent) == record.latent.shape and tuple(text) == record.text.shape
+        assert total == pytest.approx(float(record.latent.astype(np.float32).sum()), rel=1e-4, abs=1e-3)
+        assert norm == pytest.approx(1, abs=1e-4) and tuple(size) == record.encoded_size
+
+
+def test_real_encoders_from_directories(
+    photos: Path, tmp_path: Path, tiny_vae_dir: Path, tiny_t5_dir: Path, tiny_dino_dir: Path
+) -> None:
+    build(
+        options(
+            photos,
+            tmp_path / "data",
+            vae=str(tiny_vae_dir),
+            text_encoder=str(tiny_t5_dir),
+            vision_encoder=str(tiny_dino_dir),
+            device="cpu",
+            limit=9,
+        )
+    )
+    manifest = records.load_manifest(tmp_path / "data")
+    assert (manifest.vae.width, manifest.text.width, manifest.vision.width) == (16, 64, 32)
+    assert manifest.vae.id == str(tiny_vae_dir) and manifest.vae.dtype == "float32"
+    found = read(tmp_path / "data")
+    assert len(found) == 9
+    vae = load_vae(str(tiny_vae_dir), "cpu")
+    for key, record in found.items():
+        data = (photos / key).read_bytes()
+        pixels = decode(data, read_header(data, Limits()), record.encoded_size, "resize").pixels
+        latent = vae.encode(pixels[None])[0].astype(np.float32)
+        np.testing.assert_allclose(record.latent.astype(np.float32), latent, rtol=2**-7, atol=1e-3)
+    assert verify(tmp_path / "data") == []
+
+
+# ------------------------------------------------------------------------------------------------ incremental
+
+
+def test_nothing_changed_means_nothing_done(photos: Path, tmp_path: Path) -> None:
+    build(options(photos, tmp_path / "data"))
+    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in (tmp_path / "data").iterdir()}
+    result = build(options(photos, tmp_path / "data"))
+    assert not result.changed and result.counts.pictures == result.counts.texts == 0
+    for path, (time, data) in before.items():
+        if path.name != "build_log.jsonl":
+            assert (path.stat().st_mtime_ns, path.read_bytes()) == (time, data)
+
+
+def assert_as_fresh(photos: Path, directory: Path, tmp_path: Path, **more) -> None:
+    """The directory equals what a build from nothing makes of the same input, byte for byte."""
+    fresh = tmp_path / "fresh" / directory.name
+    shutil.rmtree(fresh, ignore_errors=True)
+    build(options(photos, fresh, **more))
+    assert contents(directory) == contents(fresh)
+    assert verify(directory) == []
+
+
+def test_one_more_image_is_one_image_encoded(photos: Path, tmp_path: Path, draw_photo) -> None:
+    build(options(photos, tmp_path / "data"))
+    untouched = {p.name: p.stat().st_ino for p in (tmp_path / "data").glob("*array_record*")}
+    write_image(photos / "set0" / "another.png", 99, "one more dog", draw_photo)
+    result = build(options(photos, tmp_path / "data"))
+    counts = result.counts
+    assert (counts.pictures, counts.latents, counts.texts, counts.visions) == (1, 1, 1, 1)
+    after = {p.name: p.stat().st_ino for p in (tmp_path / "data").glob("*array_record*")}
+    assert len(set(untouched.values()) - set(after.values())) == 1, (
+        "one shard was written again, the others kept"
+    )
+    assert_as_fresh(photos, tmp_path / "data", tmp_path)
+
+
+def test_one_image_less(photos: Path, tmp_path: Path) -> None:
+    build(options(photos, tmp_path / "data"))
+    (photos / "set0" / "p04.png").unlink()
+    (photos / "set0" / "p04.json").unlink()
+    result = build(options(photos, tmp_path / "data"))
+    assert result.counts.pictures == result.counts.texts == 0
+    assert_as_fresh(photos, tmp_path / "data", tmp_path)
+
+
+def test_an_edited_caption_is_one_caption_encoded(photos: Path, tmp_path: Path) -> None:
+    build(options(photos, tmp_path / "data"))
+    path = photos / "set1" / "p03.json"
+    stat = path.stat()
+    path.write_text(path.read_text().replace("dog", "cat"))  # as long as before
+    import os
+
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # nor does the time tell
+    counts = build(options(photos, tmp_path / "data")).counts
+    assert (counts.pictures, counts.latents, counts.texts, counts.visions) == (0, 0, 1, 0)
+    assert read(tmp_path / "data")["set1/p03.png"].caption == "photo number 3 of a cat"
+    assert_as_fresh(photos, tmp_path / "data", tmp_path)
+
+
+def test_an_edited_image_is_one_image_encoded(photos: Path, tmp_path: Path, draw_photo) -> None:
+    build(options(photos, tmp_path / "data"))
+    write_image(photos / "set1" / "p03.png", 103, None, draw_photo)
+    counts = build(options(photos, tmp_path / "data")).counts
+    assert (counts.pictures, counts.latents, counts.texts, counts.visions) == (1, 1, 0, 1)
+    assert_as_fresh(photos, tmp_path / "data", tmp_path)
+
+
+def test_a_renamed_image_is_not_encoded_again(photos: Path, tmp_path: Path) -> None:
+    build(options(photos, tmp_path / "data"))
+    (photos / "set1" / "p03.png").rename(photos / "renamed.png")
+    (photos / "set1" / "p03.json").rename(photos / "renamed.json")
+    counts = build(options(photos, tmp_path / "data")).counts
+    assert (counts.pictures, counts.latents, counts.texts, counts.visions) == (0, 0, 0, 0)
+    assert_as_fresh(photos, tmp_path / "data", tmp_path)
+
+
+def test_another_resolution_keeps_the_captions(photos: Path, tmp_path: Path) -> None:
+    build(options(photos, tmp_path / "data"))
+    counts = build(options(photos, tmp_path / "data", resolution=96)).counts
+    assert (counts.latents, counts.texts, counts.visions) == (24, 0, 24)
+    assert_as_fresh(photos, tmp_path / "data", tmp_path, resolution=96)
+
+
+def test_other_weights_are_noticed_by_content(photos: Path, tmp_path: Path, tiny_t5_dir: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    model = tmp_path / "t5"
+    shutil.copytree(tiny_t5_dir, model)
+    text = {"text_encoder": str(model), "device": "cpu", "limit": 6, "holdout": 0.0}
+    build(options(photos, tmp_path / "data", **text))
+    moved = tmp_path / "elsewhere"
+    model.rename(moved)
+    text["text_encoder"] = str(moved)
+    counts = build(options(photos, tmp_path / "data", **text)).counts
+    assert (counts.latents, counts.texts, counts.visions) == (0, 0, 0)
+    tensors = load_file(moved / "model.safetensors")
+    tensors["shared.weight"] = tensors["shared.weight"] * 1.5
+    save_file(tensors, moved / "model.safetensors", metadata={"format": "pt"})
+    counts = build(options(photos, tmp_path / "data", **text)).counts
+    assert (counts.latents, counts.texts, counts.visions) == (0, 6, 0)
+
+
+def test_an_image_never_changes_its_split(photos: Path, tmp_path: Path, draw_photo) -> None:
+    def splits() -> dict[str, str]:
+        rows = Rows.load(tmp_path / "data" / records.INDEX).table.to_pylist()
+        return {row["key"]: row["split"] for row in rows}
+
+    build(options(photos, tmp_path / "data"))
+    before = splits()
+    for seed in range(100, 120):
+        write_image(photos / f"new{seed}.png", seed, "a new one", draw_photo)
+    build(options(photos, tmp_path / "data"))
+    after = splits()
+    assert len(after) == 44 and {key: after[key] for key in before} == before
+
+
+def test_a_damaged_record_is_not_taken_over(photos: Path, tmp_path: Path) -> None:
+    build(options(photos, tmp_path / "data"))
+    manifest = records.load_manifest(tmp_path / "data")
+    shard = tmp_path / "data" / manifest.shards["train"][0].file
+    row = next(
+        r for r in Rows.load(tmp_path / "data" / records.INDEX).table.to_pylist() if r["shard"] == shard.name
+    )
+    data = bytearray(shard.read_bytes())
+    position = data.index(row["caption"].encode())
+    data[position] ^= 1
+    shard.write_bytes(data)
+    other = next(
+        r
+        for r in Rows.load(tmp_path / "data" / records.INDEX).table.to_pylist()
+        if r["shard"] == shard.name and r["key"] != row["key"]
+    )
+    (photos / other["key"]).with_suffix(".json").write_text(
+        '{"caption": "edited, so the shard is made again"}'
+    )
+    counts = build(options(photos, tmp_path / "data")).counts
+    assert (counts.latents, counts.texts) == (1, 2)
+    assert_as_fresh(photos, tmp_path / "data", tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+def test_a_and_a_do_not_collide_and_copies_are_reported(
+    photos: Path, tmp_path: Path, draw_photo, capsys: pytest.CaptureFixture
+) -> None:
+    image = Image.fromarray(draw_photo(160, 160, 500))
+    image.save(photos / "a.png")
+    image.save(photos / "a.jpg")
+    (photos / "a.txt").write_text("the same words for both")
+    shutil.copy(photos / "set0" / "p00.png", photos / "copy.png")
+    (photos / "copy.txt").write_text("a copy")
+    build(options(photos, tmp_path / "data"))
+    found = read(tmp_path / "data")
+    assert found["a.png"].content_hash != found["a.jpg"].content_hash
+    assert found["copy.png"].content_hash == found["set0/p00.png"].content_hash
+    rows = {r["key"]: r["split"] for r in Rows.load(tmp_path / "data" / records.INDEX).table.to_pylist()}
+    assert rows["copy.png"] == rows["set0/p00.png"]
+    assert "1 images are copies of another" in capsys.readouterr().out
+
+
+def test_bad_inputs_are_rejected_with_their_reason(
+    photos: Path, tmp_path: Path, draw_photo, capsys: pytest.CaptureFixture
+) -> None:
+    before = {p: p.read_bytes() for p in photos.rglob("*") if p.is_file()}
+    (photos / "empty.png").write_bytes(b"")
+    (photos / "empty.txt").write_text("zero bytes")
+    good = (photos / "set0" / "p02.png").read_bytes()
+    (photos / "cut.png").write_bytes(good[: len(good) // 2])
+    (photos / "cut.txt").write_text("cut in the middle")
+    write_image(photos / "mute.png", 51, None, draw_photo)
+    result = build(options(photos, tmp_path / "data", max_rejects=0.2))
+    lines = [json.loads(line) for line in (tmp_path / "data" / records.REJECTS).read_text().splitlines()]
+    assert [(line["key"], line["reason"]) for line in lines] == [
+        ("cut.png", "damaged image"),
+        ("empty.png", "zero bytes"),
+        ("mute.png", "no caption"),
+    ]
+    assert all(Path(line["file"]).exists() for line in lines)
+    assert result.status == 0 and result.manifest.rejects == 3 and len(read(tmp_path / "data")) == 24
+    assert verify(tmp_path / "data") == []
+    assert {p: p.read_bytes() for p in before} == before, "sources are never touched"
+    assert build(options(photos, tmp_path / "data", max_rejects=0.1)).status == 3
+    assert "more than --max-rejects 0.1" in capsys.readouterr().out
+    assert_as_fresh(photos, tmp_path / "data", tmp_path)
+
+
+def test_an_encoder_that_returns_nan(photos: Path, tmp_path: Path, tiny_dino_dir: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(tiny_dino_dir, tmp_path / "dino")
+    tensors = load_file(tmp_path / "dino" / "model.safetensors")
+    name = next(n for n in tensors if n.endswith("norm.weight"))
+    tensors[name] = np.full_like(tensors[name], np.nan)
+    save_file(tensors, tmp_path / "dino" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PreprocessError, match="every image of the train split was rejected"):
+        build(options(photos, tmp_path / "data", vision_encoder=str(tmp_path / "dino"), device="cpu"))
+    log = [json.loads(line) for line in (tmp_path / "data" / "build_log.jsonl").read_text().splitlines()]
+    reasons = [line["reason"] for line in log if line["event"] == "reject"]
+    assert reasons == ["the vision encoder returned NaN"] * 24
+    assert not (tmp_path / "data" / records.MANIFEST).exists()
+
+
+# --------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"input": "/nowhere"}, "--input /nowhere: there is no such file or folder"),
+        ({"holdout": 0.999, "limit": 1}, "leaves none to train on; use --holdout 0"),
+        ({"holdout": 1.5}, "--holdout must be from 0.0 to 0.999, got 1.5"),
+        ({"shard_size": 0}, "--shard-size must be from 1"),
+        ({"fit": "stretch"}, "--fit must be one of resize, pad, crop"),
+        ({"modulus": 40}, "--modulus must be a multiple of 16, got 40"),
+        ({"dtype": "float16"}, "float16 is refused"),
+        ({"vae": "builtin:hash"}, "there is no encoder 'builtin:hash' here"),
+    ],
+)
+def test_impossible_wishes_are_one_line_errors(
+    photos: Path, tmp_path: Path, more: dict, message: str
+) -> None:
+    import dataclasses
+
+    with pytest.raises(PreprocessError, match=message):
+        build(dataclasses.replace(options(photos, tmp_path / "data"), **more))
+    assert not (tmp_path / "data" / records.MANIFEST).exists()
+
+
+def test_an_empty_folder_and_one_with_only_bad_images(tmp_path: Path) -> None:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    with pytest.raises(PreprocessError, match="no image in"):
+        build(options(folder, tmp_path / "data"))
+    (folder / "a.png").write_bytes(b"nothing")
+    (folder / "a.txt").write_text("words")
+    with pytest.raises(PreprocessError, match="none of 1 images can be used .not an image: 1"):
+        build(options(folder, tmp_path / "data"))
+
+
+def test_a_second_build_is_refused_with_the_owner(photos: Path, tmp_path: Path) -> None:
+    import os
+    import socket
+
+    from preprocess.lock import locked
+
+    output = tmp_path / "data"
+    (output / ".build").mkdir(parents=True)
+    with (
+        locked(output / ".build" / "lock"),
+        pytest.raises(PreprocessError, match=f"pid {os.getpid()} on host {socket.gethostname()}"),
+    ):
+        build(options(photos, output))
+    build(options(photos, output))  # the file of a dead owner locks nobody out
+
+
+def test_command_line(photos: Path, tmp_path: Path) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", "preprocess", *arguments], capture_output=True, text=True
+        )
+
+    data = str(tmp_path / "data")
+    encoders = ["--vae", "builtin:dct", "--text-encoder", "builtin:hash", "--vision-encoder", "builtin:tone"]
+    done = run(
+        "build", "--input", str(photos), "--output", data, "--resolution", "128", "--holdout", "0", *encoders
+    )
+    assert done.returncode == 0, done.stderr
+    assert "24 records (train 24)" in done.stdout
+    assert f"python -m fluxdit_jax.train --config=configs/nano.py --config.data.path={data}" in done.stdout
+    assert run("verify", data).returncode == 0
+    failed = run("build", "--input", "/nowhere", "--output", str(tmp_path / "x"), *encoders)
+    assert failed.returncode == 1
+    assert failed.stderr.strip() == "error: --input /nowhere: there is no such file or folder"
+    assert run("build", "--input", "x").returncode == 2
