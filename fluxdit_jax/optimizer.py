@@ -120,8 +120,8 @@ def record_norms() -> optax.GradientTransformation:
 def build_optimizer(config: OptimizerConfig) -> optax.MultiSteps:
     """The whole update rule; feed it f32 gradients of one micro-batch at a time.
 
-    Non-finite micro-batches are skipped by `MultiSteps` before they reach the accumulator, where one NaN
-    would stay for ever. The state is an `optax.MultiStepsState`: `gradient_step` counts optimizer steps.
+    The state is an `optax.MultiStepsState`: `gradient_step` counts optimizer steps. Gradients that are not
+    finite are dealt with by `train_step`, which then keeps the state from before.
     """
     by_path = jax.tree_util.tree_map_with_path
 
@@ -156,7 +156,7 @@ def build_optimizer(config: OptimizerConfig) -> optax.MultiSteps:
     else:
         raise ValueError(f"optim.name must be one of {NAMES}, got {config.name!r}")
     inner = optax.chain(record_norms(), optax.clip_by_global_norm(config.clip), rule)
-    return optax.MultiSteps(inner, config.accumulate, should_skip_update_fn=optax.skip_not_finite)
+    return optax.MultiSteps(inner, config.accumulate)
 
 
 def gradient_norms(opt_state: optax.MultiStepsState) -> NormsState:

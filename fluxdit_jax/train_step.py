@@ -105,26 +105,32 @@ def make_train_step(
         compute = jax.tree.map(lambda p: p.astype(dtype), state.params)
         grads, metrics = jax.grad(loss_fn, has_aux=True)(compute, batch)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)]))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        skipped = opt_state.skip_state["should_skip"]
+        # A micro-batch with a NaN leaves no trace: not in the accumulator, the moments or the counters. Selecting
+        # leaf by leaf lets XLA update the donated buffers in place; `MultiSteps`' own should_skip_update_fn is a
+        # conditional, which at 526 M parameters keeps 6 GB more of copies.
+        opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), opt_state, state.opt_state)
         # `MultiSteps.has_updated` stays true after a skipped micro-batch; the step counter does not lie.
         advanced = opt_state.gradient_step > state.opt_state.gradient_step
-
-        def finish_step(params, ema, updates):
-            params = optax.apply_updates(params, updates)
-            decay = ema_decay(opt_state.gradient_step - 1, ema_target)
-            ema = optax.incremental_update(params, ema, 1 - decay)
-            distance = group_norms(jax.tree.map(lambda a, b: a - b, params, ema))[0]
-            return params, ema, group_norms(updates)[0], group_norms(params)[0], distance
-
-        def keep_going(params, ema, updates):
-            del updates
-            zero = jnp.zeros((), jnp.float32)
-            return params, ema, zero, zero, zero
-
-        params, ema, update_norm, param_norm, ema_distance = jax.lax.cond(
-            advanced, finish_step, keep_going, state.params, state.ema, updates
+        stepped = optax.apply_updates(state.params, updates)
+        params = jax.tree.map(lambda new, old: jnp.where(advanced, new, old), stepped, state.params)
+        decay = ema_decay(opt_state.gradient_step - 1, ema_target)
+        ema = jax.tree.map(
+            lambda new, old: jnp.where(advanced, new, old),
+            optax.incremental_update(params, state.ema, 1 - decay),
+            state.ema,
         )
+
+        def measure(params, ema, updates):
+            distance = jax.tree.map(lambda a, b: a - b, params, ema)
+            return group_norms(updates)[0], group_norms(params)[0], group_norms(distance)[0]
+
+        def nothing(*_):
+            return (jnp.zeros((), jnp.float32),) * 3
+
+        update_norm, param_norm, ema_distance = jax.lax.cond(advanced, measure, nothing, params, ema, updates)
+        skipped = (~finite).astype(jnp.int32)
         norms = gradient_norms(opt_state)
         metrics |= {
             "step": opt_state.gradient_step,

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Installs if needed, lints, and runs every test. Arguments go to pytest: scripts/test.sh -m "not slow"
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash scripts/install.sh
+export PATH="$PWD/.venv/bin:$PATH"
+ruff check .
+ruff format --check .
+exec python -m pytest "$@"
