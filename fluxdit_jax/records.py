@@ -239,7 +239,10 @@ class Manifest:
         return tuple((height // factor, width // factor) for height, width in self.buckets)
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
+        """Deterministic JSON with a `checksum` of everything else, so that a flipped bit is noticed."""
+        raw = dataclasses.asdict(self)
+        raw["checksum"] = _checksum(raw)
+        return json.dumps(raw, indent=1, sort_keys=True) + "\n"
 
     @classmethod
     def from_json(cls, text: str, source: str = MANIFEST) -> Manifest:
@@ -254,6 +257,12 @@ class Manifest:
             raise DatasetError(
                 f"{source}: format version is {raw.get('version')!r}, this code reads {FORMAT_VERSION}; "
                 "rebuild the dataset with `python -m preprocess build`"
+            )
+        checksum = raw.pop("checksum", "missing")
+        if checksum != _checksum(raw):
+            raise DatasetError(
+                f"{source}: its checksum is not that of its content: it is damaged, or was edited by hand; "
+                "give the `python -m preprocess build` command of the dataset again to write it anew"
             )
         try:
             fields = {field.name: raw[field.name] for field in dataclasses.fields(cls)}
@@ -290,6 +299,10 @@ class Manifest:
             for shard in shards:
                 if Path(shard.file).name != shard.file or shard.records < 1:
                     raise DatasetError(f"{source}: bad shard entry {shard.file!r} ({shard.records} records)")
+
+
+def _checksum(raw: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
 
 
 def load_manifest(directory: str | Path) -> Manifest:

@@ -12,6 +12,7 @@ import collections
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -31,7 +32,7 @@ from preprocess.statistics import Moments
 
 WORK = ".build"
 SHARD_SUFFIX = ".array_record"
-_UNITS = b"fluxdit.units"
+_UNITS, _UNITS_SHA256 = b"fluxdit.units", b"fluxdit.units_sha256"
 _PLACED = ("split", "shard", "row")
 ROWS = pa.schema(
     [
@@ -105,18 +106,26 @@ class Rows:
     units: list[UnitInfo]
 
     def save(self, path: Path) -> None:
-        """Writes a parquet file atomically."""
+        """Writes a parquet file atomically. Its pages and its metadata carry checksums."""
         units = json.dumps([unit.to_dict() for unit in self.units]).encode()
+        metadata = {_UNITS: units, _UNITS_SHA256: hashlib.sha256(units).hexdigest().encode()}
+        table = self.table.replace_schema_metadata(metadata)
         with replacing(path) as temporary:
-            pq.write_table(self.table.replace_schema_metadata({_UNITS: units}), temporary, compression="zstd")
+            pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
     @classmethod
     def load(cls, path: Path) -> Rows:
         """Raises `DatasetError` if the file is damaged or not such a table."""
         try:
-            table = pq.read_table(path)
-            units = [UnitInfo.from_dict(raw) for raw in json.loads(table.schema.metadata[_UNITS])]
-            return cls(table.replace_schema_metadata(None), units)
+            table = pq.read_table(path, page_checksum_verification=True)
+            metadata = table.schema.metadata
+            if hashlib.sha256(metadata[_UNITS]).hexdigest().encode() != metadata[_UNITS_SHA256]:
+                raise ValueError("the checksum of its metadata is wrong")
+            units = [UnitInfo.from_dict(raw) for raw in json.loads(metadata[_UNITS])]
+            if table.num_rows != sum(unit.records for unit in units):
+                raise ValueError(f"{table.num_rows} rows, not one for each record of its units")
+            table = table.replace_schema_metadata(None)
+            return cls(table.cast(INDEX if len(table.schema) == len(INDEX) else ROWS), units)
         except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DatasetError(f"{path} is damaged or was not written by this program: {error}") from error
 
