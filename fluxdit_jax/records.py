@@ -249,7 +249,7 @@ class Manifest:
         """Parses and checks a manifest; raises `DatasetError` naming `source` and the field at fault."""
         try:
             raw = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DatasetError(f"{source}: not valid JSON: {error}") from error
         if not isinstance(raw, dict):
             raise DatasetError(f"{source}: expected a JSON object, got {type(raw).__name__}")
@@ -264,22 +264,27 @@ class Manifest:
                 f"{source}: its checksum is not that of its content: it is damaged, or was edited by hand; "
                 "give the `python -m preprocess build` command of the dataset again to write it anew"
             )
+        _check_types(raw, cls, source, "")
         try:
-            fields = {field.name: raw[field.name] for field in dataclasses.fields(cls)}
+            fields = dict(raw)
             for name in ("vae", "text", "vision"):
-                fields[name] = EncoderIdentity(**fields[name])
-            fields["buckets"] = tuple((int(h), int(w)) for h, w in fields["buckets"])
-            fields["latent_mean"] = tuple(float(v) for v in fields["latent_mean"])
-            fields["latent_std"] = tuple(float(v) for v in fields["latent_std"])
+                _check_types(raw[name], EncoderIdentity, source, f"{name}.")
+                fields[name] = EncoderIdentity(**raw[name])
+            for split, shards in raw["shards"].items():
+                for number, shard in enumerate(shards):
+                    _check_types(shard, Shard, source, f"shards.{split}[{number}].")
             fields["shards"] = {
-                split: tuple(Shard(**shard) for shard in shards) for split, shards in fields["shards"].items()
+                split: tuple(Shard(**shard) for shard in shards) for split, shards in raw["shards"].items()
             }
-            manifest = cls(**fields)
-            manifest._check(source)
-        except DatasetError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DatasetError(f"{source}: wrong or missing field: {error}") from error
+            fields["buckets"] = tuple((int(h), int(w)) for h, w in raw["buckets"])
+            fields["latent_mean"] = tuple(float(v) for v in raw["latent_mean"])
+            fields["latent_std"] = tuple(float(v) for v in raw["latent_std"])
+        except (TypeError, ValueError, OverflowError) as error:
+            raise DatasetError(
+                f"{source}: shards, buckets, latent_mean or latent_std is malformed: {error}"
+            ) from error
+        manifest = cls(**fields)
+        manifest._check(source)
         return manifest
 
     def _check(self, source: str) -> None:
@@ -291,14 +296,40 @@ class Manifest:
             )
         if not all(math.isfinite(v) for v in self.latent_mean + self.latent_std) or min(self.latent_std) <= 0:
             raise DatasetError(f"{source}: latent_mean and latent_std must be finite, and every std above 0")
-        if "factor" not in self.vae.options:
-            raise DatasetError(f"{source}: vae.options has no 'factor' (pixels per latent side)")
+        factor = self.vae.options.get("factor")
+        if not isinstance(factor, int) or factor < 1:
+            raise DatasetError(
+                f"{source}: vae.options has the 'factor' {factor!r}; it must be pixels per latent side"
+            )
         if not self.buckets or any(min(size) < 1 for size in self.buckets):
             raise DatasetError(f"{source}: the bucket table is empty or has a side below 1")
         for shards in self.shards.values():
             for shard in shards:
-                if Path(shard.file).name != shard.file or shard.records < 1:
+                if not shard.file or Path(shard.file).name != shard.file or shard.records < 1:
                     raise DatasetError(f"{source}: bad shard entry {shard.file!r} ({shard.records} records)")
+        for field, value in (
+            ("vae.width", self.vae.width),
+            ("text.width", self.text.width),
+            ("vision.width", self.vision.width),
+            ("text_tokens", self.text_tokens),
+        ):
+            if value < 1:
+                raise DatasetError(f"{source}: {field} is {value}; it must be above 0")
+
+
+def _check_types(raw: Any, cls: type, source: str, prefix: str) -> None:
+    """Raises `DatasetError`, naming the field, unless `raw` has exactly the fields of the dataclass, by type."""
+    if not isinstance(raw, dict):
+        raise DatasetError(f"{source}: {prefix.rstrip('.')} is {raw!r}, not an object with fields")
+    fields = {field.name: field.type for field in dataclasses.fields(cls)}
+    if fields.keys() != raw.keys():
+        names = ", ".join(prefix + name for name in sorted(fields.keys() ^ raw.keys()))
+        raise DatasetError(f"{source}: missing or unknown: {names}")
+    for name, annotation in fields.items():
+        value = raw[name]
+        wanted = {"str": str, "int": int, "tuple": list}.get(annotation.split("[")[0], dict)
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            raise DatasetError(f"{source}: {prefix}{name} is {value!r}, which is no {wanted.__name__}")
 
 
 def _checksum(raw: dict[str, Any]) -> str:
