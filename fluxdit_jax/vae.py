@@ -29,10 +29,11 @@ from fluxdit_jax.vae_files import (
     read_params,
     weight_files,
 )
-from fluxdit_jax.vae_network import KlConfig, KlDecoder, TileMoments, TinyConfig, TinyDecoder
+from fluxdit_jax.vae_network import KlConfig, KlDecoder, TinyConfig, TinyDecoder
+from fluxdit_jax.vae_strips import decode_in_strips
 
-TILE = 128  # latent positions: a 1024 px image of an 8x VAE is decoded whole
-SETTLED = 1e-3  # change of the tiles' pooled statistics, in standard deviations, below which passes end
+WHOLE = 128 * 128  # latent positions: 1024 x 1024 pixels of an 8x VAE
+STRIP = 2**26  # values: 256 MiB of f32
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -55,15 +56,16 @@ class Decoder(Protocol):
 class NetworkDecoder:
     """A decoder network with its weights.
 
-    One program is compiled per latent size (h, w), two when it is tiled, whatever the batch: images go through one
-    at a time, so the batch does not change the memory needed either. A Flux decoder needs 160 KiB per latent
-    position in float32: 2.5 GiB for 1024 x 1024 pixels.
+    Images go through one at a time, so one program is compiled per latent size (h, w) whatever the batch, and the batch
+    does not change the memory needed. A Flux decoder needs 160 KiB per latent position in float32, 2.5 GiB for
+    1024 x 1024 pixels, when it decodes an image whole; in strips (`vae_strips`) it needs a fixed amount of
+    device memory, has a program for each kind of layer and image size, and gives the same picture.
 
     Attributes:
       factor: pixels per latent side.
       channels: latent channels.
-      tile: latent side; more than tile*tile positions are decoded in tiles of at most this side.
-      passes: passes over the tiles that the last tiled image took.
+      whole: most latent positions (h * w) decoded whole; a larger image is decoded in strips.
+      strip: most values of one layer's strip.
     """
 
     def __init__(
@@ -71,41 +73,26 @@ class NetworkDecoder:
         network: KlDecoder | TinyDecoder,
         config: KlConfig | TinyConfig,
         params: nnx.State,
-        tile: int = TILE,
+        whole: int = WHOLE,
+        strip: int = STRIP,
     ):
         self.factor = config.factor
         self.channels = config.latent_channels
-        self.tile = tile
-        self.passes = 0
-        self._overlap = 2 * network.halo
-        self._moments_shape = (network.norms, 2, network.groups)
-        self._params = params
+        self.whole = whole
+        self.strip = strip
         graph = nnx.graphdef(network)
-
-        def whole(params: nnx.State, latents_1hwC: jax.Array) -> jax.Array:
-            network = nnx.merge(graph, params)
-            return network.tail(network.head(latents_1hwC))[0]
+        self._params = params
+        self._network = nnx.merge(graph, params)
 
         def head(params: nnx.State, latents_1hwC: jax.Array) -> jax.Array:
             return nnx.merge(graph, params).head(latents_1hwC)
 
-        def tail(
-            params: nnx.State,
-            features_1hwF: jax.Array,
-            start: tuple,
-            owned: tuple,
-            given: jax.Array,
-            known: jax.Array,
-            size: tuple[int, int],
-        ) -> tuple[jax.Array, jax.Array]:
-            part = jax.lax.dynamic_slice(features_1hwF, (0, *start, 0), (1, *size, features_1hwF.shape[-1]))
-            moments = TileMoments(size, owned, given, known)
-            image = nnx.merge(graph, params).tail(part, moments)[0]
-            return image, jnp.stack(moments.seen) if moments.seen else given
+        def both(params: nnx.State, latents_1hwC: jax.Array) -> jax.Array:
+            network = nnx.merge(graph, params)
+            return network.tail(network.head(latents_1hwC))
 
-        self._whole = jax.jit(whole)
         self._head = jax.jit(head)
-        self._tail = jax.jit(tail, static_argnames="size")
+        self._both = jax.jit(both)
 
     def decode(self, latents: Any) -> np.ndarray:
         """float [B, channels, h, w] to uint8 [B, h*factor, w*factor, 3].
@@ -145,83 +132,13 @@ class NetworkDecoder:
         latents_BhwC = latents_BChw.astype(np.float32).transpose(0, 2, 3, 1)
         images = np.empty((B, h * self.factor, w * self.factor, 3), np.float32)
         for i in range(B):
-            if h * w > self.tile**2:
-                images[i] = self._decode_tiled(latents_BhwC[i : i + 1])
+            one = latents_BhwC[i : i + 1]
+            if h * w <= self.whole:
+                images[i] = self._both(self._params, one)[0]
             else:
-                images[i] = self._whole(self._params, latents_BhwC[i : i + 1])
+                features = np.asarray(self._head(self._params, one))
+                images[i] = decode_in_strips(self._network, features, self.strip)
         return images
-
-    def _decode_tiled(self, latents_1hwC: np.ndarray) -> np.ndarray:
-        """`head` on the whole, `tail` on tiles, equal to the untiled picture up to `SETTLED`.
-
-        Neighbours overlap by twice the network's reach, so that in the part that a tile owns the convolutions see what
-        they would see in the whole image; attention is in `head`. What is left are the group norms, which need the
-        mean and variance over the whole image (taken per tile, they shift the colours of every tile). So each pass
-        pools what the norms saw in all tiles, and the next pass uses that. Norm n is exact after n + 1 passes at
-        the latest, because it depends on those before it alone; in practice a few passes settle all of them. All
-        tiles of a pass share their statistics, so there is no seam to blend at any time.
-        """
-        _, h, w, _ = latents_1hwC.shape
-        features = self._head(self._params, latents_1hwC)
-        image = np.empty((h * self.factor, w * self.factor, 3), np.float32)
-        moments = np.zeros(self._moments_shape, np.float32)
-        for passes in range(1, len(moments) + 3):
-            pooled = self._tile_pass(features, moments, passes > 1, image)
-            # "not >=", so that a change that is not a number ends it too.
-            settled = passes > 1 and not moments_change(moments, pooled) >= SETTLED
-            if settled or not moments.size:
-                break
-            moments = pooled
-        self.passes = passes
-        return image
-
-    def _tile_pass(
-        self, features: jax.Array, given: np.ndarray, known: bool, image: np.ndarray
-    ) -> np.ndarray:
-        """Decodes all tiles into `image`; returns the pooled moments that the norms saw."""
-        h, w = features.shape[1:3]
-        size = (min(h, self.tile), min(w, self.tile))
-        f = self.factor
-        seen, areas = [], []
-        for y, top, bottom in tile_rows(h, size[0], self._overlap):
-            for x, left, right in tile_rows(w, size[1], self._overlap):
-                owned = ((top - y, bottom - y), (left - x, right - x))
-                part, moments = self._tail(self._params, features, (y, x), owned, given, known, size=size)
-                rows, columns = (slice(first * f, last * f) for first, last in owned)
-                image[top * f : bottom * f, left * f : right * f] = np.asarray(part)[rows, columns]
-                seen.append(np.asarray(moments))
-                areas.append((bottom - top) * (right - left))
-        return pool_moments(np.stack(seen), np.array(areas))
-
-
-def tile_rows(side: int, tile: int, overlap: int) -> list[tuple[int, int, int]]:
-    """The fewest equal tiles that cover `side`, neighbours sharing at least `overlap`.
-
-    Returns: (start of the tile, first position that it owns, end of what it owns) for each; the owned parts make up
-    the side, and end at least `overlap // 2` inside a tile's edge unless that is the image's edge.
-    """
-    if tile >= side:
-        return [(0, 0, side)]
-    count = -(-(side - overlap) // (tile - overlap))
-    starts = [i * (side - tile) // (count - 1) for i in range(count)]
-    cuts = [0, *((a + tile + b) // 2 for a, b in zip(starts, starts[1:])), side]
-    return list(zip(starts, cuts, cuts[1:]))
-
-
-def pool_moments(moments: np.ndarray, areas: np.ndarray) -> np.ndarray:
-    """Means and variances of parts, f32 [parts, norms, 2, groups], and their areas, to those of the whole."""
-    share = (areas / areas.sum())[:, None, None]
-    means, variances = moments[:, :, 0].astype(np.float64), moments[:, :, 1].astype(np.float64)
-    mean = (share * means).sum(0)
-    variance = (share * (variances + np.square(means - mean))).sum(0)
-    return np.stack([mean, variance], axis=1).astype(np.float32)
-
-
-def moments_change(old: np.ndarray, new: np.ndarray) -> float:
-    """Largest change of a mean, or of a standard deviation, in standard deviations."""
-    deviation = np.sqrt(new[:, 1]) + 1e-12
-    mean = np.abs(new[:, 0] - old[:, 0]) / deviation
-    return float(max(mean.max(), np.abs(1 - np.sqrt(old[:, 1]) / deviation).max()))
 
 
 class BuiltinDecoder:
@@ -244,7 +161,7 @@ class BuiltinDecoder:
 
 
 def load_decoder(
-    identity: EncoderIdentity, path: str | None = None, dtype: str = "float32", tile: int = TILE
+    identity: EncoderIdentity, path: str | None = None, dtype: str = "float32", whole: int = WHOLE
 ) -> Decoder:
     """The decoder that belongs to a data set's VAE.
 
@@ -254,12 +171,12 @@ def load_decoder(
       path: directory to take the decoder from instead; the files may lie in its `vae` subfolder.
       dtype: "float32" or "bfloat16": of the weights on the device and of the activations. Group norm statistics and
         softmax are f32 in both. On a GPU, f32 convolutions use XLA's default precision, TF32 where there is.
-      tile: latent side above whose square an image is decoded in tiles.
+      whole: latent positions (h * w) above which an image is decoded in strips, see `NetworkDecoder`.
 
     Raises:
       DecoderError: not found, incomplete, a weight missing, unexpected or of the wrong shape, an architecture that
         this decoder does not have, or one with other channels or factor than the identity's.
-      ValueError: float16, another unknown dtype, or a tile too small for its overlap.
+      ValueError: float16 or another unknown dtype.
     """
     if dtype not in DTYPES:
         why = " (float16 overflows in this decoder's activations)" if dtype == "float16" else ""
@@ -274,9 +191,7 @@ def load_decoder(
     if identity.sha256 and identity.sha256 != sha256:
         _warn_hash(identity, str(directory), sha256)
     network = nnx.eval_shape(lambda: network_class(config, DTYPES[dtype]))
-    if tile <= 2 * network.halo:
-        raise ValueError(f"tile must be above {2 * network.halo} latent positions for this VAE, got {tile}")
-    return NetworkDecoder(network, config, read_params(files, network), tile)
+    return NetworkDecoder(network, config, read_params(files, network), whole)
 
 
 def _check_config(directory: Path, config: KlConfig | TinyConfig, identity: EncoderIdentity) -> None:

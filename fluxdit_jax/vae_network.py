@@ -2,7 +2,8 @@
 
 Attributes carry diffusers' names, so that a parameter's path in the module is its name in the safetensors
 file. Activations are [B, H, W, C] (diffusers: [B, C, H, W]): the layout in which XLA's convolutions are fast.
-Each network is cut in two: `head` runs on the whole latent, `tail` may run on tiles of what `head` returns.
+Each network is cut in two: `head` works at the latent's resolution, `tail` enlarges; for large
+images `vae_strips` runs the layers of `tail` one by one.
 
 Sources: Rombach et al. 2022 (arXiv:2112.10752), appendix E; github.com/madebyollin/taesd.
 """
@@ -69,53 +70,20 @@ class TinyConfig:
         return self.upsampling_scaling_factor ** (len(self.num_decoder_blocks) - 1)
 
 
-Moments = Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
+Moments = tuple[jax.Array, jax.Array]  # mean and variance of each channel group, f32 [B, groups] each
 
 
-def image_moments(x_BHWC: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
-    """Mean and variance of each channel group over a whole image, f32 [B, groups] each.
+def row_moments(x_BHWC: jax.Array, groups: int, first: int | jax.Array, last: int | jax.Array) -> Moments:
+    """Moments of rows `first` to `last` (excluded; both may be traced).
 
     Two passes: one pass (the mean of squares less the square of the mean) loses digits.
     """
-    ones = jnp.ones(x_BHWC.shape[1:3], jnp.float32)
-    return _weighted_moments(x_BHWC, groups, ones)
-
-
-class TileMoments:
-    """`Moments` for a tile: those of the whole image where they are known, else the tile's own.
-
-    The tile's own, over the part of the image that is the tile's alone, are kept in `seen` in the order in which
-    the norms asked, f32 [2, groups] each (mean, variance), so that all tiles' can be pooled.
-
-    Args:
-      size: (height, width) of the tile, latent positions.
-      owned: ((top, bottom), (left, right)) of its own part within it, latent positions.
-      given: f32 [norms, 2, groups], the whole image's.
-      known: bool scalar: use `given`.
-    """
-
-    def __init__(self, size: tuple[int, int], owned: tuple, given: jax.Array, known: jax.Array):
-        self.size, self.owned, self.given, self.known = size, owned, given, known
-        self.seen: list[jax.Array] = []
-
-    def __call__(self, x_1HWC: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
-        inside = []
-        for side, latent_side, (first, last) in zip(x_1HWC.shape[1:3], self.size, self.owned):
-            scale = side // latent_side
-            position = jnp.arange(side)
-            inside.append((position >= first * scale) & (position < last * scale))
-        mask_HW = (inside[0][:, None] & inside[1][None, :]).astype(jnp.float32)
-        own = jnp.concatenate(_weighted_moments(x_1HWC, groups, mask_HW))
-        used = jnp.where(self.known, self.given[len(self.seen)], own)
-        self.seen.append(own)
-        return used[:1], used[1:]
-
-
-def _weighted_moments(x_BHWC: jax.Array, groups: int, weight_HW: jax.Array) -> tuple[jax.Array, jax.Array]:
-    weight_HW1 = weight_HW[..., None] / weight_HW.sum()
+    row = jnp.arange(x_BHWC.shape[1])
+    weight_H = ((row >= first) & (row < last)) / ((last - first) * x_BHWC.shape[2])
+    weight_H11 = weight_H.astype(jnp.float32)[:, None, None]
 
     def mean(values_BHWC: jax.Array) -> jax.Array:
-        per_channel_BC = (values_BHWC * weight_HW1).sum((1, 2))
+        per_channel_BC = (values_BHWC * weight_H11).sum((1, 2))
         return per_channel_BC.reshape(len(per_channel_BC), groups, -1).mean(-1)
 
     x_BHWC = x_BHWC.astype(jnp.float32)
@@ -128,15 +96,20 @@ def _per_channel(values_BG: jax.Array, channels: int) -> jax.Array:
 
 
 class GroupNorm(nnx.Module):
-    """Group normalisation of [B, H, W, C]; the arithmetic is f32."""
+    """Group normalisation of [B, H, W, C]; the arithmetic is f32.
+
+    Where x is part of a picture, the whole picture's `moments` are given with it.
+    """
 
     def __init__(self, channels: int, groups: int, dtype: Any):
         self.groups = groups
         self.scale = nnx.Param(jnp.ones(channels, dtype))
         self.bias = nnx.Param(jnp.zeros(channels, dtype))
 
-    def __call__(self, x: jax.Array, moments: Moments = image_moments) -> jax.Array:
-        mean, variance = (_per_channel(m, x.shape[-1]) for m in moments(x, self.groups))
+    def __call__(self, x: jax.Array, moments: Moments | None = None) -> jax.Array:
+        if moments is None:
+            moments = row_moments(x, self.groups, 0, x.shape[1])
+        mean, variance = (_per_channel(m, x.shape[-1]) for m in moments)
         scale = self.scale[...].astype(jnp.float32) * jax.lax.rsqrt(variance + EPSILON)
         y = (x.astype(jnp.float32) - mean) * scale + self.bias[...].astype(jnp.float32)
         return y.astype(x.dtype)
@@ -184,10 +157,16 @@ class Resnet(nnx.Module):
         if inputs != outputs:
             self.conv_shortcut = _conv(1, inputs, outputs, dtype)
 
-    def __call__(self, x: jax.Array, moments: Moments = image_moments) -> jax.Array:
-        act = ACTIVATIONS[self.act_fn]
-        y = self.conv1(act(self.norm1(x, moments)))
-        y = self.conv2(act(self.norm2(y, moments)))
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.second(self.first(x), x)
+
+    def first(self, x: jax.Array, moments: Moments | None = None) -> jax.Array:
+        """The first half, [B, H, W, inputs] to [B, H, W, outputs]."""
+        return self.conv1(ACTIVATIONS[self.act_fn](self.norm1(x, moments)))
+
+    def second(self, y: jax.Array, x: jax.Array, moments: Moments | None = None) -> jax.Array:
+        """The second half: y of `first` (and its moments) and x again, to [B, H, W, outputs]."""
+        y = self.conv2(ACTIVATIONS[self.act_fn](self.norm2(y, moments)))
         return y + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
 
@@ -259,16 +238,14 @@ class UpBlock(nnx.Module):
         )
         self.upsamplers = nnx.List([] if last else [UpsampleConv(outputs, dtype)])
 
-    def __call__(self, x: jax.Array, moments: Moments = image_moments) -> jax.Array:
-        for resnet in self.resnets:
-            x = resnet(x, moments)
-        for upsampler in self.upsamplers:
-            x = upsampler(x)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for layer in (*self.resnets, *self.upsamplers):
+            x = layer(x)
         return x
 
 
 class KlStack(nnx.Module):
-    """The module that diffusers calls `AutoencoderKL.decoder`."""
+    """The layers that diffusers calls `AutoencoderKL.decoder`; `KlDecoder` runs them."""
 
     def __init__(self, config: KlConfig, dtype: Any):
         widths = config.block_out_channels[::-1]
@@ -285,13 +262,7 @@ class KlStack(nnx.Module):
 
 
 class KlDecoder(nnx.Module):
-    """The decoder of an `AutoencoderKL`.
-
-    Attributes:
-      halo: how far, in latent positions, an output pixel of `tail` sees through the convolutions.
-      norms: group norms in `tail`.
-      groups: groups of each.
-    """
+    """The decoder of an `AutoencoderKL`."""
 
     def __init__(self, config: KlConfig, dtype: Any):
         if config.use_post_quant_conv:
@@ -300,16 +271,6 @@ class KlDecoder(nnx.Module):
         self.scaling_factor = config.scaling_factor
         self.shift_factor = config.shift_factor or 0.0
         self.dtype = dtype
-        self.groups = config.norm_num_groups
-        # Per block 2 convolutions a resnet at its own scale and one after the enlargement, at twice that.
-        blocks = len(config.block_out_channels)
-        convs = 2 * (config.layers_per_block + 1)
-        self.norms = blocks * convs + 1
-        self.halo = math.ceil(
-            sum(convs / 2**i for i in range(blocks))
-            + sum(1 / 2 ** (i + 1) for i in range(blocks - 1))
-            + 1 / 2 ** (blocks - 1)
-        )
 
     def head(self, latents: jax.Array) -> jax.Array:
         """f32 [B, h, w, latent_channels] after scale and shift, to features [B, h, w, C]."""
@@ -318,11 +279,15 @@ class KlDecoder(nnx.Module):
             x = self.post_quant_conv(x)
         return self.decoder.mid_block(self.decoder.conv_in(x))
 
-    def tail(self, features: jax.Array, moments: Moments = image_moments) -> jax.Array:
+    def tail(self, features: jax.Array) -> jax.Array:
         """[B, h, w, C] to f32 images [B, h*factor, w*factor, 3], about [-1, 1], not clipped."""
         x = features
         for block in self.decoder.up_blocks:
-            x = block(x, moments)
+            x = block(x)
+        return self.to_image(x)
+
+    def to_image(self, x: jax.Array, moments: Moments | None = None) -> jax.Array:
+        """The layers after the last block: [B, H, W, C] to f32 [B, H, W, 3]."""
         x = jax.nn.silu(self.decoder.conv_norm_out(x, moments))  # diffusers: SiLU here whatever act_fn says
         return self.decoder.conv_out(x).astype(jnp.float32)
 
@@ -345,7 +310,7 @@ class TinyBlock(nnx.Module):
 
 
 class TinyStack(nnx.Module):
-    """The module that diffusers calls `AutoencoderTiny.decoder`."""
+    """The layers that diffusers calls `AutoencoderTiny.decoder`; `TinyDecoder` runs them."""
 
     def __init__(self, config: TinyConfig, dtype: Any):
         width = config.decoder_block_out_channels[0]
@@ -361,9 +326,11 @@ class TinyStack(nnx.Module):
 
 
 class TinyDecoder(nnx.Module):
-    """The decoder of an `AutoencoderTiny`. Attributes as in `KlDecoder`; it has no norms."""
+    """The decoder of an `AutoencoderTiny`.
 
-    norms = groups = 0
+    Attributes:
+      halo: how far, in latent positions, an output pixel sees. All layers are convolutions, so it sees no further.
+    """
 
     def __init__(self, config: TinyConfig, dtype: Any):
         self.decoder = TinyStack(config, dtype)
@@ -380,9 +347,8 @@ class TinyDecoder(nnx.Module):
         """f32 [B, h, w, latent_channels] to the same shape, softly clamped to ±3."""
         return (jnp.tanh(latents / 3) * 3).astype(self.dtype)
 
-    def tail(self, features: jax.Array, moments: Moments = image_moments) -> jax.Array:
+    def tail(self, features: jax.Array) -> jax.Array:
         """[B, h, w, latent_channels] to f32 images [B, h*factor, w*factor, 3], about [-1, 1], not clipped."""
-        del moments  # no norms
         x = features
         for layer in self.decoder.layers:
             x = layer(x)
