@@ -1,4 +1,4 @@
-"""`python -m preprocess build | inspect | verify | demo`: thin; the work is in the module of that name."""
+"""`python -m preprocess build | inspect | verify | export | demo`: thin; the work is in the module of that name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
     parsed = _parser().parse_args(arguments)
     warnings.filterwarnings("ignore", module="PIL")  # their cases are judged in images.py
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, and so it stays
+            signal.signal(number, _stop)
     from fluxdit_jax.records import DatasetError
 
     try:
@@ -30,16 +32,20 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _terminate(number: int, frame: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the second one while cleaning up changes nothing
+def _stop(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # a second one while cleaning up changes nothing
     raise KeyboardInterrupt
 
 
 def _build(parsed: argparse.Namespace) -> int:
-    from preprocess.build import build
+    from preprocess.build import build, dry_run
 
     names = {field.name for field in dataclasses.fields(Options)}
-    return build(Options(**{name: value for name, value in vars(parsed).items() if name in names})).status
+    options = Options(**{name: value for name, value in vars(parsed).items() if name in names})
+    if parsed.dry_run:
+        dry_run(options)
+        return 0
+    return build(options).status
 
 
 def _inspect(parsed: argparse.Namespace) -> int:
@@ -50,9 +56,29 @@ def _inspect(parsed: argparse.Namespace) -> int:
 
 
 def _verify(parsed: argparse.Namespace) -> int:
-    from preprocess.verify import report, verify
+    from fluxdit_jax.records import MANIFEST, DatasetError
+    from preprocess.verify import WHOLE, Finding, repair, report, verify
 
+    try:
+        findings = verify(parsed.dataset, parsed.workers)
+    except DatasetError as error:
+        if not parsed.repair:
+            raise
+        findings = [Finding(MANIFEST, WHOLE, str(error))]
+    if not (parsed.repair and findings):
+        return report(findings, parsed.dataset)
+    for finding in findings:
+        print(finding)
+    repair(parsed.dataset, findings)
     return report(verify(parsed.dataset, parsed.workers), parsed.dataset)
+
+
+def _export(parsed: argparse.Namespace) -> int:
+    from preprocess.export import export
+
+    written = export(parsed.dataset, parsed.output, parsed.format)
+    print(f"{len(written)} files are in {parsed.output}, the first is {written[0].name}")
+    return 0
 
 
 def _demo(parsed: argparse.Namespace) -> int:
@@ -80,7 +106,15 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="read everything and name what is damaged")
     verify.add_argument("dataset", help="the dataset directory")
     verify.add_argument("--workers", type=int, default=2, help="shards read at a time (default: 2)")
+    verify.add_argument(
+        "--repair", action="store_true", help="encode again what is damaged, and nothing else"
+    )
     verify.set_defaults(run=_verify)
+    export = commands.add_parser("export", help="write the records as WebDataset tar files")
+    export.add_argument("dataset", help="the dataset directory")
+    export.add_argument("--output", required=True, help="folder for the tar files")
+    export.add_argument("--format", default="webdataset", choices=("webdataset",))
+    export.set_defaults(run=_export)
     demo = commands.add_parser("demo", help="draw the demonstration pictures with their captions")
     demo.add_argument("--output", required=True, help="folder to write them to")
     demo.set_defaults(run=_demo)
@@ -131,6 +165,9 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     option("--batch-size", "images in a batch of the VAE and the vision encoder")
     option("--workers", "threads that decode images (default: one a core)")
     option("--max-rejects", "exit with status 3 if a larger share of the inputs is rejected")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="plan only: print and draw what would be done, decode nothing"
+    )
     parser.set_defaults(run=_build)
 
 

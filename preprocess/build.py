@@ -14,6 +14,7 @@ from fluxdit_jax.records import DatasetError, Manifest
 from preprocess import PreprocessError, buckets
 from preprocess.encode import Counts, Encoders, Encoding
 from preprocess.encoders import load_text_encoder, load_vae, load_vision_encoder
+from preprocess.forecast import tell
 from preprocess.journal import Journal
 from preprocess.lock import locked
 from preprocess.options import Options
@@ -66,6 +67,33 @@ def build(options: Options, distrusted: frozenset[tuple[str, int]] = frozenset()
         return _build(options, output, Journal(output / LOG_FILE), distrusted)
 
 
+def dry_run(options: Options) -> Plan:
+    """Plans only: prints what `build` would do, and draws `plan.png` into the output folder.
+
+    Raises:
+      PreprocessError: as `build`.
+    """
+    options = options.checked()
+    output = Path(options.output)
+    with disk_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+    journal = Journal(None)
+    plan, _ = _plan(options, output, journal)
+    tell(plan, journal.say)
+    return plan
+
+
+def _plan(options: Options, output: Path, journal: Journal) -> tuple[Plan, Vectors | None]:
+    listing = scan(options.input, options.caption_field, exclude=output)
+    vectors = None
+    if options.vision_embeddings:
+        vectors = Vectors(options.vision_embeddings, (f.key for f in listing.found), options.vision_encoder)
+    with journal.bar(len(listing.found[: options.limit or None]), "plan") as bar:
+        plan = make_plan(listing, options, vectors, bar.update)
+    _tell_plan(journal, plan, listing)
+    return plan, vectors
+
+
 def _build(
     options: Options, output: Path, journal: Journal, distrusted: frozenset[tuple[str, int]]
 ) -> Result:
@@ -83,14 +111,8 @@ def _build(
 
     # ---- 2. What there is.
     start = time.perf_counter()
-    listing = scan(options.input, options.caption_field, exclude=output)
-    vectors = None
-    if options.vision_embeddings:
-        vectors = Vectors(options.vision_embeddings, (f.key for f in listing.found), options.vision_encoder)
-    with journal.bar(len(listing.found[: options.limit or None]), "plan") as bar:
-        plan = make_plan(listing, options, vectors, bar.update)
+    plan, vectors = _plan(options, output, journal)
     seconds["plan"] = time.perf_counter() - start
-    _tell_plan(journal, plan, listing)
 
     # ---- 3. The encoders.
     start = time.perf_counter()
@@ -280,14 +302,15 @@ def _tell_result(
     total = sum(manifest.records(split) for split in manifest.shards)
     reasons = collections.Counter(reject.reason for reject in plan.rejects)
     reasons.update(reject.reason for _, info, _ in finished for reject in info.rejects)
-    truncated = sum(info.truncated for _, info, _ in finished)
     journal.say(f"\n{'Done' if changed else 'Up to date'}: {total:,} records ({splits}) in {output}")
     journal.say(
         f"  encoded {counts.latents:,} latents, {counts.texts:,} captions, {counts.visions:,} vision vectors; "
         f"{counts.reused:,} tensors taken over from before"
     )
-    if truncated:
-        journal.say(f"  {truncated:,} captions were cut to {plan.options.max_tokens} tokens")
+    if counts.truncated:
+        journal.say(
+            f"  {counts.truncated:,} captions were longer than {plan.options.max_tokens} tokens and were cut"
+        )
     if counts.profiles_ignored:
         journal.say(f"  {counts.profiles_ignored:,} unusable colour profiles were ignored")
     if reasons:

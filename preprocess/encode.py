@@ -72,13 +72,14 @@ class Stopwatch:
 
 @dataclasses.dataclass
 class Counts:
-    """What was done: images decoded, tensors encoded by kind, tensors taken over from before."""
+    """What was done: images decoded, tensors encoded by kind, tensors taken over from before, captions cut."""
 
     pictures: int = 0
     latents: int = 0
     texts: int = 0
     visions: int = 0
     reused: int = 0
+    truncated: int = 0
     profiles_ignored: int = 0
 
 
@@ -92,7 +93,6 @@ class _Job:
     tensors: list[list[np.ndarray | None]]
     batches: list[list[int]]
     rejects: dict[int, Rejected] = dataclasses.field(default_factory=dict)
-    truncated: int = 0
 
 
 @dataclasses.dataclass
@@ -249,7 +249,7 @@ class Encoding:
         before = self._encoders.text.truncated
         with self.watch("text"):
             texts = self._encoders.text.encode([job.unit.items[i].caption for i in missing])
-        job.truncated = self._encoders.text.truncated - before
+        self.counts.truncated += self._encoders.text.truncated - before
         self.counts.texts += len(missing)
         for index, text in zip(missing, texts):
             self._take(job, index, 1, text, "text encoder")
@@ -323,7 +323,6 @@ class Encoding:
             rows=rows,
             text_width=self._encoders.text.identity.width,
             rejects=rejects,
-            truncated=job.truncated,
         )
         for reject in rejects:
             self._report("reject", key=reject.key, reason=reject.reason, detail=reject.detail)

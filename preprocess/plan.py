@@ -62,18 +62,21 @@ class Fingerprints:
     def of(cls, options: Options, vae: EncoderIdentity, text: EncoderIdentity, vision: EncoderIdentity):
         pixels = [PIXELS_VERSION, options.fit]
         return cls(
-            latent=_digest("latent", pixels, _weights(vae)),
-            text=_digest("text", _weights(text)),
-            vision=_digest("vision", pixels, _weights(vision)),
+            latent=digest("latent", pixels, _weights(vae)),
+            text=digest("text", _weights(text)),
+            vision=digest("vision", pixels, _weights(vision)),
         )
 
     def ids(self, item: Item) -> tuple[str, str, str]:
         """Names of the latent, the text and the vision vector of an item, by what they are made from."""
-        vector = [item.vector] if item.vector else [item.content, item.bucket]
+        return self.ids_of(item.content, item.bucket, item.caption, item.vector)
+
+    def ids_of(self, content: str, bucket: Size, caption: str, vector: str = "") -> tuple[str, str, str]:
+        """The same of a record."""
         return (
-            _digest(self.latent, item.content, item.bucket),
-            _digest(self.text, item.caption),
-            _digest(self.vision, *vector),
+            digest(self.latent, content, bucket),
+            digest(self.text, caption),
+            digest(self.vision, *([vector] if vector else [content, bucket])),
         )
 
 
@@ -82,7 +85,8 @@ def _weights(identity: EncoderIdentity) -> list:
     return [identity.sha256, identity.dtype, identity.width, identity.options]
 
 
-def _digest(*parts: object) -> str:
+def digest(*parts: object) -> str:
+    """32 hex digits that name whatever the parts are; they must be JSON."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -101,7 +105,7 @@ class Unit:
     def uid(self, prints: Fingerprints) -> str:
         """A hash over everything that decides the shard's bytes."""
         rows = [[item.key, item.content, *prints.ids(item)] for item in self.items]
-        return _digest(WRITER_OPTIONS, self.split, rows)
+        return digest(WRITER_OPTIONS, self.split, rows)
 
 
 @dataclasses.dataclass

@@ -64,7 +64,6 @@ class UnitInfo:
       text_width: needed to read its records.
       moments: of its latents, None without records.
       rejects: images of the unit that failed after planning.
-      truncated: captions that were cut.
       file: name of the shard in the dataset; "" while it is in `.build`.
     """
 
@@ -76,7 +75,6 @@ class UnitInfo:
     text_width: int
     moments: Moments | None
     rejects: tuple[Reject, ...]
-    truncated: int
     file: str = ""
 
     @property
@@ -179,7 +177,6 @@ def write_unit(
     rows: list[dict],
     text_width: int,
     rejects: tuple[Reject, ...],
-    truncated: int,
 ) -> UnitInfo:
     """Writes the shard and then the rows of one unit.
 
@@ -214,7 +211,6 @@ def write_unit(
             text_width=text_width,
             moments=Moments.merged(moments),
             rejects=rejects,
-            truncated=truncated,
         )
         Rows(pa.Table.from_pylist(rows, ROWS), [info]).save(folder / f"{uid}.parquet")
     return info

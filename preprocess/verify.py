@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable
@@ -14,11 +15,16 @@ from array_record.python import array_record_module
 
 from fluxdit_jax import records
 from fluxdit_jax.records import DatasetError, Manifest, Shard
+from preprocess.build import build
 from preprocess.journal import Journal
+from preprocess.options import Options
+from preprocess.plan import Fingerprints, digest
+from preprocess.publish import load_options
 from preprocess.statistics import Moments
-from preprocess.units import Rows, bucket_histogram, read_rows
+from preprocess.units import INDEX, Rows, UnitInfo, bucket_histogram, read_rows
 
 WHOLE = -1  # the row of a finding about a whole shard
+_UNLISTED = "is not in the manifest"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +90,7 @@ def _check_metadata(directory: Path, manifest: Manifest) -> list[Finding]:
     listed = {shard.file for shards in manifest.shards.values() for shard in shards}
     for path in directory.glob("*.array_record*"):
         if path.name not in listed:
-            findings.append(Finding(path.name, WHOLE, "is not in the manifest"))
+            findings.append(Finding(path.name, WHOLE, _UNLISTED))
     rejects = directory / records.REJECTS
     if rejects.is_file():
         lines = rejects.read_bytes().count(b"\n")
@@ -198,6 +204,91 @@ def _check_statistics(manifest: Manifest, moments: Moments | None) -> list[Findi
                 Finding(records.MANIFEST, WHOLE, f"{name} is off by {error:.3g} from the records")
             )
     return findings
+
+
+def repair(directory: str | Path, findings: list[Finding]) -> None:
+    """Encodes again what is damaged, and writes anew what can be derived from the rest.
+
+    Runs the dataset's own `build` with the damaged records as if they had never been made. So sources that
+    have changed since are taken up too, as with any `build`.
+
+    Raises:
+      PreprocessError: the build's options or the sources are not there.
+    """
+    directory = Path(directory)
+    options = dataclasses.replace(load_options(directory), output=str(directory))
+    damaged = frozenset((f.file, f.row) for f in findings if ".array_record" in f.file)
+    if any(finding.file == records.INDEX for finding in findings):
+        with contextlib.suppress(DatasetError):  # without a manifest too, everything is encoded again
+            salvage_index(directory, options)
+    if any(finding.file not in (records.INDEX,) for finding in findings):
+        (directory / records.MANIFEST).unlink(
+            missing_ok=True
+        )  # it is no finished dataset until it is repaired
+    for finding in findings:
+        if finding.what == _UNLISTED:
+            (directory / finding.file).unlink()
+    build(options, damaged)
+
+
+def salvage_index(directory: Path, options: Options) -> None:
+    """Writes the index anew from the records themselves.
+
+    Raises:
+      DatasetError: the manifest is damaged as well.
+    """
+    manifest = records.load_manifest(directory)
+    prints = Fingerprints.of(options, manifest.vae, manifest.text, manifest.vision)
+    tables, infos = [], []
+    for split, shards in manifest.shards.items():
+        for shard in shards:
+            rows, moments = [], []
+            for row, data in read_rows(directory / shard.file, list(range(shard.records))):
+                with contextlib.suppress(DatasetError):
+                    if isinstance(data, DatasetError):
+                        raise data
+                    record = records.decode_record(data, manifest.text.width)
+                    moments.append(Moments.of(record.latent))
+                    rows.append(
+                        {"split": split, "shard": shard.file, "row": row, **_index_row(record, prints)}
+                    )
+            # Rows of unreadable records are missing, so the unit's name fits no plan and it is made again.
+            whole = [
+                [r["key"], r["content_hash"], r["latent_id"], r["text_id"], r["vision_id"]] for r in rows
+            ]
+            infos.append(
+                UnitInfo(
+                    uid=digest(records.WRITER_OPTIONS, split, whole),
+                    split=split,
+                    sha256=shard.sha256,
+                    bytes=shard.bytes,
+                    records=len(rows),
+                    text_width=manifest.text.width,
+                    moments=Moments.merged(moments),
+                    rejects=(),
+                    file=shard.file,
+                )
+            )
+            tables.append(pa.Table.from_pylist(rows, INDEX))
+    Rows(pa.concat_tables(tables), infos).save(directory / records.INDEX)
+
+
+def _index_row(record: records.Record, prints: Fingerprints) -> dict:
+    latent, text, vision = prints.ids_of(record.content_hash, record.encoded_size, record.caption)
+    return {
+        "key": record.key,
+        "caption": record.caption,
+        "bucket_height": record.encoded_size[0],
+        "bucket_width": record.encoded_size[1],
+        "height": record.original_size[0],
+        "width": record.original_size[1],
+        "tokens": len(record.text),
+        "content_hash": record.content_hash,
+        "source": record.key,
+        "latent_id": latent,
+        "text_id": text,
+        "vision_id": vision,
+    }
 
 
 def report(findings: list[Finding], directory: str) -> int:

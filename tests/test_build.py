@@ -2,76 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from build_fixtures import FLAGS, assert_as_fresh, contents, index, options, read, write_image, write_photos
 from PIL import Image
 
 from fluxdit_jax import records
 from preprocess import PreprocessError
-from preprocess.build import build
+from preprocess.build import build, dry_run
 from preprocess.encoders import load_text_encoder, load_vae, load_vision_encoder
 from preprocess.images import Limits, decode, read_header
-from preprocess.options import Options
-from preprocess.units import Rows, read_rows
+from preprocess.lock import locked
+from preprocess.units import read_rows
 from preprocess.verify import verify
-
-SIZES = [(160, 160), (140, 180), (180, 140), (300, 310), (128, 150)]
-
-
-def write_image(path: Path, seed: int, caption: str | None, draw: Callable) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(draw(*SIZES[seed % len(SIZES)], seed)).save(path)
-    if caption is not None:
-        path.with_suffix(".json").write_text(json.dumps({"caption": caption}))
 
 
 @pytest.fixture
 def photos(tmp_path: Path, draw_photo) -> Path:
-    """24 photographs of several sizes in two folders."""
-    folder = tmp_path / "photos"
-    for seed in range(24):
-        write_image(
-            folder / f"set{seed % 2}" / f"p{seed:02}.png", seed, f"photo number {seed} of a dog", draw_photo
-        )
-    return folder
-
-
-def options(photos: Path, output: Path, **more) -> Options:
-    values = {"vae": "builtin:dct", "text_encoder": "builtin:hash", "vision_encoder": "builtin:tone"}
-    values |= {
-        "resolution": 128,
-        "modulus": 16,
-        "holdout": 0.2,
-        "shard_size": 8,
-        "batch_size": 3,
-        "workers": 2,
-    }
-    return Options(input=str(photos), output=str(output), **(values | more))
-
-
-def read(directory: Path) -> dict[str, records.Record]:
-    """All records by key."""
-    manifest = records.load_manifest(directory)
-    found = {}
-    for shards in manifest.shards.values():
-        for shard in shards:
-            for _, data in read_rows(directory / shard.file, list(range(shard.records))):
-                record = records.decode_record(data, manifest.text.width)
-                found[record.key] = record
-    return found
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    """Every file of a dataset that the contract names."""
-    names = [p for p in directory.iterdir() if p.name not in ("build.json", "build_log.jsonl", "inspect")]
-    return {path.name: path.read_bytes() for path in names}
+    return write_photos(tmp_path / "photos", 24, draw_photo)
 
 
 def test_records_are_what_the_encoders_say(photos: Path, tmp_path: Path) -> None:
@@ -103,9 +62,9 @@ def test_manifest_index_and_statistics(photos: Path, tmp_path: Path) -> None:
     train, holdout = manifest.shards["train"], manifest.shards["holdout"]
     assert manifest.records("train") + manifest.records("holdout") == 24 and manifest.records("holdout") > 0
     assert all(shard.records <= 8 for shard in train + holdout) and len(train) > 1
-    index = Rows.load(directory / records.INDEX).table.to_pylist()
-    assert len(index) == 24
-    for row in index:
+    rows = index(directory)
+    assert len(rows) == 24
+    for row in rows:
         record = found[row["key"]]
         ((_, data),) = read_rows(directory / row["shard"], [row["row"]])
         assert records.decode_record(data, 1024).key == row["key"]
@@ -113,7 +72,7 @@ def test_manifest_index_and_statistics(photos: Path, tmp_path: Path) -> None:
         assert (row["bucket_height"], row["bucket_width"]) == record.encoded_size
         assert (row["height"], row["width"]) == record.original_size
         assert (row["tokens"], row["content_hash"]) == (len(record.text), record.content_hash)
-    in_train = [found[row["key"]].latent for row in index if row["split"] == "train"]
+    in_train = [found[row["key"]].latent for row in rows if row["split"] == "train"]
     values = np.concatenate([latent.astype(np.float64).reshape(16, -1) for latent in in_train], axis=1)
     assert manifest.latent_count == values.shape[1]
     assert np.abs(np.array(manifest.latent_mean) - values.mean(axis=1)).max() < 1e-10
@@ -195,18 +154,9 @@ def test_nothing_changed_means_nothing_done(photos: Path, tmp_path: Path) -> Non
     before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in (tmp_path / "data").iterdir()}
     result = build(options(photos, tmp_path / "data"))
     assert not result.changed and result.counts.pictures == result.counts.texts == 0
-    for path, (time, data) in before.items():
+    for path, (stamp, data) in before.items():
         if path.name != "build_log.jsonl":
-            assert (path.stat().st_mtime_ns, path.read_bytes()) == (time, data)
-
-
-def assert_as_fresh(photos: Path, directory: Path, tmp_path: Path, **more) -> None:
-    """The directory equals what a build from nothing makes of the same input, byte for byte."""
-    fresh = tmp_path / "fresh" / directory.name
-    shutil.rmtree(fresh, ignore_errors=True)
-    build(options(photos, fresh, **more))
-    assert contents(directory) == contents(fresh)
-    assert verify(directory) == []
+            assert (path.stat().st_mtime_ns, path.read_bytes()) == (stamp, data)
 
 
 def test_one_more_image_is_one_image_encoded(photos: Path, tmp_path: Path, draw_photo) -> None:
@@ -237,8 +187,6 @@ def test_an_edited_caption_is_one_caption_encoded(photos: Path, tmp_path: Path) 
     path = photos / "set1" / "p03.json"
     stat = path.stat()
     path.write_text(path.read_text().replace("dog", "cat"))  # as long as before
-    import os
-
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # nor does the time tell
     counts = build(options(photos, tmp_path / "data")).counts
     assert (counts.pictures, counts.latents, counts.texts, counts.visions) == (0, 0, 1, 0)
@@ -291,7 +239,7 @@ def test_other_weights_are_noticed_by_content(photos: Path, tmp_path: Path, tiny
 
 def test_an_image_never_changes_its_split(photos: Path, tmp_path: Path, draw_photo) -> None:
     def splits() -> dict[str, str]:
-        rows = Rows.load(tmp_path / "data" / records.INDEX).table.to_pylist()
+        rows = index(tmp_path / "data")
         return {row["key"]: row["split"] for row in rows}
 
     build(options(photos, tmp_path / "data"))
@@ -307,18 +255,12 @@ def test_a_damaged_record_is_not_taken_over(photos: Path, tmp_path: Path) -> Non
     build(options(photos, tmp_path / "data"))
     manifest = records.load_manifest(tmp_path / "data")
     shard = tmp_path / "data" / manifest.shards["train"][0].file
-    row = next(
-        r for r in Rows.load(tmp_path / "data" / records.INDEX).table.to_pylist() if r["shard"] == shard.name
-    )
+    row = next(r for r in index(tmp_path / "data") if r["shard"] == shard.name)
     data = bytearray(shard.read_bytes())
     position = data.index(row["caption"].encode())
     data[position] ^= 1
     shard.write_bytes(data)
-    other = next(
-        r
-        for r in Rows.load(tmp_path / "data" / records.INDEX).table.to_pylist()
-        if r["shard"] == shard.name and r["key"] != row["key"]
-    )
+    other = next(r for r in index(tmp_path / "data") if r["shard"] == shard.name and r["key"] != row["key"])
     (photos / other["key"]).with_suffix(".json").write_text(
         '{"caption": "edited, so the shard is made again"}'
     )
@@ -343,7 +285,7 @@ def test_a_and_a_do_not_collide_and_copies_are_reported(
     found = read(tmp_path / "data")
     assert found["a.png"].content_hash != found["a.jpg"].content_hash
     assert found["copy.png"].content_hash == found["set0/p00.png"].content_hash
-    rows = {r["key"]: r["split"] for r in Rows.load(tmp_path / "data" / records.INDEX).table.to_pylist()}
+    rows = {r["key"]: r["split"] for r in index(tmp_path / "data")}
     assert rows["copy.png"] == rows["set0/p00.png"]
     assert "1 images are copies of another" in capsys.readouterr().out
 
@@ -409,8 +351,6 @@ def test_an_encoder_that_returns_nan(photos: Path, tmp_path: Path, tiny_dino_dir
 def test_impossible_wishes_are_one_line_errors(
     photos: Path, tmp_path: Path, more: dict, message: str
 ) -> None:
-    import dataclasses
-
     with pytest.raises(PreprocessError, match=message):
         build(dataclasses.replace(options(photos, tmp_path / "data"), **more))
     assert not (tmp_path / "data" / records.MANIFEST).exists()
@@ -428,11 +368,6 @@ def test_an_empty_folder_and_one_with_only_bad_images(tmp_path: Path) -> None:
 
 
 def test_a_second_build_is_refused_with_the_owner(photos: Path, tmp_path: Path) -> None:
-    import os
-    import socket
-
-    from preprocess.lock import locked
-
     output = tmp_path / "data"
     (output / ".build").mkdir(parents=True)
     with (
@@ -443,22 +378,156 @@ def test_a_second_build_is_refused_with_the_owner(photos: Path, tmp_path: Path) 
     build(options(photos, output))  # the file of a dead owner locks nobody out
 
 
-def test_command_line(photos: Path, tmp_path: Path) -> None:
-    def run(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "-m", "preprocess", *arguments], capture_output=True, text=True
-        )
+def run(*arguments: str, **more) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "preprocess", *arguments], capture_output=True, text=True, **more
+    )
 
+
+def test_command_line(photos: Path, tmp_path: Path) -> None:
     data = str(tmp_path / "data")
-    encoders = ["--vae", "builtin:dct", "--text-encoder", "builtin:hash", "--vision-encoder", "builtin:tone"]
     done = run(
-        "build", "--input", str(photos), "--output", data, "--resolution", "128", "--holdout", "0", *encoders
+        "build", "--input", str(photos), "--output", data, "--resolution", "128", "--holdout", "0", *FLAGS
     )
     assert done.returncode == 0, done.stderr
     assert "24 records (train 24)" in done.stdout
     assert f"python -m fluxdit_jax.train --config=configs/nano.py --config.data.path={data}" in done.stdout
     assert run("verify", data).returncode == 0
-    failed = run("build", "--input", "/nowhere", "--output", str(tmp_path / "x"), *encoders)
+    failed = run("build", "--input", "/nowhere", "--output", str(tmp_path / "x"), *FLAGS)
     assert failed.returncode == 1
     assert failed.stderr.strip() == "error: --input /nowhere: there is no such file or folder"
     assert run("build", "--input", "x").returncode == 2
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from preprocess.__main__ import main\n"
+        "try: main(['build', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('numpy', 'PIL', 'torch', 'pyarrow', 'tensorflow_datasets') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--text-encoder" in result.stdout and result.stdout.strip().endswith("[]")
+
+
+def test_a_reader_that_goes_away_stops_nothing(photos: Path, tmp_path: Path) -> None:
+    command = (
+        f"{sys.executable} -m preprocess build --input {photos} --output {tmp_path / 'data'} --resolution 128"
+    )
+    result = subprocess.run(
+        ["bash", "-c", f"{command} {' '.join(FLAGS)} | true"], capture_output=True, text=True
+    )
+    assert "Traceback" not in result.stderr
+    assert records.load_manifest(tmp_path / "data").records("train") > 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_it_cleanly(number: signal.Signals, tmp_path: Path, draw_photo) -> None:
+    photos = write_photos(tmp_path / "photos", 60, draw_photo)
+    arguments = ["build", "--input", str(photos), "--output", str(tmp_path / "data"), "--shard-size", "4"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "preprocess", *arguments, "--resolution", "512", *FLAGS],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "data").glob(".build/*.parquet")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert "the same command goes on from there" in errors
+    assert not list((tmp_path / "data").glob(".build/*.tmp"))
+    assert list((tmp_path / "data").glob(".build/*.parquet"))
+
+
+# ------------------------------------------------------------------------------------------------- dry run
+
+
+def test_dry_run_tells_and_writes_no_dataset(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (photos / "bad.png").write_bytes(b"")
+    (photos / "bad.txt").write_text("a zero-byte file")
+    dry_run(options(photos, tmp_path / "data"))
+    told = capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == ["plan.png"]
+    counts = {}
+    for line in told.splitlines():
+        words = line.split()
+        if len(words) == 8 and words[1] == "x":
+            counts[int(words[0]), int(words[2])] = int(words[6])
+    result = build(options(photos, tmp_path / "data"))
+    built = {}
+    for shards in result.manifest.shards.values():
+        for shard in shards:
+            for name, count in shard.buckets.items():
+                size = tuple(int(side) for side in name.split("x"))
+                built[size] = built.get(size, 0) + count
+    assert counts == built
+    assert "zero bytes (for example bad.png)" in told
+    assert "aspect ratio changed by" in told and "padding in a run" in told and "by a trial" in told
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_other_fits(fit: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    dry_run(options(photos, tmp_path / "data", fit=fit))
+    assert ("area cut off" if fit == "crop" else "area that is noise") in capsys.readouterr().out
+    build(options(photos, tmp_path / "data", fit=fit))
+    found = read(tmp_path / "data")
+    vae = load_vae("builtin:dct")
+    for key, record in found.items():
+        data = (photos / key).read_bytes()
+        pixels = decode(
+            data, read_header(data, Limits()), record.encoded_size, fit, record.content_hash
+        ).pixels
+        np.testing.assert_array_equal(record.latent, vae.encode(pixels[None])[0])
+    assert_as_fresh(photos, tmp_path / "data", tmp_path, fit=fit)
+
+
+def test_limit_takes_the_first_by_name(photos: Path, tmp_path: Path) -> None:
+    build(options(photos, tmp_path / "data", limit=5, holdout=0.0))
+    names = sorted(p.relative_to(photos).as_posix() for p in photos.rglob("*.png"))
+    assert sorted(read(tmp_path / "data")) == names[:5]
+
+
+def test_a_dataset_inside_its_input_is_not_read_as_input(photos: Path, tmp_path: Path) -> None:
+    build(options(photos, photos / "out"))
+    before = contents(photos / "out")
+    (photos / "out" / "inspect").mkdir()
+    shutil.copy(photos / "set0" / "p00.png", photos / "out" / "inspect" / "x.png")
+    build(options(photos, photos / "out"))
+    assert contents(photos / "out") == before
+
+
+# ---------------------------------------------------------------------------------------- precomputed vectors
+
+
+def test_precomputed_vectors(photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "vectors"
+    rng = np.random.default_rng(0)
+    vectors = {
+        p.relative_to(photos).as_posix(): rng.normal(size=1024) * 7 for p in sorted(photos.rglob("*.png"))
+    }
+    for key, vector in vectors.items():
+        (folder / key).parent.mkdir(parents=True, exist_ok=True)
+        np.save(folder / f"{key}.npy", vector.astype(np.float32))
+    more = {"vision_embeddings": str(folder), "vision_encoder": "owner/dino"}
+    result = build(options(photos, tmp_path / "data", **more))
+    assert result.counts.visions == 0 and result.manifest.vision.id == "precomputed:owner/dino"
+    for key, record in read(tmp_path / "data").items():
+        expected = vectors[key].astype(np.float32)
+        np.testing.assert_allclose(record.vision, expected / np.linalg.norm(expected), atol=1e-6)
+    changed = sorted(vectors)[3]
+    np.save(folder / f"{changed}.npy", -vectors[changed].astype(np.float32))
+    (folder / f"{sorted(vectors)[4]}.npy").unlink()
+    np.save(folder / f"{sorted(vectors)[5]}.npy", np.full(1024, np.nan, np.float32))
+    result = build(options(photos, tmp_path / "data", max_rejects=0.5, **more))
+    assert result.counts.latents == result.counts.texts == 0
+    found = read(tmp_path / "data")
+    assert len(found) == 22 and found[changed].vision @ vectors[changed] < 0
+    lines = [json.loads(line) for line in (tmp_path / "data" / records.REJECTS).read_text().splitlines()]
+    assert [line["reason"] for line in lines] == ["no vector", "vector is not finite"]
+    assert_as_fresh(photos, tmp_path / "data", tmp_path, max_rejects=0.5, **more)

@@ -1,0 +1,181 @@
+"""`build --dry-run`: what a build would make of an input, before any picture is decoded."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from preprocess import PreprocessError, buckets
+from preprocess.encoders import load_text_encoder, load_vae, load_vision_encoder
+from preprocess.plan import Item, Plan
+from preprocess.report import padding
+
+# TFLOP of the default encoders, counted by torch's FlopCounterMode: Flux VAE at 1024 px, DINOv3-L at 512 px,
+# T5-Large a token.
+_VAE_AT_1024, _VISION, _TEXT_A_TOKEN = 4.88, 0.72, 0.00065
+_CHARACTERS_A_TOKEN = 4.2  # English through T5's tokenizer
+_CHANNELS, _FACTOR, _TEXT_WIDTH, _VISION_WIDTH = 16, 8, 1024, 1024
+_RECORD_OVERHEAD = 600  # bytes: names, sizes, hash, the shard's framing
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """Figures about a plan.
+
+    Attributes:
+      counts: images a bucket, for the whole table.
+      bends: per image, in the order of the plan: how much `fit` costs it, 0 = nothing. For "resize" the
+        relative change of aspect ratio, for "crop" the share cut off, for "pad" the share that is noise.
+      padding: share of a run's image tokens that are padding.
+      tokens: estimated text tokens a caption.
+      record_bytes: estimated size of a record, mean.
+    """
+
+    counts: dict[buckets.Size, int]
+    bends: np.ndarray
+    padding: float
+    tokens: float
+    record_bytes: float
+
+
+def forecast(plan: Plan) -> Forecast:
+    """The figures of a plan."""
+    options = plan.options
+    counts = collections.Counter(item.bucket for item in plan.items)
+    table = {size: counts.get(size, 0) for size in options.buckets()}
+    tokens = np.array([min(options.max_tokens, len(i.caption) / _CHARACTERS_A_TOKEN + 1) for i in plan.items])
+    pixels = np.array([item.bucket[0] * item.bucket[1] for item in plan.items])
+    record = 2 * _CHANNELS * pixels.mean() / _FACTOR**2 + 2 * _TEXT_WIDTH * tokens.mean() + 4 * _VISION_WIDTH
+    record += np.mean([len(item.caption.encode()) for item in plan.items]) + _RECORD_OVERHEAD
+    return Forecast(
+        counts=table,
+        bends=np.array([_bend(item, options.fit) for item in plan.items]),
+        padding=padding(table, _FACTOR),
+        tokens=float(tokens.mean()),
+        record_bytes=float(record),
+    )
+
+
+def _bend(item: Item, fit: str) -> float:
+    size = (item.header.height, item.header.width)
+    if fit == "resize":
+        return buckets.distortion(size, item.bucket) - 1
+    plan = buckets.geometry(size, item.bucket, fit)
+    if fit == "crop":
+        left, top, right, bottom = plan.box
+        return 1 - (right - left) * (bottom - top) / (size[0] * size[1])
+    return 1 - plan.size[0] * plan.size[1] / (item.bucket[0] * item.bucket[1])
+
+
+def tell(plan: Plan, say: Callable[[str], None]) -> None:
+    """Prints the forecast and draws `plan.png` into the output folder."""
+    figures, options = forecast(plan), plan.options
+    total = len(plan.items)
+    say("\nbuckets (height x width)   aspect  tokens   fill    images  share")
+    for size, count in figures.counts.items():
+        if count:
+            fill = size[0] * size[1] / options.resolution**2
+            say(
+                f"  {size[0]:5} x {size[1]:<5}            {size[1] / size[0]:6.2f}  {buckets.tokens(size):6}  "
+                f"{fill:5.1%}  {count:8,}  {count / total:5.1%}"
+            )
+    fills = [size[0] * size[1] / options.resolution**2 for size in figures.counts]
+    say(f"  {len(figures.counts)} buckets in the table, each at least {min(fills):.1%} full")
+    say(f"  image tokens that are padding in a run with patch 2: {figures.padding:.2%}")
+    _tell_bends(plan, figures, say)
+    _tell_rejects(plan, say)
+    need = total * figures.record_bytes
+    say(
+        f"disk: about {figures.record_bytes / 1e3:,.0f} KB a record, {need / 1e9:,.1f} GB in all (with 16 channels "
+        f"at 1/8 and 1,024-wide tokens, {figures.tokens:.0f} a caption); while an existing dataset is made anew "
+        "with other encoders, twice that"
+    )
+    _tell_time(plan, figures, say)
+    from preprocess.plots import draw_aspects
+
+    aspects = np.array([item.header.width / item.header.height for item in plan.items])
+    path = Path(options.output) / "plan.png"
+    draw_aspects(aspects, figures.counts, path)
+    say(f"Picture: {path}")
+
+
+def _tell_bends(plan: Plan, figures: Forecast, say: Callable[[str], None]) -> None:
+    what = {"resize": "aspect ratio changed by", "crop": "area cut off", "pad": "area that is noise"}
+    bends, fit = figures.bends, plan.options.fit
+    say(
+        f"fit {fit}: {what[fit]} {bends.mean():.2%} on average, p99 {np.quantile(bends, 0.99):.1%}, "
+        f"worst {bends.max():.1%}; the worst are"
+    )
+    for index in np.argsort(-bends, kind="stable")[:5]:
+        item = plan.items[index]
+        height, width = item.bucket
+        say(
+            f"  {bends[index]:6.1%}  {item.key}  {item.header.width}x{item.header.height} to {width}x{height}"
+        )
+    if fit == "resize" and np.quantile(bends, 0.99) > 0.12:
+        say(
+            f"  warning: that is visible. A smaller --modulus (now {plan.options.modulus}) has more aspect ratios, "
+            "and --fit crop bends nothing"
+        )
+
+
+def _tell_rejects(plan: Plan, say: Callable[[str], None]) -> None:
+    if plan.rejects:
+        say(f"rejects: {len(plan.rejects):,}")
+        for reason, count in collections.Counter(reject.reason for reject in plan.rejects).most_common():
+            example = next(reject for reject in plan.rejects if reject.reason == reason)
+            say(f"  {count:7,}  {reason} (for example {example.key})")
+
+
+def _tell_time(plan: Plan, figures: Forecast, say: Callable[[str], None]) -> None:
+    options, total = plan.options, len(plan.items)
+    if all(_is_here(spec) for spec in (options.vae, options.text_encoder, options.vision_encoder)):
+        seconds = total * _trial(plan)
+        say(
+            f"time: about {_duration(seconds)} for {total:,} images with these encoders on this machine, by a trial"
+        )
+        return
+    pixels = np.mean([item.bucket[0] * item.bucket[1] for item in plan.items])
+    work = _VAE_AT_1024 * pixels / 1024**2 + _VISION + _TEXT_A_TOKEN * figures.tokens
+    rates = {"20 TFLOP/s (an APU)": 20, "60 (an RTX 4090)": 60, "0.5 (8 CPU cores)": 0.5}
+    times = ", ".join(f"{_duration(total * work / rate)} at {name}" for name, rate in rates.items())
+    say(
+        f"time: about {work:.1f} TFLOP an image with the default encoders: {times} really reached; with encoders in "
+        "local directories this is measured instead"
+    )
+
+
+def _is_here(spec: str) -> bool:
+    return spec.startswith("builtin:") or Path(spec).expanduser().is_dir()
+
+
+def _trial(plan: Plan) -> float:
+    """Seconds an image: one picture of the commonest bucket and one caption, after one for warming up."""
+    options = plan.options
+    vae = load_vae(options.vae, options.device, options.dtype, options.latent, options.seed)
+    text = load_text_encoder(options.text_encoder, options.device, options.dtype, options.max_tokens)
+    vision = load_vision_encoder(options.vision_encoder, options.device, options.dtype)
+    ((height, width), _), *_ = collections.Counter(item.bucket for item in plan.items).most_common(1)
+    picture = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), np.uint8)
+    caption = sorted((item.caption for item in plan.items), key=len)[len(plan.items) // 2]
+    try:
+        for _ in range(2):
+            start = time.perf_counter()
+            vae.encode(picture)
+            vision.encode(picture)
+            text.encode([caption])
+            seconds = time.perf_counter() - start
+    except ValueError as error:
+        raise PreprocessError(f"the encoders cannot take a picture of {height}x{width}: {error}") from error
+    return seconds
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

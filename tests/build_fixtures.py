@@ -1,0 +1,86 @@
+"""What the tests of preprocessing share: small folders of photographs, options, and reading a dataset back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image
+
+from fluxdit_jax import records
+from preprocess.build import build
+from preprocess.options import Options
+from preprocess.units import Rows, read_rows
+from preprocess.verify import verify
+
+SIZES = [(160, 160), (140, 180), (180, 140), (300, 310), (128, 150)]
+ENCODERS = {"vae": "builtin:dct", "text_encoder": "builtin:hash", "vision_encoder": "builtin:tone"}
+FLAGS = ["--vae", "builtin:dct", "--text-encoder", "builtin:hash", "--vision-encoder", "builtin:tone"]
+
+
+def write_image(path: Path, seed: int, caption: str | None, draw: Callable) -> None:
+    """A drawn photograph, with its caption in a .json beside it if there is one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(draw(*SIZES[seed % len(SIZES)], seed)).save(path)
+    if caption is not None:
+        path.with_suffix(".json").write_text(json.dumps({"caption": caption}))
+
+
+def write_photos(folder: Path, count: int, draw: Callable) -> Path:
+    """`count` photographs of several sizes in two folders."""
+    for seed in range(count):
+        write_image(
+            folder / f"set{seed % 2}" / f"p{seed:02}.png", seed, f"photo number {seed} of a dog", draw
+        )
+    return folder
+
+
+def options(photos: Path, output: Path, **more: object) -> Options:
+    """A small build with the built-in encoders."""
+    values = {
+        "resolution": 128,
+        "modulus": 16,
+        "holdout": 0.2,
+        "shard_size": 8,
+        "batch_size": 3,
+        "workers": 2,
+    }
+    return Options(input=str(photos), output=str(output), **(ENCODERS | values | more))
+
+
+def read(directory: Path) -> dict[str, records.Record]:
+    """All records by key."""
+    manifest = records.load_manifest(directory)
+    found = {}
+    for shards in manifest.shards.values():
+        for shard in shards:
+            for _, data in read_rows(directory / shard.file, list(range(shard.records))):
+                record = records.decode_record(data, manifest.text.width)
+                found[record.key] = record
+    return found
+
+
+def index(directory: Path) -> list[dict]:
+    """The rows of the index."""
+    return Rows.load(directory / records.INDEX).table.to_pylist()
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file of a dataset that the contract names."""
+    names = [
+        p
+        for p in directory.iterdir()
+        if p.name not in ("build.json", "build_log.jsonl", "plan.png", "inspect")
+    ]
+    return {path.name: path.read_bytes() for path in names}
+
+
+def assert_as_fresh(photos: Path, directory: Path, tmp_path: Path, **more: object) -> None:
+    """The directory equals what a build from nothing makes of the same input, byte for byte."""
+    fresh = tmp_path / "fresh" / directory.name
+    shutil.rmtree(fresh, ignore_errors=True)
+    build(options(photos, fresh, **more))
+    assert contents(directory) == contents(fresh)
+    assert verify(directory) == []
