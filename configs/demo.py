@@ -26,7 +26,7 @@ def get_config():
     c.flow.drop_text = 0.0
     c.flow.drop_vision = 0.0
     c.flow.drop_both = 0.0
-    c.model.remat = "dots"
+    c.model.remat = "block"
     c.train.steps = 3600
     c.log.preview_every = 600
     return c

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict, config_flags
 
 from fluxdit_jax import config as configuration
 from fluxdit_jax import data, model, sharding
+from fluxdit_jax.allocator import keep_freed_memory
 from fluxdit_jax.checkpoint import CheckpointError, Checkpoints
 from fluxdit_jax.flow import FlowConfig
 from fluxdit_jax.generation import Generator
@@ -318,6 +319,8 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: unexpected argument {argv[1]!r}; overrides are written --config.group.key=value")
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax narrates every save at INFO
     use_compilation_cache()
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     try:
         code = train(_CONFIG.value)
     except USER_ERRORS as error:
