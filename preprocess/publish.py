@@ -82,9 +82,10 @@ def publish(
     shutil.rmtree(next_folder, ignore_errors=True)
     next_folder.mkdir(parents=True)
     with disk_errors(next_folder):
-        index = pa.concat_tables([_index_part(info, table) for info, table, _ in placed]).cast(INDEX)
-        Rows(index, [info for info, _, _ in placed]).save(next_folder / records.INDEX)
         _save_text(next_folder / records.REJECTS, "".join(_reject_line(reject) for reject in rejects))
+        rejects_sha256 = records.sha256_file(next_folder / records.REJECTS)
+        index = pa.concat_tables([_index_part(info, table) for info, table, _ in placed]).cast(INDEX)
+        Rows(index, [info for info, _, _ in placed], rejects_sha256).save(next_folder / records.INDEX)
         _save_text(next_folder / OPTIONS_FILE, _to_json({"options": plan.options.to_dict()}))
         _save_text(next_folder / records.MANIFEST, manifest.to_json())
     moves = [(info.uid, old, info.file) for info, _, old in placed if info.records]
@@ -216,7 +217,7 @@ def roll_forward(directory: Path) -> bool:
         next_folder = work / _NEXT
         manifest_path = next_folder if (next_folder / records.MANIFEST).exists() else directory
         manifest = records.load_manifest(manifest_path)
-        _write_tfds_metadata(directory, manifest)
+        write_tfds_metadata(directory, manifest)
         for name in (records.INDEX, records.REJECTS, OPTIONS_FILE, records.MANIFEST):  # the manifest last
             if (next_folder / name).exists():
                 (next_folder / name).replace(directory / name)
@@ -234,8 +235,8 @@ def finish(directory: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
 
 
-def _write_tfds_metadata(directory: Path, manifest: Manifest) -> None:
-    """`dataset_info.json` and `features.json`, as TFDS wants them."""
+def write_tfds_metadata(directory: Path, manifest: Manifest) -> None:
+    """`dataset_info.json` and `features.json`, as TFDS wants them; the shards must be there by name."""
     import tensorflow_datasets as tfds
 
     template = tfds.core.ShardedFileTemplate(

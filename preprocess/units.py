@@ -98,14 +98,19 @@ class UnitInfo:
 
 @dataclasses.dataclass
 class Rows:
-    """A table of rows with the units that they belong to, in order."""
+    """A table of rows with the units that they belong to, in order.
+
+    `rejects_sha256` is that of `rejects.jsonl`, in a dataset's index.
+    """
 
     table: pa.Table
     units: list[UnitInfo]
+    rejects_sha256: str = ""
 
     def save(self, path: Path) -> None:
         """Writes a parquet file atomically. Its pages and its metadata carry checksums."""
-        units = json.dumps([unit.to_dict() for unit in self.units]).encode()
+        about = {"units": [unit.to_dict() for unit in self.units], "rejects_sha256": self.rejects_sha256}
+        units = json.dumps(about).encode()
         metadata = {_UNITS: units, _UNITS_SHA256: hashlib.sha256(units).hexdigest().encode()}
         table = self.table.replace_schema_metadata(metadata)
         with replacing(path) as temporary:
@@ -119,11 +124,13 @@ class Rows:
             metadata = table.schema.metadata
             if hashlib.sha256(metadata[_UNITS]).hexdigest().encode() != metadata[_UNITS_SHA256]:
                 raise ValueError("the checksum of its metadata is wrong")
-            units = [UnitInfo.from_dict(raw) for raw in json.loads(metadata[_UNITS])]
+            about = json.loads(metadata[_UNITS])
+            units = [UnitInfo.from_dict(raw) for raw in about["units"]]
             if table.num_rows != sum(unit.records for unit in units):
                 raise ValueError(f"{table.num_rows} rows, not one for each record of its units")
             table = table.replace_schema_metadata(None)
-            return cls(table.cast(INDEX if len(table.schema) == len(INDEX) else ROWS), units)
+            table = table.cast(INDEX if len(table.schema) == len(INDEX) else ROWS)
+            return cls(table, units, about["rejects_sha256"])
         except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DatasetError(f"{path} is damaged or was not written by this program: {error}") from error
 

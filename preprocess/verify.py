@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +20,7 @@ from preprocess.build import build
 from preprocess.journal import Journal
 from preprocess.options import Options
 from preprocess.plan import Fingerprints, digest
-from preprocess.publish import load_options
+from preprocess.publish import load_options, write_tfds_metadata
 from preprocess.statistics import Moments
 from preprocess.units import INDEX, Rows, UnitInfo, bucket_histogram, read_rows
 
@@ -48,12 +49,13 @@ def verify(directory: str | Path, workers: int = 2) -> list[Finding]:
     directory = Path(directory)
     manifest = records.load_manifest(directory)
     findings: list[Finding] = []
+    index, rejects_sha256 = None, ""
     try:
-        index = Rows.load(directory / records.INDEX).table
+        rows = Rows.load(directory / records.INDEX)
+        index, rejects_sha256 = rows.table, rows.rejects_sha256
     except DatasetError as error:
         findings.append(Finding(records.INDEX, WHOLE, str(error)))
-        index = None
-    findings += _check_metadata(directory, manifest)
+    findings += _check_metadata(directory, manifest, rejects_sha256)
     shards = [(split, shard) for split, of_split in manifest.shards.items() for shard in of_split]
     moments: list[Moments] = []
     keys: dict[str, str] = {}
@@ -82,22 +84,26 @@ def verify(directory: str | Path, workers: int = 2) -> list[Finding]:
     return findings
 
 
-def _check_metadata(directory: Path, manifest: Manifest) -> list[Finding]:
+def _check_metadata(directory: Path, manifest: Manifest, rejects_sha256: str) -> list[Finding]:
     findings = []
-    for name in ("dataset_info.json", "features.json", records.REJECTS):
-        if not (directory / name).is_file():
-            findings.append(Finding(name, WHOLE, "is missing"))
     listed = {shard.file for shards in manifest.shards.values() for shard in shards}
     for path in directory.glob("*.array_record*"):
         if path.name not in listed:
             findings.append(Finding(path.name, WHOLE, _UNLISTED))
+    with tempfile.TemporaryDirectory() as folder:
+        for name in listed:
+            (Path(folder) / name).touch()
+        write_tfds_metadata(Path(folder), manifest)
+        for name in ("dataset_info.json", "features.json"):
+            if not (directory / name).is_file():
+                findings.append(Finding(name, WHOLE, "is missing"))
+            elif (directory / name).read_bytes() != (Path(folder) / name).read_bytes():
+                findings.append(Finding(name, WHOLE, "is not what the manifest calls for"))
     rejects = directory / records.REJECTS
-    if rejects.is_file():
-        lines = rejects.read_bytes().count(b"\n")
-        if lines != manifest.rejects:
-            findings.append(
-                Finding(records.REJECTS, WHOLE, f"{lines} lines, the manifest says {manifest.rejects}")
-            )
+    if not rejects.is_file():
+        findings.append(Finding(records.REJECTS, WHOLE, "is missing"))
+    elif rejects_sha256 and records.sha256_file(rejects) != rejects_sha256:
+        findings.append(Finding(records.REJECTS, WHOLE, f"its sha256 is not the one in {records.INDEX}"))
     return findings
 
 
@@ -270,7 +276,9 @@ def salvage_index(directory: Path, options: Options) -> None:
                 )
             )
             tables.append(pa.Table.from_pylist(rows, INDEX))
-    Rows(pa.concat_tables(tables), infos).save(directory / records.INDEX)
+    rejects = directory / records.REJECTS
+    digest_of_rejects = records.sha256_file(rejects) if rejects.is_file() else ""
+    Rows(pa.concat_tables(tables), infos, digest_of_rejects).save(directory / records.INDEX)
 
 
 def _index_row(record: records.Record, prints: Fingerprints) -> dict:

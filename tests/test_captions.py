@@ -1,0 +1,98 @@
+"""Captions: whatever the bytes, the result is a usable text or a named rejection."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from preprocess import captions
+from preprocess.images import Rejected
+
+NAMES = captions.fields("mine")
+
+
+@pytest.mark.parametrize(
+    ("data", "caption"),
+    [
+        (b'{"caption": "  a dog\\n"}', "a dog"),
+        (b'{"text": "a dog"}', "a dog"),
+        (b'{"text": "no", "caption": "yes"}', "yes"),
+        (b'{"caption": "no", "mine": "yes"}', "yes"),
+        (b'{"caption": null, "text": "yes"}', "yes"),
+        ('\ufeff{"caption": "with a mark"}'.encode(), "with a mark"),
+        ('{"caption": "chien \\ud83d\\udc15 犬"}'.encode(), "chien 🐕 犬"),
+    ],
+)
+def test_json(data: bytes, caption: str) -> None:
+    assert captions.from_json(data, NAMES) == caption
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "broken JSON"),
+        (b'{"caption": "a', "broken JSON"),
+        (b"[" * 100_000, "broken JSON"),
+        (b'{"caption": "\xff"}', "invalid UTF-8"),
+        (b'{"caption": "\\ud800"}', "invalid UTF-8"),
+        (b'{"caption": ["a", "b"]}', "caption is not a string"),
+        (b'{"caption": 3}', "caption is not a string"),
+        (b'{"caption": " \\n\\t"}', "empty caption"),
+        (b'{"title": "a"}', "no caption"),
+        (b'"a dog"', "no caption"),
+        (b"[]", "no caption"),
+        (json.dumps({"caption": "a" * 20_001}).encode(), "caption too long"),
+        (b" " * 4_000_001, "caption too long"),
+    ],
+)
+def test_bad_json(data: bytes, reason: str) -> None:
+    with pytest.raises(Rejected) as caught:
+        captions.from_json(data, NAMES)
+    assert caught.value.reason == reason
+
+
+@given(st.binary(max_size=200))
+@example(b'{"caption": "\xed\xa0\x80"}')
+@settings(deadline=None, max_examples=300)
+def test_any_bytes(data: bytes) -> None:
+    for parse in (lambda d: captions.from_json(d, NAMES), captions.from_text):
+        try:
+            caption = parse(data)
+        except Rejected:
+            continue
+        assert caption.strip() == caption != "" and caption.encode("utf-8")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["caption", "text", "x"]), inner)
+    ),
+    max_leaves=5,
+)
+
+
+@given(JSON)
+@settings(deadline=None, max_examples=200)
+def test_any_json(raw: object) -> None:
+    try:
+        caption = captions.from_json(json.dumps(raw).encode(), NAMES)
+    except Rejected:
+        return
+    assert caption in {str(raw.get(name)).strip() for name in ("caption", "text")}
+
+
+@given(st.binary(max_size=300), st.sampled_from([".jsonl", ".csv"]))
+@settings(deadline=None, max_examples=300)
+def test_any_table(data: bytes, suffix: str) -> None:
+    for number, row in captions.read_table(data, suffix):
+        assert number >= 1
+        if not isinstance(row, Rejected):
+            try:
+                assert captions.path_in(row)
+                assert captions.from_mapping(row, NAMES)
+            except Rejected:
+                pass

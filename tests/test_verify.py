@@ -1,0 +1,167 @@
+"""Damage of every kind is found, named, and repaired by encoding no more than was damaged."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from build_fixtures import contents, index, options, write_photos
+
+from fluxdit_jax import records
+from fluxdit_jax.records import DatasetError
+from preprocess import PreprocessError
+from preprocess.build import build
+from preprocess.verify import repair, verify
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, draw_photo) -> Path:
+    folder = tmp_path_factory.mktemp("verify")
+    write_photos(folder / "photos", 24, draw_photo)
+    build(options(folder / "photos", folder / "data"))
+    return folder
+
+
+@pytest.fixture
+def copied(built: Path, tmp_path: Path) -> Path:
+    shutil.copytree(built / "data", tmp_path / "data")
+    return tmp_path / "data"
+
+
+def flip(path: Path, position: int, mask: int = 1) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= mask
+    path.write_bytes(data)
+
+
+def encoded_by_repair(directory: Path, capsys: pytest.CaptureFixture) -> tuple[int, int, int]:
+    """Repairs and returns how many latents, captions and vectors were encoded."""
+    capsys.readouterr()
+    repair(directory, verify(directory))
+    line = next(
+        line for line in capsys.readouterr().out.splitlines() if "encoded" in line and "latents" in line
+    )
+    words = line.replace(",", "").split()
+    return int(words[1]), int(words[3]), int(words[5])
+
+
+def test_a_sound_dataset(copied: Path) -> None:
+    assert verify(copied) == []
+
+
+def test_a_flipped_bit_is_found_at_its_row_and_only_that_record_is_made_again(
+    built: Path, copied: Path, capsys: pytest.CaptureFixture
+) -> None:
+    row = index(copied)[11]
+    shard = copied / row["shard"]
+    flip(shard, shard.read_bytes().index(row["caption"].encode()))
+    findings = verify(copied)
+    assert {f.file for f in findings} == {shard.name}
+    assert [f.row for f in findings if f.row >= 0] == [row["row"]]
+    assert any("sha256" in f.what for f in findings)
+    assert encoded_by_repair(copied, capsys) == (1, 1, 1)
+    assert verify(copied) == [] and contents(copied) == contents(built / "data")
+
+
+def test_random_flips_anywhere_are_found_and_repaired(built: Path, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    names = sorted(
+        p.name for p in (built / "data").iterdir() if p.name not in ("build.json", "build_log.jsonl")
+    )
+    for trial in range(24):
+        name = names[trial % len(names)]
+        size = (built / "data" / name).stat().st_size
+        if not size:
+            continue
+        directory = tmp_path / "data"
+        shutil.rmtree(directory, ignore_errors=True)
+        shutil.copytree(built / "data", directory)
+        flip(directory / name, rng.randrange(size), 1 << rng.randrange(8))
+        try:
+            findings = verify(directory)
+        except DatasetError as error:
+            assert name == records.MANIFEST and name in str(error)
+            continue
+        assert [f for f in findings if f.file == name], f"a flip in {name} was not noticed"
+
+
+@pytest.mark.parametrize("how", ["shorter", "longer", "gone", "empty"])
+def test_a_shard_of_another_length(
+    how: str, built: Path, copied: Path, capsys: pytest.CaptureFixture
+) -> None:
+    manifest = records.load_manifest(copied)
+    shard = manifest.shards["train"][1]
+    path = copied / shard.file
+    data = path.read_bytes()
+    if how == "gone":
+        path.unlink()
+    else:
+        path.write_bytes({"shorter": data[: len(data) // 2], "longer": data + b"x", "empty": b""}[how])
+    assert shard.file in {f.file for f in verify(copied)}
+    latents, _, _ = encoded_by_repair(copied, capsys)
+    assert latents <= shard.records
+    assert verify(copied) == [] and contents(copied) == contents(built / "data")
+
+
+@pytest.mark.parametrize("name", ["index.parquet", "rejects.jsonl", "features.json", "dataset_info.json"])
+def test_other_files_are_written_anew_without_encoding(
+    name: str, built: Path, copied: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (copied / name).unlink()
+    assert [f.file for f in verify(copied)] == [name]
+    assert encoded_by_repair(copied, capsys) == (0, 0, 0)
+    assert verify(copied) == [] and contents(copied) == contents(built / "data")
+
+
+def test_a_damaged_index_is_salvaged_from_the_records(
+    built: Path, copied: Path, capsys: pytest.CaptureFixture
+) -> None:
+    flip(copied / records.INDEX, (copied / records.INDEX).stat().st_size // 2)
+    assert encoded_by_repair(copied, capsys) == (0, 0, 0)
+    assert contents(copied) == contents(built / "data")
+
+
+def test_a_foreign_shard_and_a_swapped_one(copied: Path) -> None:
+    first, second = (shard.file for shard in records.load_manifest(copied).shards["train"][:2])
+    (copied / "stray.array_record-00000-of-00001").write_bytes(b"x")
+    assert [str(f) for f in verify(copied)] == ["stray.array_record-00000-of-00001: is not in the manifest"]
+    (copied / "stray.array_record-00000-of-00001").unlink()
+    a, b = (copied / first).read_bytes(), (copied / second).read_bytes()
+    (copied / first).write_bytes(b)
+    (copied / second).write_bytes(a)
+    findings = verify(copied)
+    assert {f.file for f in findings} == {first, second}
+    assert any("index.parquet says" in f.what for f in findings)
+
+
+def test_the_command_line(built: Path, copied: Path) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", "preprocess", *arguments], capture_output=True, text=True
+        )
+
+    digit = (copied / records.MANIFEST).read_text().index('"latent_count": ') + len('"latent_count": ')
+    flip(copied / records.MANIFEST, digit)
+    found = run("verify", str(copied))
+    assert found.returncode == 1 and "its checksum is not that of its content" in found.stderr
+    mended = run("verify", str(copied), "--repair")
+    assert mended.returncode == 0, mended.stderr
+    assert "every record, checksum and statistic is right" in mended.stdout
+    assert contents(copied) == contents(built / "data")
+
+
+def test_repair_without_the_sources_says_so(copied: Path) -> None:
+    text = (copied / "build.json").read_text()
+    (copied / "build.json").write_text(text.replace("photos", "gone"))
+    shard = copied / records.load_manifest(copied).shards["train"][0].file
+    flip(shard, 70_000)
+    findings = verify(copied)
+    with pytest.raises(PreprocessError, match="there is no such file or folder"):
+        repair(copied, findings)
+    (copied / "build.json").unlink()
+    with pytest.raises(PreprocessError, match="build.json cannot be read"):
+        repair(copied, findings)
