@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import re
 import struct
 
 import numpy as np
@@ -22,6 +23,7 @@ from PIL import (  # the plugins register the formats when they are imported
     MpoImagePlugin,
     PngImagePlugin,
     TiffImagePlugin,
+    UnidentifiedImageError,
     WebPImagePlugin,
 )
 
@@ -60,6 +62,7 @@ _PLUGINS = (AvifImagePlugin, BmpImagePlugin, JpegImagePlugin, MpoImagePlugin, Pn
 _PLUGINS += (TiffImagePlugin, WebPImagePlugin)
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "TIFF")
 _ORIENTATION = 0x0112
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -265,4 +268,7 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | bool:
 
 
 def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:300].replace("\n", " ")
+    """The error in a line that is the same every time: without the addresses of objects."""
+    if isinstance(error, UnidentifiedImageError):
+        return "none of the formats jpg, png, webp, avif, bmp, tiff"
+    return _ADDRESS.sub("", f"{type(error).__name__}: {error}"[:300].replace("\n", " "))

@@ -1,0 +1,211 @@
+"""Kills `preprocess build` again and again and looks at what is left. Run whole, or by test_preprocess.py:
+
+    python tests/faults/preprocess_kills.py --kills 200
+
+A child process is forked, killed with SIGKILL (at a random moment, or before its n-th change of the file
+system) and started again until it ends by itself. At every moment in between the directory must be a sound
+dataset or visibly none; in the end it must equal, byte for byte, what a run that nobody disturbed makes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+
+from build_fixtures import contents, options  # noqa: E402
+
+from fluxdit_jax.records import MANIFEST  # noqa: E402
+from preprocess.build import build  # noqa: E402
+from preprocess.verify import verify  # noqa: E402
+
+CHANGES = ("replace", "rename", "unlink", "rmdir", "mkdir", "fsync", "open")
+
+
+@dataclasses.dataclass
+class Tally:
+    """What was tried and what came of it."""
+
+    runs: int = 0
+    killed: int = 0
+    ended: int = 0
+    lost: list[str] = dataclasses.field(default_factory=list)
+
+
+def draw(folder: Path, numbers: range) -> None:
+    """Small noise pictures of several sizes with captions, some of them bad."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in numbers:
+        rng = np.random.default_rng(number)
+        size = [(80, 80), (70, 90), (90, 70)][number % 3]
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8))
+        path = folder / f"{number:03}.png"
+        coarse.resize(size, Image.Resampling.BICUBIC).save(path)
+        path.with_suffix(".txt").write_text(f"noise number {number}")
+        if number % 11 == 10:
+            path.write_bytes(path.read_bytes()[:-200])  # the header is right, the pixels are cut off
+
+
+def wishes(photos: Path, output: Path):  # noqa: ANN201
+    return options(photos, output, resolution=64, shard_size=5, max_rejects=1.0)
+
+
+def child(photos: Path, output: Path, at: int) -> None:
+    """Builds, and dies before change number `at` of the file system (0: never)."""
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
+    done = 0
+
+    def watched(original, writes_only: bool):  # noqa: ANN001, ANN202
+        def call(*arguments, **more):  # noqa: ANN002, ANN202
+            nonlocal done
+            if not writes_only or (len(arguments) > 1 and arguments[1] & (os.O_CREAT | os.O_WRONLY)):
+                done += 1
+                if done == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments, **more)
+
+        return call
+
+    if at:
+        for name in CHANGES:
+            setattr(os, name, watched(getattr(os, name), name == "open"))
+    status = 1
+    with contextlib.suppress(BaseException):
+        status = 0 if build(wishes(photos, output)).status == 0 else 1
+    os._exit(status)
+
+
+def run(photos: Path, output: Path, tally: Tally, at: int = 0, after: float = 0.0) -> bool:
+    """One run; returns whether it ended by itself."""
+    tally.runs += 1
+    pid = os.fork()
+    if pid == 0:
+        child(photos, output, at)
+    if after:
+        time.sleep(after)
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(status):
+        tally.killed += 1
+        look(output, tally, f"killed at {at or after:g}")
+        return False
+    tally.ended += 1
+    if os.WEXITSTATUS(status):
+        tally.lost.append(f"exit status {os.WEXITSTATUS(status)} after {at or after:g}")
+    return True
+
+
+def look(output: Path, tally: Tally, when: str) -> None:
+    """A directory with a manifest must be a sound dataset."""
+    if (output / MANIFEST).exists():
+        with contextlib.redirect_stderr(open(os.devnull, "w")):  # noqa: PTH123, SIM115
+            findings = verify(output)
+        if findings:
+            tally.lost.append(f"{when}: {findings[0]}")
+
+
+def expect(output: Path, reference: dict[str, bytes], tally: Tally, when: str) -> None:
+    if contents(output) != reference:
+        names = [n for n in reference if contents(output).get(n) != reference[n]]
+        names += [n for n in contents(output) if n not in reference]
+        tally.lost.append(f"{when}: differs in {names}")
+
+
+def scene(folder: Path, kind: str) -> tuple[Path, Path | None, dict[str, bytes]]:
+    """Makes an input, the dataset to start from (None: nothing), and what the end must look like."""
+    photos, start = folder / "photos", None
+    draw(photos, range(24))
+    if kind == "update":
+        start = folder / "start" / "data"
+        run(photos, start, Tally())
+        draw(photos, range(24, 30))
+        (photos / "003.txt").write_text("an edited caption")
+        (photos / "005.png").unlink()
+        (photos / "005.txt").unlink()
+        Image.open(photos / "007.png").rotate(180).save(photos / "006.png")
+    reference = folder / "reference" / "data"
+    run(photos, reference, Tally())
+    return photos, start, contents(reference)
+
+
+def begin(output: Path, start: Path | None) -> None:
+    shutil.rmtree(output, ignore_errors=True)
+    if start:
+        shutil.copytree(start, output)
+
+
+def kill_at_every_change(kind: str, step: int, offset: int = 0) -> Tally:
+    """For every `step`-th change of the file system: dies before it, starts again, compares."""
+    tally = Tally()
+    with tempfile.TemporaryDirectory() as name:
+        photos, start, reference = scene(Path(name), kind)
+        output = Path(name) / "data"
+        at = 1 + offset
+        while True:
+            begin(output, start)
+            ended = run(photos, output, tally, at=at)
+            if not ended:
+                run(photos, output, tally)
+            expect(output, reference, tally, f"after a kill before change {at}")
+            if ended:
+                return tally
+            at += step
+
+
+def kill_at_random(kind: str, kills: int, seed: int = 0) -> Tally:
+    """Kills at random moments until `kills` have been dealt, starting anew whenever a run has ended."""
+    tally, rng = Tally(), random.Random(seed)
+    with tempfile.TemporaryDirectory() as name:
+        photos, start, reference = scene(Path(name), kind)
+        output = Path(name) / "data"
+        begin(output, start)
+        clock = time.perf_counter()
+        run(photos, output, Tally())
+        whole = time.perf_counter() - clock
+        begin(output, start)
+        while tally.killed < kills:
+            if run(photos, output, tally, after=rng.uniform(0.02, 1.05) * whole):
+                expect(output, reference, tally, "after a run that ended")
+                begin(output, start)
+        run(photos, output, tally)
+        expect(output, reference, tally, "at the end")
+    return tally
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=200, help="random kills, half of them in an update")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    lost = 0
+    print(f"{'fault':52} {'runs':>5} {'killed':>6} {'lost':>5}")
+    for kind, words in (("fresh", "a first build"), ("update", "an update of a finished dataset")):
+        for what, tally in (
+            ("before every change of the file system", kill_at_every_change(kind, 1)),
+            ("at random moments", kill_at_random(kind, arguments.kills // 2, arguments.seed)),
+        ):
+            print(f"{'kill -9 ' + what + ', ' + words:82}"[:82])
+            print(f"{'':52} {tally.runs:5} {tally.killed:6} {len(tally.lost):5}")
+            for line in tally.lost:
+                print(f"    {line}")
+            lost += len(tally.lost)
+    return 1 if lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
