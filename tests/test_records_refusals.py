@@ -175,6 +175,7 @@ def test_tfds_reads_and_writes_the_same_bytes():
     assert example["content_hash"] == record.content_hash.encode()
     assert tuple(example["original_size"]) == record.original_size
     assert tuple(example["encoded_size"]) == record.encoded_size
+    assert example["original_size"].dtype == example["encoded_size"].dtype == np.int64
     for name in ("latent", "text", "vision"):
         stored = getattr(record, name)
         assert example[name].dtype == stored.dtype
@@ -292,7 +293,9 @@ def test_manifest_refusals_name_file_and_field(path, value, words):
         assert word in str(refusal.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"x"', "[" * 100_000, '{"version": 1}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '"x"', pytest.param("[" * 100_000, id="deep"), '{"version": 1}']
+)
 def test_text_that_is_no_manifest_is_refused(text):
     with pytest.raises(DatasetError, match=r"some/manifest\.json"):
         Manifest.from_json(text, "some/manifest.json")

@@ -258,7 +258,7 @@ def quick_compile(xla_cache: Path) -> Iterator[None]:
         "jax_compilation_cache_dir": str(xla_cache),
         "jax_persistent_cache_min_compile_time_secs": 0.3,
     }
-    before = {name: getattr(jax.config, name) for name in wanted}
+    before = {name: jax.config.values[name] for name in wanted}
     for name, value in wanted.items():
         jax.config.update(name, value)
     yield
