@@ -173,7 +173,7 @@ CASES: list[Case] = [
     ("file name with a new line", "nc\nx.png", data(PNG), ""),
     ("file name that starts with a dash", "-rf.png", data(PNG), ""),
     ("file name of 255 bytes", "n" * 251 + ".png", data(PNG), ""),
-    ("row whose path leaves the input", "metadata.jsonl", alone(lambda p: p.write_text(LEAVING_ROW)), "path leaves the input"),
+    ("row leaving the input", "metadata.jsonl", alone(lambda p: p.write_text(LEAVING_ROW)), "path leaves the input"),
     ("archive that is none", "ta.tar", alone(lambda p: p.write_bytes(b"x" * 2000)), "damaged archive"),
     ("archive member whose path leaves it", "tb.tar", alone(tar), "path leaves the input"),
 ]  # fmt: skip

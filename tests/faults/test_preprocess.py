@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+import preprocess_disk  # noqa: E402
+
 CODE = "import sys; sys.path.insert(0, sys.argv[1]); import preprocess_kills as k; t = k.{}; print(t.killed, t.lost)"
 
 
@@ -25,6 +29,14 @@ def tally(call: str) -> tuple[int, str]:
 def test_killed_before_some_changes_of_the_file_system(kind: str) -> None:
     killed, lost = tally(f"kill_at_every_change({kind!r}, step=9, offset=3)")
     assert lost == "[]" and killed >= 5
+
+
+def test_a_full_disk_is_said_and_survived() -> None:
+    try:
+        tried, full, wrong = preprocess_disk.fill(step=150)
+    except PermissionError as error:
+        pytest.skip(str(error))
+    assert wrong == [] and tried == full + 1 and full >= 5
 
 
 @pytest.mark.slow
