@@ -70,7 +70,8 @@ def by_strips(
     """
     graph, state = nnx.split(module)
     _, H, W, C = inputs[0].shape
-    shape = jax.eval_shape(lambda state: _call(layer, graph, state, inputs, moments), state).shape
+    # Of the jitted function, because that remembers the trace.
+    shape = _strip.eval_shape(layer, graph, groups, state, inputs, moments, (0, H))[0].shape
     scale = shape[1] // H
     rows = max(4 * halo, values // (W * max(C, scale**2 * shape[-1])))
     output, parts, counts = None, [], []
@@ -96,13 +97,9 @@ def _strip(
     moments: Moments | None,
     owned: tuple[int, int],
 ) -> tuple[jax.Array, Moments | None]:
-    output = _call(layer, graph, state, windows, moments)
-    return output, row_moments(output, groups, *owned) if groups else None
-
-
-def _call(layer: Callable, graph: nnx.GraphDef, state: nnx.State, windows: tuple, moments: Moments | None):
     module = nnx.merge(graph, state)
-    return layer(module, *windows) if moments is None else layer(module, *windows, moments)
+    output = layer(module, *windows) if moments is None else layer(module, *windows, moments)
+    return output, row_moments(output, groups, *owned) if groups else None
 
 
 def strips(side: int, height: int, overlap: int) -> list[tuple[int, int, int]]:
