@@ -31,19 +31,26 @@ class CheckpointError(Exception):
 class Checkpoints:
     """Saves and restores one run's checkpoints. Use as a context manager, or `close` it."""
 
-    def __init__(self, workdir: Path, keep: int):
+    def __init__(self, workdir: Path, keep: int, read_only: bool = False):
+        """
+        Args:
+          keep: resumable checkpoints kept. read_only: touches nothing, not even what a killed process left.
+        """
         self._root = workdir.absolute()
         self._ema_root = self._root / "ema"
-        self._ema_root.mkdir(parents=True, exist_ok=True)
-        for leftover in self._ema_root.glob(f"*{_TEMPORARY}*"):
-            shutil.rmtree(leftover)
+        if not read_only:
+            self._ema_root.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                for leftover in self._ema_root.glob(f"*{_TEMPORARY}*"):
+                    shutil.rmtree(leftover)
         self._manager = ocp.CheckpointManager(
             self._root / "checkpoints",
             item_handlers={"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=ocp.checkpoint_managers.LatestN(keep),
-                cleanup_tmp_directories=True,
+                preservation_policy=None if read_only else ocp.checkpoint_managers.LatestN(keep),
+                cleanup_tmp_directories=not read_only,
                 enable_async_checkpointing=True,
+                read_only=read_only,
             ),
         )
         self._ema_saver = ocp.StandardCheckpointer()

@@ -28,6 +28,7 @@ def default_config() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # decides initialisation, order of the data, noise, times and dropped conditions
     c.workdir = placeholder(str)  # the run directory; not empty: the run in it is resumed
+    c.profile = placeholder(str)  # "START:STOP": writes a trace of these steps under workdir/profile
     c.device_memory_gb = 24.0  # what one device may use; the memory plan is held against it
 
     c.data = ConfigDict()
@@ -94,6 +95,11 @@ def default_config() -> ConfigDict:
     c.log.preview_every = 1000  # steps between image grids; 0: none
     c.log.preview_count = 8  # images per grid
     c.log.preview_steps = 32  # sampler steps of a preview
+    c.log.heldout_every = 1000  # steps between held-out losses; 0: none (also without a holdout split)
+    c.log.heldout_count = 128  # pictures of the holdout split
+    c.log.peak_tflops = placeholder(
+        float
+    )  # of one device in bfloat16, for the MFU; None: by the device's name
     c.log.vae = placeholder(str)  # directory or id of the decoder; None: the one named in the dataset
 
     c.gate = ConfigDict()
@@ -103,9 +109,20 @@ def default_config() -> ConfigDict:
     c.mesh = ConfigDict()
     c.mesh.data = -1  # devices that split the batch; -1: all that are left
     c.mesh.fsdp = 1  # devices that split the weights
+    c.mesh.coordinator = placeholder(
+        str
+    )  # several processes: host:port of process 0; auto: ask the cluster (SLURM)
+    c.mesh.processes = 1  # with host:port: how many processes
+    c.mesh.process = 0  # with host:port: the number of this one
 
     c.resume = ConfigDict()
     c.resume.allow_changes = False  # resume although keys that change the mathematics were changed
+    c.resume.from_run = placeholder(
+        str
+    )  # a new run starts from this run's weights (another stage, resolution, data)
+    c.resume.take = (
+        "ema"  # of that run: ema (weights; optimizer and step anew), state (everything, steps go on)
+    )
     return c
 
 
@@ -117,7 +134,7 @@ class Settings:
       model, flow, optimizer: see there.
       tokens: image tokens a sequence is padded to (the largest bucket).
       text_tokens: text tokens a caption is padded to.
-      compute: the resolved `model.dtype`, as in `model.dtype`.
+      batch_size: samples of a micro-batch over all devices; effective_batch: of an optimizer step.
     """
 
     model: model.ModelConfig
@@ -125,6 +142,10 @@ class Settings:
     optimizer: optimizer.OptimizerConfig
     tokens: int
     text_tokens: int
+    batch_size: int
+    effective_batch: int
+    ema_decay: float
+    seed: int
 
 
 def _require(condition: bool, key: str, value: object, expected: str) -> None:
@@ -162,7 +183,9 @@ def check(c: ConfigDict) -> None:
         "log.every": c.log.every,
         "log.preview_count": c.log.preview_count,
         "log.preview_steps": c.log.preview_steps,
+        "log.heldout_count": c.log.heldout_count,
         "mesh.fsdp": c.mesh.fsdp,
+        "mesh.processes": c.mesh.processes,
     }
     for key, value in positive.items():
         _require(math.isfinite(value) and value > 0, key, value, "a finite number above 0")
@@ -171,6 +194,8 @@ def check(c: ConfigDict) -> None:
         "optim.warmup_steps": c.optim.warmup_steps,
         "optim.weight_decay": c.optim.weight_decay,
         "log.preview_every": c.log.preview_every,
+        "log.heldout_every": c.log.heldout_every,
+        "mesh.process": c.mesh.process,
     }
     for key, value in not_negative.items():
         _require(math.isfinite(value) and value >= 0, key, value, "0 or above")
@@ -197,6 +222,7 @@ def check(c: ConfigDict) -> None:
         "optim.name": (c.optim.name, optimizer.NAMES),
         "optim.schedule": (c.optim.schedule, optimizer.SCHEDULES),
         "health.action": (c.health.action, ("warn", "stop")),
+        "resume.take": (c.resume.take, ("ema", "state")),
     }
     if str(c.model.dtype).lower() in ("float16", "fp16", "half", "f16"):
         raise ConfigError(
@@ -221,6 +247,10 @@ def check(c: ConfigDict) -> None:
     _require(c.mesh.data == -1 or c.mesh.data > 0, "mesh.data", c.mesh.data, "-1 (all devices) or above 0")
     if c.flow.shift is not None:
         _require(math.isfinite(c.flow.shift) and c.flow.shift > 0, "flow.shift", c.flow.shift, "above 0")
+    if c.profile is not None:
+        profile_steps(c.profile)
+    if c.log.peak_tflops is not None:
+        _require(c.log.peak_tflops > 0, "log.peak_tflops", c.log.peak_tflops, "above 0")
     if c.data.text_tokens is not None:
         _require(c.data.text_tokens > 0, "data.text_tokens", c.data.text_tokens, "above 0")
     _require(
@@ -229,6 +259,14 @@ def check(c: ConfigDict) -> None:
         c.optim.warmup_steps,
         f"at most train.steps ({c.train.steps}) with a cosine schedule",
     )
+
+
+def profile_steps(text: str) -> range:
+    """The steps of `config.profile`, "START:STOP"."""
+    start, colon, stop = text.partition(":")
+    correct = colon and start.isdecimal() and stop.isdecimal() and int(start) < int(stop)
+    _require(bool(correct), "profile", text, "START:STOP with START below STOP, both steps")
+    return range(int(start), int(stop))
 
 
 def resolve(c: ConfigDict, manifest: Manifest) -> Settings:
@@ -300,4 +338,8 @@ def resolve(c: ConfigDict, manifest: Manifest) -> Settings:
         ),
         tokens=tokens,
         text_tokens=text_tokens,
+        batch_size=c.data.batch_size,
+        effective_batch=o.effective_batch,
+        ema_decay=c.ema.decay,
+        seed=c.seed,
     )

@@ -70,7 +70,14 @@ def draw_time(config: FlowConfig, seed: int, index_B: jax.Array, effective_batch
             return jax.random.permutation(key, effective_batch)[slot]
 
         u = (jax.vmap(stratum)(step_B, slot_B) + u) / effective_batch
-    # The first `uniform_share` of the quantiles is the uniform part, so strata stay strata.
+    return time_at_quantile(config, u)
+
+
+def time_at_quantile(config: FlowConfig, u: jax.Array) -> jax.Array:
+    """The inverse distribution function of the time density, shift included: u in (0, 1) to t in (0, 1), f32.
+
+    The first `uniform_share` of the quantiles is the uniform part, so that strata of u stay strata of t.
+    """
     share = config.uniform_share
     edge = 1e-6
     uniform = u / max(share, edge)
@@ -115,7 +122,14 @@ def sample_means(values_BxNxP: jax.Array, valid_BxN: jax.Array) -> jax.Array:
     return total / (tokens * values_BxNxP.shape[-1])
 
 
-def loss_by_time(loss_B: jax.Array, t_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(sum of losses, number of samples) in each of `TIME_BINS` equal bins of t, f32 each."""
+def loss_by_time(
+    loss_B: jax.Array, t_B: jax.Array, weight_B: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """(sum of losses, number of samples) in each of `TIME_BINS` equal bins of t, f32 each.
+
+    Args:
+      weight_B: counts a sample as so many; its loss is taken as already multiplied. None: one each.
+    """
     member = jax.nn.one_hot(jnp.clip((t_B * TIME_BINS).astype(jnp.int32), 0, TIME_BINS - 1), TIME_BINS)
-    return loss_B @ member, jnp.sum(member, axis=0)
+    weight_B = jnp.ones_like(loss_B) if weight_B is None else weight_B
+    return loss_B @ member, weight_B @ member

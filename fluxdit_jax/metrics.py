@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from tensorboardX import SummaryWriter
+
+# TensorBoard's "custom scalars" page: what to look at first, side by side.
+LAYOUT = {
+    "is it learning": {
+        "loss": ["Multiline", ["^loss$", "^heldout_loss$"]],
+        "loss by noise level": ["Multiline", ["^loss_by_time/.*"]],
+        "predicted over target velocity (healthy: near 1)": ["Multiline", ["^velocity_rms_ratio$"]],
+    },
+    "is it stable": {
+        "gradient norm (healthy: hairy, slowly falling)": ["Multiline", ["^gradient_norm$"]],
+        "gradient norm by part": ["Multiline", ["^gradient_norm_by_group/.*"]],
+        "update norm": ["Multiline", ["^update_norm$"]],
+    },
+    "is it fast": {
+        "images per second": ["Multiline", ["^images_per_second$"]],
+        "share of time waiting for data": ["Multiline", ["^data_wait$"]],
+        "model FLOPs utilisation": ["Multiline", ["^mfu$"]],
+    },
+}
 
 
 def pack(metrics: dict[str, Any]) -> jax.Array:
@@ -35,12 +55,19 @@ class MetricsWriter:
     `step` is dropped first: each step stands once in both.
     """
 
-    def __init__(self, workdir: Path, step: int):
-        self._path = workdir / "metrics.jsonl"
-        if self._path.exists():
-            _drop_after(self._path, step)
-        self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1 if step else None)
+    def __init__(self, workdir: Path, step: int, enabled: bool = True):
+        """
+        Args:
+          step: the run's step now. enabled: False writes nothing (all processes of a run but one).
+        """
+        path = workdir / "metrics.jsonl" if enabled else Path(os.devnull)
+        if enabled and path.exists():
+            _drop_after(path, step)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=step + 1 if step else None, write_to_disk=enabled
+        )
+        self._board.add_custom_scalars(LAYOUT)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """One line of JSON with `step` and the values; the same values as TensorBoard scalars.
@@ -61,10 +88,6 @@ class MetricsWriter:
 
     def image(self, step: int, name: str, image_HxWx3: np.ndarray) -> None:
         self._board.add_image(name, image_HxWx3, step, dataformats="HWC")
-
-    def layout(self, layout: dict[str, dict[str, list]]) -> None:
-        """TensorBoard's custom-scalar page: which charts to show together, first."""
-        self._board.add_custom_scalars(layout)
 
     def flush(self) -> None:
         self._board.flush()

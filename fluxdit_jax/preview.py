@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from fluxdit_jax import pictures
+from fluxdit_jax.config import Settings
+from fluxdit_jax.data import RecordSource
 from fluxdit_jax.generation import Generator, record_conditions
-from fluxdit_jax.records import Record
+from fluxdit_jax.records import Manifest, Record
+from fluxdit_jax.vae import DecoderError, load_decoder
+
+log = logging.getLogger(__name__)
 
 
 class Preview:
@@ -39,6 +46,45 @@ class Preview:
             column_titles=("data set", "EMA"),
             row_titles=[record.caption for record in self._records],
         )
+
+
+def make_preview(
+    path: str | Path,
+    manifest: Manifest,
+    settings: Settings,
+    statistics: tuple[np.ndarray, np.ndarray],
+    *,
+    count: int,
+    steps: int,
+    vae: str | None,
+) -> Preview | None:
+    """A preview of records spread over the holdout split, or over the train split where there is none.
+
+    Args:
+      count: pictures; 0 for no preview. steps: of the solver.
+      vae: directory or id of the decoder, or None for the one the data set names. If that one cannot be
+        found the run goes on without pictures, with a warning.
+    """
+    if count == 0:
+        return None
+    try:
+        decoder = load_decoder(manifest.vae, vae)
+    except DecoderError as error:
+        if vae:
+            raise
+        log.warning("no pictures while training: %s", error)
+        return None
+    source = RecordSource(path, manifest, "holdout" if manifest.records("holdout") else "train")
+    generator = Generator(
+        settings.model,
+        tokens=settings.tokens,
+        shift=settings.flow.shift,
+        statistics=statistics,
+        steps=steps,
+        batch_size=count,
+    )
+    records = [source[index] for index in spread(len(source), count)]
+    return Preview(records, generator, decoder, settings.model.patch, settings.text_tokens)
 
 
 def spread(count: int, wanted: int) -> list[int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +14,13 @@ import optax
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from fluxdit_jax.devices import peak_memory_gb
 from fluxdit_jax.flow import TIME_BINS
 from fluxdit_jax.health import Diagnosis, Monitor, Observation
 from fluxdit_jax.metrics import MetricsWriter, unpack
 
 log = logging.getLogger(__name__)
+_PACKAGE = logging.getLogger("fluxdit_jax")
 _LINE_SECONDS = 20.0  # without a terminal, a progress line at most this often
 
 
@@ -35,6 +39,8 @@ class Reporter:
         schedule: optax.Schedule,
         metric_shapes: dict[str, Any],
         batch_size: int,
+        flops_per_token: float,
+        peak_flops: float,
         step: int,
         total_steps: int,
         every: int,
@@ -43,11 +49,14 @@ class Reporter:
         Args:
           metric_shapes: of the metrics that `metrics.pack` packed.
           batch_size: samples per micro-batch.
+          flops_per_token: of forward and backward pass, recomputation not counted.
+          peak_flops: of all devices per second; 0 if not known.
           step: optimizer steps already done; total_steps: of the whole run.
           every: steps between logged scalars.
         """
         self._writer, self._monitor, self._schedule = writer, monitor, schedule
         self._shapes, self._batch_size, self._every = metric_shapes, batch_size, every
+        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._total = total_steps
         self.trouble: Diagnosis | None = None
         self._bar = tqdm(
@@ -58,7 +67,7 @@ class Reporter:
             disable=not sys.stderr.isatty(),
             leave=True,
         )
-        self._redirect = logging_redirect_tqdm() if sys.stderr.isatty() else None
+        self._redirect = logging_redirect_tqdm([_PACKAGE]) if sys.stderr.isatty() else None
         self._line_at = time.monotonic()
         self._began = (time.monotonic(), step)
         self._start_step()
@@ -85,6 +94,7 @@ class Reporter:
         self._losses: list[float] = []
         self._bins = np.zeros((2, TIME_BINS))
         self._window_samples = 0
+        self._window_tokens = 0
         self._window_skipped = 0
         self._window_started = time.monotonic()
         self._window_waited = 0.0
@@ -108,6 +118,7 @@ class Reporter:
         micro = unpack(np.asarray(values), self._shapes)
         step, mini = int(micro["step"]), int(micro["mini_step"])
         self._window_samples += self._batch_size
+        self._window_tokens += int(micro["tokens"])
         if micro["skipped"]:
             self._step_skipped += 1
             self._window_skipped += 1
@@ -154,6 +165,7 @@ class Reporter:
             "gradient_norm": float(micro["grad_norm"]),
             "learning_rate": float(self._schedule(step - 1)),
             "images_per_second": rate,
+            "tokens_per_second": self._window_tokens / elapsed,
             "data_wait": self._window_waited / elapsed,
             "velocity_rms_ratio": float(micro["prediction_rms"] / micro["target_rms"]),
             "update_norm": float(micro["update_norm"]),
@@ -161,6 +173,11 @@ class Reporter:
             "ema_distance": float(micro["ema_distance"]),
             "skipped": self._window_skipped,
         }
+        if self._peak_flops:
+            scalars["mfu"] = self._window_tokens / elapsed * self._flops_per_token / self._peak_flops
+        memory = peak_memory_gb()
+        if memory is not None:
+            scalars["device_memory_gb"] = memory
         for index, (total, count) in enumerate(self._bins.T):
             if count:
                 scalars[f"loss_by_time/{index / TIME_BINS:.3f}"] = float(total / count)
@@ -183,3 +200,21 @@ class Reporter:
                 self._monitor.summary(),
             )
         self._start_window()
+
+
+def log_to(path: Path) -> Callable[[], None]:
+    """Sends the package's log to stderr and to a file; returns how to undo it."""
+    formatter = logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
+    handlers = [logging.StreamHandler(sys.stderr), logging.FileHandler(path, encoding="utf-8")]
+    for handler in handlers:
+        handler.setFormatter(formatter)
+        _PACKAGE.addHandler(handler)
+    _PACKAGE.setLevel(logging.INFO)
+    _PACKAGE.propagate = False
+
+    def undo() -> None:
+        for handler in handlers:
+            _PACKAGE.removeHandler(handler)
+            handler.close()
+
+    return undo

@@ -6,9 +6,10 @@ Read `train` from top to bottom: it is the run.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import logging
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -21,82 +22,75 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from fluxdit_jax import config as configuration
-from fluxdit_jax import data, model, sharding
+from fluxdit_jax import data, devices, model, reporting, sharding
 from fluxdit_jax.allocator import keep_freed_memory
-from fluxdit_jax.checkpoint import CheckpointError, Checkpoints
+from fluxdit_jax.checkpoint import CheckpointError, Checkpoints, restore_ema
+from fluxdit_jax.config import Settings
 from fluxdit_jax.flow import FlowConfig
-from fluxdit_jax.generation import Generator
+from fluxdit_jax.gate.requirement import GateError, require_report
 from fluxdit_jax.health import Monitor
-from fluxdit_jax.metrics import MetricsWriter, pack
-from fluxdit_jax.optimizer import build_optimizer, learning_rate
-from fluxdit_jax.preview import Preview, spread
+from fluxdit_jax.heldout import HeldOut
+from fluxdit_jax.memory_plan import OutOfMemory, require_fit
+from fluxdit_jax.metrics import MetricsWriter
+from fluxdit_jax.optimizer import learning_rate
+from fluxdit_jax.preview import Preview, make_preview
+from fluxdit_jax.program import Program
 from fluxdit_jax.records import DatasetError, Manifest, load_manifest
-from fluxdit_jax.reporting import Reporter
 from fluxdit_jax.run_directory import RunError, RunLock, start_or_resume
 from fluxdit_jax.sharding import MeshError
-from fluxdit_jax.state import TrainState, create_state
-from fluxdit_jax.train_step import make_train_step, patch_statistics
-from fluxdit_jax.vae import DecoderError, load_decoder
+from fluxdit_jax.state import TrainState
+from fluxdit_jax.stopping import Signals, any_process
+from fluxdit_jax.trace import Trace
+from fluxdit_jax.train_step import patch_statistics
+from fluxdit_jax.vae import DecoderError
 
 log = logging.getLogger("fluxdit_jax")
-USER_ERRORS = (configuration.ConfigError, DatasetError, RunError, MeshError, CheckpointError, DecoderError)
+USER_ERRORS = (
+    configuration.ConfigError,
+    DatasetError,
+    RunError,
+    MeshError,
+    CheckpointError,
+    DecoderError,
+    GateError,
+    OutOfMemory,
+)
 
 
 def train(config: ConfigDict) -> int:
     """Starts or resumes the run that `config` describes; returns the process's exit code."""
-    # ---------------------------------------------------------------- configuration, data set, run directory
-    configuration.check(config)
-    manifest = load_manifest(config.data.path)
-    settings = configuration.resolve(config, manifest)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.data.batch_size)
-    source = data.RecordSource(config.data.path, manifest, "train")
-    workdir = Path(config.workdir)
     with contextlib.ExitStack() as closing:
-        closing.callback(RunLock(workdir).release)
-        closing.callback(_log_to(workdir / "train.log"))
-        start_or_resume(workdir, config, manifest)
-
-        # ------------------------------------------------------------ model, optimizer, state: new or restored
-        graph, shapes = model.build(settings.model)
-        optimizer = build_optimizer(settings.optimizer)
-        abstract = jax.eval_shape(lambda params: create_state(params, optimizer), shapes)
-        placed = sharding.tree_sharding(mesh, abstract)
-        checkpoints = closing.enter_context(Checkpoints(workdir, config.checkpoint.keep))
-        restored = checkpoints.restore(
-            jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)
-        )
-        if restored is None:
-            samples = 0
-            key = jax.random.key(config.seed)
-            create = jax.jit(
-                lambda key: create_state(model.initialize(settings.model, key), optimizer),
-                out_shardings=placed,
-            )
-            state = create(key)
-        else:
-            state, meta = restored
-            samples = meta["samples"]
-        step, mini = int(state.step), int(state.opt_state.mini_step)
-        _describe(config, settings, manifest, mesh, step)
-
-        # ------------------------------------------------------------ the step and the data
+        # ------------------------------------------------------------ configuration, data set, run directory
+        configuration.check(config)
+        manifest = load_manifest(config.data.path)
+        settings = configuration.resolve(config, manifest)
+        mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.data.batch_size)
+        source = data.RecordSource(config.data.path, manifest, "train")
         statistics = patch_statistics(manifest.latent_mean, manifest.latent_std, settings.model.patch)
-        train_step = make_train_step(
-            graph,
-            settings.model.dtype,
-            optimizer,
-            settings.flow,
-            statistics,
-            config.seed,
-            config.optim.effective_batch,
-            config.ema.decay,
-        )
+        if config.gate.required:
+            require_report(config.gate.report, settings.model, manifest)
+        workdir = Path(config.workdir)
+        primary = jax.process_index() == 0
+        if primary:
+            closing.callback(RunLock(workdir).release)
+            closing.callback(reporting.log_to(workdir / "train.log"))
+            start_or_resume(workdir, config, manifest)
 
-        def packed_step(state: TrainState, batch: dict) -> tuple[TrainState, jax.Array]:
-            state, metrics = train_step(state, batch)
-            return state, pack(metrics)
+        # ------------------------------------------------------------ the compiled step, if it fits the device
+        program = Program(settings, mesh, statistics)
+        _describe(config, settings, manifest, mesh)
+        compiled = program.compile()
+        plan = program.memory(compiled)
+        log.info("memory of a device: %.2f GB (%s)", plan.total / 1e9, plan)
+        require_fit(plan, config.device_memory_gb, _smaller(settings, mesh, statistics))
 
-        run = jax.jit(packed_step, donate_argnums=0)
+        # ------------------------------------------------------------ the state: resumed, continued or new
+        checkpoints = closing.enter_context(Checkpoints(workdir, config.checkpoint.keep))
+        state, samples = _first_state(config, program, checkpoints)
+        step, mini = int(state.step), int(state.opt_state.mini_step)
+        log.info("step %d of %d", step, config.train.steps)
+
+        # ------------------------------------------------------------ data, and what is written and shown
         batches = data.batches(
             source,
             seed=config.seed,
@@ -111,32 +105,39 @@ def train(config: ConfigDict) -> int:
             processes=jax.process_count(),
         )
         batch = sharding.put_batch(mesh, next(batches))
-
-        # ------------------------------------------------------------ what is written and shown
-        preview = _make_preview(config, settings, manifest, source, statistics)
-        writer = MetricsWriter(workdir, step)
+        heldout = _make_heldout(config, settings, manifest, mesh, statistics)
+        preview = make_preview(config.data.path, manifest, settings, statistics, **_preview_options(config))
+        writer = MetricsWriter(workdir, step, enabled=primary)
+        if step == 0:
+            writer.text(0, "config", json.dumps(config.to_dict(), indent=1))
         reporter = closing.enter_context(
-            Reporter(
+            reporting.Reporter(
                 writer=writer,
                 monitor=Monitor(config.optim.lr, config.optim.warmup_steps, _without_gradient(settings.flow)),
                 schedule=learning_rate(settings.optimizer, config.optim.lr),
-                metric_shapes=jax.eval_shape(train_step, state, batch)[1],
+                metric_shapes=program.metric_shapes,
                 batch_size=config.data.batch_size,
+                flops_per_token=_training_flops(settings) / settings.tokens,
+                peak_flops=1e12 * (devices.peak_tflops(config.log.peak_tflops) or 0) * mesh.size,
                 step=step,
                 total_steps=config.train.steps,
                 every=config.log.every,
             )
         )
-        stop = closing.enter_context(_Signals())
+        signals = closing.enter_context(Signals())
+        trace = Trace(
+            workdir / "profile", configuration.profile_steps(config.profile) if config.profile else range(0)
+        )
+        closing.callback(trace.stop)
 
         # ------------------------------------------------------------ the loop: one micro-batch a turn
         # The metrics of a micro-batch are read after the next one is dispatched, so that the device never
         # waits for the host. Only where something is to be done with the state is the device waited for.
-        accumulate = settings.optimizer.accumulate
         saved_at = time.monotonic()
         unread = None
         while step < config.train.steps:
-            state, values = run(state, batch)
+            trace.at(step)
+            state, values = compiled(state, batch)
             samples += config.data.batch_size
             asked = time.monotonic()
             batch = sharding.put_batch(mesh, next(batches))
@@ -146,42 +147,113 @@ def train(config: ConfigDict) -> int:
                 step, mini = reporter.read(unread)
             unread = values
             # where the micro-batch in flight will lead, unless it is skipped
-            step, mini = (step + 1, 0) if mini + 1 == accumulate else (step, mini + 1)
+            step, mini = (step + 1, 0) if mini + 1 == settings.optimizer.accumulate else (step, mini + 1)
+            if mini and signals.received is None:
+                continue
 
             last = step == config.train.steps
-            save_due = last or time.monotonic() - saved_at > 60 * config.checkpoint.minutes
+            troubled = reporter.trouble is not None and config.health.action == "stop"
+            stopping, save_due = any_process(
+                [
+                    signals.received is not None or troubled,
+                    last or time.monotonic() - saved_at > 60 * config.checkpoint.minutes,
+                ]
+            )
             ema_due = last or step % config.checkpoint.ema_every == 0
             preview_due = preview is not None and (last or step % config.log.preview_every == 0)
-            stop_due = stop.signal is not None or (reporter.trouble and config.health.action == "stop")
-            if not (stop_due or (mini == 0 and (save_due or ema_due or preview_due))):
+            heldout_due = heldout is not None and (last or step % config.log.heldout_every == 0)
+            if not (stopping or save_due or ema_due or preview_due or heldout_due):
+                checkpoints.poll()
                 continue
-            promised = step
-            step, mini = reporter.read(unread)
+            promised = (step, mini)
+            step, mini = reporter.read(unread)  # waits for the device
             unread = None
+            complete = mini == 0 and (step, mini) == promised
             asked = time.monotonic()
-            if mini == 0 and step == promised:
-                if ema_due:
-                    checkpoints.save_ema(step, state.ema)
-                if preview_due:
-                    _write_preview(preview, state.ema, step, workdir, writer)
-            if stop_due or (mini == 0 and step == promised and save_due):
-                checkpoints.save(step, state, {"samples": samples})
+            if complete and heldout_due:
+                writer.scalars(step, heldout(state.ema))
+            if complete and preview_due:
+                _write_preview(preview, state.ema, step, workdir, writer)
+            if complete and ema_due:
+                checkpoints.save_ema(step, state.ema)
+            if stopping or (complete and save_due):
+                checkpoints.save(step, state, {"samples": samples, "batch_size": config.data.batch_size})
                 saved_at = time.monotonic()
             reporter.pause(time.monotonic() - asked)
-            checkpoints.poll()
-            if stop_due:
+            if stopping:
                 break
+        stopped = step < config.train.steps
 
     # -------------------------------------------------------------------- everything is written: say so
-    if step >= config.train.steps:
+    if not stopped:
         log.info("done: %d steps. EMA weights: %s; pictures: %s", step, workdir / "ema", workdir / "samples")
         return 0 if checkpoints.failures == 0 else 1
-    why = f"signal {stop.signal}" if stop.signal else f"health: {reporter.trouble.kind}"
+    why = f"signal {signals.received}" if signals.received else f"health: {reporter.trouble.kind}"
     log.info("stopped at step %d (%s), state saved. The same command goes on from there.", step, why)
-    return 128 + stop.signal if stop.signal else 3
+    return 128 + signals.received if signals.received else 3
 
 
-def _describe(config: ConfigDict, settings: Any, manifest: Manifest, mesh: Any, step: int) -> None:
+def _first_state(config: ConfigDict, program: Program, checkpoints: Checkpoints) -> tuple[TrainState, int]:
+    """(state, samples drawn so far): from this run's checkpoint, else from another run, else new."""
+    restored = checkpoints.restore(program.abstract)
+    if restored is not None:
+        state, meta = restored
+        if int(state.opt_state.mini_step) and meta["batch_size"] != config.data.batch_size:
+            raise RunError(
+                f"the checkpoint at step {int(state.step)} is in the middle of a step of micro-batches of "
+                f"{meta['batch_size']}; resume with that config.data.batch_size once, or up to the next checkpoint"
+            )
+        return state, meta["samples"]
+    if config.resume.from_run is None:
+        return program.create(), 0
+    if config.resume.take == "state":
+        with Checkpoints(Path(config.resume.from_run), config.checkpoint.keep, read_only=True) as other:
+            restored = other.restore(program.abstract)
+        if restored is None:
+            raise RunError(f"config.resume.from_run: {config.resume.from_run} has no checkpoint")
+        log.info("continuing with the full state of %s", config.resume.from_run)
+        return restored[0], restored[1]["samples"]
+    step, ema = restore_ema(Path(config.resume.from_run))
+    log.info("starting from the EMA of %s at step %d", config.resume.from_run, step)
+    return program.from_ema(ema), 0
+
+
+def _training_flops(settings: Settings) -> int:
+    """FLOPs of a sample's forward and backward pass, recomputation not counted."""
+    return 3 * model.flops_per_sample(settings.model, settings.tokens, settings.text_tokens)
+
+
+def _smaller(settings: Settings, mesh: Any, statistics: Any) -> list:
+    """What to try, in this order, where the step does not fit: ("what to set", how to plan its memory)."""
+    remat = settings.model.remat
+    choices = [(settings.batch_size, "block")] if remat != "block" else []
+    batch = settings.batch_size // 2
+    while batch >= mesh.size and batch % mesh.size == 0:
+        choices.append((batch, "block"))
+        batch //= 2
+
+    def planner(batch: int, remat: str):
+        def make():
+            smaller = dataclasses.replace(
+                settings,
+                batch_size=batch,
+                model=dataclasses.replace(settings.model, remat=remat),
+                optimizer=dataclasses.replace(
+                    settings.optimizer, accumulate=settings.effective_batch // batch
+                ),
+            )
+            program = Program(smaller, mesh, statistics)
+            return program.memory(program.compile())
+
+        return make
+
+    return [
+        (f"--config.data.batch_size={batch} --config.model.remat={remat}", planner(batch, remat))
+        for batch, remat in choices
+    ]
+
+
+def _describe(config: ConfigDict, settings: Settings, manifest: Manifest, mesh: Any) -> None:
     m = settings.model
     log.info(
         "model: %.1f M parameters, width %d, depth %d, heads %d, %s, attention %s, remat %s",
@@ -208,16 +280,13 @@ def _describe(config: ConfigDict, settings: Any, manifest: Manifest, mesh: Any, 
             manifest.text_tokens,
         )
     log.info(
-        "batch: %d x %d = %d on %d %s device(s); time shift %.2f; %s",
+        "batch: %d x %d = %d on %d %s device(s); time shift %.2f",
         config.data.batch_size,
         settings.optimizer.accumulate,
         config.optim.effective_batch,
         mesh.size,
         jax.devices()[0].device_kind,
         settings.flow.shift,
-        f"resuming at step {step} of {config.train.steps}"
-        if step
-        else f"{config.train.steps} steps from the start",
     )
 
 
@@ -233,78 +302,40 @@ def _without_gradient(f: FlowConfig) -> frozenset[str]:
     )
 
 
-def _make_preview(config: ConfigDict, settings: Any, manifest: Manifest, source: Any, statistics: Any):
-    """The preview of fixed records, from the holdout where there is one; None if none is asked for."""
-    if not config.log.preview_every:
+def _make_heldout(config: ConfigDict, settings: Settings, manifest: Manifest, mesh: Any, statistics: Any):
+    if not config.log.heldout_every or not manifest.records("holdout"):
         return None
-    if manifest.records("holdout"):
-        source = data.RecordSource(config.data.path, manifest, "holdout")
-    try:
-        decoder = load_decoder(manifest.vae, config.log.vae)
-    except DecoderError as error:
-        if config.log.vae:
-            raise
-        log.warning("no pictures while training: %s", error)
-        return None
-    generator = Generator(
+    return HeldOut(
         settings.model,
-        tokens=settings.tokens,
-        shift=settings.flow.shift,
+        settings.flow,
+        data.RecordSource(config.data.path, manifest, "holdout"),
+        mesh=mesh,
         statistics=statistics,
-        steps=config.log.preview_steps,
-        batch_size=min(config.data.batch_size, config.log.preview_count),
+        tokens=settings.tokens,
+        text_tokens=settings.text_tokens,
+        batch_size=settings.batch_size,
+        pictures=config.log.heldout_count,
     )
-    records = [source[index] for index in spread(len(source), config.log.preview_count)]
-    return Preview(records, generator, decoder, settings.model.patch, settings.text_tokens)
+
+
+def _preview_options(config: ConfigDict) -> dict[str, Any]:
+    return {
+        "count": config.log.preview_count if config.log.preview_every else 0,
+        "steps": config.log.preview_steps,
+        "vae": config.log.vae,
+    }
 
 
 def _write_preview(preview: Preview, ema: Any, step: int, workdir: Path, writer: MetricsWriter) -> None:
+    ema = sharding.gather(ema)
+    if jax.process_index():
+        return
     sheet = preview.draw(ema)
     path = workdir / "samples" / f"step_{step:07d}.png"
     path.parent.mkdir(exist_ok=True)
     sheet.save(path)
     writer.image(step, "samples", np.asarray(sheet))
     writer.flush()
-
-
-class _Signals(contextlib.AbstractContextManager):
-    """The first SIGINT or SIGTERM asks the loop to save and stop; a second one kills as usual."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, _frame: Any) -> None:
-        self.signal = number
-        log.info("signal %d: finishing the micro-batch and saving; send it again to stop at once", number)
-        signal.signal(number, self._before[number])
-
-
-def _log_to(path: Path):
-    """Sends the package's log to stderr and to a file; returns how to undo it."""
-    formatter = logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
-    handlers = [logging.StreamHandler(sys.stderr), logging.FileHandler(path, encoding="utf-8")]
-    for handler in handlers:
-        handler.setFormatter(formatter)
-        log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
-
-    def undo() -> None:
-        for handler in handlers:
-            log.removeHandler(handler)
-            handler.close()
-
-    return undo
 
 
 def use_compilation_cache() -> None:
@@ -317,12 +348,16 @@ def use_compilation_cache() -> None:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"error: unexpected argument {argv[1]!r}; overrides are written --config.group.key=value")
+    if _CONFIG.value is None:
+        sys.exit("error: give a configuration, as --config=configs/demo.py")
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax narrates every save at INFO
+    config = _CONFIG.value
     use_compilation_cache()
+    devices.join_processes(config.mesh.coordinator, config.mesh.processes, config.mesh.process)
     if jax.default_backend() == "cpu":
         keep_freed_memory()
     try:
-        code = train(_CONFIG.value)
+        code = train(config)
     except USER_ERRORS as error:
         sys.exit(f"error: {error}")
     sys.exit(code)

@@ -95,6 +95,7 @@ def make_train_step(
             "loss": jnp.mean(loss_B),
             "prediction_rms": jnp.sqrt(jnp.mean(flow.sample_means(jnp.square(prediction), valid))),
             "target_rms": jnp.sqrt(jnp.mean(flow.sample_means(jnp.square(target), valid))),
+            "tokens": jnp.sum(valid),
             "bin_loss": bin_loss,
             "bin_count": bin_count,
         }

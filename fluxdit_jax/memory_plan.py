@@ -1,0 +1,90 @@
+"""The memory plan: what a step needs, before the first one runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+log = logging.getLogger(__name__)
+GB = 1e9
+
+
+class OutOfMemory(Exception):
+    """The step cannot fit the device."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one device.
+
+    Attributes:
+      parts: of the state, by what they are for.
+      batch: inputs of the step.
+      temporary: what XLA's own plan of the compiled step needs besides: activations, gradients, scratch.
+    """
+
+    parts: dict[str, int]
+    batch: int
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values()) + self.batch + self.temporary
+
+    def __str__(self) -> str:
+        listed = [f"{name} {size / GB:.2f}" for name, size in self.parts.items()]
+        return ", ".join(
+            [*listed, f"batch {self.batch / GB:.2f}", f"activations and scratch {self.temporary / GB:.2f}"]
+        )
+
+
+def plan(compiled: jax.stages.Compiled, state: Any, batch: Any) -> MemoryPlan:
+    """The plan of a compiled step over (state, batch), given as arrays or `ShapeDtypeStruct` with shardings."""
+    inner = state.opt_state
+    parts = {
+        "f32 weights": _bytes(state.params),
+        "moments": _bytes(inner.inner_opt_state),
+        "gradient accumulator": _bytes(inner.acc_grads),
+        "EMA": _bytes(state.ema),
+    }
+    return MemoryPlan(parts, _bytes(batch), compiled.memory_analysis().temp_size_in_bytes)
+
+
+def require_fit(
+    found: MemoryPlan,
+    limit_gb: float,
+    alternatives: list[tuple[str, Callable[[], MemoryPlan]]],
+) -> None:
+    """Refuses a plan larger than `limit_gb`, naming the first of the alternatives that fits.
+
+    Args:
+      alternatives: (what to set, how to plan it), tried in order; planning one means compiling it.
+
+    Raises:
+      OutOfMemory: it does not fit.
+    """
+    if found.total <= limit_gb * GB:
+        return
+    log.info("the step does not fit; looking for a setting that does")
+    advice = "no smaller micro-batch or remat policy fits either: the model is too large for this device"
+    for what, make in alternatives:
+        candidate = make()
+        if candidate.total <= limit_gb * GB:
+            advice = f"{what} fits, with {candidate.total / GB:.2f} GB"
+            break
+    raise OutOfMemory(
+        f"a step needs {found.total / GB:.2f} GB a device ({found}), config.device_memory_gb is {limit_gb:g}. {advice}"
+    )
+
+
+def _bytes(tree: Any) -> int:
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
+        total += math.prod(shape) * leaf.dtype.itemsize
+    return total

@@ -1,0 +1,54 @@
+"""When to stop: signals, and agreement between processes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+from typing import Any
+
+import jax
+import numpy as np
+
+log = logging.getLogger(__name__)
+
+
+class Signals(contextlib.AbstractContextManager):
+    """The first SIGINT, SIGTERM or SIGHUP asks the loop to save and stop; a second one acts as usual.
+
+    Attributes:
+      received: number of the signal, or None.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _frame: Any) -> None:
+        self.received = number
+        signal.signal(number, self._before[number])
+        with contextlib.suppress(OSError):  # a closed terminal cannot be told
+            log.info(
+                "%s: finishing the micro-batch and saving; again to stop at once", signal.Signals(number).name
+            )
+
+
+def any_process(flags: list[bool]) -> list[bool]:
+    """Each flag, true if it is true in any process of the run: clocks and signals differ between machines.
+
+    With several processes this waits for all of them, so every process must call it at the same points.
+    """
+    if jax.process_count() == 1:
+        return flags
+    from jax.experimental import multihost_utils
+
+    return list(np.any(multihost_utils.process_allgather(np.asarray(flags)), axis=0))
