@@ -18,7 +18,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from ml_collections import ConfigDict
 
-from fluxdit_jax import flow, model
+from fluxdit_jax import data, flow, model
 from fluxdit_jax.config import default_config
 from fluxdit_jax.optimizer import OptimizerConfig
 from fluxdit_jax.records import (
@@ -179,6 +179,47 @@ def tiny_optimizer(**changes) -> OptimizerConfig:
         accumulate=1,
     )
     return OptimizerConfig(**(values | changes))
+
+
+def lively(tree, seed: int = 0, scale: float = 0.3):
+    """The tree with normal numbers everywhere: nothing is zero, so that nothing hides behind a gate."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: (scale * rng.normal(size=leaf.shape)).astype(np.float32), tree)
+
+
+def network_inputs(
+    config: model.ModelConfig,
+    grids=((2, 2), (1, 3), (3, 1)),
+    tokens: int = 4,
+    text_tokens: int = 5,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """Arguments of `DiT.__call__` in order, padding zero, both conditions kept."""
+    rng = np.random.default_rng(seed)
+    B = len(grids)
+    x = rng.normal(size=(B, tokens, config.token_width)).astype(np.float32)
+    text = rng.normal(size=(B, text_tokens, config.text_width)).astype(np.float32)
+    length = np.array([1 + (2 * i + 1) % text_tokens for i in range(B)], np.int32)
+    for row, (h, w) in enumerate(grids):
+        x[row, h * w :] = 0
+        text[row, length[row] :] = 0
+    vision = rng.normal(size=(B, config.vision_width))
+    return {
+        "x": x,
+        "t": rng.uniform(0.1, 0.9, B).astype(np.float32),
+        "grid": np.array(grids, np.int32),
+        "text": text,
+        "text_length": length,
+        "vision": (vision / np.linalg.norm(vision, axis=1, keepdims=True)).astype(np.float32),
+        "keep_text": np.ones(B, bool),
+        "keep_vision": np.ones(B, bool),
+    }
+
+
+def make_batch(seed: int = 0, size: int = 4, tokens: int = 4, first_index: int = 0) -> dict[str, np.ndarray]:
+    """A micro-batch as `data.collate` makes it, of random records of the shapes of `tiny_model`."""
+    records = [make_record(i, UNEVEN_SIZES[i % 3], seed) for i in range(first_index, first_index + size)]
+    return data.collate(records, list(range(first_index, first_index + size)), 2, tokens, 5)
 
 
 def tree_equal(a, b) -> bool:
