@@ -1,0 +1,380 @@
+"""Test 3, text edit: changing a word of the caption moves the subject the way the word says, and nothing else does."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+from fluxdit_jax.displacement import Displacement, displacement
+from fluxdit_jax.gate.album import Album
+from fluxdit_jax.gate.painter import Draw, Wanted
+from fluxdit_jax.gate.pairing import derangements
+from fluxdit_jax.gate.verdict import Case, Chart, Control, Verdict, failed_controls, percent
+from fluxdit_jax.likeness import structure
+from fluxdit_jax.preview import spread
+
+DIRECTIONS = {
+    "right": ("horizontal", 1),
+    "left": ("horizontal", -1),
+    "down": ("vertical", 1),
+    "up": ("vertical", -1),
+}
+RIGHT = 0.90  # share of the cases in which the subject must move the right way
+ENOUGH = 10  # cases
+MOVED = 0.02  # share of the side; less is no movement (the structure map has 64 pixels)
+RESEMBLES = 0.35  # structure of the unedited picture against its original; unrelated pictures stay below 0.3
+UNMOVED = 0.10  # share of the cases that an unrelated word may move
+# Tried in this order: words that say nothing of what the picture shows.
+UNRELATED = (
+    ("portrait of", "picture of"),
+    ("photo of", "picture of"),
+    ("photograph of", "picture of"),
+    ("image of", "picture of"),
+    ("picture of", "image of"),
+    ("in front of", "before"),
+    ("there is", "we see"),
+    (" with", " having"),
+    (" a", " one"),
+)
+
+
+class EditError(Exception):
+    """An edit cannot be read, or no caption has its words."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Replace the words `old` by `new`, and the subject must move in `direction`, a key of `DIRECTIONS`."""
+
+    old: str
+    new: str
+    direction: str
+
+    @classmethod
+    def parse(cls, text: str) -> Rule:
+        """From "looking left=>looking right:right".
+
+        Raises:
+          EditError: it is not of that form.
+        """
+        words, colon, direction = text.rpartition(":")
+        old, arrow, new = words.partition("=>")
+        rule = cls(old.strip(), new.strip(), direction.strip())
+        if not (colon and arrow and rule.old and rule.new) or rule.direction not in DIRECTIONS:
+            raise EditError(
+                f"--edit {text!r} must be 'OLD WORDS=>NEW WORDS:DIRECTION', DIRECTION one of "
+                f"{', '.join(DIRECTIONS)}: where the subject moves"
+            )
+        return rule
+
+    @property
+    def axis(self) -> str:
+        return DIRECTIONS[self.direction][0]
+
+    @property
+    def sign(self) -> int:
+        return DIRECTIONS[self.direction][1]
+
+
+DEFAULT_RULES = (
+    Rule("looking left", "looking right", "right"),
+    Rule("looking right", "looking left", "left"),
+)
+
+
+def edited(caption: str, old: str, new: str) -> str | None:
+    """The caption with the whole words `old` replaced by `new`, whatever their case; None if it has none."""
+    before = r"(?<!\w)" if re.match(r"\w", old) else ""
+    after = r"(?!\w)" if re.search(r"\w$", old) else ""
+    result, count = re.subn(before + re.escape(old) + after, lambda _: new, caption, flags=re.IGNORECASE)
+    return result if count and result != caption else None
+
+
+def choose_rules(captions: list[str], given: list[Rule]) -> list[Rule]:
+    """The rules given, or those of `DEFAULT_RULES` that some caption allows.
+
+    Raises:
+      EditError: no caption has the words of a given rule, or of any default one.
+    """
+    for rule in given:
+        if not any(edited(caption, rule.old, rule.new) for caption in captions):
+            raise EditError(f"--edit: no caption of the data set has the words {rule.old!r}")
+    rules = given or [r for r in DEFAULT_RULES if any(edited(c, r.old, r.new) for c in captions)]
+    if not rules:
+        raise EditError(
+            "no caption says 'looking left' or 'looking right': say what to change and where the subject then "
+            "moves, as in --edit 'on the left=>on the right:right'"
+        )
+    return rules
+
+
+def choose_unrelated(captions: list[str], given: str | None) -> tuple[str, str]:
+    """(old, new) words that say nothing of what the picture shows: the given "OLD=>NEW", or from `UNRELATED`.
+
+    Raises:
+      EditError: the given one is not of that form or in no caption, or there is none that most captions have.
+    """
+    if given is not None:
+        old, arrow, new = (part.strip() for part in given.partition("=>"))
+        if not (arrow and old and new) or not any(edited(caption, old, new) for caption in captions):
+            raise EditError(f"--unrelated {given!r} must be 'OLD=>NEW' with words that captions have")
+        return old, new
+    for old, new in UNRELATED:
+        if sum(edited(caption, old, new) is not None for caption in captions) >= len(captions) / 2:
+            return old, new
+    raise EditError("no harmless word is common to the captions: give one to change, --unrelated 'OLD=>NEW'")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Edit:
+    """The plan. Case k is a record and a rule; all pictures of a case have the record's vector and size.
+
+    Attributes:
+      cases: (record, rule, edited caption).
+      plain, edited: the unedited and the edited caption, from the record's noise.
+      unrelated: the caption with another word changed, from the same noise; None where the caption lacks it.
+      seeds: the unedited caption from other noises.
+      words: what `unrelated` changes.
+    """
+
+    album: Album
+    cases: list[tuple[int, Rule, str]]
+    plain: list[Wanted]
+    edited: list[Wanted]
+    unrelated: list[Wanted | None]
+    seeds: list[list[Wanted]]
+    words: tuple[str, str]
+
+    @classmethod
+    def plan(
+        cls,
+        album: Album,
+        rules: list[Rule],
+        words: tuple[str, str],
+        limit: int,
+        encode: Callable[[list[str]], list[np.ndarray]],
+    ) -> Edit:
+        """
+        Args:
+          limit: cases at most; spread evenly over the rules and the records.
+          encode: tokens bf16 [n, E] of captions; asked only for those that no record has.
+        """
+        by_rule = [
+            [
+                (i, rule, new)
+                for i in range(len(album))
+                if (new := edited(album.caption(i), rule.old, rule.new))
+            ]
+            for rule in rules
+        ]
+        share = max(1, limit // len(rules))
+        cases = [cases[k] for cases in by_rule for k in spread(len(cases), share)]
+        changed = [edited(album.caption(i), *words) for i, _, _ in cases]
+        texts = {record.caption: record.text for record in album.records}
+        unknown = sorted({c for c in [*(case[2] for case in cases), *changed] if c and c not in texts})
+        texts.update(zip(unknown, encode(unknown) if unknown else [], strict=True))
+
+        # Test 1 draws each record's conditions from the noise of another: that picture is one of its seeds here.
+        shuffled_with = np.argsort(derangements(album, 1)[0])
+
+        def draw_of(index: int, caption: str) -> Wanted:
+            return album.wanted(index, index, index, caption=caption, text=texts[caption])
+
+        return cls(
+            album,
+            cases,
+            [draw_of(i, album.caption(i)) for i, _, _ in cases],
+            [draw_of(i, caption) for i, _, caption in cases],
+            [None if caption is None else draw_of(case[0], caption) for case, caption in zip(cases, changed)],
+            [_other_seeds(album, i, int(shuffled_with[i])) for i, _, _ in cases],
+            words,
+        )
+
+    def wanted(self) -> list[Wanted]:
+        unrelated = [one for one in self.unrelated if one is not None]
+        return [*self.plain, *self.edited, *unrelated, *(one for seeds in self.seeds for one in seeds)]
+
+    def measure(self, draw: Draw) -> Verdict:
+        album = self.album
+        plain, changed = draw(self.plain), draw(self.edited)
+        moves = [displacement(p, e, case[1].axis) for p, e, case in zip(plain, changed, self.cases)]
+        likeness = [
+            float(structure(p) @ album.structures[case[0]]) for p, case in zip(plain, self.cases, strict=True)
+        ]
+        # A picture that is not the one expected gives no score, whatever seems to move in it.
+        shifts = [
+            move.along(case[1].sign) if alike >= RESEMBLES else None
+            for move, alike, case in zip(moves, likeness, self.cases, strict=True)
+        ]
+        right = np.array([shift is not None and shift > MOVED for shift in shifts])
+        effect = float(np.median([shift or 0.0 for shift in shifts]))
+        over_seeds = self._over_seeds(draw, plain)
+        unrelated = self._unrelated(draw, plain)
+        calibration = self._calibrate()
+
+        noise = float(
+            np.sqrt(np.mean(np.square([m.shift for m in over_seeds if m.shift is not None] or [1.0])))
+        )
+        lost = float(np.mean([m.shift is None for m in over_seeds]))
+        moved = float(np.mean([m.shift is None or abs(m.shift) > MOVED for m in unrelated]))
+        controls = (
+            Control(
+                "the same caption from other noises",
+                "the subject must stand still: the movement over seeds (root mean square) is the effect's yardstick",
+                noise,
+                max(effect, 0.0),
+                at_most=True,
+                unit="width",
+            ),
+            Control(
+                f"an unrelated word: {self.words[0].strip()!r} becomes {self.words[1].strip()!r}",
+                "share of the pictures in which something moves or nothing can be recognised any more",
+                moved,
+                UNMOVED,
+                at_most=True,
+            ),
+        )
+        numbers = {
+            "cases": len(self.cases),
+            "rules": [f"{r.old} => {r.new}: {r.direction}" for r in dict.fromkeys(c[1] for c in self.cases)],
+            "right_way": float(right.mean()),
+            "effect_median": effect,
+            "not_measurable": float(np.mean([shift is None for shift in shifts])),
+            "wrong_way": float(np.mean([shift is not None and shift < -MOVED for shift in shifts])),
+            "seed_spread_rms": noise,
+            "seeds_measured": len(over_seeds),
+            "seeds_not_recognised": lost,
+            "unrelated_median": float(np.median([abs(m.shift or 0.0) for m in unrelated])),
+            "unedited_like_original": float(np.median(likeness)),
+            "calibration": calibration,
+            **self._against_the_truth(changed),
+        }
+        reasons = []
+        if len(self.cases) < ENOUGH:
+            reasons.append(
+                f"only {len(self.cases)} captions can be edited; at least {ENOUGH} are needed to judge"
+            )
+        if right.mean() < RIGHT:
+            reasons.append(
+                f"the subject moves the right way in {percent(right.mean())} of the cases, {percent(RIGHT)} are "
+                f"needed ({percent(numbers['wrong_way'])} the wrong way, "
+                f"{percent(numbers['not_measurable'])} not recognisable)"
+            )
+        if lost > UNMOVED:
+            reasons.append(
+                f"the model is not stable: {percent(lost)} of its pictures from other noises are others"
+            )
+        if calibration and calibration["right_way"] < 1:
+            reasons.append(
+                f"the measure itself is right on only {percent(calibration['right_way'])} of the true pairs of "
+                "this set: its verdict means nothing here; test another edit"
+            )
+        reasons += failed_controls(controls)
+        return Verdict(
+            name="text_edit",
+            title="Text edit",
+            question="Does changing a word of the caption move the subject the way the word says, and nothing else?",
+            value=float(right.mean()),
+            threshold=RIGHT,
+            statement=f"in {int(right.sum())} of {len(self.cases)} cases the subject moves the right way, by "
+            f"{percent(effect)} of the side in the median; between noises it moves by {percent(noise)}",
+            numbers=numbers,
+            controls=controls,
+            reasons=tuple(reasons),
+            cases=tuple(
+                self._case(k, plain[k], changed[k], shifts[k], moves[k], bool(right[k]))
+                for k in range(len(self.cases))
+            ),
+            chart=Chart(
+                "Every case: how far did the subject move, and is it still the same scene?",
+                "displacement the right way (share of the side)",
+                "structure found again",
+                tuple(0.0 if shift is None else shift for shift in shifts),
+                tuple(move.found for move in moves),
+                tuple(bool(v) for v in right),
+                (MOVED,),
+            ),
+        )
+
+    def _over_seeds(self, draw: Draw, plain: list[np.ndarray]) -> list[Displacement]:
+        flat = draw([one for seeds in self.seeds for one in seeds])
+        found, start = [], 0
+        for before, seeds, case in zip(plain, self.seeds, self.cases, strict=True):
+            found += [displacement(before, image, case[1].axis) for image in flat[start : start + len(seeds)]]
+            start += len(seeds)
+        return found
+
+    def _unrelated(self, draw: Draw, plain: list[np.ndarray]) -> list[Displacement]:
+        chosen = [k for k, one in enumerate(self.unrelated) if one is not None]
+        if not chosen:
+            return [Displacement(None, 0.0, 0.0)]
+        images = draw([self.unrelated[k] for k in chosen])
+        return [displacement(plain[k], image, self.cases[k][1].axis) for k, image in zip(chosen, images)]
+
+    def _calibrate(self) -> dict:
+        """The measure on true pictures: what it says where the right answer is in the set. Empty if it is nowhere."""
+        album = self.album
+        shifts = []
+        for rule in dict.fromkeys(case[1] for case in self.cases):
+            for index in range(len(album)):
+                caption = edited(album.caption(index), rule.old, rule.new)
+                answer = caption and album.true_answer(caption, index)
+                if answer is None or album.truths[answer].shape != album.truths[index].shape:
+                    continue
+                move = displacement(album.truths[index], album.truths[answer], rule.axis)
+                shifts.append(move.along(rule.sign))
+        if not shifts:
+            return {}
+        known = [shift for shift in shifts if shift is not None]
+        return {
+            "true_pairs": len(shifts),
+            "right_way": float(np.mean([shift is not None and shift > MOVED for shift in shifts])),
+            "median": float(np.median(known)) if known else None,
+            "least": min(known, default=None),
+            "most": max(known, default=None),
+        }
+
+    def _against_the_truth(self, changed: list[np.ndarray]) -> dict:
+        answers = [self.album.true_answer(caption, index) for index, _, caption in self.cases]
+        known = [k for k, answer in enumerate(answers) if answer is not None]
+        if not known:
+            return {"true_answers_known": 0}
+        nearest = self.album.nearest([changed[k] for k in known])
+        return {
+            "true_answers_known": len(known),
+            "exactly_the_true_answer": float((nearest == [answers[k] for k in known]).mean()),
+        }
+
+    def _case(
+        self,
+        k: int,
+        plain: np.ndarray,
+        changed: np.ndarray,
+        shift: float | None,
+        move: Displacement,
+        right: bool,
+    ) -> Case:
+        index, rule, caption = self.cases[k]
+        shown = [("original", self.album.truths[index]), ("drawn", plain), ("edited", changed)]
+        answer = self.album.true_answer(caption, index)
+        if answer is not None:
+            shown.append(("the truth", self.album.truths[answer]))
+        went = "not the picture expected" if shift is None else f"{percent(shift)} to the {rule.direction}"
+        return Case(
+            f"{self.album.caption(index)} | {rule.old} => {rule.new}",
+            f"{went}; {percent(move.found)} of the structure found again",
+            -1.0 if shift is None else float(shift),
+            right,
+            tuple(shown),
+        )
+
+
+def _other_seeds(album: Album, index: int, source: int) -> list[Wanted]:
+    """A record's picture from two other noises; the first is that of the record `source` if it has the same size."""
+    fresh = album.wanted(index, index, index, seed=album.seed + 1_000_000 + index)
+    if album.grid(source) == album.grid(index):
+        return [album.wanted(index, index, source), fresh]
+    return [album.wanted(index, index, index, seed=album.seed + 2_000_000 + index), fresh]

@@ -1,0 +1,111 @@
+"""What training asks of a validation report before it starts: that a run of the same kind passed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from fluxdit_jax import model
+from fluxdit_jax.model import ModelConfig
+from fluxdit_jax.records import EncoderIdentity, Manifest
+
+ENCODERS = ("vae", "text", "vision")
+
+
+class GateError(Exception):
+    """Training may not start: there is no passing report of a run of this kind. The message says what to do."""
+
+
+def family(config: ModelConfig) -> dict[str, Any]:
+    """What two models must share for one to speak for the other, whatever their width, depth and heads.
+
+    `parameters` is a digest of the names and ranks of all parameters: another kind of block is another family.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(model.build(config)[1])
+    names = sorted(f"{jax.tree_util.keystr(path)} {len(leaf.shape)}" for path, leaf in leaves)
+    return {
+        "parameters": hashlib.sha256("\n".join(names).encode()).hexdigest()[:16],
+        "patch": config.patch,
+        "channels": config.channels,
+        "text_width": config.text_width,
+        "vision_width": config.vision_width,
+    }
+
+
+def encoder_summary(identity: EncoderIdentity) -> dict[str, Any]:
+    """What of an encoder stands in a report."""
+    return {
+        "id": identity.id,
+        "revision": identity.revision,
+        "sha256": identity.sha256,
+        "width": identity.width,
+    }
+
+
+def require_report(path: str | Path | None, config: ModelConfig, manifest: Manifest) -> dict[str, Any]:
+    """Reads a validation report and checks that it lets a run of this model and data set start.
+
+    Args:
+      path: `config.gate.report`: `validation/report.json` of a run, or that run's directory.
+      config: of the model to be trained; its width, depth and heads may differ from the validated run's.
+      manifest: of the data set to be trained on; its pictures may differ, its encoders and format may not.
+
+    Returns:
+      The report.
+
+    Raises:
+      GateError: there is no report, it cannot be read, it did not pass, or it is of another model family, other
+        encoders or another data format. The message lists all of it, and how to make one or go without.
+    """
+    how = (
+        "Train and validate a small run first:\n"
+        "  python -m fluxdit_jax.train --config=configs/nano.py --config.data.path=SUBSET --config.workdir=RUN\n"
+        "  python -m fluxdit_jax.validate --workdir=RUN\n"
+        "and give --config.gate.report=RUN/validation/report.json; or start without: --config.gate.required=False"
+    )
+    if not path:
+        raise GateError(f"config.gate.required is True, and config.gate.report names no report.\n{how}")
+    file = Path(path)
+    if file.is_dir():
+        file = file / "validation" / "report.json"
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(report, dict) or not isinstance(report.get("passed"), bool):
+            raise ValueError("it has no boolean 'passed'")
+        problems = _differences(report, config, manifest)
+    except FileNotFoundError as error:
+        raise GateError(f"config.gate.report: {file} does not exist.\n{how}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise GateError(f"config.gate.report: {file} is not a validation report: {error}.\n{how}") from error
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise GateError(f"config.gate.report: {file} does not let this run start:\n{listed}\n{how}")
+    return report
+
+
+def _differences(report: dict[str, Any], config: ModelConfig, manifest: Manifest) -> list[str]:
+    problems = []
+    if not report["passed"]:
+        failed = [name for name, metric in report["metrics"].items() if not metric["passed"]]
+        problems.append(f"that run failed its validation ({', '.join(failed)})")
+    theirs = report["model"]["family"]
+    for key, value in family(config).items():
+        if theirs.get(key) != value:
+            what = "the network's structure" if key == "parameters" else f"model.{key}"
+            problems.append(f"{what} was {theirs.get(key)!r} there, is {value!r} here")
+    for name in ENCODERS:
+        here, there = encoder_summary(getattr(manifest, name)), report["encoders"][name]
+        if (here["sha256"], here["width"]) != (there["sha256"], there["width"]):
+            problems.append(
+                f"the {name} encoder was {there['id']!r} (sha256 {there['sha256'][:12]}, width {there['width']}) "
+                f"there, is {here['id']!r} (sha256 {here['sha256'][:12]}, width {here['width']}) here"
+            )
+    if report["dataset"]["format_version"] != manifest.version:
+        problems.append(
+            f"the data format was version {report['dataset']['format_version']} there, is {manifest.version} here"
+        )
+    return problems

@@ -1,0 +1,184 @@
+"""Test 2, vision swap: the caption of A with the vector of B must give A's composition in B's light."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from fluxdit_jax import likeness
+from fluxdit_jax.gate.album import Album
+from fluxdit_jax.gate.painter import Draw, Wanted
+from fluxdit_jax.gate.pairing import derangements, swap_pairs
+from fluxdit_jax.gate.verdict import Case, Chart, Control, Verdict, failed_controls, percent
+
+PASSING = 0.80  # share of the pairs
+ENOUGH = 50  # pairs
+CONTROLLED = 30  # pairs that are drawn again for each control
+CONTROL = 0.80  # share of them that must behave
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Swap:
+    """The plan. For pair k = (A, B), always with A's noise and size: `swapped[k]` has A's caption and B's vector.
+
+    The controls are drawn for the first pairs only: `own[k]` has B's caption as well, `random[k]` A's caption and
+    a random unit vector.
+    """
+
+    album: Album
+    pairs: list[tuple[int, int]]
+    swapped: list[Wanted]
+    own: list[Wanted]
+    random: list[Wanted]
+
+    @classmethod
+    def plan(cls, album: Album, pairs: int) -> Swap:
+        chosen = swap_pairs(album, pairs)
+        rng = np.random.default_rng([album.seed, 2])
+        vectors = rng.normal(size=(CONTROLLED, len(album.records[0].vision)))
+        vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+        # For the pairs of the first derangement `own` is what test 1 drew as its shuffle, so these come first.
+        shuffle = derangements(album, 1)[0] if chosen else []
+        chosen.sort(key=lambda pair: shuffle[pair[0]] != pair[1])
+        return cls(
+            album,
+            chosen,
+            [album.wanted(a, b, a) for a, b in chosen],
+            [album.wanted(b, b, a) for a, b in chosen[:CONTROLLED]],
+            [album.wanted(a, b, a, vision=v) for (a, b), v in zip(chosen, vectors)],
+        )
+
+    def wanted(self) -> list[Wanted]:
+        return [*self.swapped, *self.own, *self.random]
+
+    def measure(self, draw: Draw) -> Verdict:
+        if not self.pairs:
+            return _nothing_to_swap()
+        album = self.album
+        a, b = np.array(self.pairs).T
+        swapped, own, random = draw(self.swapped), draw(self.own), draw(self.random)
+
+        structure = likeness.structures(swapped)
+        structure_a = (structure * album.structures[a]).sum(1)
+        structure_b = (structure * album.structures[b]).sum(1)
+        tone = likeness.tones(swapped)
+        tone_a = np.linalg.norm(tone - album.tones[a], axis=1)
+        tone_b = np.linalg.norm(tone - album.tones[b], axis=1)
+        keeps, takes = structure_a > structure_b, tone_b < tone_a
+        passing = keeps & takes
+
+        few = len(own)
+        own_structure = likeness.structures(own)
+        own_is_b = (own_structure * (album.structures[b[:few]] - album.structures[a[:few]])).sum(1) > 0
+        random_b = np.linalg.norm(likeness.tones(random) - album.tones[b[:few]], axis=1)
+        controls = (
+            Control(
+                "B's caption with B's vector, A's noise",
+                "the structure must now be B's: it is the caption that decides it, not the noise",
+                float(own_is_b.mean()),
+                CONTROL,
+                at_most=False,
+            ),
+            Control(
+                "A's caption with a random vector",
+                "its tone must be farther from B's than the swapped picture's: it is B's vector that brings B's light",
+                float((random_b > tone_b[:few]).mean()),
+                CONTROL,
+                at_most=False,
+            ),
+        )
+        answers = [album.true_answer(album.caption(i), j) for i, j in self.pairs]
+        numbers = {
+            "pairs": len(self.pairs),
+            "passing": float(passing.mean()),
+            "structure_of_a": float(keeps.mean()),
+            "tone_of_b": float(takes.mean()),
+            "structure_to_a_median": float(np.median(structure_a)),
+            "structure_to_b_median": float(np.median(structure_b)),
+            "tone_to_a_median": float(np.median(tone_a)),
+            "tone_to_b_median": float(np.median(tone_b)),
+            **self._against_the_truth(swapped, answers),
+        }
+        reasons = []
+        if len(self.pairs) < ENOUGH:
+            reasons.append(f"only {len(self.pairs)} pairs; at least {ENOUGH} are needed to judge")
+        if passing.mean() < PASSING:
+            reasons.append(
+                f"{percent(passing.mean())} of the pairs pass, {percent(PASSING)} are needed: {percent(keeps.mean())} "
+                f"keep A's structure, {percent(takes.mean())} take B's tone"
+            )
+        reasons += failed_controls(controls)
+        gain = (tone_a - tone_b) / np.maximum(np.linalg.norm(album.tones[a] - album.tones[b], axis=1), 1e-6)
+        margin = structure_a - structure_b
+        return Verdict(
+            name="vision_swap",
+            title="Vision swap",
+            question="Does the caption of one picture with the vector of another give the first one's composition in "
+            "the second one's light?",
+            value=float(passing.mean()),
+            threshold=PASSING,
+            statement=f"{int(passing.sum())} of {len(self.pairs)} pairs keep A's composition and take B's light",
+            numbers=numbers,
+            controls=controls,
+            reasons=tuple(reasons),
+            cases=tuple(
+                self._case(k, swapped[k], answers[k], margin[k], gain[k]) for k in range(len(self.pairs))
+            ),
+            chart=Chart(
+                "Every pair: whose composition, whose light?",
+                "tone: nearer to A  |  nearer to B",
+                "structure: nearer to B  |  nearer to A",
+                tuple(float(v) for v in gain),
+                tuple(float(v) for v in margin),
+                tuple(bool(v) for v in passing),
+                (0.0,),
+                (0.0,),
+            ),
+        )
+
+    def _against_the_truth(self, swapped: list[np.ndarray], answers: list[int | None]) -> dict:
+        """How many swaps are nearest to the one right picture, among all, where that is known."""
+        known = [k for k, answer in enumerate(answers) if answer is not None]
+        if not known:
+            return {"true_answers_known": 0}
+        nearest = self.album.nearest([swapped[k] for k in known])
+        right = np.array([answers[k] for k in known])
+        same_size = [
+            k for k in known if swapped[k].shape == self.album.truths[answers[k]].shape
+        ]  # always, in a grid
+        errors = [likeness.psnr(self.album.truths[answers[k]], swapped[k]) for k in same_size]
+        return {
+            "true_answers_known": len(known),
+            "exactly_the_true_answer": float((nearest == right).mean()),
+            "psnr_to_the_true_answer_median_db": float(np.median(errors)) if errors else None,
+        }
+
+    def _case(self, k: int, image: np.ndarray, answer: int | None, margin: float, gain: float) -> Case:
+        (a, b), album = self.pairs[k], self.album
+        shown = [("A: caption", album.truths[a]), ("B: vector", album.truths[b]), ("swapped", image)]
+        if answer is not None:
+            shown.append(("the truth", album.truths[answer]))
+        return Case(
+            f"{album.caption(a)} | in the light of: {album.caption(b)}",
+            f"structure {margin:+.2f} towards A, tone {gain:+.2f} towards B",
+            float(min(margin, gain)),
+            bool(margin > 0 and gain > 0),
+            tuple(shown),
+        )
+
+
+def _nothing_to_swap() -> Verdict:
+    return Verdict(
+        name="vision_swap",
+        title="Vision swap",
+        question="Does the caption of one picture with the vector of another give the first one's composition in the "
+        "second one's light?",
+        value=0.0,
+        threshold=PASSING,
+        statement="no two pictures differ in caption and clearly in tone",
+        numbers={"pairs": 0},
+        controls=(),
+        reasons=("no two pictures of the set differ in caption and clearly in tone: nothing can be swapped",),
+        cases=(),
+    )

@@ -1,0 +1,135 @@
+"""What a test found: its value against its threshold, its controls, and the cases it is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Control:
+    """A measurement that shows that the test measures what it says. A test passes only if its controls do.
+
+    Attributes:
+      name: what was done instead.
+      meaning: what it shows.
+      value, bound: the measurement, and what it must be at least, or at most if `at_most`.
+      unit: "share" or "width" (both are shown in percent).
+    """
+
+    name: str
+    meaning: str
+    value: float
+    bound: float
+    at_most: bool
+    unit: str = "share"
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.value <= self.bound if self.at_most else self.value >= self.bound)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "passed": self.passed}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+    """One record, pair or edit.
+
+    Attributes:
+      label: what it is, in words; captions as they are.
+      note: its numbers, in words.
+      score: cases are ranked by it, the best highest.
+      passed: whether it counts for the test.
+      pictures: titles and uint8 [H, W, 3].
+    """
+
+    label: str
+    note: str
+    score: float
+    passed: bool
+    pictures: tuple[tuple[str, np.ndarray], ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Chart:
+    """A scatter plot of the cases.
+
+    Attributes:
+      x, y: per case. passed: per case. x_title, y_title, title: in words.
+      x_lines, y_lines: positions of the thresholds.
+    """
+
+    title: str
+    x_title: str
+    y_title: str
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    passed: tuple[bool, ...]
+    x_lines: tuple[float, ...] = ()
+    y_lines: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Verdict:
+    """Attributes:
+    name: key in the report. title, question: for people.
+    value: the share that decides. threshold: what it must be at least.
+    statement: the value in words.
+    numbers: everything else that was measured; None where it could not be.
+    controls: see `Control`.
+    reasons: why it failed, in words; empty if it passed.
+    advice: where to look first, in words, if it failed.
+    cases, chart: for the page.
+    """
+
+    name: str
+    title: str
+    question: str
+    value: float
+    threshold: float
+    statement: str
+    numbers: dict[str, Any]
+    controls: tuple[Control, ...]
+    reasons: tuple[str, ...]
+    cases: tuple[Case, ...]
+    chart: Chart | None = None
+    advice: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return not self.reasons
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the pictures."""
+        return {
+            "passed": self.passed,
+            "value": self.value,
+            "threshold": self.threshold,
+            "statement": self.statement,
+            "numbers": self.numbers,
+            "controls": [control.to_json() for control in self.controls],
+            "reasons": list(self.reasons),
+            "advice": list(self.advice),
+            "cases": [
+                {"label": case.label, "note": case.note, "score": case.score, "passed": case.passed}
+                for case in self.cases
+            ],
+        }
+
+
+def percent(share: float) -> str:
+    """0.934 -> "93.4 %", without a decimal where it says nothing."""
+    return f"{100 * share:.0f} %" if abs(100 * share - round(100 * share)) < 0.05 else f"{100 * share:.1f} %"
+
+
+def failed_controls(controls: tuple[Control, ...]) -> list[str]:
+    """A sentence for each control that failed."""
+    return [
+        f"control failed: {c.name}: {percent(c.value)}, must be at {'most' if c.at_most else 'least'} "
+        f"{percent(c.bound)} ({c.meaning})"
+        for c in controls
+        if not c.passed
+    ]

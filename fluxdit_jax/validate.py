@@ -1,0 +1,237 @@
+"""The gate: `python -m fluxdit_jax.validate --workdir=RUN` measures whether a trained run does what it must.
+
+Three tests with their controls, on the run's own training pictures, drawn by its EMA weights:
+
+1. memorisation: every picture again from its own caption and vector;
+2. vision swap: the caption of one with the vector of another gives the one's composition in the other's light;
+3. text edit: changing a word of the caption moves the subject the way the word says.
+
+Writes RUN/validation/report.json and report.html. Exit status: 0 passed, 1 failed, 2 could not be measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+import time
+from pathlib import Path
+
+import jax
+from absl import logging as absl_logging
+from tqdm import tqdm
+
+from fluxdit_jax import pictures, sampler
+from fluxdit_jax.checkpoint import CheckpointError, restore_ema
+from fluxdit_jax.config import ConfigError, Settings, resolve
+from fluxdit_jax.data import RecordSource
+from fluxdit_jax.gate.advice import advise
+from fluxdit_jax.gate.album import DEMO_KEYS, Album
+from fluxdit_jax.gate.edit import Edit, EditError, Rule, choose_rules, choose_unrelated
+from fluxdit_jax.gate.memorisation import Memorisation
+from fluxdit_jax.gate.page import write_page
+from fluxdit_jax.gate.painter import Painter, Wanted
+from fluxdit_jax.gate.swap import Swap
+from fluxdit_jax.generation import Generator
+from fluxdit_jax.metrics import read_metrics
+from fluxdit_jax.preview import spread
+from fluxdit_jax.records import DatasetError, Manifest
+from fluxdit_jax.report import FOLDER, Circumstances, build_report, write_json, write_tensorboard
+from fluxdit_jax.run_directory import RunError, load_config, load_dataset
+from fluxdit_jax.sample import SampleError, encode_prompts
+from fluxdit_jax.train import use_compilation_cache
+from fluxdit_jax.train_step import patch_statistics
+from fluxdit_jax.vae import DecoderError, load_decoder
+from preprocess import PreprocessError
+
+EVALUATIONS = {"euler": 1, "heun": 2, "kutta3": 3}  # of the network, for each solver step
+USER_ERRORS = (
+    CheckpointError, ConfigError, DatasetError, DecoderError, EditError, PreprocessError, RunError, SampleError,
+    OSError,
+)  # fmt: skip
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m fluxdit_jax.validate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--workdir", type=Path, required=True, help="run directory of fluxdit_jax.train")
+    add("--data", type=Path, help="dataset directory, if it is not where it was when the run was trained")
+    add("--step", type=int, help="which EMA weights; default: the newest")
+    add("--limit", type=int, default=200, help="records at most, spread evenly (default 200)")
+    add("--pairs", type=int, default=60, help="pairs of the vision swap; at least 50 are needed to pass")
+    add(
+        "--edit", action="append", default=[], metavar="OLD=>NEW:DIRECTION",
+        help="words to change and where the subject must then move: right, left, up or down; may be given several "
+        "times. Default: 'looking left=>looking right:right' and back",
+    )  # fmt: skip
+    add("--edits", type=int, default=40, help="captions edited at most (default 40)")
+    add(
+        "--unrelated",
+        metavar="OLD=>NEW",
+        help="harmless words to change as a control; default: found in the captions",
+    )
+    add(
+        "--keys", default=DEMO_KEYS, metavar="REGEX",
+        help="regular expression with groups named composition and lighting for record keys whose place in a grid of "
+        "known answers is known; default: that of the demonstration set",
+    )  # fmt: skip
+    add("--steps", type=int, default=6, help="solver steps")
+    add(
+        "--method",
+        choices=sampler.METHODS,
+        default="kutta3",
+        help="solver; kutta3 costs three evaluations a step",
+    )
+    add("--seed", type=int, default=0, help="of the noise and of who is paired with whom")
+    add("--batch-size", type=int, default=20, help="pictures computed at once")
+    add("--vae", help="directory of the VAE, if it is not where the data set says")
+    add("--text-encoder", help="directory or id of the text encoder, likewise")
+    arguments = parser.parse_args(argv)
+    for name in ("limit", "pairs", "edits", "steps", "batch_size"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if arguments.seed < 0:
+        parser.error("--seed must be at least 0")
+    return arguments
+
+
+def validate(arguments: argparse.Namespace) -> bool:
+    """Measures, writes the report, and tells; True if all three tests passed."""
+    started = time.monotonic()
+    seconds: dict[str, float] = {}
+
+    # ------------------------------------------------------------ the run: configuration, data set, weights
+    config = load_config(arguments.workdir)
+    manifest = load_dataset(arguments.workdir)
+    settings = resolve(config, manifest)
+    step, ema = restore_ema(arguments.workdir, arguments.step)
+    directory = arguments.data or Path(config.data.path)
+    source = RecordSource(directory, manifest, "train")
+    records = [source[index] for index in spread(len(source), arguments.limit)]
+    captions = [record.caption for record in records]
+    rules = choose_rules(captions, [Rule.parse(text) for text in arguments.edit])
+    unrelated = choose_unrelated(captions, arguments.unrelated)
+    weights = arguments.workdir / "ema" / str(step)
+    print(f"weights: {weights} (EMA, step {step}); {len(records)} pictures of {directory}")
+
+    # ------------------------------------------------------------ the true pictures
+    decoder = load_decoder(manifest.vae, arguments.vae or config.log.vae)
+    truths = pictures.decode_all(decoder, [record.latent for record in records])
+    album = Album(tuple(records), tuple(truths), settings.model.patch, arguments.seed, arguments.keys)
+    seconds["load"] = time.monotonic() - started
+
+    # ------------------------------------------------------------ what is to be drawn for the three tests
+    tests = [
+        Memorisation.plan(album),
+        Swap.plan(album, arguments.pairs),
+        Edit.plan(
+            album,
+            rules,
+            unrelated,
+            arguments.edits,
+            lambda captions: encode_prompts(captions, manifest, arguments.text_encoder),
+        ),
+    ]
+
+    # ------------------------------------------------------------ drawing, all of it in one go
+    drawing = time.monotonic()
+    painter = make_painter(arguments, settings, manifest, ema, decoder)
+    count = paint(painter, [wanted for test in tests for wanted in test.wanted()])
+    seconds["draw"] = time.monotonic() - drawing
+
+    # ------------------------------------------------------------ measuring
+    measuring = time.monotonic()
+    log = read_log(arguments.workdir)
+    loss = [(entry["step"], entry["loss"]) for entry in log if entry.get("loss") is not None]
+    verdicts = advise(*(test.measure(painter) for test in tests), loss)
+    seconds["measure"] = time.monotonic() - measuring
+    seconds["total"] = time.monotonic() - started
+
+    # ------------------------------------------------------------ the report
+    circumstances = Circumstances(
+        workdir=str(arguments.workdir.absolute()),
+        dataset=str(directory),
+        step=step,
+        steps=arguments.steps,
+        method=arguments.method,
+        seed=arguments.seed,
+        device=f"{jax.default_backend()}: {jax.devices()[0].device_kind}",
+        made=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        seconds={name: round(value, 2) for name, value in seconds.items()},
+        networks=count * arguments.steps * EVALUATIONS[arguments.method],
+    )
+    report = build_report(verdicts, circumstances, settings.model, manifest)
+    folder = arguments.workdir / FOLDER
+    write_page(verdicts, report, log, folder / "report.html")
+    write_json(report, folder / "report.json")
+    write_tensorboard(verdicts, step, arguments.workdir / "tensorboard")
+    tell(verdicts, report, folder)
+    return report["passed"]
+
+
+def make_painter(
+    arguments: argparse.Namespace,
+    settings: Settings,
+    manifest: Manifest,
+    ema: dict,
+    decoder: pictures.Decoder,
+) -> Painter:
+    """The run's model as a painter."""
+    generator = Generator(
+        settings.model,
+        tokens=settings.tokens,
+        shift=settings.flow.shift,
+        statistics=patch_statistics(manifest.latent_mean, manifest.latent_std, settings.model.patch),
+        steps=arguments.steps,
+        method=arguments.method,
+        batch_size=arguments.batch_size,
+    )
+    return Painter(generator, generator.cast(ema), decoder, settings.text_tokens, arguments.batch_size)
+
+
+def paint(painter: Painter, wanted: list[Wanted]) -> int:
+    """Draws everything with a progress bar; returns the number of pictures."""
+    count = len(painter.missing(wanted))
+    with tqdm(total=count, desc="drawing", unit="image", mininterval=1.0) as bar:
+        painter.paint(wanted, bar.update)
+    return count
+
+
+def read_log(workdir: Path) -> list[dict]:
+    """`metrics.jsonl` of the run; empty if there is none."""
+    path = workdir / "metrics.jsonl"
+    return read_metrics(path) if path.exists() else []
+
+
+def tell(verdicts: list, report: dict, folder: Path) -> None:
+    """The verdict on the terminal."""
+    for verdict in verdicts:
+        print(f"{'pass' if verdict.passed else 'FAIL'}  {verdict.title}: {verdict.statement}")
+        for control in verdict.controls:
+            sign = "at most" if control.at_most else "at least"
+            mark = "ok  " if control.passed else "FAIL"
+            print(f"      {mark} {control.name}: {control.value:.1%} ({sign} {control.bound:.1%})")
+        for line in verdict.reasons:
+            print(f"      why: {line}")
+        for line in verdict.advice:
+            print(f"      look: {line}")
+    print(f"{report['verdict']}  ({report['seconds']['total']:.0f} s)  {folder / 'report.html'}")
+
+
+def main() -> None:
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    use_compilation_cache()
+    try:
+        passed = validate(parse_arguments(sys.argv[1:]))
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0 if passed else 1)
+
+
+if __name__ == "__main__":
+    main()
