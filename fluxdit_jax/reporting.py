@@ -79,9 +79,13 @@ class Reporter:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._bar.close()
+        self.close()
         if self._redirect:
             self._redirect.__exit__(*exception)
+
+    def close(self) -> None:
+        """Ends the progress bar and closes the files; may be called twice."""
+        self._bar.close()
         self._writer.close()
 
     def _start_step(self) -> None:

@@ -182,15 +182,16 @@ def train(config: ConfigDict) -> int:
             reporter.pause(time.monotonic() - asked)
             if stopping:
                 break
-        stopped = step < config.train.steps
 
-    # -------------------------------------------------------------------- everything is written: say so
-    if not stopped:
-        log.info("done: %d steps. EMA weights: %s; pictures: %s", step, workdir / "ema", workdir / "samples")
-        return 0 if checkpoints.failures == 0 else 1
-    why = f"signal {signals.received}" if signals.received else f"health: {reporter.trouble.kind}"
-    log.info("stopped at step %d (%s), state saved. The same command goes on from there.", step, why)
-    return 128 + signals.received if signals.received else 3
+        # ------------------------------------------------------------ everything is written: say so
+        checkpoints.poll(wait=True)
+        reporter.close()
+        if step == config.train.steps:
+            log.info("done: %d steps. EMA weights: %s; pictures: %s", step, workdir / "ema", workdir / "samples")
+            return 0 if checkpoints.failures == 0 else 1
+        why = f"signal {signals.received}" if signals.received else f"health: {reporter.trouble.kind}"
+        log.info("stopped at step %d (%s), state saved. The same command goes on from there.", step, why)
+        return 128 + signals.received if signals.received else 3
 
 
 def _first_state(config: ConfigDict, program: Program, checkpoints: Checkpoints) -> tuple[TrainState, int]:
