@@ -37,7 +37,7 @@ def export(directory: str | Path, output: str | Path, format: str = "webdataset"
     written = []
     total = sum(manifest.records(split) for split in manifest.shards)
     with Journal(None).bar(total, "export", "record") as bar:
-        for split in manifest.shards:
+        for split in (name for name in records.SPLITS if name in manifest.shards):
             number = 0
             for index, shard in enumerate(manifest.shards[split]):
                 path = output / f"{manifest.name}-{split}-{index:06d}.tar"

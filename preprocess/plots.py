@@ -42,7 +42,7 @@ def draw_latents(sample: list[Record], manifest: Manifest, path: Path) -> None:
     x = np.linspace(-5, 5, 200)
     normal.plot(x, np.exp(-x * x / 2) / np.sqrt(2 * np.pi), "k--", linewidth=1)
     stored.set_title(f"latents as stored, std {std.min():.3f} to {std.max():.3f}")
-    normal.set_title("normalised by latent_mean, latent_std (dashed: standard normal)")
+    normal.set_title("normalised by the manifest; dashed: standard normal")
     for axes in (stored, normal):
         axes.set_yscale("log")
         axes.set_ylim(bottom=1e-4)

@@ -84,7 +84,8 @@ def inspect(
 def _overview(dataset: Dataset) -> list[str]:
     manifest = dataset.manifest
     lines = [f"{dataset.directory}: {manifest.name}, format {manifest.version}"]
-    for split, shards in manifest.shards.items():
+    for split in (name for name in records.SPLITS if name in manifest.shards):
+        shards = manifest.shards[split]
         size = sum(shard.bytes for shard in shards)
         lines.append(
             f"  {split:8} {manifest.records(split):9,} records in {len(shards)} shards, {_bytes(size)} "
