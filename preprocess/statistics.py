@@ -29,9 +29,10 @@ class Moments:
     @classmethod
     def of(cls, latent: np.ndarray) -> Moments:
         """Of one latent, any float [C, h, w]."""
-        values = latent.reshape(latent.shape[0], -1).astype(np.float64)
+        values = latent.reshape(latent.shape[0], -1).astype(np.float64)  # a copy, changed below
         mean = values.mean(axis=1)
-        return cls(values.shape[1], mean, np.square(values - mean[:, None]).sum(axis=1))
+        values -= mean[:, None]
+        return cls(values.shape[1], mean, np.einsum("ij,ij->i", values, values))
 
     @classmethod
     def merged(cls, parts: Iterable[Moments]) -> Moments | None:
