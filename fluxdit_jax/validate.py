@@ -27,10 +27,11 @@ from fluxdit_jax.config import ConfigError, Settings, resolve
 from fluxdit_jax.data import RecordSource
 from fluxdit_jax.gate.advice import advise
 from fluxdit_jax.gate.album import DEMO_KEYS, Album
-from fluxdit_jax.gate.edit import Edit, EditError, Rule, choose_rules, choose_unrelated
+from fluxdit_jax.gate.edit import Edit
 from fluxdit_jax.gate.memorisation import Memorisation
 from fluxdit_jax.gate.page import write_page
 from fluxdit_jax.gate.painter import Painter, Wanted
+from fluxdit_jax.gate.rules import EditError, Rule, choose_rules, choose_unrelated
 from fluxdit_jax.gate.swap import Swap
 from fluxdit_jax.generation import Generator
 from fluxdit_jax.metrics import read_metrics

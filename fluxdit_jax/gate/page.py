@@ -43,6 +43,7 @@ NAMES: dict[str, tuple[str, str]] = {
     "tone_to_a_median": ("difference in tone to A, median (CIE76)", "plain"),
     "tone_to_b_median": ("difference in tone to B, median (CIE76)", "plain"),
     "true_answers_known": ("cases whose true answer is in the data set", "count"),
+    "true_answers_passing": ("true answers that the measure itself would pass", "share"),
     "exactly_the_true_answer": ("of these, nearest to exactly that picture among all", "share"),
     "psnr_to_the_true_answer_median_db": ("PSNR to the true answer, median", "db"),
     "cases": ("cases", "count"),

@@ -15,7 +15,8 @@ from fluxdit_jax.gate.verdict import Case, Chart, Control, Verdict, failed_contr
 PASSING = 0.80  # share of the pairs
 ENOUGH = 50  # pairs
 CONTROLLED = 30  # pairs that are drawn again for each control
-CONTROL = 0.80  # share of them that must behave
+OWN = 0.80  # share of them that must take B's structure with B's caption
+RANDOM = 0.65  # ... that must be farther from B's tone with a random vector; some random light is B's by chance
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,14 +78,14 @@ class Swap:
                 "B's caption with B's vector, A's noise",
                 "the structure must now be B's: it is the caption that decides it, not the noise",
                 float(own_is_b.mean()),
-                CONTROL,
+                OWN,
                 at_most=False,
             ),
             Control(
                 "A's caption with a random vector",
                 "its tone must be farther from B's than the swapped picture's: it is B's vector that brings B's light",
                 float((random_b > tone_b[:few]).mean()),
-                CONTROL,
+                RANDOM,
                 at_most=False,
             ),
         )
@@ -138,18 +139,24 @@ class Swap:
         )
 
     def _against_the_truth(self, swapped: list[np.ndarray], answers: list[int | None]) -> dict:
-        """How many swaps are nearest to the one right picture, among all, where that is known."""
+        """Where the one right picture is in the set: what the measure says of it, and how near the swaps come to it."""
         known = [k for k, answer in enumerate(answers) if answer is not None]
         if not known:
             return {"true_answers_known": 0}
-        nearest = self.album.nearest([swapped[k] for k in known])
+        album = self.album
         right = np.array([answers[k] for k in known])
-        same_size = [
-            k for k in known if swapped[k].shape == self.album.truths[answers[k]].shape
-        ]  # always, in a grid
-        errors = [likeness.psnr(self.album.truths[answers[k]], swapped[k]) for k in same_size]
+        a, b = np.array([self.pairs[k] for k in known]).T
+        nearest = album.nearest([swapped[k] for k in known])
+        errors = [
+            likeness.psnr(album.truths[answer], swapped[k])
+            for k, answer in zip(known, right, strict=True)
+            if album.truths[answer].shape == swapped[k].shape
+        ]
+        keeps = (album.structures[right] * (album.structures[a] - album.structures[b])).sum(1) > 0
+        to_a, to_b = (np.linalg.norm(album.tones[right] - album.tones[other], axis=1) for other in (a, b))
         return {
             "true_answers_known": len(known),
+            "true_answers_passing": float((keeps & (to_b < to_a)).mean()),
             "exactly_the_true_answer": float((nearest == right).mean()),
             "psnr_to_the_true_answer_median_db": float(np.median(errors)) if errors else None,
         }
