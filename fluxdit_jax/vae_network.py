@@ -73,17 +73,19 @@ class TinyConfig:
 Moments = tuple[jax.Array, jax.Array]  # mean and variance of each channel group, f32 [B, groups] each
 
 
-def row_moments(x_BHWC: jax.Array, groups: int, first: int | jax.Array, last: int | jax.Array) -> Moments:
-    """Moments of rows `first` to `last` (excluded; both may be traced).
+def moments_of(x_BHWC: jax.Array, groups: int, rows: tuple | None = None) -> Moments:
+    """Moments of x, or of its rows `rows[0]` to `rows[1]` (excluded; both may be traced).
 
     Two passes: one pass (the mean of squares less the square of the mean) loses digits.
     """
-    row = jnp.arange(x_BHWC.shape[1])
-    weight_H = ((row >= first) & (row < last)) / ((last - first) * x_BHWC.shape[2])
-    weight_H11 = weight_H.astype(jnp.float32)[:, None, None]
+    if rows is None:
+        where_H11 = None
+    else:
+        row = jnp.arange(x_BHWC.shape[1])
+        where_H11 = ((row >= rows[0]) & (row < rows[1]))[:, None, None]
 
     def mean(values_BHWC: jax.Array) -> jax.Array:
-        per_channel_BC = (values_BHWC * weight_H11).sum((1, 2))
+        per_channel_BC = values_BHWC.mean((1, 2), where=where_H11)
         return per_channel_BC.reshape(len(per_channel_BC), groups, -1).mean(-1)
 
     x_BHWC = x_BHWC.astype(jnp.float32)
@@ -108,7 +110,7 @@ class GroupNorm(nnx.Module):
 
     def __call__(self, x: jax.Array, moments: Moments | None = None) -> jax.Array:
         if moments is None:
-            moments = row_moments(x, self.groups, 0, x.shape[1])
+            moments = moments_of(x, self.groups)
         mean, variance = (_per_channel(m, x.shape[-1]) for m in moments)
         scale = self.scale[...].astype(jnp.float32) * jax.lax.rsqrt(variance + EPSILON)
         y = (x.astype(jnp.float32) - mean) * scale + self.bias[...].astype(jnp.float32)

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from fluxdit_jax.vae_network import KlDecoder, Moments, Resnet, TinyDecoder, UpsampleConv, row_moments
+from fluxdit_jax.vae_network import KlDecoder, Moments, Resnet, TinyDecoder, UpsampleConv, moments_of
 
 
 def decode_in_strips(network: KlDecoder | TinyDecoder, features_1hwC: np.ndarray, values: int) -> np.ndarray:
@@ -33,7 +33,7 @@ def decode_in_strips(network: KlDecoder | TinyDecoder, features_1hwC: np.ndarray
     groups = stack.conv_norm_out.groups
     run = functools.partial(by_strips, groups=groups, values=values)
     x = features_1hwC
-    x_moments = _all_moments(x, groups, 0, x.shape[1])
+    x_moments = _all_moments(x, groups)
     for block in stack.up_blocks:
         for resnet in block.resnets:
             y, y_moments = run(Resnet.first, resnet, (x,), x_moments)
@@ -43,7 +43,7 @@ def decode_in_strips(network: KlDecoder | TinyDecoder, features_1hwC: np.ndarray
     return by_strips(KlDecoder.to_image, network, (x,), x_moments, 0, values)[0][0]
 
 
-_all_moments = jax.jit(row_moments, static_argnums=1)
+_all_moments = jax.jit(moments_of, static_argnums=1)
 
 
 def by_strips(
@@ -69,11 +69,12 @@ def by_strips(
     Returns: the output on the host and its moments.
     """
     graph, state = nnx.split(module)
-    _, H, W, C = inputs[0].shape
+    _, H, W, _ = inputs[0].shape
     # Of the jitted function, because that remembers the trace.
     shape = _strip.eval_shape(layer, graph, groups, state, inputs, moments, (0, H))[0].shape
     scale = shape[1] // H
-    rows = max(4 * halo, values // (W * max(C, scale**2 * shape[-1])))
+    widest = max(scale**2 * shape[-1], *(x.shape[-1] for x in inputs))
+    rows = max(4 * halo, values // (W * widest))
     output, parts, counts = None, [], []
     for start, top, bottom in strips(H, rows, 2 * halo):
         windows = tuple(x[:, start : start + rows] for x in inputs)
@@ -99,7 +100,7 @@ def _strip(
 ) -> tuple[jax.Array, Moments | None]:
     module = nnx.merge(graph, state)
     output = layer(module, *windows) if moments is None else layer(module, *windows, moments)
-    return output, row_moments(output, groups, *owned) if groups else None
+    return output, moments_of(output, groups, owned) if groups else None
 
 
 def strips(side: int, height: int, overlap: int) -> list[tuple[int, int, int]]:
