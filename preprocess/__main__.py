@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         return parsed.run(parsed)
-    except (PreprocessError, DatasetError) as error:
+    except (PreprocessError, DatasetError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

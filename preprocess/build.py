@@ -137,8 +137,9 @@ def _build(
     wanted = [(unit.uid(prints), unit) for unit in plan.units]
     uids = {uid for uid, _ in wanted}
     done = _finished(output, work, uids, distrusted, journal)
+    _tell_gone(journal, done.keys, plan)
     todo = [(uid, unit) for uid, unit in wanted if uid not in done.units]
-    archive = done.archive({name for _, unit in todo for item in unit.items for name in prints.ids(item)})
+    archive = done.archive(prints, [unit for _, unit in todo])
 
     # ---- 5. Encode the rest.
     start = time.perf_counter()
@@ -170,6 +171,7 @@ class _Finished:
     def __init__(self, output: Path, work: Path, distrusted: frozenset[tuple[str, int]], journal: Journal):
         self._output, self._work, self._distrusted, self._journal = output, work, distrusted, journal
         self.units: dict[str, tuple[UnitInfo, pa.Table]] = {}
+        self.keys: set[str] = set()
         self._sources: list[Rows] = []
 
     def add(self, rows: Rows) -> None:
@@ -178,7 +180,11 @@ class _Finished:
     def add_source(self, rows: Rows) -> None:
         self._sources.append(rows)
 
-    def archive(self, wanted: set[str]) -> Archive:
+    def archive(self, prints: Fingerprints, units: list[Unit]) -> Archive:
+        """Of every tensor that these units need and that exists."""
+        wanted: set[str] = set()
+        if self._sources:
+            wanted = {name for unit in units for item in unit.items for name in prints.ids(item)}
         archive = Archive(wanted, self._report)
         for rows in self._sources:
             archive.add(rows, self._shard, self._distrusted)
@@ -205,6 +211,7 @@ def _finished(
             index = Rows(pa.table({}), [])
         if index.units:
             finished.add_source(index)
+            finished.keys = set(index.table["key"].to_pylist())
         start = 0
         for info in index.units:
             table = index.table.slice(start, info.records).drop_columns(["split", "shard", "row"])
@@ -274,6 +281,17 @@ def _tell_plan(journal: Journal, plan: Plan, listing: Scan) -> None:
     )
     for reject in plan.rejects:
         journal.event("reject", key=reject.key, reason=reject.reason, detail=reject.detail)
+
+
+def _tell_gone(journal: Journal, before: set[str], plan: Plan) -> None:
+    """Says which records of the finished dataset will not be in the new one."""
+    gone = sorted(before - {item.key for item in plan.items})
+    if gone:
+        journal.say(
+            f"  {len(gone):,} of {len(before):,} records of the dataset are no longer in the input and are left out "
+            f"(for example {gone[0]})"
+        )
+        journal.event("gone", keys=gone)
 
 
 def _size(item) -> buckets.Size:  # noqa: ANN001

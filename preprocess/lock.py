@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from preprocess import PreprocessError
+from preprocess.units import disk_errors
 
 
 @contextlib.contextmanager
@@ -24,8 +25,9 @@ def locked(path: Path) -> Iterator[None]:
       PreprocessError: another process has it; the message names its pid and host.
     """
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -173,12 +173,13 @@ def test_one_more_image_is_one_image_encoded(photos: Path, tmp_path: Path, draw_
     assert_as_fresh(photos, tmp_path / "data", tmp_path)
 
 
-def test_one_image_less(photos: Path, tmp_path: Path) -> None:
+def test_one_image_less(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     build(options(photos, tmp_path / "data"))
     (photos / "set0" / "p04.png").unlink()
     (photos / "set0" / "p04.json").unlink()
     result = build(options(photos, tmp_path / "data"))
     assert result.counts.pictures == result.counts.texts == 0
+    assert "1 of 24 records of the dataset are no longer in the input" in capsys.readouterr().out
     assert_as_fresh(photos, tmp_path / "data", tmp_path)
 
 

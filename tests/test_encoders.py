@@ -257,6 +257,80 @@ def test_a_cached_repository_is_used_offline_with_its_commit(tiny_vae_dir: Path,
     assert result.stdout.split() == ["someone/flux", commit]
 
 
+def test_safetensors_are_taken_from_the_hubs_conversion_where_main_has_none(
+    tiny_t5_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As google/t5-v1_1-large has it. The Hub is played by two folders, one for each revision."""
+    import fnmatch
+    import types
+
+    import huggingface_hub
+
+    main, conversion = tmp_path / ("a" * 40), tmp_path / ("b" * 40)
+    shutil.copytree(tiny_t5_dir, main)
+    (main / "model.safetensors").rename(main / "pytorch_model.bin")
+    shutil.copytree(tiny_t5_dir, conversion)
+    asked = []
+
+    def snapshot_download(repository: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((repository, revision))
+        assert not any(fnmatch.fnmatch("pytorch_model.bin", pattern) for pattern in allow_patterns)
+        return str({None: main, "refs/pr/2": conversion}[revision])
+
+    def get_repo_discussions(self: object, repository: str, **more: str) -> list:
+        assert more == {
+            "author": "SFconvertbot",
+            "discussion_type": "pull_request",
+            "discussion_status": "open",
+        }
+        return [types.SimpleNamespace(num=2, title="Adding `safetensors` variant of this model")]
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "get_repo_discussions", get_repo_discussions)
+    encoder = load_text_encoder("google/t5-v1_1-large", device="cpu")
+    assert asked == [("google/t5-v1_1-large", None), ("google/t5-v1_1-large", "refs/pr/2")]
+    assert (encoder.identity.id, encoder.identity.revision) == ("google/t5-v1_1-large", "b" * 40)
+    monkeypatch.setattr(huggingface_hub.HfApi, "get_repo_discussions", lambda *a, **k: [])
+    with pytest.raises(PreprocessError, match="can run code when they are loaded"):
+        load_text_encoder("google/t5-v1_1-large", device="cpu")
+    assert load_text_encoder("google/t5-v1_1-large@refs/pr/2", device="cpu").identity.revision == "b" * 40
+
+
+def test_a_tokenizer_that_is_only_a_sentencepiece_model(tiny_t5_dir: Path, tmp_path: Path) -> None:
+    """As google/t5-v1_1-large ships it: spiece.model and no tokenizer.json."""
+    import sentencepiece
+
+    directory = tmp_path / "t5"
+    shutil.copytree(tiny_t5_dir, directory)
+    (directory / "tokenizer.json").unlink()
+    (tmp_path / "words.txt").write_text("\n".join(CAPTIONS * 50))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "words.txt"),
+        model_prefix=str(tmp_path / "words"),
+        vocab_size=60,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        hard_vocab_limit=False,
+        minloglevel=9,
+    )
+    shutil.copy(tmp_path / "words.model", directory / "spiece.model")
+    settings = {
+        "tokenizer_class": "T5Tokenizer",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings | {"extra_ids": 100}))
+    encoder = load_text_encoder(str(directory), device="cpu")
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "words.model"))
+    for caption, array in zip(CAPTIONS, encoder.encode(CAPTIONS)):
+        assert len(array) == len(pieces.encode(caption)) + 1
+    plain = load_text_encoder(str(tiny_t5_dir), device="cpu").identity
+    assert encoder.identity.sha256 != plain.sha256, "the tokenizer is part of the identity"
+
+
 def test_built_in_encoders_need_no_torch() -> None:
     code = (
         "import sys, numpy as np; from preprocess.encoders import *\n"

@@ -94,26 +94,31 @@ def _from_hub(spec: str, option: str, stem: str, subfolder: str, extra: tuple[st
     from huggingface_hub import snapshot_download
 
     repository, _, revision = spec.partition("@")
-    patterns = _patterns(stem, f"{subfolder}/", extra) if subfolder else []
+
+    def fetch(folder: str, revision: str) -> Path:
+        patterns = _patterns(stem, folder, extra)
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
+
     try:
-        snapshot = Path(
-            snapshot_download(repository, revision=revision or None, allow_patterns=patterns or "-")
-        )
-        if not (snapshot / subfolder / "config.json").is_file() or not subfolder:
-            patterns = _patterns(stem, "", extra)
-            snapshot = Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
-        folder = snapshot / subfolder if (snapshot / subfolder / "config.json").is_file() else snapshot
-        if not revision and not _weight_files(folder, stem):
+        folder = f"{subfolder}/" if subfolder else ""
+        snapshot = fetch(folder, revision)
+        if folder and not (snapshot / folder / "config.json").is_file():
+            folder = ""
+            snapshot = fetch(folder, revision)
+        if not revision and not _weight_files(snapshot / folder, stem):
             offered = _offered_conversion(repository)
             if offered:
-                snapshot = Path(snapshot_download(repository, revision=offered, allow_patterns=patterns))
+                snapshot = fetch(folder, offered)
     except (OSError, ValueError) as error:  # huggingface_hub's errors derive from these two
         raise PreprocessError(_unreachable(spec, option, stem, subfolder, extra, error)) from error
     return snapshot, snapshot.name
 
 
 def _offered_conversion(repository: str) -> str:
-    """The revision under which the Hub's conversion service offers safetensors, or ""."""
+    """The revision under which the Hub's conversion service offers safetensors, or "".
+
+    google/t5-v1_1-large, the default text encoder, has them only there: its main branch holds pickles.
+    """
     from huggingface_hub import HfApi
 
     offers = HfApi().get_repo_discussions(
