@@ -95,6 +95,7 @@ class Oracle:
     def __init__(self, album: Album):
         self.album = album
         self._vectors = np.stack([record.vision for record in album.records])
+        self._index = {(r.caption, p[1]): i for i, (r, p) in enumerate(zip(album.records, album.places))}
 
     def __call__(self, wanted: Sequence[Wanted]) -> list[np.ndarray]:
         return [self.see(one) for one in wanted]
@@ -116,11 +117,7 @@ class Oracle:
         return 0 if record is None else int(self.album.places[record][1][1:])
 
     def picture(self, subject: str, side: str, light: int) -> np.ndarray:
-        place = (caption(subject, side), f"l{light}")
-        by_place = {
-            (r.caption, p[1]): i for i, (r, p) in enumerate(zip(self.album.records, self.album.places))
-        }
-        return self.album.truths[by_place[place]]
+        return self.album.truths[self._index[caption(subject, side), f"l{light}"]]
 
     def _record(self, one: Wanted) -> int | None:
         likeness = self._vectors @ one.vision

@@ -146,8 +146,8 @@ def _edit(verdict: Verdict) -> list[str]:
     seeds, unrelated = verdict.controls
     if numbers["seeds_not_recognised"] > 0.1 or (not seeds.passed and seeds.value > 0.02):
         advice.append(
-            "Other noise moves the subject as much as the words do: its conditions do not yet determine the "
-            "picture. Train longer; look at the loss at large t (loss_by_time)."
+            "Other noise moves the subject as the words do: the conditions do not yet determine the picture. "
+            "Train longer; look at the loss at large t (loss_by_time)."
         )
     if not unrelated.passed:
         advice.append(

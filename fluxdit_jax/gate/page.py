@@ -51,7 +51,7 @@ NAMES: dict[str, tuple[str, str]] = {
     "wrong_way": ("subject moved the wrong way", "share"),
     "not_measurable": ("not the picture expected: no score", "share"),
     "effect_median": ("displacement the right way, median", "side"),
-    "seed_spread_rms": ("displacement between noises, root mean square", "side"),
+    "seed_spread": ("displacement between noises, 90 % are below", "side"),
     "seeds_measured": ("pictures from other noises", "count"),
     "seeds_not_recognised": ("of these, not recognised", "share"),
     "unrelated_median": ("displacement by the unrelated word, median", "side"),

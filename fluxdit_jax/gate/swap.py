@@ -16,7 +16,9 @@ PASSING = 0.80  # share of the pairs
 ENOUGH = 50  # pairs
 CONTROLLED = 30  # pairs that are drawn again for each control
 OWN = 0.80  # share of them that must take B's structure with B's caption
-RANDOM = 0.65  # ... that must be farther from B's tone with a random vector; some random light is B's by chance
+RANDOM = (
+    0.65  # ... that must be farther from B's tone with a random vector; some random light is B's by chance
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

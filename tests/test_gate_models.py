@@ -1,0 +1,331 @@
+"""The gate on a perfect model, and on models broken in one way each: it must fail where they are broken, only there."""
+
+import numpy as np
+import pytest
+from gate_scenes import LIGHTS, Oracle, album
+from scipy.ndimage import gaussian_filter
+
+from fluxdit_jax.gate import edit, memorisation, swap
+from fluxdit_jax.gate.advice import advise
+from fluxdit_jax.gate.edit import Edit
+from fluxdit_jax.gate.memorisation import Memorisation
+from fluxdit_jax.gate.painter import Wanted
+from fluxdit_jax.gate.rules import DEFAULT_RULES
+from fluxdit_jax.gate.swap import Swap
+from preprocess.encoders.builtin import HashText
+
+ALBUM = album()
+FALLING = [(step, 1 / (1 + step)) for step in range(100)]
+FLAT = [(step, 0.03) for step in range(100)]
+OTHER = {"left": "right", "right": "left"}
+
+
+def verdicts(draw, of=ALBUM, loss=FLAT):
+    plans = (
+        Memorisation.plan(of),
+        Swap.plan(of, 60),
+        Edit.plan(of, list(DEFAULT_RULES), ("portrait of", "picture of"), 20, HashText().encode),
+    )
+    return {verdict.name: verdict for verdict in advise(*(plan.measure(draw) for plan in plans), loss)}
+
+
+def failed(found) -> set[str]:
+    return {name for name, verdict in found.items() if not verdict.passed}
+
+
+def noise_of(one: Wanted) -> np.random.Generator:
+    return np.random.default_rng(one.seed)
+
+
+def roughened(image: np.ndarray, one: Wanted, strength: float) -> np.ndarray:
+    return np.clip(image + noise_of(one).normal(0, strength, image.shape), 0, 255).astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------ the perfect model
+
+
+def test_a_perfect_model_passes_with_full_marks():
+    found = verdicts(Oracle(ALBUM))
+    assert failed(found) == set()
+    assert all(verdict.value == 1 and not verdict.advice for verdict in found.values())
+    numbers = found["memorisation"].numbers
+    assert numbers["psnr_worst_db"] == 99 and numbers["shuffled_follow_their_new_conditions"] == 1
+    assert found["memorisation"].controls[0].value == 0
+    numbers = found["vision_swap"].numbers
+    assert (
+        numbers["pairs"] == 60 and numbers["exactly_the_true_answer"] == numbers["true_answers_passing"] == 1
+    )
+    numbers = found["text_edit"].numbers
+    assert numbers["effect_median"] == pytest.approx(
+        0.25, abs=1 / 64
+    )  # the subject stands 16 of 64 pixels apart
+    assert numbers["calibration"] == {
+        "true_pairs": 40,
+        "right_way": 1.0,
+        "median": 0.25,
+        "least": 0.25,
+        "most": 0.25,
+    }
+    assert numbers["seed_spread"] == numbers["unrelated_median"] == 0
+
+
+def test_a_good_but_imperfect_model_passes():
+    """Grain, a little blur and a tenth less contrast: about 25 dB."""
+
+    class Imperfect(Oracle):
+        def see(self, one):
+            image = gaussian_filter(super().see(one).astype(float), (0.7, 0.7, 0))
+            return roughened(128 + 0.9 * (image - 128), one, 8)
+
+    found = verdicts(Imperfect(ALBUM))
+    assert failed(found) == set()
+    assert 20 < found["memorisation"].numbers["psnr_median_db"] < 30
+
+
+# ------------------------------------------------------------------------------------------ broken ones
+
+
+class TextIgnored(Oracle):
+    """Shows the record whose vector it is given, whatever the caption says."""
+
+    def see(self, one):
+        return self.picture(*self.shown(one), self.light(one))
+
+
+class VisionIgnored(Oracle):
+    """Always the same light."""
+
+    def light(self, one):
+        return 1
+
+
+class VisionDominating(Oracle):
+    """The vector decides what is shown; of the caption only the side is read."""
+
+    def see(self, one):
+        return self.picture(self.shown(one)[0], self.words(one.caption)[1], self.light(one))
+
+
+class EditsIgnored(Oracle):
+    """Remembers how the vector's own record stood, and reads no more of the caption than the subject."""
+
+    def see(self, one):
+        subject, side = self.words(one.caption)
+        shown_subject, shown_side = self.shown(one)
+        return self.picture(subject, shown_side if subject == shown_subject else side, self.light(one))
+
+
+class WrongWay(Oracle):
+    """Under an edited caption the subject moves, but further the way it stood."""
+
+    def see(self, one):
+        subject, side = self.words(one.caption)
+        image = super().see(one)
+        if self.shown(one)[0] != subject or self.shown(one)[1] == side:
+            return image
+        before = self.picture(subject, OTHER[side], self.light(one))
+        return np.roll(before, -10 if side == "right" else 10, axis=1)
+
+
+class Untrained(Oracle):
+    """Noise."""
+
+    def see(self, one):
+        return noise_of(one).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+
+
+class Grey(Oracle):
+    """Collapsed to the mean."""
+
+    def see(self, one):
+        return np.full((64, 64, 3), 117, np.uint8)
+
+
+class MeanOfAll(Oracle):
+    """Collapsed to the mean of the set, which has a little structure."""
+
+    def see(self, one):
+        return np.rint(np.mean(self.album.truths, axis=0)).astype(np.uint8)
+
+
+class NoiseDecides(Oracle):
+    """A picture of the set, chosen by the noise."""
+
+    def see(self, one):
+        return self.album.truths[one.seed % len(self.album)]
+
+
+class LightMistaken(Oracle):
+    """Two pictures in forty come in another light than theirs."""
+
+    def see(self, one):
+        subject, side = self.words(one.caption)
+        mistaken = (subject, side, self.light(one)) in {("fox", "left", 1), ("cactus", "right", 3)}
+        return self.picture(subject, side, (self.light(one) + mistaken) % len(LIGHTS))
+
+
+class UnstableUnderEdits(Oracle):
+    """A caption that it has not seen with this vector comes out as rubbish of the right colours."""
+
+    def see(self, one):
+        image = super().see(one)
+        if (
+            self.shown(one)[0] == self.words(one.caption)[0]
+            and self.shown(one)[1] != self.words(one.caption)[1]
+        ):
+            blobs = noise_of(one).permutation(image.reshape(-1, 3)).reshape(image.shape)
+            return np.rint(gaussian_filter(blobs.astype(float), (1, 1, 0))).astype(np.uint8)
+        return image
+
+
+class UnstableOverSeeds(Oracle):
+    """The side is what the caption says only with the record's own noise."""
+
+    def see(self, one):
+        subject, side = self.words(one.caption)
+        if one.seed >= 1_000_000:
+            side = OTHER[side]
+        return self.picture(subject, side, self.light(one))
+
+
+class AnyWordMoves(Oracle):
+    """A word that it has not seen makes the subject step aside."""
+
+    def see(self, one):
+        subject, side = self.words(one.caption)
+        return self.picture(subject, OTHER[side] if "picture" in one.caption else side, self.light(one))
+
+
+@pytest.mark.parametrize(
+    ("model", "expected", "advice"),
+    [
+        (TextIgnored, {"vision_swap", "text_edit"}, {"vision_swap": "text path", "text_edit": "text path"}),
+        (VisionIgnored, {"memorisation", "vision_swap"}, {"memorisation": "vision path", "vision_swap": "vision path"}),
+        (VisionDominating, {"vision_swap"}, {"vision_swap": "vision path dominates"}),
+        (EditsIgnored, {"text_edit"}, {"text_edit": "stays where it is"}),
+        (WrongWay, {"text_edit"}, {"text_edit": "wrong way"}),
+        (LightMistaken, {"memorisation"}, {"memorisation": "in another light"}),
+        (UnstableUnderEdits, {"text_edit"}, {"text_edit": "unstable"}),
+        (UnstableOverSeeds, {"text_edit"}, {"text_edit": "Other noise"}),
+        (AnyWordMoves, {"text_edit"}, {"text_edit": "says nothing"}),
+        (NoiseDecides, {"memorisation", "vision_swap", "text_edit"}, {"memorisation": "from the noise"}),
+        (Untrained, {"memorisation", "vision_swap", "text_edit"}, {"memorisation": "noise: it is untrained"}),
+        (Grey, {"memorisation", "vision_swap", "text_edit"}, {"text_edit": "collapsed to the mean"}),
+        (MeanOfAll, {"memorisation", "vision_swap", "text_edit"}, {}),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)  # fmt: skip
+def test_a_broken_model_fails_where_it_is_broken(model, expected, advice):
+    found = verdicts(model(ALBUM))
+    assert failed(found) == expected, {name: verdict.reasons for name, verdict in found.items()}
+    for name, verdict in found.items():
+        assert bool(verdict.advice) == bool(verdict.reasons) == (name in expected)
+    for name, words in advice.items():
+        assert words in " ".join(found[name].advice), found[name].advice
+
+
+def test_grey_and_noise_score_nothing_at_all_in_the_edit():
+    for model in (Grey, Untrained):
+        verdict = verdicts(model(ALBUM))["text_edit"]
+        assert verdict.value == 0 and verdict.numbers["not_measurable"] == 1
+        assert verdict.numbers["effect_median"] == 0
+
+
+def test_moving_pictures_of_something_else_score_nothing():
+    """The subject moves as it should, but it is another subject before another backdrop: not the scene asked for."""
+
+    class SomeoneElse(Oracle):
+        def see(self, one):
+            subject, side = self.words(one.caption)
+            order = ["fox", "teapot", "lighthouse", "cactus", "fox"]
+            return self.picture(order[order.index(subject) + 1], side, self.light(one))
+
+    verdict = verdicts(SomeoneElse(ALBUM))["text_edit"]
+    assert not verdict.passed and verdict.value == 0 and verdict.numbers["not_measurable"] == 1
+
+
+def test_a_run_whose_loss_still_falls_is_told_to_go_on():
+    found = verdicts(Untrained(ALBUM), loss=FALLING)
+    assert "train longer" in " ".join(found["memorisation"].advice)
+    assert "trained at all" in " ".join(verdicts(Untrained(ALBUM), loss=[])["memorisation"].advice)
+
+
+# ------------------------------------------------------------------------------------------ controls
+
+
+def test_the_shuffle_is_what_catches_a_model_that_follows_the_noise():
+    """Memorised by seed: full marks in retrieval, and the control must say no."""
+
+    class Seed(Oracle):
+        def see(self, one):
+            return self.album.truths[one.seed]
+
+    verdict = Memorisation.plan(ALBUM).measure(Seed(ALBUM))
+    assert verdict.value == 1 and not verdict.passed
+    assert verdict.controls[0].value == 1 and "control failed" in verdict.reasons[0]
+
+
+def test_the_random_vector_is_what_catches_a_light_that_is_not_the_vectors():
+    """B's light by the caption alone: impossible for a model, easy for a test that draws the wrong thing."""
+    plan = Swap.plan(ALBUM, 60)
+    light_of = {a.key: ALBUM.places[b][1] for a, (_, b) in zip(plan.swapped, plan.pairs)}
+    light_of |= {a.key: ALBUM.places[b][1] for a, (_, b) in zip(plan.random, plan.pairs)}
+
+    class Clairvoyant(Oracle):
+        def light(self, one):
+            return int(light_of.get(one.key, "l0")[1:])
+
+    verdict = plan.measure(Clairvoyant(ALBUM))
+    assert verdict.value == 1 and not verdict.passed
+    assert [control.passed for control in verdict.controls] == [True, False]
+
+
+def test_bs_own_caption_is_what_catches_a_structure_that_is_not_the_captions():
+    """A's structure comes from A's noise: the swap looks right, and B's own caption changes nothing."""
+
+    class NoiseStructure(Oracle):
+        def see(self, one):
+            return self.picture(*self.words(self.album.caption(one.seed)), self.light(one))
+
+    verdict = Swap.plan(ALBUM, 60).measure(NoiseStructure(ALBUM))
+    assert verdict.value == 1 and not verdict.passed
+    assert [control.passed for control in verdict.controls] == [False, True]
+
+
+# ------------------------------------------------------------------------------------------ too little to judge
+
+
+def test_too_small_a_set_is_not_passed():
+    tiny = album(subjects=("fox",), lights=3)
+    found = verdicts(Oracle(tiny), of=tiny)
+    assert failed(found) == {"memorisation", "vision_swap", "text_edit"}
+    assert f"at least {memorisation.ENOUGH}" in found["memorisation"].reasons[0]
+    assert f"at least {swap.ENOUGH}" in found["vision_swap"].reasons[0]
+    assert f"at least {edit.ENOUGH}" in found["text_edit"].reasons[0]
+
+
+def test_a_set_in_one_light_has_nothing_to_swap():
+    dim = album(lights=1)
+    found = verdicts(Oracle(dim), of=dim)
+    assert "vision_swap" in failed(found)
+    assert found["vision_swap"].numbers["pairs"] < swap.ENOUGH
+
+
+def test_without_known_answers_the_verdict_stands_and_says_less():
+    strange = type(ALBUM)(ALBUM.records, ALBUM.truths, ALBUM.patch, keys=r"(?P<composition>x)(?P<lighting>y)")
+    oracle = Oracle(ALBUM)
+    found = verdicts(oracle, of=strange)
+    assert failed(found) == set()
+    assert found["vision_swap"].numbers["true_answers_known"] == 0
+    assert found["text_edit"].numbers["calibration"] == {}
+
+
+def test_where_the_measure_itself_is_wrong_the_edit_cannot_pass():
+    """Words that move nothing in the true pictures, given as if they moved the subject."""
+    from fluxdit_jax.gate.rules import Rule
+
+    backwards = Rule("looking left", "looking right", "left")
+    plan = Edit.plan(ALBUM, [backwards], ("portrait of", "picture of"), 20, HashText().encode)
+    verdict = plan.measure(Oracle(ALBUM))
+    assert not verdict.passed and verdict.value == 0
+    assert any("the measure itself" in reason for reason in verdict.reasons)
