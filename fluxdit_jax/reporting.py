@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import optax
 from tqdm import tqdm
@@ -67,7 +68,7 @@ class Reporter:
             disable=not sys.stderr.isatty(),
             leave=True,
         )
-        self._redirect = logging_redirect_tqdm([_PACKAGE]) if sys.stderr.isatty() else None
+        self._redirect = logging_redirect_tqdm([_PACKAGE]) if _shows_bar() else None
         self._line_at = time.monotonic()
         self._began = (time.monotonic(), step)
         self._start_step()
@@ -204,6 +205,10 @@ class Reporter:
                 self._monitor.summary(),
             )
         self._start_window()
+
+
+def _shows_bar() -> bool:
+    return sys.stderr.isatty() and jax.process_index() == 0
 
 
 def log_to(path: Path) -> Callable[[], None]:

@@ -148,8 +148,8 @@ def train(config: ConfigDict) -> int:
             unread = values
             # where the micro-batch in flight will lead, unless it is skipped
             step, mini = (step + 1, 0) if mini + 1 == settings.optimizer.accumulate else (step, mini + 1)
-            if mini and signals.received is None:
-                continue
+            if mini and (signals.received is None or jax.process_count() > 1):
+                continue  # several processes can agree on a stop only where all of them look: at a step's end
 
             last = step == config.train.steps
             troubled = reporter.trouble is not None and config.health.action == "stop"
@@ -187,7 +187,9 @@ def train(config: ConfigDict) -> int:
         checkpoints.poll(wait=True)
         reporter.close()
         if step == config.train.steps:
-            log.info("done: %d steps. EMA weights: %s; pictures: %s", step, workdir / "ema", workdir / "samples")
+            log.info(
+                "done: %d steps. EMA weights: %s; pictures: %s", step, workdir / "ema", workdir / "samples"
+            )
             return 0 if checkpoints.failures == 0 else 1
         why = f"signal {signals.received}" if signals.received else f"health: {reporter.trouble.kind}"
         log.info("stopped at step %d (%s), state saved. The same command goes on from there.", step, why)
