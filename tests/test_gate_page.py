@@ -1,0 +1,262 @@
+"""The report: numbers for machines, a page for people, the same in TensorBoard."""
+
+import dataclasses
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from gate_scenes import Oracle, album
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fluxdit_jax import report
+from fluxdit_jax.gate import charts, page
+from fluxdit_jax.gate.advice import advise
+from fluxdit_jax.gate.edit import Edit
+from fluxdit_jax.gate.memorisation import Memorisation
+from fluxdit_jax.gate.rules import DEFAULT_RULES
+from fluxdit_jax.gate.swap import Swap
+from fluxdit_jax.gate.verdict import Case, Control, Verdict, percent
+from fluxdit_jax.model import ModelConfig
+from fluxdit_jax.records import EncoderIdentity, Manifest
+from preprocess.encoders.builtin import HashText
+
+MODEL = ModelConfig(
+    width=48, depth=2, heads=3, patch=2, channels=16, text_width=1024, vision_width=1024, dtype="float32", remat="none",
+    attention="xla",
+)  # fmt: skip
+MANIFEST = Manifest(
+    name="scenes", resolution=64, modulus=16, fit="resize",
+    vae=EncoderIdentity("builtin:dct", "1", "aa", "float32", 16, {}),
+    text=EncoderIdentity("builtin:hash", "1", "bb", "float32", 1024),
+    vision=EncoderIdentity("builtin:tone", "1", "cc", "float32", 1024), buckets=((64, 64),), latent_mean=(0.0,) * 16,
+    latent_std=(1.0,) * 16, latent_count=1, text_tokens=9, shards={},
+)  # fmt: skip
+CIRCUMSTANCES = report.Circumstances(
+    "/runs/<b>bold</b>",
+    "data/scenes",
+    1500,
+    6,
+    "kutta3",
+    0,
+    "cpu: cpu",
+    "2026-11-24T10:00:00",
+    {"total": 12.5},
+    100,
+)
+LOG = [{"step": s, "loss": 1 / (1 + s / 20), "images_per_second": 140.0} for s in range(10, 500, 10)]
+
+
+class Outline(HTMLParser):
+    """Checks that tags nest, and collects images, texts and what would be fetched from elsewhere."""
+
+    VOID = {"meta", "img"}
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.images, self.text, self.outside, self.tags = [], [], [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        values = dict(attributes)
+        if tag == "img":
+            self.images.append(values["src"])
+        for name in ("src", "href"):
+            if name in values and not values[name].startswith(("data:image/", "#")):
+                self.outside.append(values[name])
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def read(text: str) -> Outline:
+    outline = Outline()
+    outline.feed(text)
+    assert outline.open == []
+    return outline
+
+
+def measured(draw_by):
+    scenes = album()
+    plans = (
+        Memorisation.plan(scenes),
+        Swap.plan(scenes, 60),
+        Edit.plan(scenes, list(DEFAULT_RULES), ("portrait of", "picture of"), 20, HashText().encode),
+    )
+    losses = [(entry["step"], entry["loss"]) for entry in LOG]
+    return advise(*(plan.measure(draw_by(scenes)) for plan in plans), losses)
+
+
+@pytest.fixture(scope="module")
+def passing():
+    return measured(Oracle)
+
+
+@pytest.fixture(scope="module")
+def failing():
+    class Grey(Oracle):
+        def see(self, one):
+            return np.full((64, 64, 3), 117, np.uint8)
+
+    return measured(Grey)
+
+
+def content(verdicts):
+    return report.build_report(verdicts, CIRCUMSTANCES, MODEL, MANIFEST)
+
+
+def test_the_json_has_the_verdict_and_everything_behind_it(passing, tmp_path):
+    path = tmp_path / "validation" / "report.json"
+    report.write_json(content(passing), path)
+    read_back = json.loads(path.read_text())
+    assert read_back["passed"] is True and read_back["verdict"].startswith("PASS")
+    assert set(read_back["metrics"]) == {"memorisation", "vision_swap", "text_edit"}
+    for metric in read_back["metrics"].values():
+        assert metric["passed"] is True and metric["value"] >= metric["threshold"]
+        assert metric["controls"] and all(control["passed"] is True for control in metric["controls"])
+    assert read_back["weights"]["ema_step"] == 1500
+    assert (read_back["model"]["width"], read_back["model"]["depth"], read_back["model"]["heads"]) == (
+        48,
+        2,
+        3,
+    )
+    assert (
+        read_back["encoders"]["text"]["id"] == "builtin:hash" and read_back["dataset"]["format_version"] == 1
+    )
+    assert list(path.parent.iterdir()) == [path]  # no temporary file is left
+
+
+def test_a_failed_report_says_which_and_why(failing):
+    found = content(failing)
+    assert found["passed"] is False and found["verdict"] == "FAIL: memorisation, vision swap, text edit"
+    for metric in found["metrics"].values():
+        assert metric["reasons"] and metric["advice"]
+
+
+def test_json_has_no_nan(tmp_path):
+    report.write_json(
+        {"a": float("nan"), "b": [np.float32("inf"), np.int64(3)], "c": np.bool_(True)}, tmp_path / "x.json"
+    )
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": None, "b": [None, 3], "c": True}
+
+
+def test_the_page_is_whole_and_needs_nothing_from_outside(passing, tmp_path):
+    path = tmp_path / "validation" / "report.html"
+    page.write_page(passing, content(passing), LOG, path)
+    outline = read(path.read_text())
+    assert outline.outside == [] and "script" not in outline.tags and "link" not in outline.tags
+    assert "@import" not in path.read_text() and "url(" not in path.read_text()
+    text = " ".join(outline.text)
+    assert (
+        text.index("PASS")
+        < text.index("1. Memorisation")
+        < text.index("2. Vision swap")
+        < text.index("3. Text edit")
+    )
+    for words in (
+        "40 of 40",
+        "60 of 60",
+        "at most",
+        "control",
+        "Training",
+        "builtin:hash",
+        "EMA of step 1,500",
+    ):
+        assert words.lower() in text.lower(), words
+    assert outline.tags.count("svg") == 4  # three scatter plots and the training curve
+    # Two walls; memorisation 12 cases of 2 pictures, swap and edit 12 cases of 4 each.
+    assert len(outline.images) == 2 + 12 * 2 + 12 * 4 + 12 * 4
+    assert all(image.startswith("data:image/jpeg;base64,") for image in outline.images)
+
+
+def test_what_comes_from_outside_is_escaped(passing):
+    """Captions and paths are other people's text."""
+    evil = "<script>alert('x')</script> \"quoted\" & <img src=x onerror=alert(1)>"
+    case = Case(evil, evil, 1.0, True, (("original", np.zeros((16, 16, 3), np.uint8)),) * 2)
+    spoiled = dataclasses.replace(
+        passing[0], statement=evil, numbers={"words": [evil]}, controls=(), cases=(case,) * 40
+    )
+    text = page.page([spoiled, *passing[1:]], content(passing), LOG)
+    outline = read(text)
+    assert "script" not in outline.tags and outline.outside == []
+    assert "<script>" not in text and "<b>bold</b>" not in text and "<img src=x" not in text
+    assert evil in " ".join(outline.text).replace("\n", " ")
+
+
+def test_a_failing_page_says_fail_and_where_to_look(failing):
+    outline = read(page.page(failing, content(failing), []))
+    text = " ".join(outline.text)
+    assert "FAIL" in text and "PASS" not in text
+    assert "Why it failed" in text and "Where to look first" in text and "collapsed to the mean" in text
+    assert "logged no losses" in text
+
+
+def test_the_worst_cases_are_shown():
+    cases = tuple(
+        Case(f"case {k}", "", float(k), k > 2, ()) for k in np.random.default_rng(0).permutation(50)
+    )
+    verdict = Verdict("x", "x", "x", 1.0, 0.9, "x", {}, (), (), cases)
+    chosen = dict(report.chosen_cases(verdict, each=3))
+    assert [case.score for case in chosen["best"]] == [49, 48, 47]
+    assert [case.score for case in chosen["worst"]] == [2, 1, 0]
+    assert all(20 < case.score < 30 for case in chosen["median"])
+    few = Verdict("x", "x", "x", 1.0, 0.9, "x", {}, (), (), cases[:5])
+    assert [len(group) for _, group in report.chosen_cases(few, each=3)] == [5]
+
+
+def test_tensorboard_gets_numbers_and_grids(passing, tmp_path):
+    report.write_tensorboard(passing, 1500, tmp_path)
+    board = EventAccumulator(str(tmp_path), size_guidance={"images": 0}).Reload()
+    assert (
+        board.Scalars("validation/passed")[0].value == 1
+        and board.Scalars("validation/passed")[0].step == 1500
+    )
+    assert board.Scalars("validation/vision_swap/value")[0].value == 1
+    assert board.Scalars("validation/text_edit/effect_median")[0].value == pytest.approx(0.25, abs=0.02)
+    for name in ("memorisation", "vision_swap", "text_edit"):
+        assert board.Images(f"validation/{name}")[0].height > 1000
+
+
+def test_control_bounds():
+    at_most, at_least = (Control("c", "m", 0.5, 0.5, at_most=way) for way in (True, False))
+    assert at_most.passed and at_least.passed
+    assert not Control("c", "m", 0.51, 0.5, at_most=True).passed
+    assert not Control("c", "m", 0.49, 0.5, at_most=False).passed
+    assert not Control("c", "m", float("nan"), 0.5, at_most=True).passed
+
+
+def test_percent():
+    assert [percent(v) for v in (1, 0, 0.934, 0.9996, 0.109375, -0.05)] == [
+        "100 %",
+        "0 %",
+        "93.4 %",
+        "100 %",
+        "10.9 %",
+        "-5 %",
+    ]
+
+
+def test_ticks_are_round_and_inside():
+    assert charts.ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1]
+    assert charts.ticks(3, 97) == [20, 40, 60, 80]
+    assert charts.ticks(-0.013, 0.021) == [-0.01, 0, 0.01, 0.02]
+    assert charts.ticks(5, 5) == [5]
+
+
+def test_the_training_curve_falls_from_left_to_right():
+    svg = charts.curve([(e["step"], e["loss"]) for e in LOG], "step", "loss")
+    points = [
+        tuple(map(float, p.split(","))) for p in re.search(r'class="raw" points="([^"]+)"', svg)[1].split()
+    ]
+    assert len(points) == len(LOG)
+    assert all(x1 < x2 and y1 < y2 for (x1, y1), (x2, y2) in zip(points, points[1:]))  # y points down
+    assert charts.curve([], "step", "loss") == "" and charts.curve([(0, 1.0)], "step", "loss") == ""
