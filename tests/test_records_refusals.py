@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from training_fixtures import CHANNELS, TEXT_WIDTH, VISION_WIDTH, make_record
+from training_helpers import CHANNELS, TEXT_WIDTH, VISION_WIDTH, make_record
 
 from fluxdit_jax.records import (
     BF16,

@@ -1,0 +1,280 @@
+"""Helpers of the training tests: small datasets of random records, tiny configurations, the real CLI."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from ml_collections import ConfigDict
+
+from fluxdit_jax import data, flow, model
+from fluxdit_jax.config import default_config
+from fluxdit_jax.optimizer import OptimizerConfig
+from fluxdit_jax.records import (
+    BF16,
+    MANIFEST,
+    WRITER_OPTIONS,
+    EncoderIdentity,
+    Manifest,
+    Record,
+    Shard,
+    encode_record,
+    sha256_file,
+    shard_name,
+)
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+LATENT_SIZES = ((4, 4), (2, 8), (8, 2))  # 4 tokens each at patch 2, three aspect ratios
+UNEVEN_SIZES = ((4, 4), (2, 6), (6, 2))  # 4, 3 and 3 tokens: padding differs
+CHANNELS, TEXT_WIDTH, VISION_WIDTH, FACTOR = 4, 8, 6, 8
+
+
+def make_record(
+    number: int, size: tuple[int, int] = (4, 4), seed: int = 0, channels: int = CHANNELS
+) -> Record:
+    """A valid record of random numbers, its own for every (seed, number)."""
+    rng = np.random.default_rng([seed, number])
+    vision = rng.normal(size=VISION_WIDTH)
+    return Record(
+        key=f"folder/image_{number:03d}.png",
+        caption=f"caption {number}",
+        latent=(rng.normal(size=(channels, *size)) * 2 + 0.5).astype(BF16),
+        text=rng.normal(size=(1 + number % 5, TEXT_WIDTH)).astype(BF16),
+        vision=(vision / np.linalg.norm(vision)).astype(np.float32),
+        original_size=(size[0] * 16, size[1] * 16),
+        encoded_size=(size[0] * FACTOR, size[1] * FACTOR),
+        content_hash=hashlib.sha256(str((seed, number)).encode()).hexdigest(),
+    )
+
+
+def write_shard(path: Path, records: list[bytes]) -> None:
+    """An ArrayRecord file of serialised records."""
+    writer = ArrayRecordWriter(str(path), WRITER_OPTIONS)
+    for record in records:
+        writer.write(record)
+    writer.close()
+
+
+def write_dataset(
+    directory: Path,
+    *,
+    train: int = 24,
+    holdout: int = 6,
+    sizes: tuple[tuple[int, int], ...] = UNEVEN_SIZES,
+    shards: int = 2,
+    seed: int = 0,
+    channels: int = CHANNELS,
+    vae: str = "none",
+) -> Manifest:
+    """Writes a dataset directory with the shards and the manifest that training reads."""
+    directory.mkdir(parents=True, exist_ok=True)
+    entries: dict[str, tuple[Shard, ...]] = {}
+    latents = []
+    for split, count, parts, offset in (("train", train, shards, 0), ("holdout", holdout, 1, 1000)):
+        records = [make_record(offset + i, sizes[i % len(sizes)], seed, channels) for i in range(count)]
+        if split == "train":
+            latents = [record.latent.astype(np.float64).reshape(channels, -1) for record in records]
+        written = []
+        for part, members in enumerate(np.array_split(np.arange(count), parts) if count else []):
+            path = directory / shard_name("tiny", split, part, parts)
+            write_shard(path, [encode_record(records[i]) for i in members])
+            buckets: dict[str, int] = {}
+            for i in members:
+                name = "x".join(map(str, records[i].encoded_size))
+                buckets[name] = buckets.get(name, 0) + 1
+            written.append(Shard(path.name, sha256_file(path), path.stat().st_size, len(members), buckets))
+        entries[split] = tuple(written)
+    values = np.concatenate(latents, axis=1)
+    manifest = Manifest(
+        name="tiny",
+        resolution=32,
+        modulus=16,
+        fit="resize",
+        vae=EncoderIdentity(vae, "", "00", "float32", channels, {"factor": FACTOR}),
+        text=EncoderIdentity("none", "", "11", "float32", TEXT_WIDTH),
+        vision=EncoderIdentity("none", "", "22", "float32", VISION_WIDTH),
+        buckets=tuple((h * FACTOR, w * FACTOR) for h, w in sizes),
+        latent_mean=tuple(values.mean(axis=1)),
+        latent_std=tuple(values.std(axis=1)),
+        latent_count=values.shape[1],
+        text_tokens=5,
+        shards=entries,
+    )
+    (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def tiny_config(dataset: Path, workdir: Path) -> ConfigDict:
+    """A run of seconds: 2 blocks of width 32, 8 steps of 2 micro-batches of 4, every step logged."""
+    c = default_config()
+    c.workdir, c.data.path = str(workdir), str(dataset)
+    c.model.width, c.model.depth, c.model.heads = 32, 2, 2
+    c.model.channels, c.model.text_width, c.model.vision_width = CHANNELS, TEXT_WIDTH, VISION_WIDTH
+    c.model.dtype = "float32"
+    c.data.batch_size, c.optim.effective_batch = 4, 8
+    c.optim.lr, c.optim.warmup_steps = 1e-2, 2
+    c.train.steps = 8
+    c.log.every, c.log.preview_every = 1, 0
+    return c
+
+
+def tiny_model(**changes) -> model.ModelConfig:
+    """The network of `tiny_config`, f32."""
+    values: dict[str, object] = dict(  # noqa: C408
+        width=32,
+        depth=2,
+        heads=2,
+        patch=2,
+        channels=CHANNELS,
+        text_width=TEXT_WIDTH,
+        vision_width=VISION_WIDTH,
+        dtype="float32",
+        remat="none",
+        attention="xla",
+    )
+    return model.ModelConfig(**(values | changes))
+
+
+def tiny_flow(**changes) -> flow.FlowConfig:
+    """Plain logit-normal time and no dropped conditions."""
+    values: dict[str, object] = dict(  # noqa: C408
+        mean=0.0,
+        std=1.0,
+        uniform_share=0.0,
+        shift=1.0,
+        stratified=False,
+        drop_text=0.0,
+        drop_vision=0.0,
+        drop_both=0.0,
+    )
+    return flow.FlowConfig(**(values | changes))
+
+
+def tiny_optimizer(**changes) -> OptimizerConfig:
+    """AdamW at a constant rate, no warm-up, no decay, hardly any clipping."""
+    values: dict[str, object] = dict(  # noqa: C408
+        name="adamw",
+        lr=1e-3,
+        adam_lr=1e-3,
+        schedule="constant",
+        warmup_steps=0,
+        total_steps=100,
+        final_fraction=0.0,
+        b1=0.9,
+        b2=0.95,
+        eps=1e-8,
+        weight_decay=0.0,
+        clip=1e9,
+        accumulate=1,
+    )
+    return OptimizerConfig(**(values | changes))
+
+
+def lively(tree, seed: int = 0, scale: float = 0.3):
+    """The tree with normal numbers everywhere: nothing is zero, so that nothing hides behind a gate."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: (scale * rng.normal(size=leaf.shape)).astype(np.float32), tree)
+
+
+def network_inputs(
+    config: model.ModelConfig,
+    grids=((2, 2), (1, 3), (3, 1)),
+    tokens: int = 4,
+    text_tokens: int = 5,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """Arguments of `DiT.__call__` in order, padding zero, both conditions kept."""
+    rng = np.random.default_rng(seed)
+    B = len(grids)
+    x = rng.normal(size=(B, tokens, config.token_width)).astype(np.float32)
+    text = rng.normal(size=(B, text_tokens, config.text_width)).astype(np.float32)
+    length = np.array([1 + (2 * i + 1) % text_tokens for i in range(B)], np.int32)
+    for row, (h, w) in enumerate(grids):
+        x[row, h * w :] = 0
+        text[row, length[row] :] = 0
+    vision = rng.normal(size=(B, config.vision_width))
+    return {
+        "x": x,
+        "t": rng.uniform(0.1, 0.9, B).astype(np.float32),
+        "grid": np.array(grids, np.int32),
+        "text": text,
+        "text_length": length,
+        "vision": (vision / np.linalg.norm(vision, axis=1, keepdims=True)).astype(np.float32),
+        "keep_text": np.ones(B, bool),
+        "keep_vision": np.ones(B, bool),
+    }
+
+
+def make_batch(seed: int = 0, size: int = 4, tokens: int = 4, first_index: int = 0) -> dict[str, np.ndarray]:
+    """A micro-batch as `data.collate` makes it, of random records of the shapes of `tiny_model`."""
+    records = [make_record(i, UNEVEN_SIZES[i % 3], seed) for i in range(first_index, first_index + size)]
+    return data.collate(records, list(range(first_index, first_index + size)), 2, tokens, 5)
+
+
+def tree_equal(a, b) -> bool:
+    """Whether two trees hold the same bits (NaN equals NaN only if the bits do)."""
+    leaves_a, structure_a = jax.tree.flatten(a)
+    leaves_b, structure_b = jax.tree.flatten(b)
+    return structure_a == structure_b and all(
+        np.asarray(x).dtype == np.asarray(y).dtype
+        and np.asarray(x).shape == np.asarray(y).shape
+        and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+        for x, y in zip(leaves_a, leaves_b)
+    )
+
+
+class TrainCommand:
+    """`python -m fluxdit_jax.train` in a process of its own, with a compilation cache for the session."""
+
+    def __init__(self, cache: Path):
+        self._environment = os.environ | {
+            "XDG_CACHE_HOME": str(cache),
+            "PYTHONPATH": str(REPOSITORY),
+            "JAX_PLATFORMS": "cpu",
+        }
+
+    def start(self, *arguments: str, config: Path, devices: int = 1) -> subprocess.Popen:
+        """Starts it; stdout and stderr are pipes of text."""
+        environment = self._environment | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        }
+        return subprocess.Popen(
+            [sys.executable, "-m", "fluxdit_jax.train", f"--config={config}", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=REPOSITORY,
+            env=environment,
+        )
+
+    def run(self, *arguments: str, config: Path, devices: int = 1) -> subprocess.CompletedProcess:
+        """Runs it to the end."""
+        with self.start(*arguments, config=config, devices=devices) as process:
+            out, err = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+def write_config(path: Path, config: ConfigDict) -> Path:
+    """A configuration file that gives `config`."""
+    changed = "\n".join(
+        f"    c.{key} = {value!r}" for key, value in _flat(config.to_dict()) if value is not None
+    )
+    path.write_text(
+        "from fluxdit_jax.config import default_config\n\n\n"
+        f"def get_config():\n    c = default_config()\n{changed}\n    return c\n"
+    )
+    return path
+
+
+def _flat(tree: dict, prefix: str = "") -> list[tuple[str, object]]:
+    return [
+        pair
+        for key, value in tree.items()
+        for pair in (_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)])
+    ]
