@@ -33,7 +33,7 @@ from preprocess.scan import Reject
 from preprocess.units import Archive, UnitInfo, write_unit
 from preprocess.vectors import Vectors
 
-_AHEAD = 3  # batches of pixels that may wait for the encoders
+_AHEAD = 3  # batches of pixels that may wait for the encoders, at least
 
 
 @dataclasses.dataclass
@@ -72,13 +72,14 @@ class Stopwatch:
 
 @dataclasses.dataclass
 class Counts:
-    """What was done: images decoded, tensors encoded by kind, tensors taken over from before, captions cut."""
+    """What was done: images decoded, tensors encoded by kind, tensors taken over from before, and so on."""
 
     pictures: int = 0
     latents: int = 0
     texts: int = 0
     visions: int = 0
     reused: int = 0
+    rejected: int = 0
     truncated: int = 0
     profiles_ignored: int = 0
 
@@ -147,7 +148,9 @@ class Encoding:
         Raises:
           PreprocessError: disk full, device out of memory.
         """
-        feed: queue.Queue = queue.Queue(_AHEAD)
+        # Room for every loading thread to work on the next picture while one waits.
+        ahead = max(_AHEAD, -(-2 * self._options.workers // self._options.batch_size))
+        feed: queue.Queue = queue.Queue(ahead)
         pool = ThreadPoolExecutor(self._options.workers, "decode")
         writer = ThreadPoolExecutor(1, "write")
         feeder = threading.Thread(target=self._feed, args=(units, pool, feed), name="feed", daemon=True)
@@ -160,7 +163,9 @@ class Encoding:
                     self._encode_texts(job)
                     progress(len(job.unit.items) - sum(len(batch) for batch in job.batches))
                 elif kind == "batch":
+                    before = len(job.rejects)
                     self._encode_batch(job, *payload)
+                    self.counts.rejected += len(job.rejects) - before
                     progress(len(payload[0]))
                 else:
                     if writing is not None:
