@@ -58,7 +58,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--count", type=int, default=1, help="pictures per prompt")
     add(
         "--size",
-        help="HEIGHTxWIDTH in pixels, one of the run's buckets; default: as the reference, or square",
+        help="HEIGHTxWIDTH in pixels, one of the run's buckets; default: the squarest",
     )
     add("--step", type=int, help="which EMA weights; default: the newest")
     add("--vae", help="directory of the VAE, if it is not where the data set says")
@@ -85,13 +85,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def choose_size(wanted: str | None, reference: tuple[int, int] | None, manifest: Manifest) -> tuple[int, int]:
-    """(height, width) in pixels: the bucket asked for, the one nearest to the reference, or the squarest."""
+def choose_size(wanted: str | None, manifest: Manifest) -> tuple[int, int]:
+    """(height, width) in pixels: the bucket asked for, or the squarest. A reference sets the light, not the size."""
     if wanted is None:
-        aspect = 0.0 if reference is None else np.log(reference[1] / reference[0])
-        return min(
-            manifest.buckets, key=lambda size: (abs(np.log(size[1] / size[0]) - aspect), -size[0] * size[1])
-        )
+        return min(manifest.buckets, key=lambda size: (abs(np.log(size[1] / size[0])), -size[0] * size[1]))
     try:
         height, width = (int(side) for side in wanted.lower().split("x"))
     except ValueError as error:
@@ -124,8 +121,8 @@ def encode_prompts(prompts: list[str], manifest: Manifest, spec: str | None) -> 
     return encoder.encode(prompts)
 
 
-def encode_reference(path: Path, manifest: Manifest, spec: str | None) -> tuple[np.ndarray, tuple[int, int]]:
-    """(vision vector f32 [V], (height, width) of the picture), by the encoder of the training pictures."""
+def encode_reference(path: Path, manifest: Manifest, spec: str | None) -> np.ndarray:
+    """Vision vector f32 [V] of a picture, brought to its bucket and encoded as the training pictures were."""
     from preprocess import images
     from preprocess.buckets import nearest
     from preprocess.encoders import load_vision_encoder
@@ -139,7 +136,7 @@ def encode_reference(path: Path, manifest: Manifest, spec: str | None) -> tuple[
         raise SampleError(f"--reference {path}: {error}") from error
     encoder = load_vision_encoder(spec or manifest.vision.id, dtype=manifest.vision.dtype)
     check_encoder(encoder.identity, manifest.vision, "--vision-encoder")
-    return encoder.encode(pixels[None])[0], (header.height, header.width)
+    return encoder.encode(pixels[None])[0]
 
 
 def sample(arguments: argparse.Namespace) -> list[np.ndarray]:
@@ -150,9 +147,9 @@ def sample(arguments: argparse.Namespace) -> list[np.ndarray]:
     step, ema = restore_ema(arguments.workdir, arguments.step)
     print(f"weights: {arguments.workdir / 'ema' / str(step)} (EMA, step {step})")
 
-    vector, reference_size = None, None
+    vector = None
     if arguments.reference:
-        vector, reference_size = encode_reference(arguments.reference, manifest, arguments.vision_encoder)
+        vector = encode_reference(arguments.reference, manifest, arguments.vision_encoder)
     elif not config.flow.drop_vision + config.flow.drop_both:
         print("note: this run never trained without a vision vector; without --reference expect little")
     guided = arguments.guidance_text != 1.0 or arguments.guidance_vision != 1.0
@@ -160,7 +157,7 @@ def sample(arguments: argparse.Namespace) -> list[np.ndarray]:
         print(
             "note: this run never trained without conditions (flow.drop_both=0); guidance has nothing to lean on"
         )
-    size = choose_size(arguments.size, reference_size, manifest)
+    size = choose_size(arguments.size, manifest)
     texts = encode_prompts(arguments.prompt, manifest, arguments.text_encoder)
 
     requests = [
