@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 from preprocess.images import Rejected
 
@@ -70,12 +70,15 @@ def _decode(data: bytes) -> str:
         raise Rejected("invalid UTF-8", f"byte {error.start} of the caption file") from error
 
 
-def read_table(data: bytes, suffix: str) -> Iterator[tuple[int, dict | Rejected]]:
-    """Rows of a metadata file, `.jsonl` or `.csv`, with their line numbers from 1."""
-    if suffix == ".csv":
-        yield from _read_csv(data)
-        return
-    for number, line in enumerate(data.split(b"\n"), 1):
+def read_table(file: BinaryIO, suffix: str) -> Iterator[tuple[int, dict | Rejected]]:
+    """Rows of a metadata file, `.jsonl` or `.csv`, with their line numbers from 1, one at a time."""
+    yield from _read_csv(file) if suffix == ".csv" else _read_jsonl(file)
+
+
+def _read_jsonl(file: BinaryIO) -> Iterator[tuple[int, dict | Rejected]]:
+    number = 0
+    while line := file.readline(MAX_BYTES + 1):  # a bound on memory for a file that is one endless line
+        number += 1
         if not line.strip():
             continue
         try:
@@ -89,16 +92,13 @@ def read_table(data: bytes, suffix: str) -> Iterator[tuple[int, dict | Rejected]
             yield number, Rejected("broken JSON", str(error)[:200])
 
 
-def _read_csv(data: bytes) -> Iterator[tuple[int, dict | Rejected]]:
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        yield 1, Rejected("invalid UTF-8", f"byte {error.start} of the table: no row of it was read")
-        return
-    reader = csv.DictReader(io.StringIO(text, newline=""))
+def _read_csv(file: BinaryIO) -> Iterator[tuple[int, dict | Rejected]]:
+    reader = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""))
     try:
         for row in reader:
             yield reader.line_num, row
+    except UnicodeDecodeError:
+        yield reader.line_num + 1, Rejected("invalid UTF-8", "in the table: the rows after it were not read")
     except csv.Error as error:
         yield reader.line_num, Rejected("broken CSV", f"{error}: the rows after it were not read")
 

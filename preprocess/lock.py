@@ -30,7 +30,7 @@ def locked(path: Path) -> Iterator[None]:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             owner = os.read(descriptor, 200).decode("utf-8", "replace").strip() or "an unknown process"
             os.close(descriptor)
             raise PreprocessError(

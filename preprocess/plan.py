@@ -192,11 +192,8 @@ def _examine(found: Found, options: Options, vectors: Vectors | None) -> tuple[I
 
 def _caption(found: Found, names: tuple[str, ...]) -> str:
     if found.caption_file is not None:
-        path = found.caption_file
-        data = path.read(captions.MAX_BYTES)
-        # In an archive the place is that of the archive, so the name does not tell: an object starts with {.
-        is_json = path.path.lower().endswith(".json") or (path.size >= 0 and data.lstrip()[:1] == b"{")
-        return captions.from_json(data, names) if is_json else captions.from_text(data)
+        data = found.caption_file.read(captions.MAX_BYTES)
+        return captions.from_json(data, names) if found.caption_type == ".json" else captions.from_text(data)
     if isinstance(found.caption, Rejected):
         raise found.caption
     if found.caption is None:

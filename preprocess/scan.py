@@ -11,14 +11,15 @@ import dataclasses
 import os
 import stat
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from preprocess import PreprocessError, captions
 from preprocess.images import EXTENSIONS, OTHER_IMAGES, Rejected
 
 CAPTION_EXTENSIONS = (".json", ".txt")
 TABLES = ("metadata.jsonl", "metadata.csv")
-_MAX_TABLE_BYTES = 8_000_000_000
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,22 +32,29 @@ class Place:
 
     def read(self, limit: int) -> bytes:
         """The bytes; raises `Rejected` if they cannot be read or are more than `limit`."""
-        try:
-            if not stat.S_ISREG(Path(self.path).stat().st_mode):  # opening a pipe would wait for ever
-                raise Rejected("not a regular file")
-            with Path(self.path).open("rb") as file:
+        with self.open() as file:
+            try:
                 size = os.fstat(file.fileno()).st_size if self.size < 0 else self.size
                 if size > limit:
                     raise Rejected("file too large", f"{size:,} bytes, the limit is {limit:,}")
                 file.seek(self.offset)
                 data = file.read(size)
+            except OSError as error:
+                raise Rejected("unreadable file", error.strerror or str(error), transient=True) from error
+        if self.size >= 0 and len(data) < self.size:
+            raise Rejected("unreadable file", "the archive is cut short", transient=True)
+        return data
+
+    def open(self) -> BinaryIO:
+        """The open file; raises `Rejected` if it cannot be opened."""
+        try:
+            if not stat.S_ISREG(Path(self.path).stat().st_mode):  # opening a pipe would wait for ever
+                raise Rejected("not a regular file")
+            return Path(self.path).open("rb")
         except FileNotFoundError as error:
             raise Rejected("missing file", str(error.filename), transient=True) from error
         except OSError as error:
             raise Rejected("unreadable file", error.strerror or str(error), transient=True) from error
-        if self.size >= 0 and len(data) < self.size:
-            raise Rejected("unreadable file", "the archive is cut short", transient=True)
-        return data
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -58,12 +66,14 @@ class Found:
       image: its bytes.
       caption: from a table: the text, or why it is none. None without a row in a table.
       caption_file: the caption's bytes if it has a file of its own.
+      caption_type: ".json" or ".txt": what that file is.
     """
 
     key: str
     image: Place
     caption: str | Rejected | None = None
     caption_file: Place | None = None
+    caption_type: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -214,10 +224,10 @@ def _scan_files(result: Scan, files: list[Path]) -> None:
                 result, path, Rejected("image type is not read", f"{extension}: convert it to png or jpg")
             )
         elif extension in EXTENSIONS:
-            beside = next((path.stem + e for e in CAPTION_EXTENSIONS if path.stem + e in captions_here), None)
             used |= {path.stem + e for e in CAPTION_EXTENSIONS}
-            caption_file = Place(str(captions_here[beside])) if beside else None
-            result.found.append(Found(_key(result.root, path), Place(str(path)), None, caption_file))
+            kind = next((e for e in CAPTION_EXTENSIONS if path.stem + e in captions_here), "")
+            caption_file = Place(str(captions_here[path.stem + kind])) if kind else None
+            result.found.append(Found(_key(result.root, path), Place(str(path)), None, caption_file, kind))
         elif extension not in CAPTION_EXTENSIONS and path.name not in TABLES:
             result.ignored[extension or "no extension"] += 1
     for name, path in captions_here.items():
@@ -297,11 +307,9 @@ def _scan_tar(result: Scan, path: Path) -> None:
         why = Rejected("damaged archive", f"{error}: {len(images)} images before the damage were read")
         _reject(result, path, why)
     for key, sample, place in images:
-        caption_file = next(
-            (caption_files[sample + e] for e in CAPTION_EXTENSIONS if sample + e in caption_files), None
-        )
+        kind = next((e for e in CAPTION_EXTENSIONS if sample + e in caption_files), "")
         if _utf8(key):
-            result.found.append(Found(key, place, None, caption_file))
+            result.found.append(Found(key, place, None, caption_files.get(sample + kind), kind))
         else:
             why = Rejected("file name is not UTF-8", "a member of the archive")
             result.rejects.append(Reject.of(key, str(path), why))
@@ -310,12 +318,17 @@ def _scan_tar(result: Scan, path: Path) -> None:
 # ----------------------------------------------------------------------------------------------- small parts
 
 
-def _rows(result: Scan, path: Path) -> list[tuple[int, dict | Rejected]]:
+def _rows(result: Scan, path: Path) -> Iterator[tuple[int, dict | Rejected]]:
     try:
-        return list(captions.read_table(Place(str(path)).read(_MAX_TABLE_BYTES), path.suffix.lower()))
+        with Place(str(path)).open() as file:
+            yield from captions.read_table(file, path.suffix.lower())
     except Rejected as rejected:
         _reject(result, path, rejected)
-        return []
+    except OSError as error:
+        why = Rejected(
+            "unreadable file", f"{error.strerror}: the rows after it were not read", transient=True
+        )
+        _reject(result, path, why)
 
 
 def _caption(row: dict, names: tuple[str, ...]) -> str | Rejected:

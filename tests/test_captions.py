@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
@@ -88,7 +89,7 @@ def test_any_json(raw: object) -> None:
 @given(st.binary(max_size=300), st.sampled_from([".jsonl", ".csv"]))
 @settings(deadline=None, max_examples=300)
 def test_any_table(data: bytes, suffix: str) -> None:
-    for number, row in captions.read_table(data, suffix):
+    for number, row in captions.read_table(io.BytesIO(data), suffix):
         assert number >= 1
         if not isinstance(row, Rejected):
             try:
@@ -96,3 +97,11 @@ def test_any_table(data: bytes, suffix: str) -> None:
                 assert captions.from_mapping(row, NAMES)
             except Rejected:
                 pass
+
+
+def test_an_endless_line_is_read_in_bounded_pieces() -> None:
+    rows = list(
+        captions.read_table(io.BytesIO(b"[" * 9_000_000 + b'\n{"file_name": "a", "text": "b"}\n'), ".jsonl")
+    )
+    assert [row.reason for _, row in rows[:-1]] == ["caption too long", "caption too long", "broken JSON"]
+    assert rows[-1][1] == {"file_name": "a", "text": "b"}

@@ -182,7 +182,7 @@ def test_webdataset_tar(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "s-0.tar", "w") as archive:
         add(archive, "0001.jpg", b"first")
         add(archive, "0001.json", b'{"caption": "one"}')
-        add(archive, "0002.txt", b"two")
+        add(archive, "0002.txt", b"{two}")
         add(archive, "0002.png", b"second picture")
         add(archive, "0003.mask.png", b"third")
         add(archive, "0003.json", b'{"caption": "three"}')
@@ -197,7 +197,7 @@ def test_webdataset_tar(tmp_path: Path) -> None:
         data = {f.key: (f.image.read(100), f.caption_file and f.caption_file.read(100)) for f in result.found}
         assert data == {
             f"{prefix}/0001.jpg": (b"first", b'{"caption": "one"}'),
-            f"{prefix}/0002.png": (b"second picture", b"two"),
+            f"{prefix}/0002.png": (b"second picture", b"{two}"),
             f"{prefix}/0003.mask.png": (b"third", b'{"caption": "three"}'),
             f"{prefix}/dir/0001.webp": (b"deep", None),
         }
@@ -208,6 +208,7 @@ def test_webdataset_tar(tmp_path: Path) -> None:
             f"{prefix}/0001.jpg": "name used twice",
         }
         assert dict(result.ignored) == {".cls": 1}
+        assert [found.caption_type for found in result.found] == [".json", ".txt", ".json", ""]
 
 
 def test_a_tar_that_is_cut_short_or_none(tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from build_fixtures import contents, write_photos
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -51,3 +53,40 @@ def test_killed_before_every_change_of_the_file_system(kind: str) -> None:
 def test_killed_at_random_moments(kind: str) -> None:
     killed, lost = tally(f"kill_at_random({kind!r}, kills=30)")
     assert lost == "[]" and killed == 30
+
+
+@pytest.mark.slow
+def test_killed_with_real_encoders_it_ends_byte_identical(
+    tmp_path: Path, draw_photo, tiny_vae_dir: Path, tiny_t5_dir: Path, tiny_dino_dir: Path
+) -> None:
+    photos = write_photos(tmp_path / "photos", 24, draw_photo)
+    models = ["--vae", tiny_vae_dir, "--text-encoder", tiny_t5_dir, "--vision-encoder", tiny_dino_dir]
+    more = ["--resolution", "128", "--shard-size", "4", "--batch-size", "3", "--device", "cpu"]
+
+    def start(output: Path) -> subprocess.Popen:
+        command = [
+            sys.executable,
+            "-m",
+            "preprocess",
+            "build",
+            "--input",
+            photos,
+            "--output",
+            output,
+            *models,
+        ]
+        return subprocess.Popen(
+            [*map(str, command), *more], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    assert start(tmp_path / "a" / "data").wait() == 0
+    output = tmp_path / "b" / "data"
+    for finished in (1, 3, 5):
+        process = start(output)
+        while len(list(output.glob(".build/*.parquet"))) < finished and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    assert not (output / "manifest.json").exists()
+    assert start(output).wait() == 0
+    assert contents(output) == contents(tmp_path / "a" / "data")
