@@ -74,9 +74,6 @@ class Generator:
         statistics: tuple[np.ndarray, np.ndarray],
         steps: int,
         method: str = "heun",
-        guidance_text: float = 1.0,
-        guidance_vision: float = 1.0,
-        rescale: float = 0.0,
         batch_size: int = 16,
     ):
         """
@@ -84,17 +81,13 @@ class Generator:
           tokens: sequence length; the largest rows * columns that will be asked for.
           statistics: `train_step.patch_statistics` of the training data set.
           steps, method: see `sampler.integrate`.
-          guidance_text, guidance_vision, rescale: see `sampler.guide`; both scales at 1 cost one network
-            evaluation instead of three.
           batch_size: pictures computed at once.
         """
         self._config = config
         self._tokens = tokens
         self._batch_size = batch_size
         self._statistics = statistics
-        self._run = jax.jit(
-            _make_sampler(config, shift, steps, method, guidance_text, guidance_vision, rescale)
-        )
+        self._run = jax.jit(_make_sampler(config, shift, steps, method), static_argnames="plain")
 
     def cast(self, ema: Any) -> Any:
         """EMA weights f32 -> the compute dtype, on the device."""
@@ -112,12 +105,14 @@ class Generator:
         wanted: Conditions,
         noise_BxNxP: np.ndarray,
         progress: Callable[[int], Any] | None = None,
+        guidance: sampler.Guidance = sampler.Guidance(),  # noqa: B008  frozen
     ) -> list[np.ndarray]:
         """Samples one latent per row of `wanted`, f32 [C, h, w] in VAE space, in order.
 
         Args:
           params: of `cast`.
           progress: called with the number of pictures done after each batch.
+          guidance: other scales need no new compilation.
         """
         mean_P, std_P = self._statistics
         count = len(noise_BxNxP)
@@ -127,7 +122,9 @@ class Generator:
                 max=count - 1
             )  # the last batch is filled up
             part = {name: array[rows] for name, array in wanted.items()}
-            tokens = np.asarray(self._run(params, part, noise_BxNxP[rows])) * std_P + mean_P
+            scales = np.float32([guidance.text, guidance.vision, guidance.rescale])
+            tokens = np.asarray(self._run(params, part, noise_BxNxP[rows], scales, plain=guidance.plain))
+            tokens = tokens * std_P + mean_P
             done = min(self._batch_size, count - start)
             for row in range(done):
                 grid = tuple(int(side) for side in part["grid"][row])
@@ -137,11 +134,10 @@ class Generator:
         return result
 
 
-def _make_sampler(config, shift, steps, method, guidance_text, guidance_vision, rescale):
+def _make_sampler(config: model.ModelConfig, shift: float, steps: int, method: str):
     graph, _ = model.build(config)
-    plain = guidance_text == 1.0 and guidance_vision == 1.0
 
-    def run(params, wanted, noise):
+    def run(params, wanted, noise, scales_3, *, plain):
         valid = valid_tokens(wanted["grid"], noise.shape[1])[..., None]
 
         def evaluate(x, t, keep_text, keep_vision, repeats=1):
@@ -174,7 +170,7 @@ def _make_sampler(config, shift, steps, method, guidance_text, guidance_vision, 
                 jnp.concatenate([off, off, keep_vision]),
                 repeats=3,
             )
-            return sampler.guide(*jnp.split(v, 3), guidance_text, guidance_vision, rescale)
+            return sampler.guide(*jnp.split(v, 3), *scales_3)
 
         return sampler.integrate(velocity, jnp.where(valid, noise, 0.0), steps, shift, method)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--guidance-text", type=float, default=1.0, help="1: the model itself; above: closer to the prompt")
     add("--guidance-vision", type=float, default=1.0, help="the same for the reference")
     add("--rescale", type=float, default=0.0, help="0 to 1: undoes the over-saturation of strong guidance")
+    add("--sweep-text", type=_scales, metavar="A,B,...", help="a sheet over these text scales instead")
+    add("--sweep-vision", type=_scales, metavar="A,B,...", help="a sheet over these vision scales instead")
     add("--steps", type=int, default=32, help="solver steps")
     add("--method", choices=sampler.METHODS, default="heun", help="solver; heun costs two evaluations a step")
     add("--seed", type=int, default=0, help="seed of the first picture; the next ones count up")
@@ -83,6 +86,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if arguments.out.suffix.lower() != ".png":
         parser.error("--out must end in .png")
     return arguments
+
+
+def _scales(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not numbers with commas between them") from error
 
 
 def choose_size(wanted: str | None, manifest: Manifest) -> tuple[int, int]:
@@ -152,7 +162,15 @@ def sample(arguments: argparse.Namespace) -> list[np.ndarray]:
         vector = encode_reference(arguments.reference, manifest, arguments.vision_encoder)
     elif not config.flow.drop_vision + config.flow.drop_both:
         print("note: this run never trained without a vision vector; without --reference expect little")
-    guided = arguments.guidance_text != 1.0 or arguments.guidance_vision != 1.0
+    guided = any(
+        scale != 1.0
+        for scale in (
+            arguments.guidance_text,
+            arguments.guidance_vision,
+            *(arguments.sweep_text or ()),
+            *(arguments.sweep_vision or ()),
+        )
+    )
     if guided and not config.flow.drop_both:
         print(
             "note: this run never trained without conditions (flow.drop_both=0); guidance has nothing to lean on"
@@ -180,17 +198,46 @@ def sample(arguments: argparse.Namespace) -> list[np.ndarray]:
         statistics=patch_statistics(manifest.latent_mean, manifest.latent_std, settings.model.patch),
         steps=arguments.steps,
         method=arguments.method,
-        guidance_text=arguments.guidance_text,
-        guidance_vision=arguments.guidance_vision,
-        rescale=arguments.rescale,
         batch_size=min(16, len(requests)),
     )
-    with tqdm(total=len(requests), unit="image", disable=not sys.stderr.isatty()) as bar:
-        noise = generator.noise([request.seed for request in requests])
-        latents = generator.latents(generator.cast(ema), wanted, noise, bar.update)
-    images = pictures.decode_all(decoder, latents)
+    params, noise = generator.cast(ema), generator.noise([request.seed for request in requests])
+
+    sweep_text = arguments.sweep_text or [arguments.guidance_text]
+    sweep_vision = arguments.sweep_vision or [arguments.guidance_vision]
+    drawn: dict[tuple[float, float], list[np.ndarray]] = {}
+    count = len(requests) * len(sweep_text) * len(sweep_vision)
+    with tqdm(total=count, unit="image", disable=not sys.stderr.isatty()) as bar:
+        for vision, text in itertools.product(sweep_vision, sweep_text):
+            guidance = sampler.Guidance(text, vision, arguments.rescale)
+            latents = generator.latents(params, wanted, noise, bar.update, guidance)
+            drawn[vision, text] = pictures.decode_all(decoder, latents)
+    if len(drawn) > 1:
+        _write_sweep(arguments, requests, drawn, sweep_text, sweep_vision)
+        return [image for images in drawn.values() for image in images]
+    (images,) = drawn.values()
     _write(arguments, requests, images, step)
     return images
+
+
+def _write_sweep(
+    arguments: argparse.Namespace,
+    requests: list[Request],
+    drawn: dict[tuple[float, float], list[np.ndarray]],
+    sweep_text: list[float],
+    sweep_vision: list[float],
+) -> None:
+    """A row for each request and vision scale, a column for each text scale."""
+    rows, titles = [], []
+    for number, request in enumerate(requests):
+        for vision in sweep_vision:
+            rows.append([drawn[vision, text][number] for text in sweep_text])
+            titles.append(f"vision {vision:g}, seed {request.seed}: {request.prompt}")
+    columns = [f"text {text:g}" for text in sweep_text]
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    pictures.grid(rows, row_titles=titles, column_titles=columns, cell=256).save(arguments.out)
+    print(
+        f"{arguments.out}  {len(requests)} pictures at {len(sweep_text)} x {len(sweep_vision)} guidance scales"
+    )
 
 
 def _write(

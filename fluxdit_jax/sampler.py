@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -11,6 +12,19 @@ from fluxdit_jax.flow import shift_time
 
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]  # (x, scalar t) -> dx/dt
 METHODS = ("euler", "heun", "kutta3")
+
+
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+    """Scales of `guide`. Both at 1 is the model itself and costs one network evaluation instead of three."""
+
+    text: float = 1.0
+    vision: float = 1.0
+    rescale: float = 0.0
+
+    @property
+    def plain(self) -> bool:
+        return self.text == 1.0 and self.vision == 1.0
 
 
 def time_grid(steps: int, shift: float) -> jax.Array:

@@ -1,0 +1,129 @@
+"""Exports a run's EMA: `python -m fluxdit_jax.export --workdir=RUN --out=DIR`.
+
+DIR gets `model.safetensors` (f32, names joined by dots), `config.json` (all that is needed to use it: network,
+time shift, latent statistics, encoders, sizes) and `README.md`, a model card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging as absl_logging
+from safetensors.numpy import save_file
+
+from fluxdit_jax.checkpoint import CheckpointError, restore_ema
+from fluxdit_jax.config import ConfigError, Settings, resolve
+from fluxdit_jax.records import DatasetError, Manifest
+from fluxdit_jax.run_directory import RunError, load_config, load_dataset
+
+
+def export(workdir: Path, out: Path, step: int | None = None) -> Path:
+    """Writes the EMA of `step` (None: the newest); returns the path of the weights."""
+    config, manifest = load_config(workdir), load_dataset(workdir)
+    settings = resolve(config, manifest)
+    step, ema = restore_ema(workdir, step)
+    tensors = flatten(ema)
+    out.mkdir(parents=True, exist_ok=True)
+    weights = out / "model.safetensors"
+    temporary = weights.with_suffix(".tmp")
+    save_file(tensors, temporary, metadata={"format": "fluxdit_jax", "ema_step": str(step)})
+    temporary.replace(weights)
+    description = describe(settings, manifest, step)
+    (out / "config.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    (out / "README.md").write_text(card(settings, manifest, step, tensors, workdir), encoding="utf-8")
+    return weights
+
+
+def flatten(tree: Any) -> dict[str, np.ndarray]:
+    """Nested dicts of arrays as {"blocks.mlp.down.kernel": array}, f32."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        ".".join(key.key for key in path): np.ascontiguousarray(leaf, np.float32) for path, leaf in leaves
+    }
+
+
+def describe(settings: Settings, manifest: Manifest, step: int) -> dict[str, Any]:
+    """What `config.json` says."""
+    encoders = {name: dataclasses.asdict(getattr(manifest, name)) for name in ("vae", "text", "vision")}
+    return {
+        "model": dataclasses.asdict(settings.model),
+        "flow": {
+            "shift": settings.flow.shift,
+            "prediction": "velocity",
+            "time": "1 is noise, 0 is the image",
+        },
+        "tokens": settings.tokens,
+        "text_tokens": settings.text_tokens,
+        "latent_mean": manifest.latent_mean,
+        "latent_std": manifest.latent_std,
+        "sizes": manifest.buckets,
+        "encoders": encoders,
+        "ema_step": step,
+    }
+
+
+def card(
+    settings: Settings, manifest: Manifest, step: int, tensors: dict[str, np.ndarray], workdir: Path
+) -> str:
+    """The model card, Markdown."""
+    m = settings.model
+    parameters = sum(tensor.size for tensor in tensors.values())
+    verdict = _verdict(workdir)
+    f = settings.flow
+    dropout = f"text {f.drop_text:g}, vision {f.drop_vision:g}, both {f.drop_both:g}"
+    return f"""---
+library_name: fluxdit_jax
+pipeline_tag: text-to-image
+tags: [diffusion, rectified-flow, dit]
+---
+
+# {workdir.name}
+
+A text-to-image diffusion transformer trained from scratch with fluxdit_jax.
+
+| | |
+|---|---|
+| weights | EMA of step {step:,}, float32 |
+| parameters | {parameters / 1e6:.1f} M: width {m.width}, depth {m.depth}, heads {m.heads}, patch {m.patch} |
+| trained on | {manifest.records("train"):,} images at {manifest.resolution} px |
+| VAE | `{manifest.vae.id}` (sha256 `{manifest.vae.sha256[:16]}`) |
+| text encoder | `{manifest.text.id}` (sha256 `{manifest.text.sha256[:16]}`) |
+| vision encoder | `{manifest.vision.id}` (sha256 `{manifest.vision.sha256[:16]}`) |
+| time shift | {settings.flow.shift:.3f} |
+| condition dropout | {dropout} |
+| validation | {verdict} |
+
+`config.json` holds the latent statistics and everything else that sampling needs. The licences and the content of the
+training images, which this card does not know, decide what the model may be used for.
+"""
+
+
+def _verdict(workdir: Path) -> str:
+    path = workdir / "validation" / "report.json"
+    if not path.exists():
+        return "not validated"
+    return "passed" if json.loads(path.read_text(encoding="utf-8"))["passed"] else "failed"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m fluxdit_jax.export", description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", type=Path, required=True, help="run directory of fluxdit_jax.train")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write")
+    parser.add_argument("--step", type=int, help="which EMA weights; default: the newest")
+    arguments = parser.parse_args()
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    try:
+        print(export(arguments.workdir, arguments.out, arguments.step))
+    except (RunError, CheckpointError, ConfigError, DatasetError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
