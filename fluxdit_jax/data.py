@@ -45,7 +45,18 @@ class RecordSource:
                     f"{file} has {file.stat().st_size} bytes, the manifest says {shard.bytes}: it is truncated or "
                     f"from another build. `python -m preprocess verify {directory}` tells what is damaged"
                 )
-            self._shards.append(grain.sources.ArrayRecordDataSource([str(file)]))
+            try:
+                opened = grain.sources.ArrayRecordDataSource([str(file)])
+            except Exception as error:  # ArrayRecord raises bare C++ errors without a file name
+                raise DatasetError(
+                    f"{file} cannot be opened: {str(error).splitlines()[0]}. "
+                    f"`python -m preprocess verify {directory}` tells what is damaged"
+                ) from error
+            if len(opened) != shard.records:
+                raise DatasetError(
+                    f"{file} holds {len(opened)} records, the manifest says {shard.records}: it is from another build"
+                )
+            self._shards.append(opened)
 
     def __len__(self) -> int:
         return self._starts[-1]

@@ -1,0 +1,282 @@
+"""Batches as a pure function of seed and position, and damage told by shard and row."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from training_helpers import (
+    CHANNELS,
+    TEXT_WIDTH,
+    UNEVEN_SIZES,
+    VISION_WIDTH,
+    make_record,
+    tree_equal,
+    write_dataset,
+    write_shard,
+)
+
+from fluxdit_jax.data import RecordSource, batches, collate, patchify, unpatchify
+from fluxdit_jax.records import BF16, DatasetError, encode_record, load_manifest
+
+pytest_plugins = ("training_fixtures",)
+
+TRAIN = 24
+
+
+@pytest.fixture(scope="module")
+def source(tiny_dataset):
+    return RecordSource(tiny_dataset, load_manifest(tiny_dataset), "train")
+
+
+def read(source, count, **changes):
+    """The first `count` micro-batches from a position."""
+    options = {
+        "seed": 3,
+        "start": 0,
+        "batch_size": 4,
+        "patch": 2,
+        "tokens": 4,
+        "text_tokens": 5,
+        "threads": 2,
+        "prefetch": 2,
+    }
+    return list(itertools.islice(batches(source, **(options | changes)), count))
+
+
+def whole(parts):
+    """Micro-batches joined into one, to compare runs that split them differently."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def identity(batch):
+    """Which record each row is, by its vision vector."""
+    return [row.tobytes() for row in batch["vision"]]
+
+
+# ------------------------------------------------------------------------------------------------ reading records
+
+
+def test_records_come_back_as_they_were_written(source):
+    assert len(source) == TRAIN
+    for index in (0, 11, 12, 23):
+        record, written = source[index], make_record(index, UNEVEN_SIZES[index % 3])
+        assert record.key == written.key and record.caption == written.caption
+        for name in ("latent", "text", "vision"):
+            assert getattr(record, name).tobytes() == getattr(written, name).tobytes()
+
+
+def test_splits_are_apart(tiny_dataset):
+    holdout = RecordSource(tiny_dataset, load_manifest(tiny_dataset), "holdout")
+    assert len(holdout) == 6
+    assert holdout[0].key == make_record(1000).key
+
+
+@pytest.mark.parametrize("index", [-1, TRAIN, 10**9])
+def test_an_index_outside_is_an_index_error(source, index):
+    with pytest.raises(IndexError, match=f"{index} of {TRAIN}"):
+        source[index]
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """A dataset of one's own, to damage: 10 records in 2 shards."""
+    return tmp_path / "d", write_dataset(tmp_path / "d", train=10, holdout=0)
+
+
+def test_an_empty_split_is_refused(dataset):
+    directory, manifest = dataset
+    with pytest.raises(DatasetError, match="split 'holdout' has no records"):
+        RecordSource(directory, manifest, "holdout")
+
+
+def test_a_missing_shard_is_named(dataset):
+    directory, manifest = dataset
+    lost = directory / manifest.shards["train"][1].file
+    lost.unlink()
+    with pytest.raises(DatasetError, match=f"{lost} is missing.*5 records"):
+        RecordSource(directory, manifest, "train")
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-100], lambda data: data + b"x", lambda data: b""])
+def test_a_shard_of_another_length_is_named(dataset, change):
+    directory, manifest = dataset
+    path = directory / manifest.shards["train"][0].file
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(DatasetError) as refusal:
+        RecordSource(directory, manifest, "train")
+    for word in (str(path), str(path.stat().st_size), "truncated", "python -m preprocess verify"):
+        assert word in str(refusal.value)
+
+
+def test_a_shard_with_another_number_of_records_is_named(dataset):
+    directory, manifest = dataset
+    first, second = manifest.shards["train"]
+    wrong = dataclasses.replace(
+        manifest, shards={"train": (dataclasses.replace(first, records=4), second), "holdout": ()}
+    )
+    with pytest.raises(DatasetError) as refusal:
+        RecordSource(directory, wrong, "train")
+    assert first.file in str(refusal.value) and "5 records" in str(refusal.value)
+
+
+def test_a_shard_that_is_no_array_record_is_named(dataset):
+    directory, manifest = dataset
+    path = directory / manifest.shards["train"][0].file
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(DatasetError, match=path.name):
+        source = RecordSource(directory, manifest, "train")
+        source[0]
+
+
+def test_a_damaged_record_is_named_by_shard_and_row_and_the_others_still_read(dataset):
+    directory, manifest = dataset
+    path = directory / manifest.shards["train"][1].file
+    data = bytearray(path.read_bytes())
+    at = bytes(data).index(make_record(7, UNEVEN_SIZES[7 % 3]).vision.tobytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+    source = RecordSource(directory, manifest, "train")
+    with pytest.raises(DatasetError) as refusal:
+        source[7]
+    assert f"{path} row 2 (record 7)" in str(refusal.value)
+    assert source[6].key == make_record(6).key and source[8].key == make_record(8).key
+
+
+def test_a_record_of_another_text_width_is_named(dataset):
+    directory, manifest = dataset
+    other = dataclasses.replace(manifest, text=dataclasses.replace(manifest.text, width=TEXT_WIDTH + 3))
+    with pytest.raises(DatasetError, match=r"row 0 \(record 0\).*width 11"):
+        RecordSource(directory, other, "train")[0]
+
+
+def test_damage_reaches_the_loop_as_a_dataset_error(dataset):
+    directory, manifest = dataset
+    path = directory / manifest.shards["train"][0].file
+    write_shard(path, [b"rubbish"] + [encode_record(make_record(i)) for i in range(1, 5)])
+    shard = dataclasses.replace(manifest.shards["train"][0], bytes=path.stat().st_size)
+    manifest = dataclasses.replace(manifest, shards={"train": (shard, manifest.shards["train"][1])})
+    with pytest.raises(DatasetError, match=f"{path.name} row 0"):
+        read(RecordSource(directory, manifest, "train"), 3)
+
+
+# ------------------------------------------------------------------------------------------------ order
+
+
+def test_every_record_once_an_epoch_and_another_order_in_the_next(source):
+    epochs = [whole(read(source, 6, start=TRAIN * epoch)) for epoch in range(3)]
+    names = {make_record(i).vision.tobytes() for i in range(TRAIN)}
+    orders = [identity(epoch) for epoch in epochs]
+    for order in orders:
+        assert len(order) == TRAIN and set(order) == names
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    assert identity(whole(read(source, 6, seed=4))) != orders[0]
+    assert orders[0] != [make_record(i).vision.tobytes() for i in range(TRAIN)]
+
+
+def test_batches_cross_the_end_of_an_epoch_without_a_remainder(source):
+    order = identity(whole(read(source, 10, batch_size=5)))
+    assert len(set(order[:TRAIN])) == TRAIN and len(set(order[TRAIN : 2 * TRAIN])) == TRAIN
+
+
+def test_the_index_is_the_position_in_the_run(source):
+    batch = whole(read(source, 3, start=40))
+    assert batch["index"].dtype == np.uint32
+    assert batch["index"].tolist() == list(range(40, 52))
+
+
+@pytest.mark.parametrize(("threads", "prefetch"), [(1, 1), (3, 8)])
+def test_batches_do_not_depend_on_threads_and_prefetch(source, threads, prefetch):
+    for a, b in zip(read(source, 9), read(source, 9, threads=threads, prefetch=prefetch), strict=True):
+        assert tree_equal(a, b)
+
+
+def test_batches_do_not_depend_on_the_split(source):
+    big = whole(read(source, 2, batch_size=12))
+    for size in (1, 3, 4, 6):
+        assert tree_equal(whole(read(source, 24 // size, batch_size=size)), big)
+
+
+@pytest.mark.parametrize("start", [0, 1, 7, 24, 100, 10**6])
+def test_resuming_anywhere_gives_the_same_samples(source, start):
+    from_before = whole(read(source, 3, start=max(0, start - 5), batch_size=5))
+    skipped = start - max(0, start - 5)
+    resumed = whole(read(source, 2, start=start, batch_size=5))
+    for name, array in resumed.items():
+        assert array.tobytes() == from_before[name][skipped : skipped + 10].tobytes(), name
+
+
+def test_processes_read_disjoint_parts_of_the_same_batch(source):
+    together = read(source, 4, batch_size=6)
+    parts = [read(source, 4, batch_size=6, process=process, processes=3) for process in range(3)]
+    for number, batch in enumerate(together):
+        assert tree_equal(whole([part[number] for part in parts]), batch)
+
+
+def test_a_batch_is_fresh_memory(source):
+    stream = batches(
+        source, seed=0, start=0, batch_size=4, patch=2, tokens=4, text_tokens=5, threads=1, prefetch=1
+    )
+    first, second = next(stream), next(stream)
+    for name in first:
+        assert not np.shares_memory(first[name], second[name])
+        assert first[name].flags.writeable, name
+
+
+# ------------------------------------------------------------------------------------------------ patches and padding
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
+@settings(max_examples=50, deadline=None)
+def test_unpatchify_is_the_inverse_of_patchify(rows, columns, channels, patch):
+    latent = np.arange(channels * rows * columns * patch**2, dtype=np.float32)
+    latent = latent.reshape(channels, rows * patch, columns * patch)
+    tokens = patchify(latent, patch)
+    assert tokens.shape == (rows * columns, patch**2 * channels)
+    padded = np.concatenate([tokens, np.full((3, tokens.shape[1]), -1, np.float32)])
+    np.testing.assert_array_equal(unpatchify(padded, (rows, columns), patch), latent)
+
+
+def test_the_layout_of_a_patch():
+    latent = np.arange(2 * 4 * 6).reshape(2, 4, 6)
+    tokens = patchify(latent, 2)
+    for token in range(6):
+        row, column = divmod(token, 3)
+        expected = [
+            latent[c, 2 * row + y, 2 * column + x] for y in range(2) for x in range(2) for c in range(2)
+        ]
+        assert tokens[token].tolist() == expected
+
+
+def test_collate_pads_with_zeros_and_cuts_the_text():
+    records = [make_record(i, UNEVEN_SIZES[i % 3]) for i in range(5)]  # texts of 1, 2, 3, 4, 5 tokens
+    batch = collate(records, [7, 8, 9, 10, 11], patch=2, tokens=6, text_tokens=3)
+    assert {name: (array.dtype, array.shape) for name, array in batch.items()} == {
+        "latent": (BF16, (5, 6, 4 * CHANNELS)),
+        "grid": (np.int32, (5, 2)),
+        "text": (BF16, (5, 3, TEXT_WIDTH)),
+        "text_length": (np.int32, (5,)),
+        "vision": (np.float32, (5, VISION_WIDTH)),
+        "index": (np.uint32, (5,)),
+    }
+    assert batch["text_length"].tolist() == [1, 2, 3, 3, 3]
+    assert batch["grid"].tolist() == [[2, 2], [1, 3], [3, 1], [2, 2], [1, 3]]
+    for row, record in enumerate(records):
+        count = int(batch["grid"][row].prod())
+        np.testing.assert_array_equal(batch["latent"][row, :count], patchify(record.latent, 2))
+        assert not batch["latent"][row, count:].any()
+        length = batch["text_length"][row]
+        np.testing.assert_array_equal(batch["text"][row, :length], record.text[:length])
+        assert not batch["text"][row, length:].any()
+
+
+@pytest.mark.parametrize(("size", "tokens"), [((3, 4), 4), ((4, 3), 4), ((4, 6), 4)])
+def test_a_latent_that_does_not_fit_is_named(size, tokens):
+    with pytest.raises(DatasetError) as refusal:
+        collate([make_record(3, size)], [0], patch=2, tokens=tokens, text_tokens=4)
+    for word in ("image_003.png", f"{size[0]}x{size[1]}", "side 2"):
+        assert word in str(refusal.value)
