@@ -4,8 +4,10 @@
     old tensors, batches ──► read, decode, ──────► T5, VAE, DINO ─────────────► shard, checksum,
     of the next units        resize, hash          (the device never waits)      statistics, rows
 
-What a batch contains is settled before anything is decoded, from the unit alone. So a unit that is made again
-after a kill goes through the same batches and comes out the same.
+What a batch contains is settled before anything is decoded, from the unit and from what was there before. So a
+unit that is made again after a kill goes through the same batches and comes out the same, byte by byte. A unit
+that grew by one image encodes that image in a batch of its own: torch may round its last bits otherwise than a
+build from nothing, where it has company (the built-in encoders do not).
 """
 
 from __future__ import annotations

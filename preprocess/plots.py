@@ -19,6 +19,7 @@ from preprocess.publish import load_options
 from preprocess.scan import Place
 
 matplotlib.use("agg")
+_RATIOS = ((1, 4), (1, 3), (1, 2), (2, 3), (1, 1), (3, 2), (2, 1), (3, 1), (4, 1))
 
 
 def draw_latents(sample: list[Record], manifest: Manifest, path: Path) -> None:
@@ -66,12 +67,8 @@ def draw_aspects(aspects: np.ndarray, counts: dict[buckets.Size, int], path: Pat
     left.hist(np.log(aspects), bins=np.linspace(-reach, reach, 81), color="#4878a8")
     for height, width in table:
         left.axvline(np.log(width / height), color="#d06030", linewidth=0.6, alpha=0.7)
-    ticks = [
-        t
-        for t in (0.25, 1 / 3, 0.5, 2 / 3, 0.75, 1, 4 / 3, 1.5, 16 / 9, 2, 3, 4)
-        if abs(np.log(t)) <= reach + 0.01
-    ]
-    left.set_xticks(np.log(ticks), [f"{t:.2f}".rstrip("0").rstrip(".") for t in ticks], fontsize=8)
+    ticks = [(w, h) for w, h in _RATIOS if abs(np.log(w / h)) <= reach + 0.01]
+    left.set_xticks([np.log(w / h) for w, h in ticks], [f"{w}:{h}" for w, h in ticks], fontsize=8)
     left.set_xlabel("aspect ratio of the source (width / height); lines are buckets")
     left.set_ylabel("images")
     shown = [(size, count) for size, count in counts.items() if count]

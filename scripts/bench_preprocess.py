@@ -40,13 +40,13 @@ SIZES = (
 def draw(folder: Path, count: int) -> None:
     """Photograph-like JPEGs: smooth colour with fine texture, about 0.2 to 0.8 MB."""
     folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    texture = rng.normal(0, 12, (2048, 2048, 1)).astype(np.float32)
+    texture = np.random.default_rng(0).normal(0, 12, (2048, 2048, 1)).astype(np.float32)
     for number in range(count):
         path = folder / f"{number // 1000:03}" / f"{number:06}.jpg"
         if path.exists():
             continue
         path.parent.mkdir(exist_ok=True)
+        rng = np.random.default_rng(number)
         height, width = SIZES[number % len(SIZES)]
         coarse = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8)).resize(
             (width, height), Image.BICUBIC
