@@ -1,6 +1,10 @@
 """Production (part C): a 526 M DiT at 1024 px on one 24 GB card.
 
-    python -m fluxdit_jax.train --config=configs/prod.py --config.data.path=DATASET --config.workdir=runs/prod
+    python -m fluxdit_jax.train --config=configs/prod.py --config.data.path=DATASET --config.workdir=runs/prod \
+        --config.gate.report=runs/gate/validation/report.json
+
+It does not start without a passing report of the gate (configs/nano.py, fluxdit_jax.validate) on data of the
+same encoders; --config.gate.required=False starts it all the same.
 
 Width 1152, depth 24, 18 heads of 64, patch 2: 4,096 tokens at 1024 px. bfloat16 network, f32 masters,
 moments, accumulator and EMA: 10.5 GB of state, about 5.4 GB of temporaries of the optimizer, and with block
@@ -30,6 +34,7 @@ def get_config():
     c.checkpoint.minutes = 30.0
     c.checkpoint.ema_every = 5000
     c.health.action = "warn"
+    c.gate.required = True
     c.log.every = 10
     c.log.preview_every = 500
     return c

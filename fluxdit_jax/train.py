@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app
+from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
@@ -366,6 +366,16 @@ def main(argv: list[str]) -> None:
     sys.exit(code)
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's flag parsing, with one line instead of a traceback for an unknown key or a wrong type."""
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, LookupError, AttributeError, TypeError, ValueError, OSError, SyntaxError) as error:
+        words = str(error).replace("\\n", ". ").replace("\\", "").replace("'", "")
+        unknown = "no such key: " if isinstance(error, (LookupError, AttributeError)) else ""
+        sys.exit(f"error in the flags or the configuration file: {unknown}{' '.join(words.split())}")
+
+
 if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=True)
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)
