@@ -1,0 +1,337 @@
+"""One micro-batch through the real step: loss, accumulation, skipping, precision, EMA."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from training_helpers import (
+    CHANNELS,
+    UNEVEN_SIZES,
+    lively,
+    make_batch,
+    make_record,
+    tiny_flow,
+    tiny_model,
+    tiny_optimizer,
+    tree_equal,
+)
+
+from fluxdit_jax import data, flow, model
+from fluxdit_jax.optimizer import build_optimizer, ema_decay, path_name
+from fluxdit_jax.state import create_state
+from fluxdit_jax.train_step import make_train_step, normalize_latents, patch_statistics, valid_tokens
+
+pytest_plugins = ("training_fixtures",)
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+MEAN, STD = (0.5, -1.0, 0.0, 2.0), (2.0, 1.0, 0.5, 3.0)
+DROPS = {"drop_text": 0.2, "drop_vision": 0.2, "drop_both": 0.1}
+
+
+def programs(
+    accumulate=1, effective=4, dtype="float32", warmup=0, lr=1e-3, eps=1e-3, name="adamw", **flow_changes
+):
+    """(a fresh state, the jitted step) of the tiny network, at an EMA target of 0.9999."""
+    changes = tuple(sorted((DROPS | flow_changes).items()))
+    return _programs(accumulate, effective, dtype, warmup, lr, eps, name, changes)
+
+
+@functools.cache
+def _programs(accumulate, effective, dtype, warmup, lr, eps, name, flow_changes):
+    optimizer = build_optimizer(
+        tiny_optimizer(
+            name=name,
+            accumulate=accumulate,
+            lr=lr,
+            adam_lr=lr,
+            warmup_steps=warmup,
+            eps=eps,
+            weight_decay=0.01,
+        )
+    )
+    config = tiny_model(dtype=dtype)
+    graph, shapes = model.build(config)
+    step = make_train_step(
+        graph,
+        dtype,
+        optimizer,
+        tiny_flow(stratified=True, **dict(flow_changes)),
+        patch_statistics(MEAN, STD, 2),
+        seed=0,
+        effective_batch=effective,
+        ema_target=0.9999,
+    )
+    return create_state(lively(shapes, scale=0.2), optimizer), jax.jit(step)
+
+
+def poisoned(batch, value=np.nan):
+    """The micro-batch with one bad number in its first latent."""
+    latent = batch["latent"].copy()
+    latent[0, 0, 0] = value
+    return batch | {"latent": latent}
+
+
+def at_step(state, step):
+    """The state as if `step` optimizer steps had been made."""
+    return state._replace(opt_state=state.opt_state._replace(gradient_step=jnp.asarray(step, jnp.int32)))
+
+
+# ------------------------------------------------------------------------------------------------ the batch
+
+
+def test_statistics_are_laid_out_as_patches_are():
+    record = make_record(0, (4, 6))
+    mean_P, std_P = patch_statistics(MEAN, STD, 2)
+    assert mean_P.dtype == std_P.dtype == np.float32
+    latent = record.latent.astype(np.float32)
+    normalised = (latent - np.reshape(MEAN, (4, 1, 1))) / np.reshape(STD, (4, 1, 1))
+    tokens = (data.patchify(latent, 2) - mean_P) / std_P
+    np.testing.assert_allclose(tokens, data.patchify(normalised.astype(np.float32), 2), rtol=1e-6)
+
+
+def test_normalised_latents_are_zero_at_padding_whatever_stands_there():
+    batch = make_batch(size=3)
+    x0, valid = normalize_latents(batch, *patch_statistics(MEAN, STD, 2))
+    assert x0.dtype == jnp.float32
+    assert valid.sum(axis=1).tolist() == [h * w // 4 for h, w in UNEVEN_SIZES]
+    assert not np.asarray(x0)[~np.asarray(valid)].any()
+    batch["latent"][~np.asarray(valid)] = np.nan
+    np.testing.assert_array_equal(normalize_latents(batch, *patch_statistics(MEAN, STD, 2))[0], x0)
+    np.testing.assert_array_equal(valid_tokens(batch["grid"], 6)[:, :4], valid)
+
+
+def test_what_stands_in_padding_does_not_change_the_step():
+    state, step = programs()
+    batch = make_batch()
+    after = step(state, batch)
+    garbage = {name: array.copy() for name, array in batch.items()}
+    garbage["latent"][~np.asarray(valid_tokens(batch["grid"], 4))] = 99
+    for row, length in enumerate(batch["text_length"]):
+        garbage["text"][row, length:] = 7
+    assert not tree_equal(garbage, batch)
+    assert tree_equal(step(state, garbage), after)
+
+
+def test_the_loss_in_closed_form():
+    """A network that predicts zero has the loss mean((noise - x0)²), over each sample's own tokens."""
+    state, step = programs()
+    params = state.params | {"out": jax.tree.map(jnp.zeros_like, state.params["out"])}
+    batch = make_batch(size=4)
+    _, metrics = step(state._replace(params=params), batch)
+    noise = np.asarray(flow.draw_noise(0, batch["index"], (4, 4 * CHANNELS)))
+    losses = []
+    for row, (h, w) in enumerate(batch["grid"]):
+        record = make_record(row, UNEVEN_SIZES[row % 3]).latent.astype(np.float32)
+        x0 = data.patchify((record - np.reshape(MEAN, (4, 1, 1))) / np.reshape(STD, (4, 1, 1)), 2)
+        losses.append(np.mean((noise[row, : h * w] - x0) ** 2))
+    np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
+    np.testing.assert_allclose(metrics["target_rms"], np.sqrt(np.mean(losses)), rtol=1e-5)
+    assert metrics["prediction_rms"] == 0
+    assert metrics["tokens"] == batch["grid"].prod(axis=1).sum()
+    np.testing.assert_allclose(np.sum(metrics["bin_loss"]), np.sum(losses), rtol=1e-5)
+    assert np.sum(metrics["bin_count"]) == 4
+    t = np.asarray(flow.draw_time(tiny_flow(stratified=True), 0, batch["index"], 4))
+    counts = np.bincount((t * flow.TIME_BINS).astype(int), minlength=flow.TIME_BINS)
+    np.testing.assert_array_equal(metrics["bin_count"], counts)
+
+
+@pytest.mark.parametrize("what", ["text", "vision"])
+def test_dropped_conditions_are_not_seen_by_the_step(what):
+    state, step = programs(drop_text=0.0, drop_vision=0.0, drop_both=1.0)
+    other = make_batch(seed=9)
+    batch = make_batch()
+    changed = batch | {what: other[what]}
+    assert tree_equal(step(state, changed), step(state, batch))
+    state, step = programs()
+    assert not tree_equal(step(state, changed)[0].params, step(state, batch)[0].params)
+
+
+# ------------------------------------------------------------------------------------------------ accumulation
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_micro_batches_equal_the_big_batch(name):
+    """Two optimizer steps of 12 samples, as 1 x 12 and as 3 x 4."""
+    results = []
+    for size in (12, 4):
+        state, step = programs(accumulate=12 // size, effective=12, name=name)
+        losses = []
+        for first in range(0, 24, size):
+            state, metrics = step(state, make_batch(size=size, first_index=first))
+            losses.append(float(metrics["loss"]))
+        assert int(state.step) == 2
+        results.append((state, np.reshape(losses, (2, -1)).mean(axis=1), metrics))
+    (big, big_loss, big_metrics), (small, small_loss, small_metrics) = results
+    np.testing.assert_allclose(small_loss, big_loss, rtol=1e-5)
+    np.testing.assert_allclose(small_metrics["grad_norm"], big_metrics["grad_norm"], rtol=1e-4)
+    start = programs(accumulate=1, effective=12, name=name)[0].params
+    for path, (a, b, c) in jax.tree_util.tree_leaves_with_path(
+        jax.tree.map(lambda a, b, c: (a, b, c), small.params, big.params, start),
+        is_leaf=lambda x: isinstance(x, tuple),
+    ):
+        moved = np.abs(b - c).max()
+        assert moved > 0, path_name(path)
+        np.testing.assert_allclose(a, b, rtol=0, atol=0.02 * moved, err_msg=path_name(path))
+    assert np.abs(np.asarray(small.ema["out"]["kernel"]) - big.ema["out"]["kernel"]).max() < 1e-5
+
+
+def test_between_micro_batches_nothing_moves_but_the_accumulator():
+    state, step = programs(accumulate=3, effective=12)
+    for number in range(2):
+        after, metrics = step(state, make_batch(first_index=4 * number))
+        assert tree_equal(after.params, state.params) and tree_equal(after.ema, state.ema)
+        assert tree_equal(after.opt_state.inner_opt_state, state.opt_state.inner_opt_state)
+        assert not tree_equal(after.opt_state.acc_grads, state.opt_state.acc_grads)
+        assert (int(metrics["step"]), int(metrics["mini_step"])) == (0, number + 1)
+        state = after
+    after, metrics = step(state, make_batch(first_index=8))
+    assert (int(metrics["step"]), int(metrics["mini_step"])) == (1, 0)
+    assert not tree_equal(after.params, state.params) and not tree_equal(after.ema, state.ema)
+
+
+def test_the_schedule_counts_optimizer_steps():
+    """In a warm-up of 4 steps the first update is a quarter of the rate, whatever the micro-batches."""
+    state, step = programs(accumulate=3, effective=12, warmup=4, eps=1e-8)
+    for expected in (0.25e-3, 0.5e-3):
+        before = state.params
+        for number in range(3):
+            state, _ = step(state, make_batch(first_index=4 * number))
+        moved = max(
+            np.abs(a - b).max() for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(before))
+        )
+        np.testing.assert_allclose(moved, expected, rtol=0.05)
+
+
+# ------------------------------------------------------------------------------------------------ skipping
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38], ids=["nan", "inf", "overflow"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_non_finite_micro_batch_leaves_no_trace(accumulate, value):
+    state, step = programs(accumulate=accumulate, effective=4 * accumulate)
+    good = [make_batch(first_index=4 * i) for i in range(3)]
+    clean, dirty = state, state
+    for batch in good:
+        clean, _ = step(clean, batch)
+    for number, batch in enumerate(good):
+        dirty, metrics = step(dirty, batch)
+        assert not metrics["skipped"]
+        before = dirty
+        dirty, metrics = step(dirty, poisoned(make_batch(first_index=50 + 4 * number), value))
+        assert metrics["skipped"] and int(dirty.skipped) == number + 1
+        assert tree_equal(dirty._replace(skipped=before.skipped), before)
+        assert int(metrics["step"]) == int(before.step)
+        for name in ("grad_norm", "update_norm", "param_norm", "ema_distance"):
+            assert np.isfinite(metrics[name]), name
+    assert tree_equal(dirty._replace(skipped=clean.skipped), clean)
+    assert int(clean.skipped) == 0 and int(clean.step) == 3 // accumulate
+
+
+def test_a_non_finite_weight_is_not_hidden():
+    """The step cannot mend broken weights, and must not pretend to: every micro-batch is counted as skipped."""
+    state, step = programs()
+    broken = jnp.asarray(state.params["patch_embed"]["bias"]).at[0].set(jnp.nan)
+    patch_embed = state.params["patch_embed"] | {"bias": broken}
+    state = state._replace(params=state.params | {"patch_embed": patch_embed})
+    for count in (1, 2):
+        state, metrics = step(state, make_batch())
+        assert metrics["skipped"] and int(state.skipped) == count and int(state.step) == 0
+
+
+# ------------------------------------------------------------------------------------------------ precision
+
+
+def test_small_updates_move_the_f32_masters_of_a_bf16_network():
+    state, step = programs(dtype="bfloat16", lr=1e-6, eps=1e-8)
+    first = state
+    for number in range(20):
+        state, _ = step(state, make_batch(first_index=4 * number))
+    for path, (a, b) in jax.tree_util.tree_leaves_with_path(
+        jax.tree.map(lambda a, b: (a, b), state.params, first.params), is_leaf=lambda x: isinstance(x, tuple)
+    ):
+        assert a.dtype == jnp.float32
+        moved = np.abs(np.asarray(a, np.float64) - b)
+        assert np.median(moved[np.abs(b) > 1e-4]) > 2e-6, path_name(path)
+        as_bf16 = [np.asarray(x).astype(ml_dtypes.bfloat16) for x in (a, b)]
+        large = np.abs(b) > 0.1  # half a unit in the last place of bf16 is 2e-4 there
+        assert np.mean(as_bf16[0][large] == as_bf16[1][large]) > 0.9, path_name(path)
+    for leaf in jax.tree.leaves(state):
+        assert leaf.dtype in (jnp.float32, jnp.int32)
+
+
+def test_the_network_really_runs_in_bf16():
+    state, step = programs(dtype="bfloat16")
+    text = str(jax.make_jaxpr(step)(state, make_batch()))
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    narrow = [
+        line for line in products if "bf16[" in line.split("=")[0] or "preferred_element_type=bf" in line
+    ]
+    assert len(narrow) > 20
+
+
+# ------------------------------------------------------------------------------------------------ EMA
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_ema_moves_once_per_real_step_by_its_closed_form(accumulate):
+    """At step 10⁶ the decay is 0.9999; skipped and partial micro-batches do not move it."""
+    state, step = programs(accumulate=accumulate, effective=4 * accumulate)
+    state = at_step(state, 10**6)
+    state = state._replace(ema=lively(state.params, seed=5))
+    for _ in range(2):
+        for number in range(accumulate):
+            before = state
+            state, _ = step(state, poisoned(make_batch()))
+            assert tree_equal(state.ema, before.ema)
+            state, _ = step(state, make_batch(first_index=4 * number))
+            assert tree_equal(state.ema, before.ema) == (number < accumulate - 1)
+        for old, new, param in zip(
+            jax.tree.leaves(before.ema), jax.tree.leaves(state.ema), jax.tree.leaves(state.params)
+        ):
+            expected = np.asarray(old, np.float64) + 1e-4 * (np.asarray(param, np.float64) - old)
+            np.testing.assert_allclose(new, expected, rtol=0, atol=1.2e-7 * max(1, np.abs(old).max()))
+            assert np.mean(np.asarray(new) != old) > 0.9  # a bf16 EMA would not move at all
+
+
+def test_the_ema_warms_up():
+    state, step = programs()
+    ema = state.ema
+    for number in range(3):
+        state, metrics = step(state, make_batch(first_index=4 * number))
+        decay = (1 + number) / (10 + number)
+        assert np.isclose(ema_decay(jnp.asarray(number), 0.9999), decay)
+        ema = jax.tree.map(
+            lambda old, new, d=decay: d * np.asarray(old, np.float64) + (1 - d) * new, ema, state.params
+        )
+        for a, b in zip(jax.tree.leaves(ema), jax.tree.leaves(state.ema)):
+            np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6)
+        distance = np.sqrt(
+            sum(
+                np.sum((np.asarray(a, np.float64) - b) ** 2)
+                for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(state.ema))
+            )
+        )
+        np.testing.assert_allclose(metrics["ema_distance"], distance, rtol=1e-4)
+
+
+def test_a_new_state_shares_no_memory():
+    optimizer = build_optimizer(tiny_optimizer())
+    params = {"a": {"kernel": jnp.ones((4, 4))}}
+    state = create_state(params, optimizer)
+    assert state.ema["a"]["kernel"] is not params["a"]["kernel"]
+    donated = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)(state)
+    np.testing.assert_array_equal(donated.ema["a"]["kernel"], 2.0)
+    assert int(create_state({"a": {"kernel": jnp.ones((2, 2))}}, optimizer).step) == 0
+
+
+def test_the_step_is_a_pure_function():
+    state, step = programs()
+    batch = make_batch()
+    assert tree_equal(step(state, batch), step(state, batch))
+    moved = batch | {"index": batch["index"] + 4}
+    assert not tree_equal(step(state, moved)[0].params, step(state, batch)[0].params)
