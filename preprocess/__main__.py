@@ -1,4 +1,4 @@
-"""`python -m preprocess build | inspect | verify | export | demo`: thin; the work is in the module of that name."""
+"""`python -m preprocess build | inspect | verify | export | demo | subset`: thin; each in its own module."""
 
 from __future__ import annotations
 
@@ -89,6 +89,16 @@ def _demo(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _subset(parsed: argparse.Namespace) -> int:
+    from preprocess.candidates import SubsetOptions
+    from preprocess.subset import subset
+
+    names = {field.name for field in dataclasses.fields(SubsetOptions)}
+    values = {name: value for name, value in vars(parsed).items() if name in names}
+    subset(SubsetOptions(**(values | {"edit": tuple(parsed.edit)})))
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m preprocess", description="Turns images with captions into an encoded dataset."
@@ -118,7 +128,37 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="draw the demonstration pictures with their captions")
     demo.add_argument("--output", required=True, help="folder to write them to")
     demo.set_defaults(run=_demo)
+    _add_subset(
+        commands.add_parser("subset", help="choose the pictures that the gate overfits", description=_SUBSET)
+    )
     return parser
+
+
+_SUBSET = (
+    "Chooses pictures for the gate's run: different poses, one light as far as there are enough of it, no picture "
+    "twice, captions in pairs that the gate's edit turns into each other. Writes them as a folder to build from."
+)
+
+
+def _add_subset(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--input", required=True, help="a dataset made by build, or a folder of images with captions")
+    add("--output", required=True, help="the new folder of PNG files with .json captions")
+    add("--count", type=int, default=100, help="pictures to choose (default: 100)")
+    add("--resolution", type=int, default=512, help="side of the square with the pixel budget (default: 512)")
+    add("--square", action="store_true", help="resize to exactly RESOLUTION x RESOLUTION, without cropping")
+    add("--images", default="", help="where the dataset's pictures are, if they have moved")
+    add("--text-encoder", default="builtin:hash", help="for a folder: id, directory (default: builtin:hash)")
+    add("--vision-encoder", default="builtin:tone", help="for a folder: id, directory (default: builtin:tone)")
+    add("--edit", action="append", default=[], metavar="OLD=>NEW:DIRECTION", help="as validate will be given it")
+    add("--light-share", type=float, default=0.25, help="part of the candidates that counts as one light: lower is "
+        "more alike in light, 1 is any light (default: 0.25; never less than 1.25 times --count)")  # fmt: skip
+    add("--candidates", type=int, default=4000, help="look at this many pictures at most (default: 4000)")
+    add("--allow-fewer", action="store_true", help="take what there is if it is less than --count")
+    add("--caption-field", default="", help="for a folder: field looked for before 'caption' and 'text'")
+    add("--device", default="auto", help="for the encoders: auto, cpu, cuda, mps (default: auto)")
+    add("--workers", type=int, default=0, help="threads that decode images (default: one a core)")
+    parser.set_defaults(run=_subset)
 
 
 _BUILD = (

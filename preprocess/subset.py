@@ -1,0 +1,399 @@
+"""`python -m preprocess subset`: the pictures that the gate's run learns by heart, as a folder to build from.
+
+The new folder is made beside the old one and takes its place when it is whole. What was chosen and why is in
+`OUTPUT/.subset`, which `build` does not look into.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import json
+import shlex
+import shutil
+import textwrap
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from fluxdit_jax import records
+from preprocess import PreprocessError, captions
+from preprocess.buckets import distortion, enlargement
+from preprocess.candidates import Pool, SubsetOptions, gather, read_pixels
+from preprocess.choice import Choice, choose, distinct, figures
+from preprocess.images import Rejected
+from preprocess.journal import Journal
+from preprocess.lock import locked
+from preprocess.plan import Item
+from preprocess.scan import Found
+from preprocess.units import disk_errors, replacing, sync_folder
+
+ABOUT = ".subset/subset.json"
+SHEET = ".subset/subset.png"
+_BENT, _ENLARGED = 1.5, 1.5  # from where on it is worth a warning
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What `subset` did: `about` is what `subset.json` says, `changed` is False if all of it was there already."""
+
+    output: Path
+    about: dict[str, Any]
+    changed: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chosen:
+    """A picture of the set: its new name below the output, and why it is in it."""
+
+    item: Item
+    name: str
+    why: str
+
+
+def subset(options: SubsetOptions) -> Result:
+    """Chooses a set and writes it as a folder of PNG files with `.json` captions.
+
+    The same input gives the same bytes. An interrupted run leaves the output as it was; vectors that a real
+    encoder had made are kept beside it and used by the next run.
+
+    Raises:
+      PreprocessError: an option is impossible, there are fewer candidates than pictures wanted, the output
+        holds something else, or an input or the disk does not allow it.
+      DatasetError: the dataset is damaged as a whole.
+    """
+    options = options.checked()
+    output = Path(options.output).expanduser().resolve()
+    source = Path(options.input).expanduser().resolve()
+    if source.is_relative_to(output):
+        raise PreprocessError(f"--output {options.output} must not be the input or a folder that holds it")
+    journal = Journal(None)
+    staging = output.parent / f".{output.name}.subset"
+    with disk_errors(output):
+        (staging / "work").mkdir(parents=True, exist_ok=True)
+    with locked(staging / "work" / "lock"), disk_errors(output):
+        if (staging / "old").exists() and not output.exists():  # killed between the two renames
+            (staging / "old").rename(output)
+        _check_output(output)
+        for name in ("next", "old"):
+            shutil.rmtree(staging / name, ignore_errors=True)
+        pool = gather(options, staging / "work", journal)
+        if Path(pool.build.input).resolve().is_relative_to(output):
+            raise PreprocessError(
+                f"--output {options.output} must not hold the pictures that it is made from"
+            )
+        chosen, choice, about = _choose(options, pool)
+        about["files"] = _write(staging / "next", options, pool, chosen, about, journal)
+        text = json.dumps(about, indent=1) + "\n"
+        (staging / "next" / ABOUT).write_text(text, encoding="utf-8")
+        changed = _put(output, staging, text)
+        shutil.rmtree(staging, ignore_errors=True)
+    _tell(options, pool, choice, Result(output, about, changed), journal)
+    return Result(output, about, changed)
+
+
+# --------------------------------------------------------------------------------------------------- choosing
+
+
+def _choose(options: SubsetOptions, pool: Pool) -> tuple[list[_Chosen], Choice, dict[str, Any]]:
+    rules = options.rules()
+    kept, instead, copies = distinct(pool.features, rules)
+    features, items = pool.features.at(kept), [pool.items[row] for row in kept]
+    count = min(options.count, len(kept))
+    if count < options.count and (not options.allow_fewer or count < 2):
+        counts = collections.Counter(reject.reason for reject in pool.left_out)
+        reasons = [f"{copies} copies byte by byte", f"{len(instead) - copies} that look like another"]
+        reasons += [f"{number} {reason}" for reason, number in sorted(counts.items())]
+        raise PreprocessError(
+            f"--count {options.count}: there are {len(kept)} candidates among {pool.total:,} pictures (left out: "
+            f"{', '.join(reasons)}); give --count {len(kept)} or less, or --allow-fewer"
+        )
+    choice = choose(features, count, rules, options.light_share)
+    any_light = choose(features, count, rules, 1.0)
+
+    names = _names([items[row].key for row in choice.rows])
+    partners = {
+        **{c.old: (c.new, c.twins) for c in choice.couples},
+        **{c.new: (c.old, c.twins) for c in choice.couples},
+    }
+    chosen = []
+    for row, name, far in zip(choice.rows, names, choice.distances):
+        why = "first" if far == float("inf") else f"{far:.3f} in pose from all before"
+        if row in partners:
+            partner, twins = partners[row]
+            kind = (
+                "the edit turns its caption into that of" if twins else "has the other words of the edit than"
+            )
+            why = f"couple: {kind} {names[choice.rows.index(partner)]}"
+        chosen.append(_Chosen(items[row], name, why))
+    sizes = [((c.item.header.height, c.item.header.width), options.target(c.item)) for c in chosen]
+    about = {
+        "input": str(Path(options.input).expanduser().resolve()),
+        "images": str(Path(pool.build.input).expanduser().resolve()),
+        "options": _told_options(options, pool),
+        "pictures": pool.total,
+        "candidates": len(kept),
+        "copies": copies,
+        "alike": len(instead) - copies,
+        "light": {
+            "centre": items[choice.centre].key,
+            "candidates": choice.neighbours,
+            "radius": round(choice.radius, 4),
+        },
+        "couples": {"twins": sum(c.twins for c in choice.couples), "all": len(choice.couples)},
+        "figures": figures(features, choice, any_light),
+        "worst_distortion": round(max(distortion(*pair) for pair in sizes), 4),
+        "distorted": sum(distortion(*pair) > _BENT for pair in sizes),
+        "enlarged": sum(enlargement(*pair) > _ENLARGED for pair in sizes),
+        "chosen": [
+            {"file": c.name, "key": c.item.key, "sha256": c.item.content, "caption": c.item.caption, "why": c.why}
+            for c in chosen
+        ],
+        "left_out": [
+            *({"key": pool.items[row].key, "reason": "the same picture as", "detail": pool.items[twin].key}
+              for row, twin in sorted(instead.items())),
+            *({"key": r.key, "reason": r.reason, "detail": r.detail} for r in pool.left_out),
+        ],
+    }  # fmt: skip
+    return chosen, choice, about
+
+
+def _told_options(options: SubsetOptions, pool: Pool) -> dict[str, Any]:
+    """What decides the choice; where it is written to and by how many threads does not."""
+    raw = dataclasses.asdict(options)
+    for name in ("input", "output", "images", "workers", "device", "allow_fewer"):
+        del raw[name]
+    if pool.dataset:
+        raw |= {
+            name: getattr(pool.build, name) for name in ("text_encoder", "vision_encoder", "caption_field")
+        }
+    return raw
+
+
+def _names(keys: list[str]) -> list[str]:
+    """Path below the output for each key: the key's, as .png; where two would be the same, with its extension too.
+
+    No part starts with a dot, so that `build` sees them all and none leads out of the folder.
+    """
+    plain = ["/".join(part.lstrip(".") or "_" for part in PurePosixPath(key).parts) for key in keys]
+    stems = [str(PurePosixPath(name).with_suffix("")) for name in plain]
+    count = collections.Counter(stem.casefold() for stem in stems)
+    names = [f"{s if count[s.casefold()] == 1 else n}.png" for s, n in zip(stems, plain)]
+    if len({name.casefold() for name in names}) < len(names):
+        names = [f"{number:05d}_{name.replace('/', '_')}" for number, name in enumerate(names)]
+    return names
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+
+def _write(
+    folder: Path,
+    options: SubsetOptions,
+    pool: Pool,
+    chosen: list[_Chosen],
+    about: dict[str, Any],
+    journal: Journal,
+) -> dict[str, str]:
+    """Everything but `subset.json`; returns sha256 by name below the folder."""
+    files: dict[str, str] = {}
+    pictures = []
+    with journal.bar(len(chosen), "write") as bar:
+        for one in chosen:
+            path = folder / one.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                picture = Image.fromarray(read_pixels(one.item, options.target(one.item)))
+                caption = _caption(one.item, pool.found[one.item.key], about["images"])
+            except Rejected as rejected:
+                raise PreprocessError(
+                    f"{one.item.image.path}: {rejected}; give the same command again"
+                ) from rejected
+            with replacing(path) as temporary:
+                picture.save(temporary, "PNG", compress_level=4)
+            with replacing(path.with_suffix(".json")) as temporary:
+                temporary.write_text(json.dumps(caption, indent=1) + "\n", encoding="utf-8")
+            for written in (path, path.with_suffix(".json")):
+                files[written.relative_to(folder).as_posix()] = records.sha256_file(written)
+            pictures.append(picture)
+            bar.update()
+    (folder / SHEET).parent.mkdir(parents=True)
+    draw_sheet(pictures, chosen, about).save(folder / SHEET, "PNG", compress_level=6)
+    files[SHEET] = records.sha256_file(folder / SHEET)
+    return files
+
+
+def _caption(item: Item, found: Found, root: str) -> dict[str, Any]:
+    """The fields of the source's `.json`, with the caption where `build` looks, and the source."""
+    raw: dict[str, Any] = {}
+    if found.caption_file is not None and found.caption_type == ".json":
+        raw = json.loads(found.caption_file.read(captions.MAX_BYTES).decode("utf-8-sig"))
+    source: dict[str, Any] = {"folder": root, "key": item.key, "sha256": item.content}
+    if raw.get("caption", item.caption) != item.caption:
+        source["caption"] = raw["caption"]  # the one used stood in another field
+    if "subset_of" in raw:
+        source["subset_of"] = raw["subset_of"]
+    return raw | {"caption": item.caption, "subset_of": source}
+
+
+def _check_output(output: Path) -> None:
+    """Raises `PreprocessError` if the output holds anything that this command has not written just so."""
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise PreprocessError(f"--output {output} exists and is not a folder")
+    there = {
+        p.relative_to(output).as_posix(): p for p in output.rglob("*") if not p.is_dir() or p.is_symlink()
+    }
+    if not there:
+        return
+    files: dict[str, str] = {}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        files = dict(json.loads(there.pop(ABOUT).read_text(encoding="utf-8"))["files"])
+    if not files:
+        raise PreprocessError(
+            f"--output {output} holds files and is no subset made here; give another folder"
+        )
+    for name, path in sorted(there.items()):
+        if path.is_symlink() or name not in files or records.sha256_file(path) != files[name]:
+            what = "was changed since" if name in files else "is not from there"
+            raise PreprocessError(
+                f"--output {output} is a subset made before, but {name} {what} and would be lost; move it away or "
+                "give another folder"
+            )
+
+
+def _put(output: Path, staging: Path, text: str) -> bool:
+    """Puts the new folder in the place of the old one; returns False if they are the same."""
+    _check_output(output)  # choosing may have taken long
+    with contextlib.suppress(OSError):
+        same = (output / ABOUT).read_text(encoding="utf-8") == text
+        if same and all((output / name).is_file() for name in json.loads(text)["files"]):
+            return False
+    if output.exists():
+        output.rename(staging / "old")
+    (staging / "next").rename(output)
+    sync_folder(output.parent)
+    return True
+
+
+# ----------------------------------------------------------------------------------------------------- telling
+
+_CELL, _LINES, _GAP, _HEAD = 168, 4, 8, 40
+
+
+def draw_sheet(pictures: list[Image.Image], chosen: list[_Chosen], about: dict[str, Any]) -> Image.Image:
+    """All pictures with their captions; couples come first, side by side and framed."""
+    columns = min(10, len(pictures) + len(pictures) % 2)  # even: a couple stays in one line
+    small, large = ImageFont.load_default(11), ImageFont.load_default(16)
+    step = _CELL + _GAP
+    line = _CELL + 14 * (_LINES + 1) + _GAP
+    size = (_GAP + columns * step, _HEAD + -(-len(pictures) // columns) * line)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    light = about["figures"]["light_spread"]
+    title = (
+        f"{len(pictures)} of {about['candidates']} candidates, light spread {light['chosen']:.2f} "
+        f"(by chance {light['by_chance']:.2f})"
+    )
+    draw.text((_GAP, 10), title, "black", large)
+    for number, (picture, one) in enumerate(zip(pictures, chosen)):
+        x, y = _GAP + number % columns * step, _HEAD + number // columns * line
+        shown = picture.copy()
+        shown.thumbnail((_CELL, _CELL), Image.Resampling.LANCZOS)
+        sheet.paste(shown, (x + (_CELL - shown.width) // 2, y + (_CELL - shown.height) // 2))
+        if one.why.startswith("couple"):
+            draw.rectangle((x - 2, y - 2, x + _CELL + 1, y + _CELL + 1), outline="#d06030", width=2)
+        text = textwrap.wrap(textwrap.shorten(one.item.caption, 110, placeholder=" ..."), 29)[:_LINES]
+        for index, words in enumerate([one.name[-29:], *text]):
+            draw.text((x, y + _CELL + 3 + 14 * index), words, "#888888" if index == 0 else "black", small)
+    return sheet
+
+
+def _tell(options: SubsetOptions, pool: Pool, choice: Choice, result: Result, journal: Journal) -> None:
+    about, say = result.about, journal.say
+    size = (
+        f"{options.resolution}x{options.resolution}"
+        if options.square
+        else f"{options.resolution} px by bucket"
+    )
+    say(
+        f"{'Done' if result.changed else 'Up to date'}: {len(choice.rows)} pictures, {size}, in {result.output}"
+    )
+    say(
+        f"  from {about['candidates']:,} candidates among {about['pictures']:,} pictures; left out: "
+        f"{about['copies']} copies byte by byte, {about['alike']} that look like another"
+        + "".join(
+            f", {count} {reason}"
+            for reason, count in sorted(collections.Counter(r.reason for r in pool.left_out).items())
+        )
+    )
+    if about["pictures"] > options.candidates:
+        say(f"  {options.candidates:,} of the pictures were looked at (--candidates)")
+    couples = about["couples"]
+    say(
+        f"  {couples['all']} couples for the gate's edit, {couples['twins']} of them with captions that it turns "
+        f"into each other; light: the {about['light']['candidates']} candidates nearest to {about['light']['centre']}"
+    )
+    say("  spread: mean distance of two         chosen   of any light   by chance")
+    for name, label in (
+        ("light_spread", "light (lower is more alike)"),
+        ("caption_spread", "captions (higher is more)"),
+        ("pose_spread", "captions and vision"),
+        ("pose_spacing", "the same, to the nearest other"),
+        ("captions", "different captions"),
+    ):
+        row = about["figures"][name]
+        digits = 1 if name == "captions" else 3
+        say(
+            f"    {label:34} {row['chosen']:8.{digits}f} {row['any_light']:14.{digits}f} "
+            f"{row['by_chance']:11.{digits}f}"
+        )
+    if not couples["all"]:
+        say(
+            "  note: no two captions differ in the words of the gate's edit "
+            f"({'; '.join(f'{rule.old} => {rule.new}' for rule in options.rules())}); give --edit here and to validate"
+        )
+    if about["distorted"]:
+        say(
+            f"  warning: {about['distorted']} pictures are bent by more than {_BENT:g} to be square (--square)"
+        )
+    if about["enlarged"]:
+        say(
+            f"  warning: {about['enlarged']} pictures are enlarged more than {_ENLARGED:g} times: they will look soft"
+        )
+    say(f"Look at it:  {result.output / SHEET}  (why each: {ABOUT})")
+    for command in commands(options, pool, result.output):
+        say(command)
+
+
+def commands(options: SubsetOptions, pool: Pool, output: Path) -> list[str]:
+    """The two lines to go on with: build, then train and validate."""
+    dataset = output.with_name(output.name + "-dataset")
+    build = ["python -m preprocess build --input", str(output), "--output", str(dataset)]
+    build += ["--resolution", str(options.resolution), "--holdout", "0"]
+    if options.resolution < pool.build.min_side:
+        build += ["--min-side", str(options.resolution)]
+    encoders = [("--text-encoder", pool.build.text_encoder), ("--vision-encoder", pool.build.vision_encoder)]
+    if pool.dataset:
+        build += ["--vae", pool.build.vae]
+        if pool.build.max_aspect != 4.0 and not options.square:
+            build += ["--max-aspect", f"{pool.build.max_aspect:g}"]
+    for flag, value in encoders:
+        if pool.dataset or not value.startswith("builtin:"):
+            build += [flag, value]
+    words = [build[0], *(shlex.quote(word) for word in build[1:])]
+    run = f"--workdir={shlex.quote('runs/' + output.name)}"
+    edits = "".join(f" --edit {shlex.quote(text)}" for text in options.edit)
+    note = (
+        ""
+        if pool.dataset
+        else "   # no downloads: --vae builtin:dct --text-encoder builtin:hash --vision-encoder builtin:tone"
+    )
+    return [
+        " ".join(words) + note,
+        f"python -m fluxdit_jax.train --config=configs/nano.py --config.data.path={shlex.quote(str(dataset))} "
+        f"--config.workdir={run.removeprefix('--workdir=')} && python -m fluxdit_jax.validate {run}{edits}",
+    ]
