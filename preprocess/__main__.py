@@ -149,8 +149,16 @@ def _add_subset(parser: argparse.ArgumentParser) -> None:
     add("--square", action="store_true", help="resize to exactly RESOLUTION x RESOLUTION, without cropping")
     add("--images", default="", help="where the dataset's pictures are, if they have moved")
     add("--text-encoder", default="builtin:hash", help="for a folder: id, directory (default: builtin:hash)")
-    add("--vision-encoder", default="builtin:tone", help="for a folder: id, directory (default: builtin:tone)")
-    add("--edit", action="append", default=[], metavar="OLD=>NEW:DIRECTION", help="as validate will be given it")
+    add(
+        "--vision-encoder", default="builtin:tone", help="for a folder: id, directory (default: builtin:tone)"
+    )
+    add(
+        "--edit",
+        action="append",
+        default=[],
+        metavar="OLD=>NEW:DIRECTION",
+        help="as validate will be given it",
+    )
     add("--light-share", type=float, default=0.25, help="part of the candidates that counts as one light: lower is "
         "more alike in light, 1 is any light (default: 0.25; never less than 1.25 times --count)")  # fmt: skip
     add("--candidates", type=int, default=4000, help="look at this many pictures at most (default: 4000)")
