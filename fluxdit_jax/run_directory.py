@@ -84,7 +84,9 @@ def start_or_resume(workdir: Path, config: ConfigDict, manifest: Manifest) -> bo
                 "Give the old values, another workdir, or --config.resume.allow_changes=True to go on all the same"
             )
     _write(dataset_file, manifest.to_json())
-    _write(config_file, json.dumps(config.to_dict(), indent=1) + "\n")
+    values = config.to_dict()
+    values["data"]["path"] = str(Path(config.data.path).absolute())  # sampling may be asked for from elsewhere
+    _write(config_file, json.dumps(values, indent=1) + "\n")
     return resuming
 
 

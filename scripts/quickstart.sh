@@ -22,11 +22,11 @@ $python -m preprocess build --input "$data/demo-images" --output "$data/demo" --
 stage "3/5  training the diffusion transformer of configs/demo.py"
 $python -m fluxdit_jax.train --config=configs/demo.py --config.data.path="$data/demo" --config.workdir="$run"
 
-stage "4/5  drawing from the EMA: one composition, then turned by words, then under another light"
+stage "4/5  drawing from the EMA: from captions and vectors, under other lights, turned by words"
+$python scripts/demo_sheet.py "$run" "$run/samples/quickstart.png"
 $python -m fluxdit_jax.sample --workdir="$run" --out "$run/samples/sample.png" \
-  --prompt "portrait of a woman with red curly hair in a green coat, looking left, in front of a brick wall" \
   --prompt "portrait of a woman with red curly hair in a green coat, looking right, in front of a brick wall" \
-  --reference "$data/demo-images/c13_l3.png" --count 2
+  --reference "$data/demo-images/c13_l3.png"
 
 stage "5/5  the gate: does it memorise, does the vector set the light, do the words move the subject"
 verdict=0
@@ -34,7 +34,7 @@ $python -m fluxdit_jax.validate --workdir="$run" || verdict=$?
 
 stage "done"
 cat <<END
-pictures      $run/samples/
+pictures      $run/samples/quickstart.png, sample.png, step_*.png
 report        $run/validation/report.html
 TensorBoard   .venv/bin/tensorboard --logdir $run/tensorboard
 EMA weights   $run/ema/

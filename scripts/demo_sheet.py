@@ -1,0 +1,77 @@
+"""Draws the README's picture from a quickstart run: what the model remembers, relights and turns.
+
+python scripts/demo_sheet.py RUN OUT.png
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from absl import logging as absl_logging
+
+from fluxdit_jax import data, pictures
+from fluxdit_jax.checkpoint import restore_ema
+from fluxdit_jax.config import resolve
+from fluxdit_jax.generation import Generator, conditions
+from fluxdit_jax.run_directory import load_config, load_dataset
+from fluxdit_jax.sample import encode_prompts
+from fluxdit_jax.train_step import patch_statistics
+from fluxdit_jax.vae import load_decoder
+
+SHOWN = ("c00", "c04", "c07", "c09", "c12", "c15")  # compositions of the demonstration set
+ROWS = (
+    "in the data set",
+    "drawn from its caption and its vision vector",
+    "the same caption, the vector of another picture: other light, same scene",
+    "the same vector, the caption edited to look the other way",
+)
+
+
+def turn(caption: str) -> str:
+    """The caption with the subject looking the other way."""
+    if "looking left" in caption:
+        return caption.replace("looking left", "looking right")
+    return caption.replace("looking right", "looking left").replace("facing front", "looking left")
+
+
+def main(workdir: Path, out: Path) -> None:
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    config, manifest = load_config(workdir), load_dataset(workdir)
+    settings = resolve(config, manifest)
+    source = data.RecordSource(config.data.path, manifest, "train")
+    by_key = {record.key: record for record in (source[i] for i in range(len(source)))}
+    # The k-th composition in the k-th light; its partner is another composition in another light.
+    own = [by_key[f"{name}_l{k % 5}.png"] for k, name in enumerate(SHOWN)]
+    other = [by_key[f"{SHOWN[(k + 2) % len(SHOWN)]}_l{(k + 2) % 5}.png"] for k in range(len(SHOWN))]
+    captions = [record.text for record in own]
+    vectors = [record.vision for record in own]
+    patch = settings.model.patch
+    grids = [(record.latent.shape[1] // patch, record.latent.shape[2] // patch) for record in own]
+    wanted = conditions(
+        [*captions, *captions, *encode_prompts([turn(record.caption) for record in own], manifest, None)],
+        [*vectors, *(record.vision for record in other), *vectors],
+        grids * 3,
+        settings.text_tokens,
+        settings.model.vision_width,
+    )
+    generator = Generator(
+        settings.model,
+        tokens=settings.tokens,
+        shift=settings.flow.shift,
+        statistics=patch_statistics(manifest.latent_mean, manifest.latent_std, patch),
+        steps=16,
+        batch_size=len(own),
+    )
+    _, ema = restore_ema(workdir)
+    latents = generator.latents(generator.cast(ema), wanted, generator.noise(list(range(3 * len(own)))))
+    images = pictures.decode_all(load_decoder(manifest.vae), [record.latent for record in own] + latents)
+    rows = [images[start : start + len(own)] for start in range(0, len(images), len(own))]
+    pictures.grid(rows, row_titles=ROWS, cell=160).save(out, optimize=True)
+    print(out)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
