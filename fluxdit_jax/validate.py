@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import re
 import sys
 import time
 from pathlib import Path
@@ -97,6 +98,14 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if arguments.seed < 0:
         parser.error("--seed must be at least 0")
+    try:
+        groups = re.compile(arguments.keys).groupindex
+    except re.error as error:
+        parser.error(f"--keys {arguments.keys!r} is not a regular expression: {error}")
+    if not {"composition", "lighting"} <= groups.keys():
+        parser.error(
+            f"--keys {arguments.keys!r} must have the groups (?P<composition>...) and (?P<lighting>...)"
+        )
     return arguments
 
 
@@ -223,15 +232,19 @@ def tell(verdicts: list, report: dict, folder: Path) -> None:
     print(f"{report['verdict']}  ({report['seconds']['total']:.0f} s)  {folder / 'report.html'}")
 
 
+def command(argv: list[str]) -> int:
+    """The exit status: 0 passed, 1 failed, 2 could not be measured."""
+    try:
+        return 0 if validate(parse_arguments(argv)) else 1
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
 def main() -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
     use_compilation_cache()
-    try:
-        passed = validate(parse_arguments(sys.argv[1:]))
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(0 if passed else 1)
+    sys.exit(command(sys.argv[1:]))
 
 
 if __name__ == "__main__":

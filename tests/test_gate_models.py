@@ -244,6 +244,21 @@ def test_moving_pictures_of_something_else_score_nothing():
     assert not verdict.passed and verdict.value == 0 and verdict.numbers["not_measurable"] == 1
 
 
+def test_the_advice_tells_the_text_path_from_the_vision_path():
+    """Both lose four pictures in five; which condition is lost is seen in what is drawn instead."""
+
+    class CaptionLost(Oracle):
+        def see(self, one):
+            return self.picture("fox", "left", self.light(one))
+
+    for model, right, wrong in (
+        (CaptionLost, "text path", "vision path"),
+        (VisionIgnored, "vision path", "text path"),
+    ):
+        advice = " ".join(verdicts(model(ALBUM))["memorisation"].advice)
+        assert right in advice and wrong not in advice, advice
+
+
 def test_a_run_whose_loss_still_falls_is_told_to_go_on():
     found = verdicts(Untrained(ALBUM), loss=FALLING)
     assert "train longer" in " ".join(found["memorisation"].advice)

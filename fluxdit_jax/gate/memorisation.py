@@ -45,6 +45,7 @@ class Memorisation:
         hit = nearest == np.arange(count)
         psnr = np.array([likeness.psnr(t, image) for t, image in zip(album.truths, own, strict=True)])
         ssim = np.array([likeness.ssim(t, image) for t, image in zip(album.truths, own, strict=True)])
+        alike = likeness.structures(own) @ album.structures.T
         captions = np.array([record.caption for record in album.records])
         shuffled = album.nearest(draw(self.shuffled))
 
@@ -67,7 +68,8 @@ class Memorisation:
             "ssim_median": float(np.median(ssim)),
             "ssim_worst": float(ssim.min()),
             "right_caption": float((captions[nearest] == captions).mean()),
-            "structure": float(np.median((likeness.structures(own) * album.structures).sum(1))),
+            "structure": float(np.median(alike.diagonal())),
+            "structure_of_the_nearest": float(np.median(alike.max(1))),
             "tone_difference": float(np.median(np.linalg.norm(likeness.tones(own) - album.tones, axis=1))),
             "contrast": float(np.median([a.std() / max(t.std(), 1.0) for a, t in zip(own, album.truths)])),
             "roughness": float(np.median([_rough(a) / _rough(t) for a, t in zip(own, album.truths)])),

@@ -30,6 +30,7 @@ NAMES: dict[str, tuple[str, str]] = {
     "ssim_worst": ("SSIM, worst", "plain"),
     "right_caption": ("nearest to an original with the right caption", "share"),
     "structure": ("likeness of structure to the original, median", "plain"),
+    "structure_of_the_nearest": ("likeness of structure to any original, median", "plain"),
     "tone_difference": ("difference in tone to the original, median (CIE76)", "plain"),
     "contrast": ("contrast against the originals'", "share"),
     "roughness": ("roughness against the originals'", "share"),

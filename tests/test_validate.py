@@ -1,0 +1,142 @@
+"""The gate as a command, on an untrained run."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from gate_fixtures import failed, gate, scene_config, write_dataset
+from gate_scenes import album
+
+from fluxdit_jax import model, validate
+from fluxdit_jax.checkpoint import Checkpoints, restore_ema
+from fluxdit_jax.config import resolve
+from fluxdit_jax.gate.painter import Painter, Wanted
+from fluxdit_jax.gate.requirement import GateError, require_report
+from fluxdit_jax.records import load_manifest
+from fluxdit_jax.run_directory import load_config, load_dataset, start_or_resume
+from fluxdit_jax.vae import load_decoder
+
+pytest_plugins = ("training_fixtures",)
+pytestmark = pytest.mark.usefixtures("quick_compile")
+QUICK = ["--steps=2", "--method=euler"]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("gate") / "scenes"
+    write_dataset(album(("fox", "teapot")), directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def untrained(dataset, tmp_path_factory) -> Path:
+    """A run directory whose EMA is a fresh initialisation."""
+    workdir = tmp_path_factory.mktemp("gate") / "untrained"
+    workdir.mkdir()
+    config, manifest = scene_config(dataset, workdir), load_manifest(dataset)
+    start_or_resume(workdir, config, manifest)
+    with Checkpoints(workdir, 1) as checkpoints:
+        for step in (0, 7):
+            checkpoints.save_ema(
+                step, model.initialize(resolve(config, manifest).model, jax.random.key(step))
+            )
+    return workdir
+
+
+def test_an_untrained_run_fails_and_is_told_so(untrained, capsys):
+    status, report = gate(untrained, *QUICK)
+    assert status == 1 and report["passed"] is False
+    assert failed(report) == {"memorisation", "vision_swap", "text_edit"}
+    assert report["metrics"]["text_edit"]["value"] == 0
+    assert report["weights"]["ema_step"] == 7
+    assert report["sampling"] == {"method": "euler", "steps": 2, "seed": 0, "network_evaluations": 400}
+    shown = capsys.readouterr().out
+    assert "FAIL: memorisation, vision swap, text edit" in shown and "it is untrained" in shown
+    page = (untrained / "validation" / "report.html").read_text()
+    assert page.startswith("<!doctype html>") and "it is untrained" in page
+    assert list((untrained / "tensorboard").glob("*.validation"))
+    with pytest.raises(GateError, match="failed its validation"):
+        manifest = load_dataset(untrained)
+        require_report(untrained, resolve(load_config(untrained), manifest).model, manifest)
+
+
+def test_options_choose_what_is_measured(untrained, capsys):
+    status, report = gate(
+        untrained, *QUICK, "--step=0", "--limit=8", "--pairs=6", "--edits=4", "--edit=fox=>cat:up",
+        "--unrelated=portrait=>view", "--seed=3",
+    )  # fmt: skip
+    numbers = {name: metric["numbers"] for name, metric in report["metrics"].items()}
+    assert status == 1 and report["weights"]["ema_step"] == 0 and report["sampling"]["seed"] == 3
+    assert (
+        numbers["memorisation"]["pictures"],
+        numbers["vision_swap"]["pairs"],
+        numbers["text_edit"]["cases"],
+    ) == (8, 6, 4)
+    assert numbers["text_edit"]["rules"] == ["fox => cat: up"]
+    assert "'portrait' becomes 'view'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--step=5"], ["no step 5", "0, 7"]),
+        (["--edit=fox=>cat"], ["'fox=>cat'", "OLD WORDS=>NEW WORDS:DIRECTION"]),
+        (["--edit=zebra=>cat:left"], ["'zebra'"]),
+        (["--unrelated=zebra=>cat"], ["--unrelated"]),
+        (["--data=/nowhere"], ["/nowhere", "missing"]),
+        (["--vae=/nowhere"], ["/nowhere"]),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line_and_status_2(untrained, capsys, options, words):
+    status, report = gate(untrained, *QUICK, *options)
+    shown = capsys.readouterr().err
+    assert status == 2 and report == {}
+    assert shown.startswith("error: ") and shown.count("\n") == 1
+    for word in words:
+        assert word in shown
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--keys=c(?P<composition>", "is not a regular expression"),
+        ("--keys=(c)_(l)", "(?P<composition>...)"),
+        ("--limit=0", "--limit must be at least 1"),
+        ("--seed=-1", "--seed"),
+        ("--method=magic", "kutta3"),
+    ],
+)
+def test_impossible_options_are_refused_before_anything_is_read(tmp_path, capsys, option, words):
+    with pytest.raises(SystemExit) as exit_:
+        validate.command(["--workdir", str(tmp_path), option])
+    assert exit_.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
+    assert validate.command(["--workdir", str(tmp_path)]) == 2
+    assert "not a run directory" in capsys.readouterr().err
+
+
+def test_the_painter_draws_each_picture_once_and_the_same_in_any_company(untrained):
+    config, manifest = load_config(untrained), load_dataset(untrained)
+    arguments = validate.parse_arguments(["--workdir", str(untrained), *QUICK, "--batch-size=3"])
+    decoder = load_decoder(manifest.vae)
+
+    def painter() -> Painter:
+        return validate.make_painter(
+            arguments, resolve(config, manifest), manifest, restore_ema(untrained)[1], decoder
+        )
+
+    scenes = album(("fox", "teapot"))
+    wanted: list[Wanted] = [scenes.wanted(i, i, i) for i in range(5)]
+    done: list[int] = []
+    first = painter()
+    assert len(first.missing([*wanted, *wanted])) == 5
+    first.paint(wanted, done.append)
+    assert done == [3, 2] and first.missing(wanted) == []
+    together = first(wanted)
+    alone = painter()([wanted[4]])[0]
+    assert np.abs(together[4].astype(int) - alone).max() <= 1
+    assert np.abs(together[4].astype(int) - together[3]).max() > 20
+    assert together[0].shape == (64, 64, 3) and together[0].dtype == np.uint8

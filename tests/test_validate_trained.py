@@ -1,0 +1,91 @@
+"""The gate on a run that was trained, and on the same run with its weights doctored."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from gate_fixtures import failed, gate, scene_config, write_dataset
+from gate_scenes import album
+
+from fluxdit_jax.checkpoint import Checkpoints, restore_ema
+from fluxdit_jax.config import resolve
+from fluxdit_jax.gate.requirement import require_report
+from fluxdit_jax.run_directory import load_config, load_dataset
+from fluxdit_jax.train import train
+
+pytestmark = pytest.mark.slow  # a training of 500 steps: about a minute of CPU
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run that has learnt 20 scenes: 500 steps."""
+    folder = tmp_path_factory.mktemp("gate")
+    write_dataset(album(("fox", "teapot")), folder / "scenes")
+    assert train(scene_config(folder / "scenes", folder / "run")) == 0
+    return folder / "run"
+
+
+def test_a_trained_run_passes_and_opens_the_gate(trained, capsys):
+    status, report = gate(trained)
+    assert status == 0 and report["passed"] is True, report["metrics"]
+    assert "PASS: all three tests" in capsys.readouterr().out
+    numbers = {name: metric["numbers"] for name, metric in report["metrics"].items()}
+    assert numbers["memorisation"]["psnr_worst_db"] > 20
+    assert numbers["vision_swap"]["exactly_the_true_answer"] > 0.8
+    assert numbers["text_edit"]["exactly_the_true_answer"] > 0.8
+    assert numbers["text_edit"]["effect_median"] == pytest.approx(0.25, abs=0.03)
+    manifest = load_dataset(trained)
+    assert require_report(trained, resolve(load_config(trained), manifest).model, manifest) == report
+
+
+def silence_text(ema: dict) -> None:
+    """Zeroes the gate of every cross-attention."""
+    width = ema["modulation"]["kernel"].shape[0]
+    ema["modulation"]["kernel"].reshape(width, -1, width)[:, 3] = 0
+    ema["modulation"]["bias"].reshape(-1, width)[3] = 0
+    ema["blocks"]["table"][:, 3] = 0
+
+
+def silence_vision(ema: dict) -> None:
+    """Every vision vector becomes the learned null."""
+    ema["vision_embed"]["kernel"][:] = 0
+    ema["vision_embed"]["bias"][:] = ema["null_vision"]
+
+
+def shuffle_features(ema: dict) -> None:
+    """The patches' channels in another order: noise, whatever the conditions say."""
+    ema["out"]["kernel"][:] = np.random.default_rng(0).permutation(ema["out"]["kernel"].T).T
+
+
+@pytest.mark.parametrize(
+    ("doctor", "expected", "advice"),
+    [
+        (silence_text, {"memorisation", "vision_swap", "text_edit"}, "the text path"),
+        (silence_vision, {"memorisation", "vision_swap"}, "the vision path"),
+        (
+            shuffle_features,
+            {"memorisation", "vision_swap", "text_edit"},
+            "untrained, or its weights are not what",
+        ),
+    ],
+)
+def test_doctored_weights_fail_where_they_are_broken(trained, tmp_path, doctor: Callable, expected, advice):
+    for name in ("config.json", "dataset.json", "metrics.jsonl"):
+        shutil.copy(trained / name, tmp_path / name)
+    step, ema = restore_ema(trained)
+    ema = jax.tree.map(np.array, ema)
+    doctor(ema)
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        checkpoints.save_ema(step, ema)
+    status, report = gate(tmp_path)
+    assert status == 1 and failed(report) == expected
+    for name in expected - {"text_edit"}:
+        assert advice in " ".join(report["metrics"][name]["advice"])
+    swap = report["metrics"]["vision_swap"]["numbers"]
+    if doctor is silence_text:
+        assert swap["tone_of_b"] > 0.9 and swap["structure_of_a"] < 0.5
+    if doctor is silence_vision:
+        assert swap["structure_of_a"] > 0.9 and swap["tone_of_b"] < 0.7
