@@ -216,6 +216,9 @@ class _Farthest:
 def choose(candidates: Candidates, count: int, rules: Sequence[Rule], light_share: float) -> Choice:
     """The set. Deterministic.
 
+    It is chosen from the candidates of one light. If their poses are less different than those of a random set of all
+    (a small or mixed input: the light of its greatest part may be one subject), more of them are let in.
+
     Args:
       candidates: distinct ones, at least `count`.
       count: pictures wanted.
@@ -225,10 +228,23 @@ def choose(candidates: Candidates, count: int, rules: Sequence[Rule], light_shar
     """
     total = len(candidates)
     size = min(total, max(math.ceil(light_share * total), math.ceil(SPARE * count)))
-    centre, far = neighbourhood(candidates.light, size)
+    space, known = poses(candidates), couples(candidates, rules)
+    by_chance = spread(space, range(total))
+    while True:
+        choice = _choose_in_light(candidates.light, space, known, count, size)
+        if size == total or spread(space, choice.rows) >= by_chance:
+            return choice
+        size = min(total, math.ceil(1.2 * size))
+
+
+def _choose_in_light(
+    light: np.ndarray, space: np.ndarray, known: list[Couple], count: int, size: int
+) -> Choice:
+    """`choose` from the `size` candidates that are densest in light."""
+    centre, far = neighbourhood(light, size)
     near = np.argsort(far, kind="stable")[:size]
     inside = set(near.tolist())
-    search = _Farthest(poses(candidates))
+    search = _Farthest(space)
     rows: list[int] = []
     steps: list[float] = []
 
@@ -238,7 +254,6 @@ def choose(candidates: Candidates, count: int, rules: Sequence[Rule], light_shar
 
     quota = count // 4
     chosen: list[Couple] = []
-    known = couples(candidates, rules) if quota else []
     for twins in (True, False):
         kind = sorted(
             (c for c in known if c.twins == twins), key=lambda c: (max(far[c.old], far[c.new]), c.old)

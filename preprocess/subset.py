@@ -307,7 +307,7 @@ def draw_sheet(pictures: list[Image.Image], chosen: list[_Chosen], about: dict[s
         if one.why.startswith("couple"):
             draw.rectangle((x - 2, y - 2, x + _CELL + 1, y + _CELL + 1), outline="#d06030", width=2)
         text = textwrap.wrap(textwrap.shorten(one.item.caption, 110, placeholder=" ..."), 29)[:_LINES]
-        for index, words in enumerate([one.name[-29:], *text]):
+        for index, words in enumerate([one.name[-24:], *text]):
             draw.text((x, y + _CELL + 3 + 14 * index), words, "#888888" if index == 0 else "black", small)
     return sheet
 
