@@ -3,6 +3,7 @@
 What the numbers mean:
   * a healthy gradient norm is hairy and falls slowly over thousands of steps;
   * one that jumps and stays up means the weights were thrown somewhere bad: the learning rate is too high;
+  * a loss that goes back to where it began, after having fallen, means the same;
   * one that sinks towards zero while the prediction stays weak means the network has given up and predicts
     the mean of everything, which decodes to grey;
   * a part whose gradient is exactly zero is not connected, or sits behind two zero initialisations.
@@ -20,6 +21,8 @@ BASELINE = 200  # steps before the window that it is compared with
 SPIKE = 5.0  # a window's median this many times the baseline's
 SINK = 0.02  # a window's median at this share of the largest window so far
 WEAK = 0.3  # predicted RMS below this share of the target's
+SILENT = 100  # steps without any gradient before a part is called disconnected
+LEARNED = 0.05  # share of its first loss that a run must have gained before it can lose it again
 STARVED = 0.25  # share of the time spent waiting for data
 
 
@@ -68,7 +71,10 @@ class Monitor:
         self._ratios: deque[float] = deque(maxlen=WINDOW)
         self._waits: deque[float] = deque(maxlen=WINDOW)
         self._skips: deque[int] = deque(maxlen=WINDOW)
-        self._groups: dict[str, deque[float]] = {}
+        self._losses: deque[float] = deque(maxlen=WINDOW)
+        self._first_loss: float | None = None  # medians over a window
+        self._best_loss = math.inf
+        self._silent_for: dict[str, int] = {}
         self._largest = 0.0  # largest window median so far
         self._active: set[str] = set()
         self._seen = 0
@@ -81,11 +87,14 @@ class Monitor:
         if math.isfinite(seen.gradient_norm):
             self._norms.append(seen.gradient_norm)
         self._ratios.append(seen.rms_ratio)
+        if math.isfinite(seen.loss):
+            self._losses.append(seen.loss)
         for name, norm in seen.gradient_groups.items():
-            self._groups.setdefault(name, deque(maxlen=WINDOW)).append(norm)
+            self._silent_for[name] = self._silent_for.get(name, 0) + 1 if norm == 0.0 else 0
         found = [
             self._non_finite(seen),
             self._spiked(seen),
+            self._diverged(seen),
             self._sinking(seen),
             self._disconnected(seen),
             self._starved(seen),
@@ -143,6 +152,23 @@ class Monitor:
             f"step {seen.step}: the gradient norm has come down to {now:.3g}",
         )
 
+    def _diverged(self, seen: Observation) -> Diagnosis | None:
+        if len(self._losses) < WINDOW:
+            return None
+        now = median(self._losses)
+        if self._first_loss is None:
+            self._first_loss = now
+        self._best_loss = min(self._best_loss, now)
+        gained, kept = self._first_loss - self._best_loss, self._first_loss - now
+        return self._change(
+            "diverged",
+            gained > LEARNED * self._first_loss and kept < gained / 2,
+            f"step {seen.step}: the loss had fallen to {self._best_loss:.3g} and is back at {now:.3g} (it began at "
+            f"{self._first_loss:.3g}): most of what was learned is lost. The learning rate ({self._learning_rate:g}) is "
+            "too high. Go back to a checkpoint from before, and lower optim.lr by 3 or lengthen optim.warmup_steps",
+            f"step {seen.step}: the loss has come down to {now:.3g}",
+        )
+
     def _sinking(self, seen: Observation) -> Diagnosis | None:
         medians = self._medians()
         if medians is None:
@@ -154,7 +180,7 @@ class Monitor:
             "sinking",
             now < SINK * self._largest or (weak and self._seen > self._warmup_steps + BASELINE),
             f"step {seen.step}: the gradient norm sank to {now:.3g} (it was {self._largest:.3g}) and the prediction "
-            f"has {median(self._ratios):.2f} of the target's size: the network is collapsing to the mean of all, "
+            f"has {median(self._ratios):.2f} of the target's size: it collapses to the mean of all, "
             "which is a grey image. Look at the latent statistics in the manifest, at the conditions, and at layers "
             "that start at zero",
             f"step {seen.step}: the gradient norm is back at {now:.3g}",
@@ -162,14 +188,12 @@ class Monitor:
 
     def _disconnected(self, seen: Observation) -> Diagnosis | None:
         silent = sorted(
-            name
-            for name, norms in self._groups.items()
-            if len(norms) == WINDOW and all(norm == 0.0 for norm in norms)
+            n for n, steps in self._silent_for.items() if steps >= SILENT and n not in self._silent
         )
         return self._change(
             "disconnected",
             bool(silent),
-            f"step {seen.step}: {', '.join(silent)} had a gradient of exactly zero for {WINDOW} steps: not connected "
+            f"step {seen.step}: {', '.join(silent)} had a gradient of exactly zero for {SILENT} steps: not connected "
             "to the loss, or behind two layers that both start at zero. It will never learn; restart with this mended",
             f"step {seen.step}: every part of the network receives gradient",
         )
