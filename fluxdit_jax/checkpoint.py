@@ -3,12 +3,15 @@
     checkpoints/<step>   one Orbax composite: `state` (masters, optimizer, EMA) and `meta` (JSON: data position)
     ema/<step>           one Orbax PyTree of nested dicts of f32 arrays, restorable without this project
 
+Both carry a digest of their numbers, which is checked when they are read.
+
 Both are written in the background to a temporary name and renamed when complete, so a killed process leaves
 either a whole checkpoint or none.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 from pathlib import Path
@@ -18,10 +21,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from fluxdit_jax.digest import tree_digest
 from fluxdit_jax.state import TrainState
 
 log = logging.getLogger(__name__)
 _TEMPORARY = "orbax-checkpoint-tmp"
+_DIGEST = "digest"
+_copy = jax.jit(lambda leaf: leaf.copy())
 
 
 class CheckpointError(Exception):
@@ -38,24 +44,29 @@ class Checkpoints:
         """
         self._root = workdir.absolute()
         self._ema_root = self._root / "ema"
+        self._keep, self._read_only = keep, read_only
+        self._pending: dict[str, int] = {}  # what is being written, and its step
+        self.failures = 0
         if not read_only:
             self._ema_root.mkdir(parents=True, exist_ok=True)
-            if jax.process_index() == 0:
-                for leftover in self._ema_root.glob(f"*{_TEMPORARY}*"):
-                    shutil.rmtree(leftover)
+        self._open()
+
+    def _open(self) -> None:
+        """Makes the writers, and clears away what was not written to its end."""
+        if not self._read_only and jax.process_index() == 0:
+            for leftover in self._ema_root.glob(f"*{_TEMPORARY}*"):
+                shutil.rmtree(leftover)
         self._manager = ocp.CheckpointManager(
             self._root / "checkpoints",
             item_handlers={"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=None if read_only else ocp.checkpoint_managers.LatestN(keep),
-                cleanup_tmp_directories=not read_only,
+                preservation_policy=None if self._read_only else ocp.checkpoint_managers.LatestN(self._keep),
+                cleanup_tmp_directories=not self._read_only,
                 enable_async_checkpointing=True,
-                read_only=read_only,
+                read_only=self._read_only,
             ),
         )
         self._ema_saver = ocp.StandardCheckpointer()
-        self._pending: dict[str, int] = {}  # what is being written, and its step
-        self.failures = 0
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -73,6 +84,7 @@ class Checkpoints:
         self.poll(wait=True)
         if step in self._manager.all_steps():
             return True
+        meta = meta | {_DIGEST: tree_digest(state, meta)}
         return self._start(
             "state",
             step,
@@ -88,7 +100,8 @@ class Checkpoints:
         path = self._ema_root / str(step)
         if path.exists():
             return True
-        return self._start("ema", step, lambda: self._ema_saver.save(path, ema))
+        digest = {_DIGEST: tree_digest(ema)}
+        return self._start("ema", step, lambda: self._ema_saver.save(path, ema, custom_metadata=digest))
 
     def _start(self, what: str, step: int, save) -> bool:
         try:
@@ -128,6 +141,14 @@ class Checkpoints:
             str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
             self._root,
         )
+        if jax.process_count() > 1:
+            return  # new writers would wait for all processes, of which perhaps only this one failed
+        # A writer that failed raises what is left of its errors at the next save, and its half-written files
+        # go on filling the disk: start afresh. Nothing else is being written, as each save waits for the last.
+        for writer in (self._manager, self._ema_saver):
+            with contextlib.suppress(Exception):
+                writer.close()
+        self._open()
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
@@ -155,6 +176,12 @@ class Checkpoints:
                         state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
                     ),
                 )
+                state, meta = restored["state"], restored["meta"]
+                del restored
+                if _DIGEST not in meta:
+                    raise OSError("it carries no digest of its numbers")
+                if meta.pop(_DIGEST) != tree_digest(state, meta):
+                    raise OSError("its numbers are not those that were written")
             except CheckpointError:
                 raise
             except Exception as error:  # noqa: BLE001  whatever reading a damaged file raises
@@ -164,10 +191,13 @@ class Checkpoints:
                 damaged.append((step, error))
                 continue
             self._set_aside([step for step, _ in damaged])
-            # Restored buffers may not be donatable; a copy made by XLA is (jax#18617).
-            return jax.jit(lambda tree: jax.tree.map(lambda x: x.copy(), tree))(restored["state"]), restored[
-                "meta"
-            ]
+            # Restored buffers may not be donatable; a copy made by XLA is (jax#18617). One leaf at a time, so
+            # that a card never holds the state twice.
+            leaves, structure = jax.tree.flatten(state)
+            del state
+            for number, leaf in enumerate(leaves):
+                leaves[number] = _copy(leaf)
+            return jax.tree.unflatten(structure, leaves), meta
         if damaged:
             listed = "; ".join(f"{step}: {_first_line(error)}" for step, error in damaged)
             raise CheckpointError(
@@ -178,6 +208,8 @@ class Checkpoints:
 
     def _check_shapes(self, step: int, abstract: TrainState) -> None:
         saved = self._manager.item_metadata(step)["state"]
+        if not jax.tree.leaves(saved):
+            raise OSError("the description of its arrays is missing")
         found = {_path(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(saved)}
         wanted = {_path(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
         for path, shape in wanted.items():
@@ -187,6 +219,11 @@ class Checkpoints:
                 raise CheckpointError(
                     f"checkpoints/{step} does not fit the configuration: {path} is {list(found[path])} there, "
                     f"{list(shape)} here"
+                )
+        for path in found:
+            if path not in wanted:
+                raise CheckpointError(
+                    f"checkpoints/{step} does not fit the configuration: it has {path}, which there is not here"
                 )
 
     def _set_aside(self, steps: list[int]) -> None:
@@ -232,9 +269,14 @@ def restore_ema(workdir: Path, step: int | None = None) -> tuple[int, Any]:
     path = (workdir / "ema" / str(step)).absolute()
     try:
         with ocp.PyTreeCheckpointer() as reader:
-            shapes = reader.metadata(path).item_metadata.tree
+            metadata = reader.metadata(path)
+            shapes = metadata.item_metadata.tree
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
-            return step, reader.restore(path, restore_args=as_numpy)
+            ema = reader.restore(path, restore_args=as_numpy)
+        written = (metadata.custom_metadata or {}).get(_DIGEST)
+        if written is not None and written != tree_digest(ema):
+            raise OSError("its numbers are not those that were written")
+        return step, ema
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read: {_first_line(error)}") from error
 

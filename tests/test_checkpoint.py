@@ -1,0 +1,338 @@
+"""Checkpoints: what is saved comes back bit for bit, and every kind of damage is told and survived."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from training_helpers import tiny_optimizer, tree_equal
+
+from fluxdit_jax.checkpoint import CheckpointError, Checkpoints, ema_steps, restore_ema
+from fluxdit_jax.optimizer import build_optimizer
+from fluxdit_jax.state import create_state
+
+pytest_plugins = ("training_fixtures",)
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def make_state(seed, rows=60, **changes):
+    """A small training state in the middle of a step, of random numbers, on the device."""
+    rng = np.random.default_rng(seed)
+    params = {
+        "mlp": {"kernel": rng.normal(size=(rows, 40)).astype(np.float32)},
+        "bias": rng.normal(size=(7,)).astype(np.float32),
+    } | changes
+    optimizer = build_optimizer(tiny_optimizer(accumulate=3))
+    state = create_state(jax.tree.map(jnp.asarray, params), optimizer)
+    for _ in range(4):
+        _, opt_state = optimizer.update(state.params, state.opt_state, state.params)
+        state = state._replace(opt_state=opt_state)
+    return state._replace(ema=jax.tree.map(lambda x: x / 3, state.params), skipped=jnp.int32(seed))
+
+
+def abstract(state):
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state)
+
+
+def meta(step):
+    return {"samples": 12 * step, "batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def states(quick_compile):
+    return {step: make_state(step) for step in (1, 2, 3, 4)}
+
+
+@pytest.fixture(scope="module")
+def two_saved(states, tmp_path_factory):
+    """A run directory with checkpoints 1 and 2 and EMA 1 and 2; to be copied, not changed."""
+    workdir = tmp_path_factory.mktemp("run")
+    with Checkpoints(workdir, keep=2) as checkpoints:
+        for step in (1, 2):
+            assert checkpoints.save(step, states[step], meta(step))
+            assert checkpoints.save_ema(step, states[step].ema)
+    assert checkpoints.failures == 0
+    return workdir
+
+
+@pytest.fixture
+def workdir(two_saved, tmp_path):
+    return Path(shutil.copytree(two_saved, tmp_path / "run"))
+
+
+def restore(workdir, state):
+    with Checkpoints(workdir, keep=2) as checkpoints:
+        return checkpoints.restore(abstract(state))
+
+
+# ------------------------------------------------------------------------------------------------ round trip
+
+
+def test_what_is_saved_comes_back_bit_for_bit(two_saved, states):
+    state, found = restore(two_saved, states[2])
+    assert tree_equal(state, states[2]) and found == meta(2)
+    assert type(state) is type(states[2])
+    assert (int(state.step), int(state.opt_state.mini_step), int(state.skipped)) == (1, 1, 2)
+
+
+def test_a_restored_state_can_be_donated(two_saved, states):
+    state, _ = restore(two_saved, states[2])
+    step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(state)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def test_a_new_directory_has_nothing_to_restore(tmp_path, states):
+    assert restore(tmp_path / "new", states[1]) is None
+    with Checkpoints(tmp_path / "new", keep=2) as checkpoints:
+        assert checkpoints.latest_step() is None
+
+
+def test_the_state_may_be_donated_right_after_saving(tmp_path):
+    state = make_state(5)
+    expected = jax.tree.map(np.array, state)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(1, state, meta(1))
+        for _ in range(3):  # overwrites the buffers that are being saved
+            state = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)(state)
+        jax.block_until_ready(state)
+    assert tree_equal(restore(tmp_path, state)[0], expected)
+
+
+def test_the_latest_few_are_kept_and_every_ema(tmp_path, states):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (1, 2, 3, 4):
+            checkpoints.save(step, states[step], meta(step))
+            checkpoints.save_ema(step, states[step].ema)
+        assert checkpoints.latest_step() == 4
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "4"]
+    assert ema_steps(tmp_path) == [1, 2, 3, 4]
+
+
+def test_saving_a_step_twice_keeps_the_first(workdir, states):
+    with Checkpoints(workdir, keep=2) as checkpoints:
+        assert checkpoints.save(2, states[3], meta(3)) and checkpoints.save_ema(2, states[3].ema)
+    assert tree_equal(restore(workdir, states[2])[0], states[2])
+    assert tree_equal(restore_ema(workdir)[1], jax.tree.map(np.asarray, states[2].ema))
+
+
+def test_read_only_touches_nothing(workdir, states):
+    (workdir / "ema" / "7.orbax-checkpoint-tmp").mkdir()
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    with Checkpoints(workdir, keep=1, read_only=True) as checkpoints:
+        assert tree_equal(checkpoints.restore(abstract(states[2]))[0], states[2])
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+
+
+def test_what_a_killed_process_left_is_cleared_away(workdir, states):
+    for place in ("checkpoints/9.orbax-checkpoint-tmp", "ema/9.orbax-checkpoint-tmp-123"):
+        shutil.copytree(workdir / "ema" / "2", workdir / place)
+    assert restore(workdir, states[2])[1] == meta(2)
+    assert not list(workdir.rglob("*orbax-checkpoint-tmp*"))
+    assert ema_steps(workdir) == [1, 2]
+
+
+# ------------------------------------------------------------------------------------------------ EMA
+
+
+def test_ema_weights_come_back_as_numpy(two_saved, states):
+    step, ema = restore_ema(two_saved)
+    assert step == 2 and tree_equal(ema, jax.tree.map(np.asarray, states[2].ema))
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(ema))
+    step, ema = restore_ema(two_saved, 1)
+    assert step == 1 and tree_equal(ema, jax.tree.map(np.asarray, states[1].ema))
+
+
+def test_ema_weights_can_be_read_without_this_project(two_saved, states):
+    code = (
+        "import sys, json, orbax.checkpoint as ocp\n"
+        "assert not any('fluxdit' in name for name in sys.modules)\n"
+        f"tree = ocp.PyTreeCheckpointer().restore({str(two_saved / 'ema' / '2')!r})\n"
+        "flat = {'bias': tree['bias'], 'kernel': tree['mlp']['kernel']}\n"
+        "print(json.dumps({k: [str(v.dtype), v.shape, float(v.sum())] for k, v in flat.items()}))\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd="/", env=environment, capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout)
+    ema = states[2].ema
+    for name, leaf in (("bias", ema["bias"]), ("kernel", ema["mlp"]["kernel"])):
+        assert found[name] == ["float32", list(leaf.shape), pytest.approx(float(leaf.sum()), rel=1e-5)]
+
+
+def test_missing_ema_weights_are_told(tmp_path, two_saved):
+    with pytest.raises(CheckpointError, match="has no weights yet"):
+        restore_ema(tmp_path)
+    with pytest.raises(CheckpointError, match="has no step 5; it has 1, 2"):
+        restore_ema(two_saved, 5)
+
+
+def flip_in_the_largest_file(folder):
+    """Flips a bit in the middle of the file that holds the numbers."""
+    path = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def test_a_flipped_bit_in_ema_weights_is_told(workdir):
+    flip_in_the_largest_file(workdir / "ema" / "2")
+    with pytest.raises(CheckpointError, match=r"ema/2 cannot be read"):
+        restore_ema(workdir)
+    assert restore_ema(workdir, 1)[0] == 1
+
+
+# ------------------------------------------------------------------------------------------------ damage
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def delete(path):
+    path.unlink()
+
+
+DAMAGE = {
+    "meta cut": lambda d: cut(d / "meta" / "metadata"),
+    "meta lost": lambda d: delete(d / "meta" / "metadata"),
+    "meta changed": lambda d: (d / "meta" / "metadata").write_text(
+        (d / "meta" / "metadata").read_text().replace('"samples": 24', '"samples": 28')
+    ),
+    "meta without digest": lambda d: (d / "meta" / "metadata").write_text('{"samples": 24, "batch_size": 4}'),
+    "description lost": lambda d: delete(d / "state" / "_METADATA"),
+    "description empty": lambda d: (d / "state" / "_METADATA").write_text(""),
+    "manifest cut": lambda d: cut(d / "state" / "manifest.ocdbt"),
+    "numbers cut": lambda d: cut(max(d.rglob("d/*"), key=lambda p: p.stat().st_size)),
+    "numbers lost": lambda d: delete(max(d.rglob("d/*"), key=lambda p: p.stat().st_size)),
+    "numbers flipped": flip_in_the_largest_file,
+    "folder empty": lambda d: [shutil.rmtree(p) if p.is_dir() else p.unlink() for p in d.iterdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(workdir, states, package_log, damage):
+    before = {p: p.read_bytes() for p in (workdir / "checkpoints" / "2").rglob("*") if p.is_file()}
+    damage(workdir / "checkpoints" / "2")
+    after = {p: p.read_bytes() for p in (workdir / "checkpoints" / "2").rglob("*") if p.is_file()}
+    assert before != after
+    with Checkpoints(workdir, keep=2) as checkpoints:
+        state, found = checkpoints.restore(abstract(states[1]))
+        assert tree_equal(state, states[1]) and found == meta(1)
+        told = "\n".join(package_log)
+        assert "ERROR checkpoints/2 cannot be restored" in told and "trying the one before" in told
+        assert (workdir / "damaged" / "2").is_dir() and str(workdir / "damaged" / "2") in told
+        # the step is free again, and the run goes on saving
+        assert checkpoints.save(2, states[2], meta(2)) and checkpoints.save(3, states[3], meta(3))
+    state, found = restore(workdir, states[3])
+    assert tree_equal(state, states[3]) and found == meta(3)
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["2", "3"]
+
+
+def test_nothing_but_damage_stops_with_a_way_out(workdir, states):
+    for step in ("1", "2"):
+        flip_in_the_largest_file(workdir / "checkpoints" / step)
+    with pytest.raises(CheckpointError) as refusal:
+        restore(workdir, states[1])
+    for word in (
+        "none of the checkpoints",
+        str(workdir / "checkpoints"),
+        "2: ",
+        "1: ",
+        "Move that folder away",
+    ):
+        assert word in str(refusal.value)
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["1", "2"]  # nothing is thrown away
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (lambda: make_state(1, rows=61), ["params/mlp/kernel is [60, 40] there, [61, 40] here"]),
+        (lambda: make_state(1, extra=np.ones(3, np.float32)), ["it has no params/extra"]),
+        (lambda: make_state(1)._replace(ema={"bias": jnp.ones(7)}), ["it has ema/mlp/kernel", "not here"]),
+    ],
+    ids=["shape", "missing", "unknown"],
+)
+def test_a_checkpoint_of_another_configuration_names_the_first_difference(workdir, other, words):
+    with pytest.raises(CheckpointError) as refusal:
+        restore(workdir, other())
+    for word in ["checkpoints/2 does not fit the configuration", *words]:
+        assert word in str(refusal.value)
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["1", "2"]
+
+
+# ------------------------------------------------------------------------------------------------ full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB, where the machine lets us make one."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)], capture_output=True, check=False
+    )
+    if made.returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield mount
+    subprocess.run(["umount", "-l", str(mount)], check=True)
+
+
+def test_a_full_disk_is_loud_and_later_saves_recover(small_disk, package_log):
+    states = {step: make_state(step) for step in (1, 2, 3)}
+    with Checkpoints(small_disk, keep=1) as checkpoints:
+        checkpoints.save(1, states[1], meta(1))
+        checkpoints.poll(wait=True)
+        assert checkpoints.failures == 0
+        filler = small_disk / "filler"
+        free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+        filler.write_bytes(b"x" * (free - 8192))
+        checkpoints.save(2, states[2], meta(2))
+        checkpoints.save_ema(2, states[2].ema)
+        checkpoints.poll(wait=True)
+        assert checkpoints.failures == 2
+        for what in ("checkpoints/2", "ema/2"):
+            (line,) = (line for line in package_log if line.startswith(f"ERROR could not write {what}"))
+            assert "Training goes on" in line and str(small_disk) in line
+        filler.unlink()
+        assert checkpoints.save(3, states[3], meta(3)) and checkpoints.save_ema(3, states[3].ema)
+        checkpoints.poll(wait=True)
+        assert checkpoints.failures == 2
+    state, found = restore(small_disk, states[3])
+    assert tree_equal(state, states[3]) and found == meta(3)
+    assert tree_equal(restore_ema(small_disk)[1], jax.tree.map(np.asarray, states[3].ema))
+    assert ema_steps(small_disk) == [3]
+    assert not list(small_disk.rglob("*tmp*"))  # what a failed save left does not go on filling the disk
+
+
+def test_after_a_failed_save_the_last_good_one_is_restored(small_disk):
+    states = {step: make_state(step) for step in (1, 2)}
+    with Checkpoints(small_disk, keep=1) as checkpoints:
+        checkpoints.save(1, states[1], meta(1))
+        checkpoints.poll(wait=True)
+        free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+        (small_disk / "filler").write_bytes(b"x" * (free - 8192))
+        checkpoints.save(2, states[2], meta(2))
+    assert checkpoints.failures == 1
+    state, found = restore(small_disk, states[1])
+    assert tree_equal(state, states[1]) and found == meta(1)
+
+
+def test_the_format_is_plain_orbax(two_saved):
+    manager = ocp.CheckpointManager(two_saved / "checkpoints")
+    assert manager.all_steps() == [1, 2]
