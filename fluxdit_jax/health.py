@@ -23,6 +23,7 @@ SINK = 0.02  # a window's median at this share of the largest window so far
 WEAK = 0.3  # predicted RMS below this share of the target's
 SILENT = 100  # steps without any gradient before a part is called disconnected
 LEARNED = 0.05  # share of its first loss that a run must have gained before it can lose it again
+RISEN = 1.15  # a loss this many times the first one was thrown away at once
 STARVED = 0.25  # share of the time spent waiting for data
 
 
@@ -162,10 +163,10 @@ class Monitor:
         gained, kept = self._first_loss - self._best_loss, self._first_loss - now
         return self._change(
             "diverged",
-            gained > LEARNED * self._first_loss and kept < gained / 2,
-            f"step {seen.step}: the loss had fallen to {self._best_loss:.3g} and is back at {now:.3g} (it began at "
-            f"{self._first_loss:.3g}): most of what was learned is lost. The learning rate ({self._learning_rate:g}) is "
-            "too high. Go back to a checkpoint from before, and lower optim.lr by 3 or lengthen optim.warmup_steps",
+            (gained > LEARNED * self._first_loss and kept < gained / 2) or now > RISEN * self._first_loss,
+            f"step {seen.step}: the loss began at {self._first_loss:.3g}, had fallen to {self._best_loss:.3g} and is "
+            f"at {now:.3g} now: what was learned is lost. The learning rate ({self._learning_rate:g}) is too high. "
+            "Go back to a checkpoint from before, and lower optim.lr by 3 or lengthen optim.warmup_steps",
             f"step {seen.step}: the loss has come down to {now:.3g}",
         )
 
