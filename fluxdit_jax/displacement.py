@@ -18,7 +18,7 @@ from scipy.ndimage import gaussian_filter
 from fluxdit_jax.likeness import structure_map
 
 WINDOW = 4.0  # of a block: standard deviation in pixels of the structure map
-REACH = 0.45  # largest displacement looked for, as a share of the side
+REACH = 0.6  # largest displacement looked for, as a share of the side
 DIFFERENT = 0.3  # dissimilarity of a block above which it counts as changed
 FAINT = 0.1  # power of a block below which it has too little structure to be matched
 STILL = 0.02  # a shift that explains less than this share of the structure is no movement
@@ -44,7 +44,7 @@ class Displacement:
 
     def along(self, sign: int) -> float | None:
         """The shift in the direction of `sign` (+1 or -1)."""
-        return None if self.shift is None else sign * self.shift
+        return None if self.shift is None else sign * self.shift + 0.0  # 0, not -0
 
 
 def displacement(before: np.ndarray, after: np.ndarray, axis: str = "horizontal") -> Displacement:

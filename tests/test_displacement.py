@@ -26,6 +26,13 @@ def test_a_known_shift_is_measured_exactly(subject, step):
     assert there.along(-1) == -there.shift
 
 
+def test_a_subject_that_crosses_the_picture():
+    """Half of the side, as when "on the left" becomes "on the right"."""
+    left, right = scene("fox", "left", 0, 16), scene("fox", "right", 0, 16)
+    assert displacement(left, right).shift == pytest.approx(0.5, abs=1 / 64)
+    assert displacement(right, left).along(-1) == pytest.approx(0.5, abs=1 / 64)
+
+
 def test_a_vertical_shift():
     before, after = (np.transpose(scene("fox", side, 0), (1, 0, 2)).copy() for side in ("left", "right"))
     assert displacement(before, after, "vertical").shift == pytest.approx(0.25, abs=1 / 64)

@@ -1,5 +1,8 @@
 """The gate on a perfect model, and on models broken in one way each: it must fail where they are broken, only there."""
 
+import dataclasses
+import re
+
 import numpy as np
 import pytest
 from gate_scenes import LIGHTS, Oracle, album
@@ -7,6 +10,7 @@ from scipy.ndimage import gaussian_filter
 
 from fluxdit_jax.gate import edit, memorisation, swap
 from fluxdit_jax.gate.advice import advise
+from fluxdit_jax.gate.album import Album
 from fluxdit_jax.gate.edit import Edit
 from fluxdit_jax.gate.memorisation import Memorisation
 from fluxdit_jax.gate.painter import Wanted
@@ -326,8 +330,44 @@ def test_a_set_in_one_light_has_nothing_to_swap():
     assert found["vision_swap"].numbers["pairs"] < swap.ENOUGH
 
 
+def test_the_same_picture_twice_in_a_set_is_not_held_against_the_model():
+    """Under two captions, so that the model cannot but draw one picture; either original counts."""
+    twin = dataclasses.replace(ALBUM.records[0], key="twin.png", caption="portrait of a vixen, looking left")
+    doubled = Album((*ALBUM.records, twin), (*ALBUM.truths, ALBUM.truths[0]), ALBUM.patch)
+
+    class Twins(Oracle):
+        def words(self, text):
+            return super().words(text.replace("vixen", "fox"))
+
+    verdict = Memorisation.plan(doubled).measure(Twins(ALBUM))
+    assert verdict.passed and verdict.value == 1 and verdict.numbers["twins"] == 2
+    assert Memorisation.plan(ALBUM).measure(Oracle(ALBUM)).numbers["twins"] == 0
+
+
+def test_a_set_whose_captions_name_one_picture_each_is_told_so():
+    """Then the caption says all, the light included, and a model that never looks at the vector memorises well."""
+    renamed = [
+        dataclasses.replace(ALBUM.records[i], caption=f"{ALBUM.caption(i)} number {i}")
+        for i in range(len(ALBUM))
+    ]
+    distinct = Album(tuple(renamed), ALBUM.truths, ALBUM.patch)
+
+    class CaptionIsAll(Oracle):
+        def see(self, one):
+            return ALBUM.truths[int(re.search(r"number (\d+)$", one.caption)[1])]
+
+    remembered = Memorisation.plan(distinct).measure(CaptionIsAll(distinct))
+    assert remembered.passed
+    swapped = Swap.plan(distinct, 60).measure(CaptionIsAll(distinct))
+    assert (
+        not swapped.passed and swapped.numbers["tone_of_b"] < 0.1 and swapped.numbers["shared_captions"] == 0
+    )
+    advice = advise(remembered, swapped, verdicts(Oracle(ALBUM))["text_edit"], FLAT)[1].advice
+    assert "belong to one picture each" in " ".join(advice)
+
+
 def test_without_known_answers_the_verdict_stands_and_says_less():
-    strange = type(ALBUM)(ALBUM.records, ALBUM.truths, ALBUM.patch, keys=r"(?P<composition>x)(?P<lighting>y)")
+    strange = Album(ALBUM.records, ALBUM.truths, ALBUM.patch, keys=r"(?P<composition>x)(?P<lighting>y)")
     oracle = Oracle(ALBUM)
     found = verdicts(oracle, of=strange)
     assert failed(found) == set()

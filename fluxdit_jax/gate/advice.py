@@ -61,13 +61,15 @@ def _training(loss: list[tuple[int, float]]) -> list[str]:
 def _memorisation(verdict: Verdict) -> list[str]:
     numbers = verdict.numbers
     advice = []
-    if numbers["retrieved"] < verdict.threshold and numbers["right_caption"] > 0.9:
+    missed = 1 - numbers["retrieved"]
+    other_light = numbers["right_caption"] - numbers["retrieved"]
+    if missed > 0 and other_light > 0.7 * missed:
         advice.append(
             "Nearly all misses are pictures of the right caption in another light: the vision vector does not "
             "get through. Look at the vision path: vision_embed, the adaLN modulation and its gates, "
             "flow.drop_vision; do the vectors of equal captions differ (`python -m preprocess inspect`)?"
         )
-    elif numbers["retrieved"] < verdict.threshold and numbers["tone_difference"] < 8:
+    elif missed > 0.1 and numbers["tone_difference"] < 8:
         advice.append(
             "The light is right and the composition is not: the caption does not get through. Look at the text "
             "path: the gate of the cross-attention, the text length mask (is padding attended to?), the "
@@ -84,8 +86,8 @@ def _memorisation(verdict: Verdict) -> list[str]:
             "depth or width, or more solver steps (--steps); is the loss at small t (loss_by_time) still high?"
         )
     return advice or [
-        "Look at the missed pictures on the page. Twins in the data set (the same picture twice) cannot be told "
-        "apart. Otherwise train longer."
+        "Look at the missed pictures on the page: pictures of the set that are nearly the same take the longest to "
+        "tell apart. Train longer, or with more depth or width."
     ]
 
 
@@ -107,6 +109,12 @@ def _swap(verdict: Verdict) -> list[str]:
             "(vision_embed, adaLN modulation and gates: do they receive gradient?), and at the captions: do "
             "they name the light?"
         )
+        if numbers["shared_captions"] < 0.5:
+            advice.append(
+                "Most captions of this set belong to one picture each: the caption says all, and nothing taught the "
+                "model to look at the vector. Raise flow.drop_text, or take a set with several pictures of a caption "
+                "in different light."
+            )
     if not advice and numbers["passing"] < verdict.threshold:
         advice.append(
             "Composition and light are each right in most pairs, but not together: the two conditions are tied "

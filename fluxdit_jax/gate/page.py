@@ -24,6 +24,7 @@ WALL = 100  # pictures at most on the wall of originals and drawings
 NAMES: dict[str, tuple[str, str]] = {
     "pictures": ("pictures", "count"),
     "retrieved": ("nearest to their own original", "share"),
+    "twins": ("originals that are in the set twice, either counts", "count"),
     "psnr_median_db": ("PSNR to the VAE's reconstruction, median", "db"),
     "psnr_worst_db": ("PSNR, worst", "db"),
     "ssim_median": ("SSIM, median", "plain"),
@@ -36,6 +37,7 @@ NAMES: dict[str, tuple[str, str]] = {
     "roughness": ("roughness against the originals'", "share"),
     "shuffled_follow_their_new_conditions": ("shuffled: nearest to what their new conditions describe", "share"),
     "pairs": ("pairs", "count"),
+    "shared_captions": ("pictures whose caption another shares", "share"),
     "passing": ("pairs that pass", "share"),
     "structure_of_a": ("structure nearer to A's", "share"),
     "tone_of_b": ("tone nearer to B's", "share"),

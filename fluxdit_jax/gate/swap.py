@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 
 import numpy as np
@@ -91,9 +92,11 @@ class Swap:
                 at_most=False,
             ),
         )
+        captions = collections.Counter(record.caption for record in album.records)
         answers = [album.true_answer(album.caption(i), j) for i, j in self.pairs]
         numbers = {
             "pairs": len(self.pairs),
+            "shared_captions": float(np.mean([captions[record.caption] > 1 for record in album.records])),
             "passing": float(passing.mean()),
             "structure_of_a": float(keeps.mean()),
             "tone_of_b": float(takes.mean()),
