@@ -6,4 +6,4 @@ bash scripts/install.sh
 export PATH="$PWD/.venv/bin:$PATH"
 ruff check .
 ruff format --check .
-exec python -m pytest "$@"
+exec python -m pytest --numprocesses=auto --dist=loadfile "$@"
