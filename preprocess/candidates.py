@@ -59,9 +59,9 @@ class SubsetOptions:
     def checked(self) -> SubsetOptions:
         """These options; raises `PreprocessError` naming the one that is impossible."""
         for name, value, low, high in (
-            ("count", self.count, 2, 100_000),
+            ("count", self.count, 2, 10_000),
             ("light-share", self.light_share, 0.0, 1.0),
-            ("candidates", self.candidates, self.count, 100_000),
+            ("candidates", self.candidates, self.count, 10_000),  # their distances: 800 MB
         ):
             if not low <= value <= high:
                 raise PreprocessError(f"--{name} must be from {low} to {high}, got {value}")

@@ -115,7 +115,7 @@ def distinct(candidates: Candidates, rules: Sequence[Rule]) -> tuple[list[int], 
     """
     sides = [tuple(side_of(caption, rule) for rule in rules) for caption in candidates.captions]
     flat = candidates.thumbnails.reshape(len(candidates), -1).astype(np.float64)
-    limit = ALIKE * math.sqrt(flat.shape[1])
+    alike = distances(flat, flat) < ALIKE * math.sqrt(flat.shape[1])
     kept: list[int] = []
     instead: dict[int, int] = {}
     first: dict[str, int] = {}
@@ -127,8 +127,7 @@ def distinct(candidates: Candidates, rules: Sequence[Rule]) -> tuple[list[int], 
             instead[row] = instead.get(twin, twin)
             continue
         first[candidates.contents[row]] = row
-        near = np.flatnonzero(distances(flat[row : row + 1], flat[kept])[0] < limit) if kept else ()
-        twin = next((kept[i] for i in near if sides[kept[i]] == sides[row]), None)
+        twin = next((k for k in kept if alike[row, k] and sides[k] == sides[row]), None)
         if twin is None:
             kept.append(row)
         else:

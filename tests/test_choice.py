@@ -136,6 +136,13 @@ def test_captions_that_only_resemble_make_couples_after_twins():
     assert [(c.old, c.new, c.twins) for c in found] == [(0, 1, False), (2, 3, True)]
 
 
+def test_a_twin_in_another_light_is_preferred_to_a_stranger_in_the_same():
+    captions = ["a cat looking left", "a cat looking right", "a dog looking left", "a dog looking right"]
+    light = np.eye(16)[[0, 1, 1, 0]]
+    found = couples(candidates(captions, light), DEFAULT_RULES)
+    assert [(c.old, c.new, c.twins) for c in found] == [(0, 1, True), (2, 3, True)]
+
+
 def test_both_parts_of_a_pose_count_the_same_and_a_constant_one_not_at_all():
     given = candidates([f"word{n} and more" for n in range(40)], lights([40], [1]))
     given = dataclasses.replace(given, vision=1000 * given.vision)
