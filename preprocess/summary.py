@@ -14,7 +14,7 @@ from preprocess import buckets
 from preprocess.encode import Counts
 from preprocess.journal import Journal
 from preprocess.plan import Item, Plan, Unit
-from preprocess.publish import Identities
+from preprocess.publish import LOG_FILE, Identities
 from preprocess.scan import Scan
 from preprocess.units import UnitInfo
 
@@ -108,6 +108,9 @@ def tell_result(
         )
     if counts.profiles_ignored:
         journal.say(f"  {counts.profiles_ignored:,} unusable colour profiles were ignored")
+    if plan.duplicates:
+        copies = sum(len(group) - 1 for group in plan.duplicates)
+        journal.say(f"  {copies:,} records are copies of another's image (listed in {LOG_FILE})")
     if reasons:
         journal.say(f"  {manifest.rejects:,} rejected, each with its reason in {output / records.REJECTS}:")
         for reason, count in reasons.most_common():
