@@ -52,7 +52,7 @@ def verify(directory: str | Path, workers: int = 2) -> list[Finding]:
     index, rejects_sha256 = None, ""
     try:
         rows = Rows.load(directory / records.INDEX)
-        index, rejects_sha256 = rows.table, rows.rejects_sha256
+        index, rejects_sha256 = _by_shard(rows), rows.rejects_sha256
     except DatasetError as error:
         findings.append(Finding(records.INDEX, WHOLE, str(error)))
     findings += _check_metadata(directory, manifest, rejects_sha256)
@@ -77,11 +77,21 @@ def verify(directory: str | Path, workers: int = 2) -> list[Finding]:
                     findings.append(Finding(shard.file, row, f"key {key!r} is in {keys[key]} too"))
                 elif key:
                     keys[key] = f"{shard.file} row {row}"
-    if index is not None and index.num_rows != sum(shard.records for _, shard in shards):
-        findings.append(Finding(records.INDEX, WHOLE, f"{index.num_rows} rows, not one for each record"))
+    count = sum(table.num_rows for table in index.values()) if index is not None else 0
+    if index is not None and count != sum(shard.records for _, shard in shards):
+        findings.append(Finding(records.INDEX, WHOLE, f"{count} rows, not one for each record"))
     if not findings:
         findings += _check_statistics(manifest, Moments.merged(moments))
     return findings
+
+
+def _by_shard(rows: Rows) -> dict[str, pa.Table]:
+    """The rows of each shard, by the shard's name."""
+    tables, start = {}, 0
+    for unit in rows.units:
+        tables[unit.file] = rows.table.slice(start, unit.records)
+        start += unit.records
+    return tables
 
 
 def _check_metadata(directory: Path, manifest: Manifest, rejects_sha256: str) -> list[Finding]:
@@ -112,7 +122,7 @@ def _check_shard(
     shard: Shard,
     split: str,
     manifest: Manifest,
-    index: pa.Table | None,
+    index: dict[str, pa.Table] | None,
     progress: Callable[[int], None],
 ) -> tuple[list[Finding], Moments | None, list[str]]:
     path = directory / shard.file
@@ -138,9 +148,9 @@ def _check_shard(
         whole(f"{count} records, the manifest says {shard.records}")
     rows = None
     if index is not None:
-        of_shard = index.filter(pa.compute.equal(index["shard"], shard.file))
+        of_shard = index.get(shard.file, INDEX.empty_table())
         rows = of_shard.to_pylist()
-        if len(rows) != shard.records or any(row["split"] != split for row in rows):
+        if len(rows) != shard.records or any((r["split"], r["shard"]) != (split, shard.file) for r in rows):
             whole(f"{len(rows)} rows in {records.INDEX}, {shard.records} records in the manifest")
             rows = None
         elif bucket_histogram(of_shard) != shard.buckets:
