@@ -126,7 +126,7 @@ def validate(arguments: argparse.Namespace) -> bool:
     rules = choose_rules(captions, [Rule.parse(text) for text in arguments.edit])
     unrelated = choose_unrelated(captions, arguments.unrelated)
     weights = arguments.workdir / "ema" / str(step)
-    print(f"weights: {weights} (EMA, step {step}); {len(records)} pictures of {directory}")
+    print(f"weights: {weights} (EMA, step {step}); {len(records)} of {len(source)} pictures of {directory}")
 
     # ------------------------------------------------------------ the true pictures
     decoder = load_decoder(manifest.vae, arguments.vae or config.log.vae)
