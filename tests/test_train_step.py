@@ -264,6 +264,23 @@ def test_small_updates_move_the_f32_masters_of_a_bf16_network():
         assert leaf.dtype in (jnp.float32, jnp.int32)
 
 
+def test_the_optimizer_is_fed_f32_gradients_of_a_bf16_network():
+    """`MultiSteps` rounds the mean of the micro-batches to the type of what it is fed."""
+    config, optimizer = tiny_model(dtype="bfloat16"), build_optimizer(tiny_optimizer(accumulate=3))
+    fed = []
+
+    class Watched:
+        def update(self, gradients, state, params):
+            fed.extend(leaf.dtype for leaf in jax.tree.leaves((gradients, params)))
+            return optimizer.update(gradients, state, params)
+
+    graph, shapes = model.build(config)
+    statistics = patch_statistics(MEAN, STD, 2)
+    step = make_train_step(graph, "bfloat16", Watched(), tiny_flow(), statistics, 0, 12, 0.9999)
+    jax.eval_shape(step, create_state(lively(shapes), optimizer), make_batch())
+    assert fed and set(fed) == {jnp.dtype("float32")}
+
+
 def test_the_network_really_runs_in_bf16():
     state, step = programs(dtype="bfloat16")
     text = str(jax.make_jaxpr(step)(state, make_batch()))
