@@ -425,6 +425,8 @@ def test_a_reader_that_goes_away_stops_nothing(photos: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_it_cleanly(number: signal.Signals, tmp_path: Path, draw_photo) -> None:
     photos = write_photos(tmp_path / "photos", 60, draw_photo)
+    for copy in range(15):  # enough work that the signal comes before the end, also on a fast machine
+        shutil.copytree(photos, tmp_path / "photos" / f"copy{copy}", ignore=shutil.ignore_patterns("copy*"))
     arguments = ["build", "--input", str(photos), "--output", str(tmp_path / "data"), "--shard-size", "4"]
     process = subprocess.Popen(
         [sys.executable, "-m", "preprocess", *arguments, "--resolution", "512", *FLAGS],
