@@ -14,16 +14,21 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import deque
-from statistics import median
+from statistics import median, pstdev
 
 WINDOW = 20  # steps a condition must last before it is named
 BASELINE = 200  # steps before the window that it is compared with
 SPIKE = 5.0  # a window's median this many times the baseline's
 SINK = 0.02  # a window's median at this share of the largest window so far
 WEAK = 0.3  # predicted RMS below this share of the target's
+TRIVIAL = 0.01  # a loss below this means that there is nothing to predict
+BROKEN = 10  # bad steps within a window that are no accident
 SILENT = 100  # steps without any gradient before a part is called disconnected
 LEARNED = 0.05  # share of its first loss that a run must have gained before it can lose it again
 RISEN = 1.15  # a loss this many times the first one was thrown away at once
+NOISE = (
+    4.0  # standard deviations of single steps' losses; medians over a window wander by less than half of it
+)
 STARVED = 0.25  # share of the time spent waiting for data
 
 
@@ -73,10 +78,13 @@ class Monitor:
         self._waits: deque[float] = deque(maxlen=WINDOW)
         self._skips: deque[int] = deque(maxlen=WINDOW)
         self._losses: deque[float] = deque(maxlen=WINDOW)
-        self._first_loss: float | None = None  # medians over a window
+        self._first_loss: float | None = None  # median over a window
+        self._first_spread = 0.0  # standard deviation of that window's losses
         self._best_loss = math.inf
+        self._best_spread = 0.0
         self._silent_for: dict[str, int] = {}
         self._largest = 0.0  # largest window median so far
+        self._before_spike = 0.0  # what the norm was before it rose
         self._active: set[str] = set()
         self._seen = 0
 
@@ -87,13 +95,15 @@ class Monitor:
         self._waits.append(seen.data_wait)
         if math.isfinite(seen.gradient_norm):
             self._norms.append(seen.gradient_norm)
-        self._ratios.append(seen.rms_ratio)
+        if math.isfinite(seen.rms_ratio):
+            self._ratios.append(seen.rms_ratio)
         if math.isfinite(seen.loss):
             self._losses.append(seen.loss)
         for name, norm in seen.gradient_groups.items():
             self._silent_for[name] = self._silent_for.get(name, 0) + 1 if norm == 0.0 else 0
         found = [
             self._non_finite(seen),
+            self._broken(seen),
             self._spiked(seen),
             self._diverged(seen),
             self._sinking(seen),
@@ -122,15 +132,24 @@ class Monitor:
         return None
 
     def _non_finite(self, seen: Observation) -> Diagnosis | None:
-        recent = sum(self._skips)
         return self._change(
             "non-finite",
-            recent > 0,
+            sum(self._skips) > 0,
             f"step {seen.step}: {seen.skipped} micro-batch(es) had a gradient with NaN or infinity and were skipped; "
-            "the weights were not touched. Once in days is a bad record (`python -m preprocess verify` finds it); "
-            f"again and again means that the learning rate ({self._learning_rate:g}) is too high or a weight is broken",
+            "the weights were not touched. Once in days is a bad record (`python -m preprocess verify` finds it)",
             f"step {seen.step}: gradients have been finite for {WINDOW} steps",
-            serious=seen.skipped > 0 and recent >= WINDOW // 2,
+            serious=False,
+        )
+
+    def _broken(self, seen: Observation) -> Diagnosis | None:
+        bad = sum(skipped > 0 for skipped in self._skips)
+        return self._change(
+            "non-finite again and again",
+            bad >= BROKEN or ("non-finite again and again" in self._active and bad > 0),
+            f"step {seen.step}: {bad} of the last {len(self._skips)} steps had micro-batches with NaN or infinity: a "
+            f"weight is broken, or the learning rate ({self._learning_rate:g}) is too high, or many records are bad "
+            "(`python -m preprocess verify` tells). Go back to a checkpoint from before, and lower optim.lr by 3",
+            f"step {seen.step}: gradients have been finite for {WINDOW} steps",
         )
 
     def _medians(self) -> tuple[float, float] | None:
@@ -144,9 +163,15 @@ class Monitor:
         if medians is None:
             return None
         now, before = medians
+        if "spiked" in self._active:
+            before = self._before_spike  # the baseline itself has risen since
+            present = now > SPIKE * before
+        else:
+            present = now > SPIKE * before and min(list(self._norms)[-WINDOW:]) > before
+            self._before_spike = before
         return self._change(
             "spiked",
-            now > SPIKE * before and min(list(self._norms)[-WINDOW:]) > before,
+            present,
             f"step {seen.step}: the gradient norm rose from about {before:.3g} to {now:.3g} and has stayed there for "
             f"{WINDOW} steps: the learning rate ({self._learning_rate:g}) is too high. Go back to a checkpoint from "
             "before, and lower optim.lr by 3 or lengthen optim.warmup_steps",
@@ -158,12 +183,16 @@ class Monitor:
             return None
         now = median(self._losses)
         if self._first_loss is None:
-            self._first_loss = now
-        self._best_loss = min(self._best_loss, now)
+            self._first_loss, self._first_spread = now, pstdev(self._losses)
+        if now < self._best_loss:
+            self._best_loss, self._best_spread = now, pstdev(self._losses)
         gained, kept = self._first_loss - self._best_loss, self._first_loss - now
+        # Both against the noise of the steps, or a run that is resumed on its plateau would be accused.
+        lost = gained > max(LEARNED * self._first_loss, NOISE * self._best_spread) and kept < gained / 2
+        risen = now > max(RISEN * self._first_loss, self._first_loss + NOISE * self._first_spread)
         return self._change(
             "diverged",
-            (gained > LEARNED * self._first_loss and kept < gained / 2) or now > RISEN * self._first_loss,
+            lost or risen,
             f"step {seen.step}: the loss began at {self._first_loss:.3g}, had fallen to {self._best_loss:.3g} and is "
             f"at {now:.3g} now: what was learned is lost. The learning rate ({self._learning_rate:g}) is too high. "
             "Go back to a checkpoint from before, and lower optim.lr by 3 or lengthen optim.warmup_steps",
@@ -176,12 +205,15 @@ class Monitor:
             return None
         now, _ = medians
         self._largest = max(self._largest, now)
-        weak = median(self._ratios) < WEAK
+        ratio = median(self._ratios) if self._ratios else math.nan
+        weak = ratio < WEAK
+        trivial = bool(self._losses) and median(self._losses) < TRIVIAL
         return self._change(
             "sinking",
-            now < SINK * self._largest or (weak and self._seen > self._warmup_steps + BASELINE),
+            (now < SINK * self._largest and (weak or trivial))
+            or (weak and self._seen > self._warmup_steps + BASELINE),
             f"step {seen.step}: the gradient norm sank to {now:.3g} (it was {self._largest:.3g}) and the prediction "
-            f"has {median(self._ratios):.2f} of the target's size: it collapses to the mean of all, "
+            f"has {ratio:.2f} of the target's size: it collapses to the mean of all, "
             "which is a grey image. Look at the latent statistics in the manifest, at the conditions, and at layers "
             "that start at zero",
             f"step {seen.step}: the gradient norm is back at {now:.3g}",
