@@ -243,6 +243,13 @@ def test_nan_among_good_steps_hides_no_other_trouble():
     assert set(kinds(watch(run))) == {"non-finite"}
 
 
+@pytest.mark.parametrize("field", ["rms_ratio", "loss", "gradient_norm"])
+def test_a_measure_that_is_nan_half_of_the_time_is_no_trouble_of_its_own(field):
+    rng = np.random.default_rng(0)
+    run = [changed(seen, **{field: math.nan}) if rng.random() < 0.5 else seen for seen in healthy(2000)]
+    assert watch(run) == []
+
+
 # ------------------------------------------------------------------------------------------------ data
 
 
@@ -253,6 +260,10 @@ def test_starvation_is_told_but_is_not_serious():
     assert 400 <= said[0][0] <= 400 + WINDOW and not any(diagnosis.serious for _, diagnosis in said)
     for word in ("data.threads", "data.prefetch", "%"):
         assert word in said[0][1].message
+
+
+def test_the_first_steps_may_wait():
+    assert watch([changed(seen, data_wait=1.0) if seen.step < 4 else seen for seen in healthy(100)]) == []
 
 
 def test_a_short_wait_is_not_starvation():
