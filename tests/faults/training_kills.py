@@ -11,6 +11,7 @@ import argparse
 import collections
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -42,22 +43,26 @@ def stage(run: Path) -> str:
     return "while training"
 
 
-def train_with_kills(command: helpers.TrainCommand, config: Path, run: Path, kills: int, longest: float):
-    """Starts the run again and again, killing it after a random time, then lets it end."""
-    rng = random.Random(0)
+def train_with_kills(
+    command: helpers.TrainCommand, config: Path, run: Path, kills: int, longest: float, rng: random.Random
+) -> tuple[collections.Counter, float]:
+    """Starts the run again and again, killing it after a random time below `longest` seconds.
+
+    Returns the moments that were hit, and how long to wait at most from now on: a run that ended before its kill
+    shows that the machine has become faster.
+    """
     hit: collections.Counter[str] = collections.Counter()
-    done = 0
-    while done < kills:
+    while hit.total() < kills:
         process = command.start(f"--config.workdir={run}", config=config)
-        time.sleep(rng.uniform(0, longest))
-        if process.poll() is not None:  # it ended before the kill
+        started = time.monotonic()
+        try:
+            process.communicate(timeout=rng.uniform(0.1, longest))
+            return hit, 0.8 * min(longest, time.monotonic() - started)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
             process.communicate()
-            return hit, done
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        hit[stage(run)] += 1
-        done += 1
-    return hit, done
+            hit[stage(run)] += 1
+    return hit, longest
 
 
 def main() -> int:
@@ -84,12 +89,12 @@ def main() -> int:
         expected_losses, (_, expected_ema) = losses(root / "whole"), restore_ema(root / "whole")
 
         hits: collections.Counter[str] = collections.Counter()
-        killed, runs, lost = 0, 0, 0
+        killed, runs, lost, rng = 0, 0, 0, random.Random(0)
         while killed < wanted:
             run = root / f"run{runs}"
-            hit, done = train_with_kills(command, file, run, min(10, wanted - killed), longest)
+            hit, longest = train_with_kills(command, file, run, min(6, wanted - killed), longest, rng)
             hits += hit
-            killed, runs = killed + done, runs + 1
+            killed, runs = killed + hit.total(), runs + 1
             ended = command.run(f"--config.workdir={run}", config=file)
             same = (
                 ended.returncode == 0
@@ -98,9 +103,8 @@ def main() -> int:
             )
             left = [str(path) for path in run.rglob("*tmp*")]
             lost += not same or bool(left)
-            print(
-                f"run {runs}: {done} kills, {'same bits' if same else 'DIFFERENT'}, left behind: {left or 'nothing'}"
-            )
+            verdict = "same bits" if same else "DIFFERENT"
+            print(f"run {runs}: {hit.total()} kills, {verdict}, left behind: {left or 'nothing'}", flush=True)
             if ended.returncode:
                 print(ended.stderr[-2000:])
         print(f"\n{'moment of the kill':30} kills")

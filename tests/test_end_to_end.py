@@ -1,0 +1,133 @@
+"""The whole road with the real classes: photographs, tiny VAE, T5 and DINOv3, the commands of the README."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest_plugins = ("training_fixtures",)
+pytestmark = pytest.mark.slow
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def run(cache: Path, *arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory, draw_photo, tiny_vae_dir, tiny_t5_dir, tiny_dino_dir, xla_cache) -> Path:
+    """12 photographs of three aspect ratios through `build` with the real classes."""
+    root = tmp_path_factory.mktemp("road")
+    photos = root / "photos"
+    photos.mkdir()
+    for number, size in enumerate([(200, 200), (160, 240), (240, 160)] * 4):
+        Image.fromarray(draw_photo(*size, number)).save(photos / f"{number:02}.png")
+        (photos / f"{number:02}.json").write_text(json.dumps({"caption": f"waves number {number}"}))
+    built = run(
+        xla_cache,
+        "preprocess", "build", "--input", str(photos), "--output", str(root / "data"), "--resolution", "128",
+        "--modulus", "16", "--holdout", "0", "--vae", str(tiny_vae_dir), "--text-encoder", str(tiny_t5_dir),
+        "--vision-encoder", str(tiny_dino_dir),
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    return root / "data"
+
+
+@pytest.fixture(scope="module")
+def narrow_prod(dataset: Path, xla_cache: Path) -> tuple[Path, subprocess.CompletedProcess]:
+    """Two steps of configs/prod.py with a reduced width, as the README's production command."""
+    workdir = dataset.parent / "run"
+    manifest = json.loads((dataset / "manifest.json").read_text())
+    trained = run(
+        xla_cache,
+        "fluxdit_jax.train", "--config=configs/prod.py", f"--config.data.path={dataset}",
+        f"--config.workdir={workdir}", "--config.train.steps=2", "--config.model.width=64", "--config.model.heads=2",
+        "--config.model.depth=2", "--config.optim.effective_batch=8", "--config.gate.required=False",
+        "--config.log.preview_steps=2", "--config.log.preview_count=3", "--config.log.every=1",
+        f"--config.model.text_width={manifest['text']['width']}",
+        f"--config.model.vision_width={manifest['vision']['width']}",
+    )  # fmt: skip
+    return workdir, trained
+
+
+def test_training_writes_everything_of_the_run_directory(narrow_prod) -> None:
+    workdir, trained = narrow_prod
+    assert trained.returncode == 0, trained.stderr
+    assert "done: 2 steps" in trained.stderr
+    for name in ("config.json", "dataset.json", "metrics.jsonl", "checkpoints/2", "ema/2", "tensorboard"):
+        assert (workdir / name).exists(), name
+    steps = [line["step"] for line in map(json.loads, (workdir / "metrics.jsonl").open()) if "loss" in line]
+    assert steps == [1, 2]  # optimizer steps: two micro-batches each
+    preview = np.asarray(Image.open(workdir / "samples" / "step_0000002.png"))
+    assert preview.std() > 5  # decoded by the Flax VAE, not a blank sheet
+
+
+def test_sample_draws_with_the_encoders_of_the_data_set(narrow_prod, xla_cache: Path) -> None:
+    workdir, _ = narrow_prod
+    photo = workdir.parent / "photos" / "01.png"
+    out = workdir / "drawn.png"
+    drawn = run(
+        xla_cache,
+        "fluxdit_jax.sample", "--workdir", str(workdir), "--prompt", "waves number 3", "--reference", str(photo),
+        "--guidance-text", "2", "--guidance-vision", "1.5", "--steps", "2", "--seed", "5", "--out", str(out),
+    )  # fmt: skip
+    assert drawn.returncode == 0, drawn.stderr
+    image = Image.open(out)
+    assert image.size == (128, 128)
+    assert image.text["prompt"] == "waves number 3"
+    assert image.text["seed"] == "5"
+
+
+def test_sample_refuses_another_text_encoder(narrow_prod, xla_cache: Path) -> None:
+    workdir, _ = narrow_prod
+    drawn = run(
+        xla_cache,
+        "fluxdit_jax.sample", "--workdir", str(workdir), "--prompt", "x", "--text-encoder", "builtin:hash",
+        "--out", str(workdir / "refused.png"),
+    )  # fmt: skip
+    assert drawn.returncode == 1
+    assert drawn.stderr.startswith("error: the run was trained with")
+    assert "builtin:hash" in drawn.stderr
+    assert not (workdir / "refused.png").exists()
+
+
+def test_production_does_not_start_without_the_gate(dataset: Path, xla_cache: Path) -> None:
+    refused = run(
+        xla_cache,
+        "fluxdit_jax.train", "--config=configs/prod.py", f"--config.data.path={dataset}",
+        f"--config.workdir={dataset.parent / 'refused'}", "--config.model.text_width=64",
+        "--config.model.vision_width=32",
+    )  # fmt: skip
+    assert refused.returncode == 1
+    assert "gate" in refused.stderr
+    assert not (dataset.parent / "refused" / "checkpoints").exists()
+
+
+def test_export_writes_the_ema_bit_for_bit(narrow_prod, xla_cache: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    from fluxdit_jax.checkpoint import restore_ema
+    from fluxdit_jax.export import flatten
+
+    workdir, _ = narrow_prod
+    exported = run(xla_cache, "fluxdit_jax.export", "--workdir", str(workdir), "--out", str(tmp_path / "out"))
+    assert exported.returncode == 0, exported.stderr
+    expected = flatten(restore_ema(workdir)[1])
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(found[name].tobytes() == expected[name].tobytes() for name in found)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["ema_step"] == 2
+    assert (tmp_path / "out" / "README.md").read_text().startswith("---")
