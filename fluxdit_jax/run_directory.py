@@ -85,7 +85,8 @@ def start_or_resume(workdir: Path, config: ConfigDict, manifest: Manifest) -> bo
             )
     _write(dataset_file, manifest.to_json())
     values = config.to_dict()
-    values["data"]["path"] = str(Path(config.data.path).absolute())  # sampling may be asked for from elsewhere
+    # absolute, because sampling and validation may be asked for from another directory
+    values["data"]["path"] = str(Path(config.data.path).absolute())
     _write(config_file, json.dumps(values, indent=1) + "\n")
     return resuming
 

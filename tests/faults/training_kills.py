@@ -25,7 +25,7 @@ import training_helpers as helpers
 from fluxdit_jax.checkpoint import restore_ema
 from fluxdit_jax.metrics import read_metrics
 
-STEPS = 300
+STEPS = 60
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
