@@ -25,7 +25,7 @@ TRIVIAL = 0.01  # a loss below this means that there is nothing to predict
 BROKEN = 10  # bad steps within a window that are no accident
 SILENT = 100  # steps without any gradient before a part is called disconnected
 LEARNED = 0.05  # share of its first loss that a run must have gained before it can lose it again
-RISEN = 1.15  # a loss this many times the first one was thrown away at once
+RISEN = 1.5  # a loss this many times the first one was thrown away at once
 NOISE = (
     4.0  # standard deviations of single steps' losses; medians over a window wander by less than half of it
 )
@@ -79,9 +79,8 @@ class Monitor:
         self._skips: deque[int] = deque(maxlen=WINDOW)
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._first_loss: float | None = None  # median over a window
-        self._first_spread = 0.0  # standard deviation of that window's losses
         self._best_loss = math.inf
-        self._best_spread = 0.0
+        self._best_spread = 0.0  # standard deviation of the losses in that window
         self._silent_for: dict[str, int] = {}
         self._largest = 0.0  # largest window median so far
         self._before_spike = 0.0  # what the norm was before it rose
@@ -183,13 +182,13 @@ class Monitor:
             return None
         now = median(self._losses)
         if self._first_loss is None:
-            self._first_loss, self._first_spread = now, pstdev(self._losses)
+            self._first_loss = now
         if now < self._best_loss:
             self._best_loss, self._best_spread = now, pstdev(self._losses)
         gained, kept = self._first_loss - self._best_loss, self._first_loss - now
-        # Both against the noise of the steps, or a run that is resumed on its plateau would be accused.
+        # Held against the noise of the steps, or a run that is resumed on its plateau would be accused.
         lost = gained > max(LEARNED * self._first_loss, NOISE * self._best_spread) and kept < gained / 2
-        risen = now > max(RISEN * self._first_loss, self._first_loss + NOISE * self._first_spread)
+        risen = now > RISEN * self._first_loss
         return self._change(
             "diverged",
             lost or risen,
