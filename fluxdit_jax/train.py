@@ -363,6 +363,9 @@ def main(argv: list[str]) -> None:
         code = train(config)
     except USER_ERRORS as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
     sys.exit(code)
 
 
