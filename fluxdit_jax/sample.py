@@ -110,7 +110,13 @@ def choose_size(wanted: str | None, manifest: Manifest) -> tuple[int, int]:
 
 
 def check_encoder(found: EncoderIdentity, trained: EncoderIdentity, option: str) -> None:
-    """Refuses an encoder other than the one the training set was made with."""
+    """Refuses an encoder other than the one the training set was made with.
+
+    A data set of precomputed vectors does not know what made them; then the width must do, and a note is printed.
+    """
+    if not trained.sha256 and found.width == trained.width:
+        print(f"note: the data set took its vectors as given; whether {found.id!r} made them cannot be checked")
+        return
     if (found.sha256, found.width) != (trained.sha256, trained.width):
         raise SampleError(
             f"the run was trained with {trained.id!r} (width {trained.width}, sha256 {trained.sha256[:12]}), but "
