@@ -115,7 +115,9 @@ def check_encoder(found: EncoderIdentity, trained: EncoderIdentity, option: str)
     A data set of precomputed vectors does not know what made them; then the width must do, and a note is printed.
     """
     if not trained.sha256 and found.width == trained.width:
-        print(f"note: the data set took its vectors as given; whether {found.id!r} made them cannot be checked")
+        print(
+            f"note: the data set took its vectors as given; whether {found.id!r} made them cannot be checked"
+        )
         return
     if (found.sha256, found.width) != (trained.sha256, trained.width):
         raise SampleError(
