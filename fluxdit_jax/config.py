@@ -210,6 +210,8 @@ def check(c: ConfigDict) -> None:
         _require(0 <= value <= 1, key, value, "between 0 and 1")
     for key, value in {"optim.b1": c.optim.b1, "optim.b2": c.optim.b2, "ema.decay": c.ema.decay}.items():
         _require(0 <= value < 1, key, value, "at least 0 and below 1")
+    _require(c.seed < 2**31, "seed", c.seed, "below 2**31")
+    _require(math.isfinite(c.flow.mean), "flow.mean", c.flow.mean, "a finite number")
     dropped = c.flow.drop_text + c.flow.drop_vision + c.flow.drop_both
     _require(
         dropped <= 1, "flow.drop_*", round(dropped, 6), "at most 1 in sum: they are one categorical draw"
@@ -250,7 +252,7 @@ def check(c: ConfigDict) -> None:
     if c.profile is not None:
         profile_steps(c.profile)
     if c.log.peak_tflops is not None:
-        _require(c.log.peak_tflops > 0, "log.peak_tflops", c.log.peak_tflops, "above 0")
+        _require(0 < c.log.peak_tflops < math.inf, "log.peak_tflops", c.log.peak_tflops, "finite and above 0")
     if c.data.text_tokens is not None:
         _require(c.data.text_tokens > 0, "data.text_tokens", c.data.text_tokens, "above 0")
     _require(

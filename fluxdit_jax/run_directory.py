@@ -49,8 +49,11 @@ class RunLock:
     """One process per run directory. The kernel releases the lock when its owner dies, however it dies."""
 
     def __init__(self, workdir: Path):
-        workdir.mkdir(parents=True, exist_ok=True)
-        self._file = (workdir / ".lock").open("a+")
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            self._file = (workdir / ".lock").open("a+")
+        except OSError as error:
+            raise RunError(f"{workdir} cannot be made or written: {error.strerror}") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

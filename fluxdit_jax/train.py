@@ -69,6 +69,8 @@ def train(config: ConfigDict) -> int:
         statistics = patch_statistics(manifest.latent_mean, manifest.latent_std, settings.model.patch)
         if config.gate.required:
             require_report(config.gate.report, settings.model, manifest)
+        if config.resume.from_run is not None and not (Path(config.resume.from_run) / "ema").is_dir():
+            raise RunError(f"config.resume.from_run is {config.resume.from_run!r}, which is no run directory")
         workdir = Path(config.workdir)
         primary = jax.process_index() == 0
         if primary:
@@ -369,11 +371,34 @@ def main(argv: list[str]) -> None:
     sys.exit(code)
 
 
+_CONFIG_FAULTS = (
+    flags.Error,
+    ImportError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    ValueError,
+    OSError,
+    SyntaxError,
+)
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """absl's flag parsing, with one line instead of a traceback for an unknown key or a wrong type."""
     try:
-        return flags.FLAGS(argv)
-    except (flags.Error, LookupError, AttributeError, TypeError, ValueError, OSError, SyntaxError) as error:
+        left_over = flags.FLAGS(argv)
+        getattr(flags.FLAGS.config, "workdir", None)  # a file that is not there is only told when it is used
+        return left_over
+    except (
+        flags.Error,
+        ImportError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        ValueError,
+        OSError,
+        SyntaxError,
+    ) as error:
         words = str(error).replace("\\n", ". ").replace("\\", "").replace("'", "")
         unknown = "no such key: " if isinstance(error, (LookupError, AttributeError)) else ""
         sys.exit(f"error in the flags or the configuration file: {unknown}{' '.join(words.split())}")

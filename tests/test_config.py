@@ -1,0 +1,282 @@
+"""The configuration: every value that cannot be names its key, and the rest resolves against the dataset."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+from pathlib import Path
+
+import pytest
+from training_helpers import (
+    CHANNELS,
+    REPOSITORY,
+    TEXT_WIDTH,
+    VISION_WIDTH,
+    tiny_config,
+    write_config,
+)
+
+from fluxdit_jax import config as configuration
+from fluxdit_jax.config import ConfigError, check, default_config, profile_steps, resolve
+from fluxdit_jax.records import load_manifest
+
+pytest_plugins = ("training_fixtures",)
+
+
+def flat(tree, prefix=""):
+    pairs = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            pairs += flat(value, f"{prefix}{key}.")
+        else:
+            pairs.append((prefix + key, value))
+    return pairs
+
+
+def set_key(config, key, value):
+    *groups, last = key.split(".")
+    for group in groups:
+        config = config[group]
+    config[last] = value
+
+
+@pytest.fixture
+def config(tmp_path):
+    return tiny_config(tmp_path / "data", tmp_path / "run")
+
+
+DEFAULTS = flat(default_config().to_dict())
+FLOATS = [key for key, value in DEFAULTS if isinstance(value, float)] + ["flow.shift", "log.peak_tflops"]
+INTEGERS = [key for key, value in DEFAULTS if isinstance(value, int) and not isinstance(value, bool)] + [
+    "data.text_tokens"
+]
+
+
+def test_the_tiny_configuration_and_every_file_in_configs_are_valid(config):
+    check(config)
+    names = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py") if path.stem != "__init__")
+    assert {"demo", "nano", "prod"} <= set(names)
+    for name in names:
+        shipped = importlib.import_module(f"configs.{name}").get_config()
+        shipped.workdir, shipped.data.path = "run", "data"
+        check(shipped)
+        assert dict(flat(shipped.to_dict())).keys() == dict(DEFAULTS).keys(), name
+
+
+@pytest.mark.parametrize("key", FLOATS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_none_names_its_key(config, key, value):
+    set_key(config, key, value)
+    group = key if not key.startswith("flow.drop") else "flow.drop_"
+    with pytest.raises(ConfigError, match=rf"^config\.{group}"):
+        check(config)
+
+
+@pytest.mark.parametrize("key", INTEGERS)
+def test_a_negative_count_names_its_key(config, key):
+    set_key(config, key, -5)
+    with pytest.raises(ConfigError, match=rf"^config\.{key} is -5; it must be "):
+        check(config)
+
+
+ZERO_IS_FINE = {"seed", "optim.warmup_steps", "log.preview_every", "log.heldout_every", "mesh.process"}
+
+
+@pytest.mark.parametrize("key", [key for key in INTEGERS if key not in ZERO_IS_FINE])
+def test_a_count_of_zero_names_its_key(config, key):
+    set_key(config, key, 0)
+    with pytest.raises(ConfigError, match=rf"^config\.{key} is 0; it must be "):
+        check(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"workdir": ""}, ["workdir", "--config.workdir=DIR"]),
+        ({"data.path": ""}, ["data.path", "--config.data.path=DIR"]),
+        ({"seed": 2**32}, ["seed"]),
+        ({"flow.std": 0.0}, ["flow.std", "above 0"]),
+        ({"flow.shift": 0.0}, ["flow.shift", "above 0"]),
+        ({"flow.uniform_share": 1.1}, ["flow.uniform_share", "between 0 and 1"]),
+        ({"flow.drop_text": -0.1}, ["flow.drop_text", "between 0 and 1"]),
+        ({"flow.drop_text": 0.4, "flow.drop_vision": 0.4, "flow.drop_both": 0.3}, ["flow.drop_*", "1.1"]),
+        ({"optim.lr": 0.0}, ["optim.lr", "above 0"]),
+        ({"optim.lr": -1e-4}, ["optim.lr", "-0.0001"]),
+        ({"optim.b1": 1.0}, ["optim.b1", "below 1"]),
+        ({"optim.b2": -0.1}, ["optim.b2", "at least 0"]),
+        ({"ema.decay": 1.0}, ["ema.decay", "below 1"]),
+        ({"optim.clip": 0.0}, ["optim.clip", "above 0"]),
+        ({"optim.final_fraction": 1.5}, ["optim.final_fraction", "between 0 and 1"]),
+        ({"optim.weight_decay": -0.1}, ["optim.weight_decay", "0 or above"]),
+        ({"optim.name": "lion"}, ["optim.name", "'lion'", "adamw, muon"]),
+        ({"optim.schedule": "linear"}, ["optim.schedule", "constant, cosine"]),
+        ({"optim.effective_batch": 10}, ["optim.effective_batch", "multiple of data.batch_size (4)"]),
+        ({"optim.effective_batch": 2}, ["optim.effective_batch", "multiple of data.batch_size (4)"]),
+        ({"optim.schedule": "cosine", "optim.warmup_steps": 99}, ["optim.warmup_steps", "train.steps (8)"]),
+        ({"model.heads": 3}, ["model.width", "32", "multiple of model.heads (3)"]),
+        ({"model.heads": 16}, ["model.width", "multiple of 4"]),
+        ({"model.remat": "all"}, ["model.remat", "none, dots, attention, block"]),
+        ({"model.attention": "flash"}, ["model.attention", "auto, cudnn, xla"]),
+        ({"model.dtype": "float64"}, ["model.dtype", "auto, bfloat16, float32"]),
+        ({"health.action": "ignore"}, ["health.action", "warn, stop"]),
+        ({"resume.take": "all"}, ["resume.take", "ema, state"]),
+        ({"mesh.data": 0}, ["mesh.data", "-1"]),
+        ({"profile": "5"}, ["profile", "START:STOP"]),
+        ({"profile": "5:5"}, ["profile", "START:STOP"]),
+        ({"profile": "a:b"}, ["profile", "START:STOP"]),
+        ({"profile": "-1:3"}, ["profile", "START:STOP"]),
+        ({"log.peak_tflops": -1.0}, ["log.peak_tflops", "above 0"]),
+        ({"checkpoint.minutes": 0.0}, ["checkpoint.minutes", "above 0"]),
+        ({"device_memory_gb": 0.0}, ["device_memory_gb", "above 0"]),
+    ],
+)
+def test_an_impossible_value_names_its_key_and_what_is_possible(config, changes, words):
+    for key, value in changes.items():
+        set_key(config, key, value)
+    with pytest.raises(ConfigError) as refusal:
+        check(config)
+    assert str(refusal.value).startswith("config.")
+    for word in words:
+        assert word in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["float16", "fp16", "half", "Float16"])
+def test_float16_is_refused_with_the_reason(config, name):
+    config.model.dtype = name
+    with pytest.raises(ConfigError) as refusal:
+        check(config)
+    for word in ("config.model.dtype", name, "65,504", "overflow", "bfloat16"):
+        assert word in str(refusal.value)
+
+
+def test_profile_steps():
+    assert profile_steps("3:7") == range(3, 7)
+
+
+# ------------------------------------------------------------------------------------------------ resolve
+
+
+def test_the_parts_get_the_values(config, tiny_dataset):
+    config.data.path = str(tiny_dataset)
+    settings = resolve(config, load_manifest(tiny_dataset))
+    assert settings.model.width == 32 and settings.model.channels == CHANNELS
+    assert settings.tokens == 4  # the largest of 4, 3 and 3
+    assert settings.text_tokens == 8  # the longest stored is 5
+    assert settings.optimizer.accumulate == 2 and settings.optimizer.total_steps == 8
+    assert (settings.batch_size, settings.effective_batch, settings.seed) == (4, 8, 0)
+    assert settings.ema_decay == 0.9999
+    assert settings.flow.shift == math.sqrt(4 / 256)
+    assert settings.model.dtype == "float32" and settings.model.attention == "xla"
+    for part in (settings, settings.model, settings.flow, settings.optimizer):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            part.anything = 1
+
+
+def test_given_values_go_before_defaults(config, tiny_dataset):
+    config.flow.shift, config.data.text_tokens, config.model.dtype = 2.5, 3, "bfloat16"
+    settings = resolve(config, load_manifest(tiny_dataset))
+    assert (settings.flow.shift, settings.text_tokens, settings.model.dtype) == (2.5, 3, "bfloat16")
+    config.model.dtype = "auto"
+    assert resolve(config, load_manifest(tiny_dataset)).model.dtype == "float32"  # on a CPU
+
+
+@pytest.mark.parametrize(
+    ("key", "width", "words"),
+    [
+        ("model.channels", CHANNELS, ["VAE"]),
+        ("model.text_width", TEXT_WIDTH, ["text encoder"]),
+        ("model.vision_width", VISION_WIDTH, ["vision encoder"]),
+    ],
+)
+def test_a_dataset_of_another_encoder_names_both(config, tiny_dataset, key, width, words):
+    set_key(config, key, width + 1)
+    config.data.path = str(tiny_dataset)
+    with pytest.raises(ConfigError) as refusal:
+        resolve(config, load_manifest(tiny_dataset))
+    for word in [f"config.{key} is {width + 1}", str(tiny_dataset), "'none'", f"of width {width}", *words]:
+        assert word in str(refusal.value)
+
+
+def test_a_patch_that_does_not_divide_a_bucket_is_named(config, tiny_dataset):
+    config.model.patch = 4
+    with pytest.raises(ConfigError, match=r"config\.model\.patch is 4.*2x6"):
+        resolve(config, load_manifest(tiny_dataset))
+
+
+# ------------------------------------------------------------------------------------------------ the real command
+
+
+def refused(train_command, config_file, *arguments):
+    """The one line with which the command refuses."""
+    done = train_command.run(*arguments, config=config_file)
+    assert done.returncode == 1, (done.returncode, done.stderr)
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and done.stdout == "", done.stderr + done.stdout
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--config.model.widht=64", ["widht", "width"]),
+        ("--config.data.batch_size=many", ["batch_size", "many"]),
+        ("workdir=/tmp/x", ["unexpected argument", "workdir=/tmp/x", "--config.group.key=value"]),
+        ("--config.model.dtype=float16", ["config.model.dtype", "65,504"]),
+    ],
+    ids=["unknown", "type", "extra", "float16"],
+)
+def test_the_command_refuses_in_one_line(train_command, config, tmp_path, argument, words):
+    line = refused(train_command, write_config(tmp_path / "c.py", config), argument)
+    for word in words:
+        assert word in line
+    assert not Path(config.workdir).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--confg.model.width=64", ["confg.model.width"]),
+        ("--config.model.width", ["config.model.width"]),
+        ("--config.model.width=3.5", ["width", "3.5"]),
+        ("--config.model=3", ["model"]),
+        ("--config.data.path=/nowhere", ["/nowhere/manifest.json", "python -m preprocess build"]),
+        ("--config.workdir=/proc/no/such", ["/proc/no/such"]),
+        ("--config.workdir=/dev/null", ["/dev/null"]),
+        ("--config.mesh.fsdp=3", ["mesh", "3"]),
+        ("--config.seed=-1", ["config.seed is -1"]),
+        ("--config.resume.from_run=/nowhere", ["/nowhere"]),
+    ],
+)
+def test_more_refusals_in_one_line(train_command, config, tmp_path, tiny_dataset, argument, words):
+    config.data.path = str(tiny_dataset)
+    line = refused(train_command, write_config(tmp_path / "c.py", config), argument)
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, ["broken.py", "No such file"]),
+        ("def get_config(:\n", ["broken.py", "invalid syntax"]),
+        ("x = 1\n", ["get_config"]),
+        ("import nothing_of_that_name\n", ["nothing_of_that_name"]),
+    ],
+    ids=["missing", "syntax", "empty", "import"],
+)
+def test_a_configuration_file_that_cannot_be_read_is_told_in_one_line(train_command, tmp_path, text, words):
+    path = tmp_path / "broken.py"
+    if text is not None:
+        path.write_text(text)
+    line = refused(train_command, path)
+    for word in words:
+        assert word in line
+
+
+def test_config_errors_are_what_the_command_catches():
+    from fluxdit_jax import train
+
+    assert configuration.ConfigError in train.USER_ERRORS
