@@ -68,30 +68,33 @@ class RunLock:
         self._file.close()
 
 
-def start_or_resume(workdir: Path, config: ConfigDict, manifest: Manifest) -> bool:
-    """Records the start of a new run, or checks that an old one may go on; True if it is an old one.
+def check_resume(workdir: Path, config: ConfigDict, manifest: Manifest) -> bool:
+    """Whether there is a run in `workdir`, after checking that it may go on with this configuration and data.
 
     Raises:
       RunError: the data set or a key that decides the mathematics is not what the run was started with, and
         `config.resume.allow_changes` is not set. The message lists every difference.
     """
-    config_file, dataset_file = workdir / CONFIG, workdir / DATASET
-    resuming = config_file.exists()
-    if resuming:
-        changes = config_changes(load_config(workdir), config)
-        if _dataset_identity(load_dataset(workdir)) != _dataset_identity(manifest):
-            changes.append(f"data.path: {config.data.path} is not the data set of this run ({DATASET})")
-        if changes and not config.resume.allow_changes:
-            raise RunError(
-                f"{workdir} holds a run with another configuration:\n  " + "\n  ".join(changes) + "\n"
-                "Give the old values, another workdir, or --config.resume.allow_changes=True to go on all the same"
-            )
-    _write(dataset_file, manifest.to_json())
+    if not (workdir / CONFIG).exists():
+        return False
+    changes = config_changes(load_config(workdir), config)
+    if _dataset_identity(load_dataset(workdir)) != _dataset_identity(manifest):
+        changes.append(f"data.path: {config.data.path} is not the data set of this run ({DATASET})")
+    if changes and not config.resume.allow_changes:
+        raise RunError(
+            f"{workdir} holds a run with another configuration:\n  " + "\n  ".join(changes) + "\n"
+            "Give the old values, another workdir, or --config.resume.allow_changes=True to go on all the same"
+        )
+    return True
+
+
+def record_start(workdir: Path, config: ConfigDict, manifest: Manifest) -> None:
+    """Writes what the run is started with. Not before its state is there: what failed to start leaves no trace."""
+    _write(workdir / DATASET, manifest.to_json())
     values = config.to_dict()
     # absolute, because sampling and validation may be asked for from another directory
     values["data"]["path"] = str(Path(config.data.path).absolute())
-    _write(config_file, json.dumps(values, indent=1) + "\n")
-    return resuming
+    _write(workdir / CONFIG, json.dumps(values, indent=1) + "\n")
 
 
 def config_changes(old: ConfigDict, new: ConfigDict) -> list[str]:
@@ -128,9 +131,10 @@ def load_dataset(workdir: Path) -> Manifest:
     return Manifest.from_json(path.read_text(encoding="utf-8"), str(path))
 
 
-def _dataset_identity(manifest: Manifest) -> list[str]:
+def _dataset_identity(manifest: Manifest) -> tuple:
     """What makes two data sets the same for training: their train shards, and the statistics that follow."""
-    return [shard.sha256 for shard in manifest.shards.get("train", ())]
+    shards = [shard.sha256 for shard in manifest.shards.get("train", ())]
+    return shards, manifest.latent_mean, manifest.latent_std
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

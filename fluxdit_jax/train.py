@@ -36,7 +36,7 @@ from fluxdit_jax.optimizer import learning_rate
 from fluxdit_jax.preview import Preview, make_preview
 from fluxdit_jax.program import Program
 from fluxdit_jax.records import DatasetError, Manifest, load_manifest
-from fluxdit_jax.run_directory import RunError, RunLock, start_or_resume
+from fluxdit_jax.run_directory import RunError, RunLock, check_resume, record_start
 from fluxdit_jax.sharding import MeshError
 from fluxdit_jax.state import TrainState
 from fluxdit_jax.stopping import Signals, any_process
@@ -76,7 +76,7 @@ def train(config: ConfigDict) -> int:
         if primary:
             closing.callback(RunLock(workdir).release)
             closing.callback(reporting.log_to(workdir / "train.log"))
-            start_or_resume(workdir, config, manifest)
+            check_resume(workdir, config, manifest)
 
         # ------------------------------------------------------------ the compiled step, if it fits the device
         program = Program(settings, mesh, statistics)
@@ -89,6 +89,8 @@ def train(config: ConfigDict) -> int:
         # ------------------------------------------------------------ the state: resumed, continued or new
         checkpoints = closing.enter_context(Checkpoints(workdir, config.checkpoint.keep))
         state, samples = _first_state(config, program, checkpoints)
+        if primary:
+            record_start(workdir, config, manifest)
         step, mini = int(state.step), int(state.opt_state.mini_step)
         log.info("step %d of %d", step, config.train.steps)
 

@@ -14,7 +14,7 @@ from fluxdit_jax.config import resolve
 from fluxdit_jax.gate.painter import Painter, Wanted
 from fluxdit_jax.gate.requirement import GateError, require_report
 from fluxdit_jax.records import load_manifest
-from fluxdit_jax.run_directory import load_config, load_dataset, start_or_resume
+from fluxdit_jax.run_directory import load_config, load_dataset, record_start
 from fluxdit_jax.vae import load_decoder
 
 pytest_plugins = ("training_fixtures",)
@@ -35,7 +35,7 @@ def untrained(dataset, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("gate") / "untrained"
     workdir.mkdir()
     config, manifest = scene_config(dataset, workdir), load_manifest(dataset)
-    start_or_resume(workdir, config, manifest)
+    record_start(workdir, config, manifest)
     with Checkpoints(workdir, 1) as checkpoints:
         for step in (0, 7):
             checkpoints.save_ema(

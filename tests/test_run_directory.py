@@ -1,0 +1,222 @@
+"""What may change between two starts of a run, and that two processes never share one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from training_helpers import REPOSITORY, tiny_config
+
+from fluxdit_jax.records import Manifest, load_manifest
+from fluxdit_jax.run_directory import (
+    RunError,
+    RunLock,
+    check_resume,
+    config_changes,
+    load_config,
+    load_dataset,
+    record_start,
+)
+
+pytest_plugins = ("training_fixtures",)
+
+
+@pytest.fixture
+def manifest(tiny_dataset):
+    return load_manifest(tiny_dataset)
+
+
+@pytest.fixture
+def config(tiny_dataset, tmp_path):
+    (tmp_path / "run").mkdir()
+    return tiny_config(tiny_dataset, tmp_path / "run")
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    return tmp_path / "run"
+
+
+# ------------------------------------------------------------------------------------------------ start and resume
+
+
+def test_a_start_records_everything_and_a_second_one_resumes(config, manifest, workdir):
+    assert check_resume(workdir, config, manifest) is False
+    assert not list(workdir.iterdir())
+    record_start(workdir, config, manifest)
+    assert load_config(workdir).to_dict() == config.to_dict()
+    assert load_dataset(workdir) == manifest
+    assert Manifest.from_json((workdir / "dataset.json").read_text()) == manifest
+    assert check_resume(workdir, config, manifest) is True
+    assert not list(workdir.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 1),
+        ("data.text_tokens", 4),
+        ("model.width", 64),
+        ("model.depth", 3),
+        ("model.dtype", "bfloat16"),
+        ("flow.shift", 2.0),
+        ("flow.drop_text", 0.2),
+        ("flow.stratified", False),
+        ("optim.name", "muon"),
+        ("optim.lr", 1e-4),
+        ("optim.effective_batch", 16),
+        ("optim.clip", 2.0),
+        ("ema.decay", 0.999),
+    ],
+)
+def test_a_change_of_the_mathematics_is_refused_by_key_with_both_values(
+    config, manifest, workdir, key, value
+):
+    record_start(workdir, config, manifest)
+    group, _, last = key.rpartition(".")
+    place = config[group] if group else config
+    old = place[last]
+    place[last] = value
+    recorded = (workdir / "config.json").read_text()
+    with pytest.raises(RunError) as refusal:
+        check_resume(workdir, config, manifest)
+    for word in (f"{key}: {old!r} -> {value!r}", str(workdir), "--config.resume.allow_changes"):
+        assert word in str(refusal.value)
+    assert (workdir / "config.json").read_text() == recorded  # a refusal changes nothing
+    config.resume.allow_changes = True
+    assert check_resume(workdir, config, manifest) is True
+    record_start(workdir, config, manifest)
+    assert load_config(workdir)[group][last] == value if group else load_config(workdir)[last] == value
+
+
+def test_all_changes_are_listed(config, manifest, workdir):
+    record_start(workdir, config, manifest)
+    config.model.width, config.optim.lr, config.seed = 64, 0.5, 7
+    with pytest.raises(RunError) as refusal:
+        check_resume(workdir, config, manifest)
+    listed = [line.split(":")[0].strip() for line in str(refusal.value).splitlines()[1:4]]
+    assert listed == ["model.width", "optim.lr", "seed"]
+
+
+def test_what_does_not_touch_the_mathematics_may_change(config, manifest, workdir):
+    record_start(workdir, config, manifest)
+    config.data.threads, config.data.prefetch, config.data.batch_size = 1, 1, 8
+    config.model.remat = "block"
+    config.checkpoint.minutes, config.checkpoint.keep, config.log.every = 1.0, 5, 3
+    config.health.action, config.device_memory_gb, config.profile = "stop", 80.0, "1:2"
+    config.mesh.fsdp = 2
+    config.train.steps = 100  # with a constant schedule
+    assert config_changes(load_config(workdir), config) == []
+    assert check_resume(workdir, config, manifest) is True
+
+
+def test_the_length_of_a_run_may_not_change_where_the_schedule_reads_it(config, manifest, workdir):
+    config.optim.schedule = "cosine"
+    record_start(workdir, config, manifest)
+    config.train.steps = 100
+    with pytest.raises(RunError, match="train.steps: 8 -> 100"):
+        check_resume(workdir, config, manifest)
+
+
+def test_a_key_that_is_new_or_gone_is_a_change(config, manifest, workdir):
+    record_start(workdir, config, manifest)
+    raw = json.loads((workdir / "config.json").read_text())
+    del raw["flow"]["std"]
+    raw["flow"]["old"] = 3
+    (workdir / "config.json").write_text(json.dumps(raw))
+    assert config_changes(load_config(workdir), config) == ["flow.old: 3 -> None", "flow.std: None -> 1.0"]
+
+
+def test_another_data_set_is_refused_but_the_same_one_may_move(config, manifest, workdir, tmp_path):
+    record_start(workdir, config, manifest)
+    config.data.path = str(tmp_path / "moved")
+    assert check_resume(workdir, config, manifest) is True
+    shard = dataclasses.replace(manifest.shards["train"][0], sha256="other")
+    other = dataclasses.replace(
+        manifest, shards=manifest.shards | {"train": (shard, *manifest.shards["train"][1:])}
+    )
+    with pytest.raises(RunError, match="is not the data set of this run"):
+        check_resume(workdir, config, other)
+    assert load_dataset(workdir) == manifest
+
+
+def test_other_latent_statistics_are_another_data_set(config, manifest, workdir):
+    record_start(workdir, config, manifest)
+    other = dataclasses.replace(manifest, latent_mean=(9.0, 9.0, 9.0, 9.0))
+    with pytest.raises(RunError, match="is not the data set of this run"):
+        check_resume(workdir, config, other)
+
+
+def test_a_directory_without_a_run_is_told(tmp_path):
+    with pytest.raises(RunError, match="is not a run directory of fluxdit_jax.train"):
+        load_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(RunError, match="config.json cannot be read"):
+        load_config(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ lock
+
+
+def owner(workdir):
+    """A process that holds the lock until it is killed."""
+    code = (
+        "import sys, time; from pathlib import Path; from fluxdit_jax.run_directory import RunLock\n"
+        "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(workdir)], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
+    )
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_second_process_is_refused_naming_the_first_and_takes_over_when_it_is_dead(workdir):
+    process = owner(workdir)
+    try:
+        with pytest.raises(RunError) as refusal:
+            RunLock(workdir)
+        for word in (f"pid {process.pid}", str(workdir), "another workdir"):
+            assert word in str(refusal.value)
+        assert f"pid {process.pid}" in (workdir / ".lock").read_text()  # the refused one did not touch it
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    lock = RunLock(workdir)
+    assert (workdir / ".lock").read_text().startswith(f"pid {os.getpid()} on ")
+    lock.release()
+
+
+def test_a_released_lock_is_free_in_the_same_process(workdir):
+    first = RunLock(workdir)
+    with pytest.raises(RunError, match=f"pid {os.getpid()}"):
+        RunLock(workdir)
+    first.release()
+    RunLock(workdir).release()
+
+
+def test_the_lock_is_not_inherited_by_children(workdir):
+    """A reader process that outlives a killed run must not hold its directory."""
+    lock = RunLock(workdir)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        lock.release()
+        time.sleep(0.1)
+        RunLock(workdir).release()
+    finally:
+        child.kill()
+        child.wait()
+
+
+@pytest.mark.parametrize("path", ["/dev/null", "/proc/none"])
+def test_a_workdir_that_cannot_be_made_is_a_run_error(path):
+    from pathlib import Path
+
+    with pytest.raises(RunError, match=f"{path} cannot be made or written"):
+        RunLock(Path(path))
