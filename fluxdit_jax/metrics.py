@@ -61,12 +61,11 @@ class MetricsWriter:
           step: the run's step now. enabled: False writes nothing (all processes of a run but one).
         """
         path = workdir / "metrics.jsonl" if enabled else Path(os.devnull)
+        first = step + 1 if step else 0  # a run that starts says something before its first step
         if enabled and path.exists():
-            _drop_after(path, step)
+            _drop_from(path, first)
         self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=step + 1 if step else None, write_to_disk=enabled
-        )
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first, write_to_disk=enabled)
         self._board.add_custom_scalars(LAYOUT)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
@@ -110,8 +109,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return parsed
 
 
-def _drop_after(path: Path, step: int) -> None:
-    kept = [entry for entry in read_metrics(path) if entry["step"] <= step]
+def _drop_from(path: Path, step: int) -> None:
+    kept = [entry for entry in read_metrics(path) if entry["step"] < step]
     temporary = path.with_suffix(".jsonl.tmp")
     temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
     temporary.replace(path)

@@ -1,0 +1,162 @@
+"""metrics.jsonl and TensorBoard: the same numbers, each step once, whatever was killed in between."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fluxdit_jax.metrics import LAYOUT, MetricsWriter, pack, read_metrics, unpack
+
+pytest_plugins = ("training_fixtures",)
+
+
+def board(workdir):
+    accumulator = EventAccumulator(str(workdir / "tensorboard"), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+# ------------------------------------------------------------------------------------------------ packing
+
+
+@given(
+    st.dictionaries(
+        st.text("abc", min_size=1, max_size=3),
+        st.lists(st.integers(0, 3), max_size=2),
+        min_size=1,
+        max_size=5,
+    )
+)
+@settings(max_examples=50, deadline=None)
+def test_unpack_is_the_inverse_of_pack(shapes):
+    rng = np.random.default_rng(0)
+    tree = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    tree["nested"] = {"flag": jnp.asarray(True), "count": jnp.asarray(7, jnp.int32)}
+    packed = pack(tree)
+    assert packed.dtype == jnp.float32 and packed.ndim == 1
+    found = unpack(np.asarray(packed), jax.eval_shape(lambda: tree))
+    assert found["nested"] == {"flag": 1.0, "count": 7.0}
+    for name in shapes:
+        np.testing.assert_array_equal(found[name], tree[name])
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def test_json_and_tensorboard_agree(tmp_path):
+    writer = MetricsWriter(tmp_path, 0)
+    for step in (1, 2, 3):
+        writer.scalars(step, {"loss": 1 / step, "by/group": step * 10.0})
+    writer.text(2, "health/spiked", "the gradient norm rose")
+    writer.image(3, "samples", np.full((4, 6, 3), 200, np.uint8))
+    writer.close()
+    entries = read_metrics(tmp_path / "metrics.jsonl")
+    assert [entry for entry in entries if "loss" in entry] == [
+        {"step": step, "loss": 1 / step, "by/group": step * 10.0} for step in (1, 2, 3)
+    ]
+    assert {"step": 2, "health/spiked": "the gradient norm rose"} in entries
+    events = board(tmp_path)
+    for name in ("loss", "by/group"):
+        shown = [(event.step, pytest.approx(event.value)) for event in events.Scalars(name)]
+        assert shown == [(entry["step"], entry[name]) for entry in entries if name in entry]
+    assert len(events.Images("samples")) == 1
+    assert "health/spiked/text_summary" in events.Tags()["tensors"]
+
+
+def test_the_page_of_custom_scalars_shows_what_is_written(tmp_path):
+    writer = MetricsWriter(tmp_path, 0)
+    writer.close()
+    assert "custom_scalars__config__" in board(tmp_path).Tags()["tensors"]
+    patterns = [tag for charts in LAYOUT.values() for _, tags in charts.values() for tag in tags]
+    assert "^loss$" in patterns and "^gradient_norm$" in patterns
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_json_stays_json_where_a_value_is_not_finite(tmp_path, value):
+    writer = MetricsWriter(tmp_path, 0)
+    writer.scalars(1, {"loss": value, "other": 1.0})
+    writer.close()
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(line, parse_constant=lambda name: pytest.fail(name)) == {
+        "step": 1,
+        "loss": None,
+        "other": 1.0,
+    }
+
+
+def test_each_line_is_on_disk_at_once(tmp_path):
+    writer = MetricsWriter(tmp_path, 0)
+    writer.scalars(1, {"loss": 1.0})
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1  # a killed process loses nothing
+    writer.close()
+
+
+def test_other_processes_write_nothing(tmp_path):
+    writer = MetricsWriter(tmp_path, 0, enabled=False)
+    writer.scalars(1, {"loss": 1.0})
+    writer.text(1, "a", "b")
+    writer.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_closing_twice_is_fine(tmp_path):
+    writer = MetricsWriter(tmp_path, 0)
+    writer.close()
+    writer.close()
+
+
+# ------------------------------------------------------------------------------------------------ resuming
+
+
+def write_run(workdir, steps, at):
+    writer = MetricsWriter(workdir, at)
+    for step in steps:
+        writer.scalars(step, {"loss": float(step)})
+    writer.close()
+
+
+def test_what_was_logged_beyond_the_checkpoint_is_dropped_in_both(tmp_path):
+    write_run(tmp_path, range(1, 8), at=0)
+    time.sleep(1.1)  # TensorBoard's files are named by the second
+    write_run(tmp_path, range(5, 10), at=4)  # killed after step 7, resumed from the checkpoint at 4
+    assert [entry["step"] for entry in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 10))
+    assert [event.step for event in board(tmp_path).Scalars("loss")] == list(range(1, 10))
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_a_clean_log(tmp_path):
+    writer = MetricsWriter(tmp_path, 0)
+    writer.text(0, "config", "{}")
+    writer.scalars(1, {"loss": 1.0})
+    writer.close()
+    time.sleep(1.1)
+    writer = MetricsWriter(tmp_path, 0)
+    writer.text(0, "config", "{}")
+    writer.scalars(1, {"loss": 1.0})
+    writer.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 0, "config": "{}"}, {"step": 1, "loss": 1.0}]
+    assert [event.step for event in board(tmp_path).Scalars("loss")] == [1]
+
+
+def test_a_half_written_last_line_is_dropped(tmp_path):
+    write_run(tmp_path, range(1, 4), at=0)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    write_run(tmp_path, [4], at=3)
+    assert [entry["step"] for entry in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_broken_line_in_the_middle_is_told_by_number(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl line 2 is not JSON"):
+        read_metrics(path)
