@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
@@ -31,6 +32,10 @@ from build_fixtures import contents, options  # noqa: E402
 from fluxdit_jax.records import MANIFEST  # noqa: E402
 from preprocess.build import build  # noqa: E402
 from preprocess.verify import verify  # noqa: E402
+
+# The process forks: tqdm's monitor thread, if it held the bars' lock at that moment, would leave it locked in the
+# child for ever.
+tqdm.monitor_interval = 0
 
 CHANGES = ("replace", "rename", "unlink", "rmdir", "mkdir", "fsync", "open")
 

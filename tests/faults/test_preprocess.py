@@ -20,7 +20,10 @@ CODE = "import sys; sys.path.insert(0, sys.argv[1]); import preprocess_kills as 
 def tally(call: str) -> tuple[int, str]:
     """Runs a function of preprocess_kills in a process of its own, which forks and so must have no threads."""
     result = subprocess.run(
-        [sys.executable, "-c", CODE.format(call), str(Path(__file__).parent)], capture_output=True, text=True
+        [sys.executable, "-c", CODE.format(call), str(Path(__file__).parent)],
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr
     killed, _, lost = result.stdout.strip().partition(" ")
