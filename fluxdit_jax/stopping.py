@@ -26,7 +26,8 @@ class Signals(contextlib.AbstractContextManager):
 
     def __enter__(self) -> Signals:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            self._before[number] = signal.signal(number, self._ask)
+            if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` has it ignored, and means it
+                self._before[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -433,6 +433,8 @@ def test_a_signal_stops_it_cleanly(number: signal.Signals, tmp_path: Path, draw_
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # a test run started in the background has SIGINT ignored, under nohup SIGHUP; the build respects that
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while not list((tmp_path / "data").glob(".build/*.parquet")) and time.monotonic() < deadline:
