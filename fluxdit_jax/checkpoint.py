@@ -210,21 +210,7 @@ class Checkpoints:
         saved = self._manager.item_metadata(step)["state"]
         if not jax.tree.leaves(saved):
             raise OSError("the description of its arrays is missing")
-        found = {_path(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(saved)}
-        wanted = {_path(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
-        for path, shape in wanted.items():
-            if path not in found:
-                raise CheckpointError(f"checkpoints/{step} does not fit the configuration: it has no {path}")
-            if tuple(found[path]) != tuple(shape):
-                raise CheckpointError(
-                    f"checkpoints/{step} does not fit the configuration: {path} is {list(found[path])} there, "
-                    f"{list(shape)} here"
-                )
-        for path in found:
-            if path not in wanted:
-                raise CheckpointError(
-                    f"checkpoints/{step} does not fit the configuration: it has {path}, which there is not here"
-                )
+        _require_same_shapes(f"checkpoints/{step}", saved, abstract)
 
     def _set_aside(self, steps: list[int]) -> None:
         for step in steps:
@@ -249,14 +235,15 @@ def ema_steps(workdir: Path) -> list[int]:
     return sorted(int(path.name) for path in (workdir / "ema").glob("*") if path.name.isdigit())
 
 
-def restore_ema(workdir: Path, step: int | None = None) -> tuple[int, Any]:
+def restore_ema(workdir: Path, step: int | None = None, like: Any = None) -> tuple[int, Any]:
     """Loads EMA weights as host numpy arrays: (step, nested dict of f32).
 
     Args:
       step: which; None takes the newest.
+      like: a tree of the shapes that they must have; None takes them as they are.
 
     Raises:
-      CheckpointError: there are none, or not of that step, or they cannot be read.
+      CheckpointError: there are none, or not of that step, or of other shapes, or they cannot be read.
     """
     steps = ema_steps(workdir)
     if not steps:
@@ -276,9 +263,29 @@ def restore_ema(workdir: Path, step: int | None = None) -> tuple[int, Any]:
         written = (metadata.custom_metadata or {}).get(_DIGEST)
         if written is not None and written != tree_digest(ema):
             raise OSError("its numbers are not those that were written")
-        return step, ema
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read: {_first_line(error)}") from error
+    if like is not None:
+        _require_same_shapes(str(path), ema, like)
+    return step, ema
+
+
+def _require_same_shapes(what: str, saved: Any, wanted: Any) -> None:
+    """Raises `CheckpointError`, naming the first leaf that the trees do not share."""
+    shapes, expected = (
+        {_path(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (saved, wanted)
+    )
+    for path in [*expected, *shapes]:
+        if path not in shapes:
+            difference = f"it has no {path}"
+        elif path not in expected:
+            difference = f"it has {path}, which there is not here"
+        elif shapes[path] != expected[path]:
+            difference = f"{path} is {list(shapes[path])} there, {list(expected[path])} here"
+        else:
+            continue
+        raise CheckpointError(f"{what} does not fit the configuration: {difference}")
 
 
 def _path(path: tuple) -> str:

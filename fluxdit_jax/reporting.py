@@ -45,6 +45,7 @@ class Reporter:
         step: int,
         total_steps: int,
         every: int,
+        unfinished: dict[str, Any] | None = None,
     ):
         """
         Args:
@@ -54,6 +55,7 @@ class Reporter:
           peak_flops: of all devices per second; 0 if not known.
           step: optimizer steps already done; total_steps: of the whole run.
           every: steps between logged scalars.
+          unfinished: what `unfinished` gave when the checkpoint was written that the run goes on from.
         """
         self._writer, self._monitor, self._schedule = writer, monitor, schedule
         self._shapes, self._batch_size, self._every = metric_shapes, batch_size, every
@@ -73,6 +75,10 @@ class Reporter:
         self._began = (time.monotonic(), step)
         self._start_step()
         self._start_window()
+        if unfinished is not None:
+            self._step_losses, self._losses = unfinished["step_losses"], unfinished["losses"]
+            self._bins = np.asarray(unfinished["bins"])
+            self._window_skipped = unfinished["skipped"]
 
     def __enter__(self) -> Reporter:
         if self._redirect:
@@ -89,8 +95,17 @@ class Reporter:
         self._bar.close()
         self._writer.close()
 
+    def unfinished(self) -> dict[str, Any]:
+        """What has been read since the last logged line, as JSON: a resumed run logs the same losses."""
+        return {
+            "step_losses": self._step_losses,
+            "losses": self._losses,
+            "bins": self._bins.tolist(),
+            "skipped": self._window_skipped,
+        }
+
     def _start_step(self) -> None:
-        self._step_micro: list[dict[str, Any]] = []
+        self._step_losses: list[float] = []  # of the micro-batches so far
         self._step_skipped = 0
         self._step_started = time.monotonic()
         self._step_waited = 0.0
@@ -128,7 +143,7 @@ class Reporter:
             self._step_skipped += 1
             self._window_skipped += 1
         else:
-            self._step_micro.append(micro)
+            self._step_losses.append(float(micro["loss"]))
             self._bins += np.stack([micro["bin_loss"], micro["bin_count"]])
         if micro["skipped"] or mini == 0:
             self._finish_step(step, micro, completed=mini == 0 and not micro["skipped"])
@@ -136,7 +151,7 @@ class Reporter:
 
     def _finish_step(self, step: int, micro: dict[str, Any], completed: bool) -> None:
         elapsed = max(1e-9, time.monotonic() - self._step_started)
-        loss = float(np.mean([m["loss"] for m in self._step_micro])) if self._step_micro else float("nan")
+        loss = float(np.mean(self._step_losses)) if self._step_losses else float("nan")
         for diagnosis in self._monitor.observe(
             Observation(
                 step=step,

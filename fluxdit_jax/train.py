@@ -88,7 +88,8 @@ def train(config: ConfigDict) -> int:
 
         # ------------------------------------------------------------ the state: resumed, continued or new
         checkpoints = closing.enter_context(Checkpoints(workdir, config.checkpoint.keep))
-        state, samples = _first_state(config, program, checkpoints)
+        state, meta = _first_state(config, program, checkpoints)
+        samples = meta["samples"]  # drawn so far
         if primary:
             record_start(workdir, config, manifest)
         step, mini = int(state.step), int(state.opt_state.mini_step)
@@ -126,6 +127,7 @@ def train(config: ConfigDict) -> int:
                 step=step,
                 total_steps=config.train.steps,
                 every=config.log.every,
+                unfinished=meta.get("unfinished"),
             )
         )
         signals = closing.enter_context(Signals())
@@ -152,20 +154,24 @@ def train(config: ConfigDict) -> int:
             unread = values
             # where the micro-batch in flight will lead, unless it is skipped
             step, mini = (step + 1, 0) if mini + 1 == settings.optimizer.accumulate else (step, mini + 1)
-            if mini and (signals.received is None or jax.process_count() > 1):
-                continue  # several processes can agree on a stop only where all of them look: at a step's end
-
-            last = step == config.train.steps
+            # Several processes can agree on a stop only where all of them look: at a step's end, and, should
+            # every micro-batch be skipped, after as many of them as a step has.
             troubled = reporter.trouble is not None and config.health.action == "stop"
+            alone_and_asked = jax.process_count() == 1 and (signals.received is not None or troubled)
+            if mini and samples % config.optim.effective_batch and not alone_and_asked:
+                continue
+
+            last = step == config.train.steps and mini == 0
             stopping, save_due = any_process(
                 [
                     signals.received is not None or troubled,
                     last or time.monotonic() - saved_at > 60 * config.checkpoint.minutes,
                 ]
             )
-            ema_due = last or step % config.checkpoint.ema_every == 0
-            preview_due = preview is not None and (last or step % config.log.preview_every == 0)
-            heldout_due = heldout is not None and (last or step % config.log.heldout_every == 0)
+            save_due = save_due and mini == 0
+            ema_due = mini == 0 and (last or step % config.checkpoint.ema_every == 0)
+            preview_due = preview is not None and mini == 0 and (last or step % config.log.preview_every == 0)
+            heldout_due = heldout is not None and mini == 0 and (last or step % config.log.heldout_every == 0)
             if not (stopping or save_due or ema_due or preview_due or heldout_due):
                 checkpoints.poll()
                 continue
@@ -181,7 +187,12 @@ def train(config: ConfigDict) -> int:
             if complete and ema_due:
                 checkpoints.save_ema(step, state.ema)
             if stopping or (complete and save_due):
-                checkpoints.save(step, state, {"samples": samples, "batch_size": config.data.batch_size})
+                meta = {
+                    "samples": samples,
+                    "batch_size": config.data.batch_size,
+                    "unfinished": reporter.unfinished(),
+                }
+                checkpoints.save(step, state, meta)
                 saved_at = time.monotonic()
             reporter.pause(time.monotonic() - asked)
             if stopping:
@@ -190,39 +201,54 @@ def train(config: ConfigDict) -> int:
         # ------------------------------------------------------------ everything is written: say so
         checkpoints.poll(wait=True)
         reporter.close()
-        if step == config.train.steps:
+        if step >= config.train.steps:
             log.info(
                 "done: %d steps. EMA weights: %s; pictures: %s", step, workdir / "ema", workdir / "samples"
             )
             return 0 if checkpoints.failures == 0 else 1
         why = f"signal {signals.received}" if signals.received else f"health: {reporter.trouble.kind}"
-        log.info("stopped at step %d (%s), state saved. The same command goes on from there.", step, why)
+        if checkpoints.latest_step() == step:
+            log.info("stopped at step %d (%s), state saved. The same command goes on from there.", step, why)
+        else:
+            log.error(
+                "stopped at step %d (%s); its state could not be saved. The same command goes on from step %d.",
+                step,
+                why,
+                checkpoints.latest_step() or 0,
+            )
         return 128 + signals.received if signals.received else 3
 
 
-def _first_state(config: ConfigDict, program: Program, checkpoints: Checkpoints) -> tuple[TrainState, int]:
-    """(state, samples drawn so far): from this run's checkpoint, else from another run, else new."""
+def _first_state(
+    config: ConfigDict, program: Program, checkpoints: Checkpoints
+) -> tuple[TrainState, dict[str, Any]]:
+    """(state, meta with the samples drawn so far): from this run's checkpoint, from another run, or new."""
     restored = checkpoints.restore(program.abstract)
     if restored is not None:
-        state, meta = restored
-        if int(state.opt_state.mini_step) and meta["batch_size"] != config.data.batch_size:
-            raise RunError(
-                f"the checkpoint at step {int(state.step)} is in the middle of a step of micro-batches of "
-                f"{meta['batch_size']}; resume with that config.data.batch_size once, or up to the next checkpoint"
-            )
-        return state, meta["samples"]
+        _require_same_split(*restored, config)
+        return restored
     if config.resume.from_run is None:
-        return program.create(), 0
+        return program.create(), {"samples": 0}
     if config.resume.take == "state":
         with Checkpoints(Path(config.resume.from_run), config.checkpoint.keep, read_only=True) as other:
             restored = other.restore(program.abstract)
         if restored is None:
             raise RunError(f"config.resume.from_run: {config.resume.from_run} has no checkpoint")
+        _require_same_split(*restored, config)
         log.info("continuing with the full state of %s", config.resume.from_run)
-        return restored[0], restored[1]["samples"]
-    step, ema = restore_ema(Path(config.resume.from_run))
+        return restored[0], {"samples": restored[1]["samples"]}
+    step, ema = restore_ema(Path(config.resume.from_run), like=program.abstract.params)
     log.info("starting from the EMA of %s at step %d", config.resume.from_run, step)
-    return program.from_ema(ema), 0
+    return program.from_ema(ema), {"samples": 0}
+
+
+def _require_same_split(state: TrainState, meta: dict[str, Any], config: ConfigDict) -> None:
+    """Within a step, what is accumulated counts micro-batches; between steps they may change their size."""
+    if int(state.opt_state.mini_step) and meta["batch_size"] != config.data.batch_size:
+        raise RunError(
+            f"the checkpoint at step {int(state.step)} is in the middle of a step of micro-batches of "
+            f"{meta['batch_size']}; resume with that config.data.batch_size once, or up to the next checkpoint"
+        )
 
 
 def _training_flops(settings: Settings) -> int:

@@ -1,0 +1,462 @@
+"""The run, end to end: what it writes, and that nothing that interrupts it changes what it computes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import training_helpers
+from training_helpers import (
+    make_record,
+    tiny_config,
+    tree_equal,
+    write_dataset,
+)
+
+from fluxdit_jax import data
+from fluxdit_jax.checkpoint import CheckpointError, ema_steps, restore_ema
+from fluxdit_jax.config import resolve
+from fluxdit_jax.memory_plan import OutOfMemory
+from fluxdit_jax.metrics import read_metrics
+from fluxdit_jax.program import Program
+from fluxdit_jax.records import BF16, MANIFEST, load_manifest
+from fluxdit_jax.run_directory import RunError, RunLock, load_config, load_dataset
+from fluxdit_jax.sharding import make_mesh
+from fluxdit_jax.train import train
+from fluxdit_jax.train_step import patch_statistics
+
+pytest_plugins = ("training_fixtures",)
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+STEPS = 8  # of two micro-batches of four
+
+
+def scalars(workdir):
+    """{step: the logged values that do not depend on the clock} of metrics.jsonl."""
+    clock = {"images_per_second", "tokens_per_second", "data_wait", "mfu", "device_memory_gb"}
+    found: dict[int, dict] = {}
+    for entry in read_metrics(Path(workdir) / "metrics.jsonl"):
+        values = {
+            name: value for name, value in entry.items() if name not in clock and not isinstance(value, str)
+        }
+        assert not found.get(entry["step"], {}).keys() & (values.keys() - {"step"}), "a step is logged twice"
+        found.setdefault(entry["step"], {}).update(values)
+    return {step: values for step, values in found.items() if len(values) > 1}
+
+
+def log_of(workdir):
+    return (Path(workdir) / "train.log").read_text()
+
+
+def run(config, expected=0):
+    assert train(config.copy_and_resolve_references()) == expected
+
+
+def interrupt(monkeypatch, after, number=signal.SIGTERM):
+    """Sends this process a signal when the loop asks for its `after`-th micro-batch."""
+    original = data.batches
+
+    def batches(*args, **kwargs):
+        for position, batch in enumerate(original(*args, **kwargs), start=1):
+            if position == after:
+                os.kill(os.getpid(), number)
+            yield batch
+
+    monkeypatch.setattr(data, "batches", batches)
+
+
+def assert_same_outcome(workdir, reference, steps=STEPS):
+    assert scalars(workdir) == scalars(reference)
+    assert tree_equal(restore_ema(Path(workdir), steps), restore_ema(Path(reference), steps))
+
+
+@pytest.fixture
+def config(tiny_dataset, tmp_path):
+    c = tiny_config(tiny_dataset, tmp_path / "run")
+    c.flow.drop_text, c.flow.drop_vision, c.flow.drop_both = 0.2, 0.2, 0.1
+    c.checkpoint.ema_every = 4
+    c.log.heldout_every, c.log.heldout_count = 4, 3
+    return c
+
+
+@pytest.fixture(scope="module")
+def finished(quick_compile, tiny_dataset, tmp_path_factory):
+    """An uninterrupted run; read only."""
+    c = tiny_config(tiny_dataset, tmp_path_factory.mktemp("finished") / "run")
+    c.flow.drop_text, c.flow.drop_vision, c.flow.drop_both = 0.2, 0.2, 0.1
+    c.checkpoint.ema_every = 4
+    c.log.heldout_every, c.log.heldout_count = 4, 3
+    run(c)
+    return Path(c.workdir)
+
+
+# ------------------------------------------------------------------------------------------------ what it writes
+
+
+def test_the_run_directory_has_everything(finished, tiny_dataset):
+    assert load_config(finished).model.width == 32
+    assert load_dataset(finished) == load_manifest(tiny_dataset)
+    assert [path.name for path in (finished / "checkpoints").iterdir()] == [str(STEPS)]
+    assert ema_steps(finished) == [4, 8]
+    assert list((finished / "tensorboard").glob("events.*"))
+    logged = scalars(finished)
+    assert list(logged) == list(range(1, STEPS + 1))
+    for step, values in logged.items():
+        assert all(np.isfinite(value) for value in values.values()), step
+        for name in (
+            "loss",
+            "gradient_norm",
+            "learning_rate",
+            "velocity_rms_ratio",
+            "ema_distance",
+            "skipped",
+        ):
+            assert name in values
+        assert ("heldout_loss" in values) == (step % 4 == 0)
+    bins = {name for values in logged.values() for name in values if name.startswith("loss_by_time/")}
+    groups = {name for name in logged[1] if name.startswith("gradient_norm_by_group/")}
+    assert len(groups) == 14 and bins
+    assert not list(finished.rglob("*tmp*"))
+
+
+def test_the_log_begins_with_what_and_ends_with_where(finished):
+    log = log_of(finished)
+    for words in (
+        "0.1 M parameters, width 32",
+        "24 images",
+        "batch: 4 x 2 = 8",
+        "memory of a device",
+        "step 0 of 8",
+    ):
+        assert words in log
+    assert f"done: {STEPS} steps. EMA weights: {finished / 'ema'}" in log
+
+
+def test_tensorboard_shows_the_same_numbers(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    logged = scalars(finished)
+    for name in {name for values in logged.values() for name in values} - {"step"}:
+        shown = {event.step: event.value for event in events.Scalars(name)}
+        expected = {step: values[name] for step, values in logged.items() if name in values}
+        assert shown == pytest.approx(expected, rel=1e-6), name
+
+
+def test_training_learns(finished):
+    logged = scalars(finished)
+    assert logged[8]["heldout_loss"] < logged[4]["heldout_loss"]
+    assert logged[8]["velocity_rms_ratio"] > logged[1]["velocity_rms_ratio"]
+    assert logged[1]["learning_rate"] == pytest.approx(5e-3) and logged[3]["learning_rate"] == pytest.approx(
+        1e-2
+    )
+
+
+def test_a_finished_run_is_done_at_once_also_if_it_is_now_shorter(finished, config, tmp_path):
+    shutil.copytree(finished, config.workdir)
+    before = scalars(config.workdir)
+    run(config)
+    config.train.steps = 5
+    run(config)
+    assert scalars(config.workdir) == before
+    assert log_of(config.workdir).count("done: 8 steps") == 3
+
+
+# ------------------------------------------------------------------------------------------------ exact resume
+
+
+@pytest.mark.parametrize("first", [1, 5])
+def test_a_run_in_two_goes_is_the_run_in_one(finished, config, first):
+    config.train.steps = first
+    run(config)
+    config.train.steps = STEPS
+    run(config)
+    expected = scalars(finished)
+    if first % 4:  # the end of the first go was an end: it measured and wrote more than the run in one
+        found = scalars(config.workdir)
+        assert "heldout_loss" in found[first]
+        found[first] = {name: v for name, v in found[first].items() if not name.startswith("heldout")}
+        assert found == expected
+    assert tree_equal(restore_ema(Path(config.workdir), 8), restore_ema(finished, 8))
+    assert tree_equal(restore_ema(Path(config.workdir), 4)[1], restore_ema(finished, 4)[1]) or first > 4
+
+
+@pytest.mark.parametrize("after", [2, 7, 8, 15])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_within_the_step_and_the_same_command_goes_on(
+    config, finished, monkeypatch, after, number
+):
+    with monkeypatch.context() as patch:
+        interrupt(patch, after, number)
+        run(config, expected=128 + number)
+    log = log_of(config.workdir)
+    assert f"(signal {int(number)}), state saved. The same command goes on from there." in log
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    run(config)
+    assert_same_outcome(config.workdir, finished)
+
+
+def test_interrupted_many_times(config, finished, monkeypatch):
+    for _ in range(20):
+        with monkeypatch.context() as patch:
+            interrupt(patch, 3)
+            code = train(config.copy_and_resolve_references())
+        if code == 0:
+            break
+        assert code == 128 + signal.SIGTERM
+    assert code == 0
+    assert_same_outcome(config.workdir, finished)
+
+
+def test_losses_averaged_over_several_steps_survive_an_interruption(config, tmp_path, monkeypatch):
+    """Logged every 3 steps: an interruption within these must not lose the steps before it."""
+    config.log.every = 3
+    whole = config.copy_and_resolve_references()
+    whole.workdir = str(tmp_path / "whole")
+    run(whole)
+    for after in (4, 6):
+        with monkeypatch.context() as patch:
+            interrupt(patch, after)
+            run(config, expected=128 + signal.SIGTERM)
+    run(config)
+    assert list(scalars(whole.workdir)) == [3, 4, 6, 8]
+    assert_same_outcome(config.workdir, whole.workdir)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_reader_threads_change_nothing(config, finished, threads):
+    config.data.threads, config.data.prefetch = threads, threads
+    run(config)
+    assert_same_outcome(config.workdir, finished)
+
+
+@pytest.mark.parametrize("name", ["muon", "bfloat16"])
+def test_other_optimizers_and_precisions_resume_exactly(config, tmp_path, monkeypatch, name):
+    if name == "muon":
+        config.optim.name = "muon"
+    else:
+        config.model.dtype = "bfloat16"
+    whole = config.copy_and_resolve_references()
+    whole.workdir = str(tmp_path / "whole")
+    run(whole)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 8)
+        run(config, expected=128 + signal.SIGTERM)
+    run(config)
+    assert_same_outcome(config.workdir, whole.workdir)
+
+
+def test_the_split_may_change_between_steps_with_the_same_samples(config, finished):
+    config.train.steps = 3
+    run(config)
+    config.train.steps, config.data.batch_size = STEPS, 2
+    run(config)
+    found, expected = scalars(config.workdir), scalars(finished)
+    for step in range(1, STEPS + 1):
+        assert found[step]["loss"] == pytest.approx(expected[step]["loss"], rel=1e-4), step
+        assert found[step]["gradient_norm"] == pytest.approx(expected[step]["gradient_norm"], rel=1e-3), step
+    for a, b in zip(
+        jax.tree.leaves(restore_ema(Path(config.workdir), 8)[1]), jax.tree.leaves(restore_ema(finished, 8)[1])
+    ):
+        np.testing.assert_allclose(a, b, atol=2e-3)
+
+
+def test_the_split_may_not_change_within_a_step(config, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 4)
+        run(config, expected=128 + signal.SIGTERM)
+    config.data.batch_size = 2
+    with pytest.raises(RunError, match="in the middle of a step of micro-batches of 4"):
+        train(config)
+    config.data.batch_size = 4
+    run(config)
+
+
+def test_a_damaged_newest_checkpoint_costs_steps_and_nothing_else(config, finished, monkeypatch):
+    config.checkpoint.minutes = 1e-9  # after every step
+    config.train.steps = 5
+    run(config)
+    checkpoints = Path(config.workdir) / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["4", "5"]
+    largest = max(checkpoints.rglob("5/state/**/*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    shutil.rmtree(Path(config.workdir) / "ema" / "5")
+    config.train.steps = STEPS
+    run(config)
+    assert "checkpoints/5 cannot be restored" in log_of(config.workdir)
+    assert_same_outcome(config.workdir, finished)
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+def test_a_changed_configuration_is_refused_and_a_failed_change_leaves_no_trace(config, finished):
+    shutil.copytree(finished, config.workdir)
+    recorded = (Path(config.workdir) / "config.json").read_text()
+    config.model.width, config.optim.lr = 64, 1.0
+    with pytest.raises(RunError) as refusal:
+        train(config)
+    assert "model.width: 32 -> 64" in str(refusal.value) and "optim.lr: 0.01 -> 1.0" in str(refusal.value)
+    config.resume.allow_changes = True
+    with pytest.raises(CheckpointError, match=r"checkpoints/8 does not fit .*k_scale is \[2, 16\] there"):
+        train(config)
+    assert (Path(config.workdir) / "config.json").read_text() == recorded
+    assert [path.name for path in (Path(config.workdir) / "checkpoints").iterdir()] == ["8"]
+
+
+def test_an_allowed_change_is_made(config, finished):
+    shutil.copytree(finished, config.workdir)
+    config.optim.lr, config.train.steps, config.resume.allow_changes = 1e-3, 9, True
+    run(config)
+    assert scalars(config.workdir)[9]["learning_rate"] == pytest.approx(1e-3)
+    assert load_config(Path(config.workdir)).optim.lr == 1e-3
+
+
+def test_two_runs_do_not_share_a_directory(config):
+    lock = RunLock(Path(config.workdir))
+    with pytest.raises(RunError, match=f"in use by pid {os.getpid()}"):
+        train(config)
+    lock.release()
+
+
+def test_a_step_that_does_not_fit_is_refused_before_it_runs(config):
+    config.device_memory_gb = 0.0005
+    with pytest.raises(OutOfMemory) as refusal:
+        train(config)
+    for words in ("config.device_memory_gb is 0.0005", "f32 weights", "moments", "EMA", "activations"):
+        assert words in str(refusal.value)
+    assert not (Path(config.workdir) / "config.json").exists()
+
+
+def test_a_damaged_record_stops_the_run_and_names_it(config, tmp_path):
+    write_dataset(tmp_path / "data")
+    manifest = load_manifest(tmp_path / "data")
+    path = tmp_path / "data" / manifest.shards["train"][1].file
+    content = bytearray(path.read_bytes())
+    content[content.index(make_record(13, (2, 6)).vision.tobytes())] ^= 1
+    path.write_bytes(content)
+    config.data.path = str(tmp_path / "data")
+    with pytest.raises(data.DatasetError, match=f"{path.name} row 1 .record 13."):
+        train(config)
+
+
+# ------------------------------------------------------------------------------------------------ non-finite
+
+
+@pytest.fixture
+def overflowing(tmp_path, monkeypatch):
+    """Makes datasets in which some records are finite but so large that their loss is not."""
+
+    def make(bad):
+        def record(number, *args, **kwargs):
+            made = make_record(number, *args, **kwargs)
+            if number in bad:
+                object.__setattr__(made, "latent", np.full_like(made.latent, BF16.type(3e38)))
+            return made
+
+        directory = tmp_path / f"data{len(bad)}"
+        with monkeypatch.context() as patch:
+            patch.setattr(training_helpers, "make_record", record)
+            manifest = write_dataset(directory)
+        fair = dataclasses.replace(manifest, latent_mean=(0.5,) * 4, latent_std=(2.0,) * 4)
+        (directory / MANIFEST).write_text(fair.to_json())
+        return directory
+
+    return make
+
+
+@pytest.mark.parametrize("batch_size", [4, 8])
+def test_a_bad_record_is_skipped_counted_and_told(config, overflowing, batch_size):
+    config.data.path = str(overflowing({7}))
+    config.data.batch_size = batch_size
+    config.log.heldout_every = 0
+    run(config)
+    logged = scalars(config.workdir)
+    assert list(logged) == list(range(1, STEPS + 1))
+    skipped = sum(values["skipped"] for values in logged.values())
+    assert 2 <= skipped <= 4  # once in every epoch of 24 samples
+    assert all(np.isfinite(value) for values in logged.values() for value in values.values())
+    texts = [e for e in read_metrics(Path(config.workdir) / "metrics.jsonl") if "health/non-finite" in e]
+    assert texts and "skipped" in texts[0]["health/non-finite"]
+    assert "health: step" in log_of(config.workdir)
+
+
+@pytest.mark.parametrize("batch_size", [2, 4, 8])
+def test_a_run_of_nothing_but_bad_records_stops_if_asked_to(config, overflowing, batch_size):
+    config.data.path = str(overflowing(set(range(24))))
+    config.data.batch_size, config.health.action, config.log.heldout_every = batch_size, "stop", 0
+    run(config, expected=3)
+    assert "non-finite" in log_of(config.workdir) and "stopped at step 0 (health:" in log_of(config.workdir)
+
+
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_a_run_of_nothing_but_bad_records_still_obeys_a_signal(config, overflowing, batch_size, monkeypatch):
+    config.data.path = str(overflowing(set(range(24))))
+    config.data.batch_size, config.log.heldout_every = batch_size, 0
+    with monkeypatch.context() as patch:
+        interrupt(patch, 30)
+        run(config, expected=128 + signal.SIGTERM)
+
+
+# ------------------------------------------------------------------------------------------------ stages
+
+
+def test_a_stage_starts_from_another_runs_ema_at_another_resolution(config, finished, tmp_path):
+    write_dataset(tmp_path / "large", sizes=((6, 8), (8, 6)), seed=5)
+    config.data.path, config.resume.from_run = str(tmp_path / "large"), str(finished)
+    config.optim.lr, config.train.steps = 1e-12, 1
+    run(config)
+    assert f"starting from the EMA of {finished} at step 8" in log_of(config.workdir)
+    for a, b in zip(
+        jax.tree.leaves(restore_ema(Path(config.workdir), 1)[1]), jax.tree.leaves(restore_ema(finished, 8)[1])
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    assert list(scalars(config.workdir)) == [1]
+
+
+def test_a_stage_of_another_network_names_the_difference(config, finished):
+    config.resume.from_run, config.model.depth = str(finished), 3
+    with pytest.raises(CheckpointError) as refusal:
+        train(config)
+    assert str(finished) in str(refusal.value) and "blocks/" in str(refusal.value)
+    assert "[2, " in str(refusal.value) and "[3, " in str(refusal.value)
+
+
+def test_a_run_may_go_on_with_the_whole_state_of_another(config, finished):
+    config.resume.from_run, config.resume.take, config.train.steps = str(finished), "state", 10
+    run(config)
+    assert list(scalars(config.workdir)) == [9, 10]
+    assert f"continuing with the full state of {finished}" in log_of(config.workdir)
+
+
+# ------------------------------------------------------------------------------------------------ the program
+
+
+def test_places_are_kept_and_nothing_is_compiled_twice(config, tiny_dataset):
+    manifest = load_manifest(tiny_dataset)
+    settings = resolve(config, manifest)
+    program = Program(
+        settings, make_mesh(-1, 1, 4), patch_statistics(manifest.latent_mean, manifest.latent_std, 2)
+    )
+    compiled = program.compile()
+    state = program.create()
+    source = data.RecordSource(tiny_dataset, manifest, "train")
+    options = {"patch": 2, "tokens": 4, "text_tokens": 8, "threads": 1, "prefetch": 1}
+    for batch in itertools.islice(data.batches(source, seed=0, start=0, batch_size=4, **options), 3):
+        shapes = program.batch_shapes()
+        assert {name: (a.shape, a.dtype) for name, a in batch.items()} == {
+            name: (s.shape, s.dtype) for name, s in shapes.items()
+        }
+        state, _ = compiled(state, batch)
+        for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(program.abstract)):
+            assert (leaf.shape, leaf.dtype, leaf.sharding) == (wanted.shape, wanted.dtype, wanted.sharding)
