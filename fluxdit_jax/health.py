@@ -23,6 +23,7 @@ SINK = 0.02  # a window's median at this share of the largest window so far
 WEAK = 0.3  # predicted RMS below this share of the target's
 TRIVIAL = 0.01  # a loss below this means that there is nothing to predict
 BROKEN = 10  # bad steps within a window that are no accident
+LOUD = 1.5  # predicted RMS above this many times the target's
 SILENT = 100  # steps without any gradient before a part is called disconnected
 LEARNED = 0.05  # share of its first loss that a run must have gained before it can lose it again
 RISEN = 1.5  # a loss this many times the first one was thrown away at once
@@ -188,7 +189,9 @@ class Monitor:
         gained, kept = self._first_loss - self._best_loss, self._first_loss - now
         # Held against the noise of the steps, or a run that is resumed on its plateau would be accused.
         lost = gained > max(LEARNED * self._first_loss, NOISE * self._best_spread) and kept < gained / 2
-        risen = now > RISEN * self._first_loss
+        # A prediction larger than its target is worse than none: that loss may have been so from the first window on.
+        loud = len(self._ratios) == WINDOW and median(self._ratios) > LOUD
+        risen = now > RISEN * self._first_loss or loud
         return self._change(
             "diverged",
             lost or risen,
