@@ -36,6 +36,12 @@ pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 STEPS = 8  # of two micro-batches of four
+slow = pytest.mark.slow
+
+
+def rest_slow(first, *others):
+    """Parameters of which only the first belongs to the fast tests: each run costs seconds of tracing."""
+    return [first, *(pytest.param(*(o if isinstance(o, tuple) else (o,)), marks=slow) for o in others)]
 
 
 def scalars(workdir):
@@ -173,7 +179,7 @@ def test_a_finished_run_is_done_at_once_also_if_it_is_now_shorter(finished, conf
 # ------------------------------------------------------------------------------------------------ exact resume
 
 
-@pytest.mark.parametrize("first", [1, 5])
+@pytest.mark.parametrize("first", rest_slow(5, 1))
 def test_a_run_in_two_goes_is_the_run_in_one(finished, config, first):
     config.train.steps = first
     run(config)
@@ -189,8 +195,12 @@ def test_a_run_in_two_goes_is_the_run_in_one(finished, config, first):
     assert tree_equal(restore_ema(Path(config.workdir), 4)[1], restore_ema(finished, 4)[1]) or first > 4
 
 
-@pytest.mark.parametrize("after", [2, 7, 8, 15])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("after", "number"),
+    rest_slow(
+        (7, signal.SIGTERM), (2, signal.SIGINT), (8, signal.SIGINT), (15, signal.SIGTERM), (4, signal.SIGHUP)
+    ),
+)
 def test_a_signal_saves_within_the_step_and_the_same_command_goes_on(
     config, finished, monkeypatch, after, number
 ):
@@ -199,11 +209,12 @@ def test_a_signal_saves_within_the_step_and_the_same_command_goes_on(
         run(config, expected=128 + number)
     log = log_of(config.workdir)
     assert f"(signal {int(number)}), state saved. The same command goes on from there." in log
-    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler)
     run(config)
     assert_same_outcome(config.workdir, finished)
 
 
+@slow
 def test_interrupted_many_times(config, finished, monkeypatch):
     for _ in range(20):
         with monkeypatch.context() as patch:
@@ -216,6 +227,7 @@ def test_interrupted_many_times(config, finished, monkeypatch):
     assert_same_outcome(config.workdir, finished)
 
 
+@slow
 def test_losses_averaged_over_several_steps_survive_an_interruption(config, tmp_path, monkeypatch):
     """Logged every 3 steps: an interruption within these must not lose the steps before it."""
     config.log.every = 3
@@ -231,13 +243,14 @@ def test_losses_averaged_over_several_steps_survive_an_interruption(config, tmp_
     assert_same_outcome(config.workdir, whole.workdir)
 
 
-@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("threads", rest_slow(1, 4))
 def test_reader_threads_change_nothing(config, finished, threads):
     config.data.threads, config.data.prefetch = threads, threads
     run(config)
     assert_same_outcome(config.workdir, finished)
 
 
+@slow
 @pytest.mark.parametrize("name", ["muon", "bfloat16"])
 def test_other_optimizers_and_precisions_resume_exactly(config, tmp_path, monkeypatch, name):
     if name == "muon":
@@ -269,6 +282,7 @@ def test_the_split_may_change_between_steps_with_the_same_samples(config, finish
         np.testing.assert_allclose(a, b, atol=2e-3)
 
 
+@slow
 def test_the_split_may_not_change_within_a_step(config, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt(patch, 4)
@@ -314,6 +328,7 @@ def test_a_changed_configuration_is_refused_and_a_failed_change_leaves_no_trace(
     assert [path.name for path in (Path(config.workdir) / "checkpoints").iterdir()] == ["8"]
 
 
+@slow
 def test_an_allowed_change_is_made(config, finished):
     shutil.copytree(finished, config.workdir)
     config.optim.lr, config.train.steps, config.resume.allow_changes = 1e-3, 9, True
@@ -329,6 +344,7 @@ def test_two_runs_do_not_share_a_directory(config):
     lock.release()
 
 
+@slow
 def test_a_step_that_does_not_fit_is_refused_before_it_runs(config):
     config.device_memory_gb = 0.0005
     with pytest.raises(OutOfMemory) as refusal:
@@ -375,7 +391,7 @@ def overflowing(tmp_path, monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("batch_size", [4, 8])
+@pytest.mark.parametrize("batch_size", rest_slow(4, 8))
 def test_a_bad_record_is_skipped_counted_and_told(config, overflowing, batch_size):
     config.data.path = str(overflowing({7}))
     config.data.batch_size = batch_size
@@ -391,7 +407,7 @@ def test_a_bad_record_is_skipped_counted_and_told(config, overflowing, batch_siz
     assert "health: step" in log_of(config.workdir)
 
 
-@pytest.mark.parametrize("batch_size", [2, 4, 8])
+@pytest.mark.parametrize("batch_size", rest_slow(4, 2, 8))
 def test_a_run_of_nothing_but_bad_records_stops_if_asked_to(config, overflowing, batch_size):
     config.data.path = str(overflowing(set(range(24))))
     config.data.batch_size, config.health.action, config.log.heldout_every = batch_size, "stop", 0
@@ -399,6 +415,7 @@ def test_a_run_of_nothing_but_bad_records_stops_if_asked_to(config, overflowing,
     assert "non-finite" in log_of(config.workdir) and "stopped at step 0 (health:" in log_of(config.workdir)
 
 
+@slow
 @pytest.mark.parametrize("batch_size", [2, 8])
 def test_a_run_of_nothing_but_bad_records_still_obeys_a_signal(config, overflowing, batch_size, monkeypatch):
     config.data.path = str(overflowing(set(range(24))))
@@ -432,6 +449,7 @@ def test_a_stage_of_another_network_names_the_difference(config, finished):
     assert "[2, " in str(refusal.value) and "[3, " in str(refusal.value)
 
 
+@slow
 def test_a_run_may_go_on_with_the_whole_state_of_another(config, finished):
     config.resume.from_run, config.resume.take, config.train.steps = str(finished), "state", 10
     run(config)
