@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -206,7 +207,11 @@ def train(config: ConfigDict) -> int:
                 "done: %d steps. EMA weights: %s; pictures: %s", step, workdir / "ema", workdir / "samples"
             )
             return 0 if checkpoints.failures == 0 else 1
-        why = f"signal {signals.received}" if signals.received else f"health: {reporter.trouble.kind}"
+        why, code = "another process was told to stop", 128 + signal.SIGTERM
+        if signals.received is not None:
+            why, code = f"signal {signals.received}", 128 + signals.received
+        elif reporter.trouble is not None and config.health.action == "stop":
+            why, code = f"health: {reporter.trouble.kind}", 3
         if checkpoints.latest_step() == step:
             log.info("stopped at step %d (%s), state saved. The same command goes on from there.", step, why)
         else:
@@ -216,7 +221,7 @@ def train(config: ConfigDict) -> int:
                 why,
                 checkpoints.latest_step() or 0,
             )
-        return 128 + signals.received if signals.received else 3
+        return code
 
 
 def _first_state(
