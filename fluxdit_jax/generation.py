@@ -75,6 +75,7 @@ class Generator:
         steps: int,
         method: str = "heun",
         batch_size: int = 16,
+        graph: Any = None,
     ):
         """
         Args:
@@ -82,12 +83,14 @@ class Generator:
           statistics: `train_step.patch_statistics` of the training data set.
           steps, method: see `sampler.integrate`.
           batch_size: pictures computed at once.
+          graph: of another network with the same interface; None: `model.build(config)`'s.
         """
+        graph = model.build(config)[0] if graph is None else graph
         self._config = config
         self._tokens = tokens
         self._batch_size = batch_size
         self._statistics = statistics
-        self._run = jax.jit(_make_sampler(config, shift, steps, method), static_argnames="plain")
+        self._run = jax.jit(_make_sampler(graph, shift, steps, method), static_argnames="plain")
 
     def cast(self, ema: Any) -> Any:
         """EMA weights f32 -> the compute dtype, on the device."""
@@ -134,9 +137,7 @@ class Generator:
         return result
 
 
-def _make_sampler(config: model.ModelConfig, shift: float, steps: int, method: str):
-    graph, _ = model.build(config)
-
+def _make_sampler(graph: Any, shift: float, steps: int, method: str):
     def run(params, wanted, noise, scales_3, *, plain):
         valid = valid_tokens(wanted["grid"], noise.shape[1])[..., None]
 
