@@ -1,0 +1,307 @@
+"""Convergence: steps and FLOPs until the gate passes, for each choice of `configs/demo.py` and for a plain DiT.
+
+    python -m benchmarks.convergence --data data/demo            # all of VARIANTS; 5 to 10 minutes each on 2 cores
+    python -m benchmarks.convergence --data data/demo default plain_dit
+    python -m benchmarks.convergence --show                      # the table of what is measured
+
+The data set is the demonstration set, made as `scripts/quickstart.sh` does. A variant is `configs/demo.py` with a
+few keys changed, trained by the project's own step. Every `PROBE` steps a part of the gate is drawn from the EMA
+(a third of the pictures, a third of the swaps, half of the edits); where that part is near passing, the whole gate
+is measured, with all its controls, by the classes that `fluxdit_jax.validate` uses, with the same noise. The run
+ends when the gate passes, or at the variant's last step. Each result is written as soon as it is there.
+
+FLOPs are counted by hand: three forward passes a training step, no recomputation, no drawing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from benchmarks import plain_dit
+from benchmarks.environment import RESULTS, describe, table, write
+from configs import demo
+from fluxdit_jax import data, model, pictures
+from fluxdit_jax.allocator import keep_freed_memory
+from fluxdit_jax.config import Settings, resolve
+from fluxdit_jax.displacement import displacement
+from fluxdit_jax.gate import edit, swap
+from fluxdit_jax.gate.album import Album
+from fluxdit_jax.gate.edit import Edit
+from fluxdit_jax.gate.memorisation import Memorisation
+from fluxdit_jax.gate.painter import Painter
+from fluxdit_jax.gate.rules import choose_rules, choose_unrelated
+from fluxdit_jax.gate.swap import Swap
+from fluxdit_jax.generation import Generator
+from fluxdit_jax.likeness import psnr
+from fluxdit_jax.optimizer import build_optimizer
+from fluxdit_jax.records import Manifest, load_manifest
+from fluxdit_jax.sample import encode_prompts
+from fluxdit_jax.state import create_state
+from fluxdit_jax.train import use_compilation_cache
+from fluxdit_jax.train_step import make_train_step, patch_statistics
+from fluxdit_jax.vae import load_decoder
+
+NAME = "convergence"
+PROBE = 100  # steps
+NEAR = {"memorised": 0.96, "swapped": 0.75, "turned": 0.80}  # of the part; there the whole gate is measured
+SAMPLER = {"steps": 6, "method": "kutta3", "batch_size": 20}  # validate's own
+ADAMW = {"optim.name": "adamw"}
+PLAIN = ADAMW | {"flow.shift": 1.0, "flow.stratified": False}
+# Each: what it shows, and the keys of configs/demo.py it changes. In order of importance.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "default": ("configs/demo.py", {}),
+    "adamw_2e-3": ("AdamW 2e-3", ADAMW | {"optim.lr": 2e-3}),
+    "plain_dit_1e-3": ("plain DiT, AdamW 1e-3, uniform time", PLAIN | {"optim.lr": 1e-3}),
+    "constant": ("constant learning rate", {"optim.schedule": "constant"}),
+    "shift_1": ("no time shift", {"flow.shift": 1.0}),
+    "muon_4e-3": ("Muon 4e-3", {"optim.lr": 4e-3}),
+    "short": ("cosine to step 900", {"train.steps": 900}),
+    "logit_normal": ("logit-normal time", {"flow.uniform_share": 0.0}),
+    "adamw_4e-3": ("AdamW 4e-3", ADAMW | {"optim.lr": 4e-3}),
+    "plain_dit_2e-3": ("plain DiT, AdamW 2e-3, uniform time", PLAIN | {"optim.lr": 2e-3}),
+    "auto_shift": ("time shift by token count (0.5)", {"flow.shift": None}),
+    "no_dropout": (
+        "no condition dropped",
+        {"flow.drop_text": 0.0, "flow.drop_vision": 0.0, "flow.drop_both": 0.0},
+    ),
+}
+AVERAGES = (0.9, 0.99, 0.999)  # fixed decays, looked at beside the warmed-up EMA and the raw weights
+
+
+class Gate:
+    """The three tests of `fluxdit_jax.validate` on a data set, for any weights."""
+
+    def __init__(self, directory: str, manifest: Manifest, settings: Settings, graph: Any):
+        source = data.RecordSource(directory, manifest, "train")
+        records = [source[index] for index in range(len(source))]
+        captions = [record.caption for record in records]
+        self._decoder = load_decoder(manifest.vae, None)
+        truths = pictures.decode_all(self._decoder, [record.latent for record in records])
+        album = Album(tuple(records), tuple(truths), settings.model.patch)
+        self._memorisation, self._swap = Memorisation.plan(album), Swap.plan(album, 60)
+        rules, unrelated = choose_rules(captions, []), choose_unrelated(captions, None)
+        self._edit = Edit.plan(
+            album, rules, unrelated, 40, lambda texts: encode_prompts(texts, manifest, None)
+        )
+        self._text_tokens = settings.text_tokens
+        self._generator = Generator(
+            settings.model,
+            tokens=settings.tokens,
+            shift=settings.flow.shift,
+            statistics=patch_statistics(manifest.latent_mean, manifest.latent_std, settings.model.patch),
+            graph=graph,
+            **SAMPLER,
+        )
+
+    def painter(self, params: Any) -> Painter:
+        cast = self._generator.cast(params)
+        return Painter(self._generator, cast, self._decoder, self._text_tokens, SAMPLER["batch_size"])
+
+    def part(self, painter: Painter) -> dict[str, float]:
+        """Shares that pass in a part of each test, and the median PSNR in dB."""
+        memorisation, swapping, editing = self._memorisation, self._swap, self._edit
+        album, rows = memorisation.album, np.arange(0, len(memorisation.own), 3)
+        own = painter([memorisation.own[i] for i in rows])
+        few = dataclasses.replace(
+            swapping,
+            pairs=swapping.pairs[::3],
+            swapped=swapping.swapped[::3],
+            own=[],
+            random=[],
+        )
+        a, b = np.array(few.pairs).T
+        drawn = painter(few.swapped)
+        return {
+            "memorised": float((album.nearest(own) == rows).mean()),
+            "psnr_db": float(np.median([psnr(album.truths[i], image) for i, image in zip(rows, own)])),
+            "swapped": float(_swapped(album, drawn, a, b).mean()),
+            "turned": float(np.mean(_turned(editing, painter, range(0, len(editing.cases), 2)))),
+        }
+
+    def whole(self, painter: Painter) -> dict[str, Any]:
+        """The gate's verdict: each test's share, the controls that failed, and the numbers people ask for."""
+        verdicts = [test.measure(painter) for test in (self._memorisation, self._swap, self._edit)]
+        memorised, swapped, turned = verdicts
+        return {
+            "passed": all(verdict.passed for verdict in verdicts),
+            "memorised": memorised.value,
+            "psnr_db": memorised.numbers["psnr_median_db"],
+            "swapped": swapped.value,
+            "turned": turned.value,
+            "reasons": [reason for verdict in verdicts for reason in verdict.reasons],
+        }
+
+
+def _swapped(album: Album, drawn: list[np.ndarray], a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """bool per pair: keeps A's structure and takes B's tone, as `swap.Swap.measure` judges."""
+    structure, tone = swap.likeness.structures(drawn), swap.likeness.tones(drawn)
+    keeps = (structure * (album.structures[a] - album.structures[b])).sum(1) > 0
+    to_a, to_b = (np.linalg.norm(tone - album.tones[other], axis=1) for other in (a, b))
+    return keeps & (to_b < to_a)
+
+
+def _turned(editing: Edit, painter: Painter, chosen: range) -> list[bool]:
+    """Per case: the subject moves the way the word says, as `edit.Edit.measure` judges."""
+    plain = painter([editing.plain[k] for k in chosen])
+    changed = painter([editing.edited[k] for k in chosen])
+    result = []
+    for k, before, after in zip(chosen, plain, changed):
+        index, rule, _ = editing.cases[k]
+        alike = float(edit.structure(before) @ editing.album.structures[index])
+        shift = displacement(before, after, rule.axis).along(rule.sign)
+        result.append(alike >= edit.RESEMBLES and shift is not None and shift > edit.MOVED)
+    return result
+
+
+def measure(name: str, directory: str, seed: int, averages: bool, probe: int) -> dict[str, Any]:
+    """Trains one variant until the gate passes; returns its row."""
+    what, changes = VARIANTS[name]
+    config = demo.get_config()
+    config.update_from_flattened_dict(changes | {"seed": seed, "data.path": directory})
+    manifest = load_manifest(directory)
+    settings = resolve(config, manifest)
+    plain = name.startswith("plain_dit")
+    network = plain_dit if plain else model
+    graph = plain_dit.build(settings.model) if plain else model.build(settings.model)[0]
+    statistics = patch_statistics(manifest.latent_mean, manifest.latent_std, settings.model.patch)
+    optimizer = build_optimizer(settings.optimizer)
+    params = jax.jit(lambda key: network.initialize(settings.model, key))(jax.random.key(seed))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    step = jax.jit(
+        make_train_step(
+            graph, settings.model.dtype, optimizer, settings.flow, statistics, seed, settings.effective_batch,
+            settings.ema_decay,
+        ),
+        donate_argnums=0,
+    )  # fmt: skip
+    forward = network.flops_per_sample(settings.model, settings.tokens, settings.text_tokens)
+    flops = 3 * forward * settings.effective_batch  # of a step
+    batches = data.batches(
+        data.RecordSource(directory, manifest, "train"), seed=seed, start=0, batch_size=settings.batch_size,
+        patch=settings.model.patch, tokens=settings.tokens, text_tokens=settings.text_tokens, threads=1, prefetch=4,
+    )  # fmt: skip
+    gate = Gate(directory, manifest, settings, graph)
+    state = jax.jit(lambda params: create_state(params, optimizer))(params)
+    kept = {decay: jax.tree.map(jnp.copy, params) for decay in AVERAGES} if averages else {}
+    move = jax.jit(_move, donate_argnums=0)
+
+    curve, others, verdict = [], [], None
+    total = config.train.steps
+    started, training = time.monotonic(), 0.0
+    with tqdm(total=total, desc=name, unit="step", mininterval=30.0) as bar:
+        for number in range(1, total + 1):
+            begun = time.monotonic()
+            state, values = step(state, next(batches))
+            if kept:
+                kept = move(kept, state.params)
+            bar.update()
+            if number % probe and number != total:
+                continue
+            loss = float(values["loss"])
+            training += time.monotonic() - begun
+            painter = gate.painter(state.ema)
+            part = gate.part(painter)
+            curve.append({"step": number, "loss": round(loss, 4), **_rounded(part)})
+            bar.set_postfix_str(
+                " ".join(f"{key} {value}" for key, value in curve[-1].items() if key != "step")
+            )
+            if kept and number % (3 * probe) == 0:
+                weights = {"raw": state.params, **{str(decay): tree for decay, tree in kept.items()}}
+                seen = {label: gate.part(gate.painter(tree)) for label, tree in weights.items()}
+                seen["warmed up"] = part
+                others.append({"step": number} | {label: _rounded(one) for label, one in seen.items()})
+            if number == total or all(part[key] >= bound for key, bound in NEAR.items()):
+                verdict = gate.whole(painter)
+                curve[-1]["whole"] = _rounded(verdict)
+                if verdict["passed"]:
+                    break
+    passed = bool(verdict and verdict["passed"])
+    return {
+        "name": name if seed == 0 else f"{name} seed {seed}",
+        "what": what,
+        "changes": changes,
+        "seed": seed,
+        "parameters": parameters,
+        "gflops_per_step": round(flops / 1e9, 2),
+        "total_steps": total,
+        "passed": passed,
+        "steps": number,
+        "pflops": round(number * flops / 1e15, 3),
+        "seconds_shared_machine": round(time.monotonic() - started, 1),
+        "last": _rounded(verdict),
+        "curve": curve,
+        "averages": others,
+        "environment": describe(),
+    }
+
+
+def _move(kept: dict[float, Any], params: Any) -> dict[float, Any]:
+    """The averages after a step, each of its fixed decay."""
+    return {decay: optax.incremental_update(params, old, 1 - decay) for decay, old in kept.items()}
+
+
+def _rounded(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: round(value, 4) if isinstance(value, float) else value for key, value in values.items()}
+
+
+def known() -> list[dict[str, Any]]:
+    path = RESULTS / f"{NAME}.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    """The table; the last column is the FLOPs to the gate as a multiple of the default's."""
+    base = next((row["pflops"] for row in rows if row["name"] == "default" and row["passed"]), None)
+    lines = []
+    for row in rows:
+        steps = f"{row['steps']:,}" if row["passed"] else f"not in {row['steps']:,}"
+        ratio = f"{row['pflops'] / base:.2f}" if base and row["passed"] else "-"
+        if base and not row["passed"]:
+            ratio = f"> {row['pflops'] / base:.2f}"
+        last = row["last"]
+        lines.append(
+            [row["name"], row["what"], f"{row['parameters'] / 1e6:.2f} M", row["gflops_per_step"], steps, row["pflops"],
+             ratio, f"{last['psnr_db']:.1f}", *(f"{last[key]:.0%}" for key in ("memorised", "swapped", "turned"))]
+        )  # fmt: skip
+    header = ["variant", "what", "parameters", "GFLOP a step", "steps to the gate", "PFLOP", "of the default",
+              "dB there", "memorised", "swapped", "turned"]  # fmt: skip
+    return table(header, lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("variants", nargs="*", metavar="VARIANT", help=", ".join(VARIANTS))
+    parser.add_argument("--data", help="the demonstration set, preprocessed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--probe", type=int, default=PROBE, help="steps between looks at the gate")
+    parser.add_argument("--averages", action="store_true", help="look at raw weights and fixed decays too")
+    parser.add_argument("--show", action="store_true", help="print the table and end")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.variants) - VARIANTS.keys():
+        parser.error(f"no variant {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}")
+    if not arguments.show:
+        if arguments.data is None:
+            parser.error("--data DIR: the demonstration set, made as scripts/quickstart.sh does")
+        use_compilation_cache()
+        keep_freed_memory()
+        for name in arguments.variants or VARIANTS:
+            row = measure(name, arguments.data, arguments.seed, arguments.averages, arguments.probe)
+            rows = [other for other in known() if other["name"] != row["name"]]
+            write(NAME, [*rows, row])
+    print(show(known()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""The baseline of `convergence.py`: a plain DiT of the same width, depth, heads and patch as `fluxdit_jax.model`.
+
+What Peebles & Xie 2023 (arXiv:2212.09748) describe, with cross-attention for the caption as PixArt-alpha has it
+(arXiv:2310.00426): LayerNorm, an adaLN-Zero network in every block, fixed sin-cos positions, GELU MLP of four
+times the width, biases everywhere, no norm of queries and keys, no rotary positions. The vision vector is added to
+the time embedding, where DiT adds the class. Called as `model.DiT` is, so that the same step trains it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fluxdit_jax.attention import attend
+from fluxdit_jax.model import TIME_FEATURES, ModelConfig, time_features
+
+
+class Linear(nnx.Module):
+    """Matrix product with bias; Xavier uniform, or zero."""
+
+    def __init__(self, fan_in: int, fan_out: int, *, rngs: nnx.Rngs, zero: bool = False):
+        bound = 0.0 if zero else math.sqrt(6 / (fan_in + fan_out))
+        kernel = jax.random.uniform(rngs.params(), (fan_in, fan_out), minval=-bound, maxval=bound)
+        self.kernel = nnx.Param(kernel)
+        self.bias = nnx.Param(jnp.zeros((fan_out,)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        flat = jnp.dot(x.reshape(-1, x.shape[-1]), self.kernel[...]) + self.bias[...]
+        return flat.reshape(*x.shape[:-1], -1)
+
+
+def layer_norm(x: jax.Array) -> jax.Array:
+    """(x - mean) / deviation over the last axis in f32, without scale or bias."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + 1e-6)).astype(x.dtype)
+
+
+def positions(grid_Bx2: jax.Array, tokens: int, width: int) -> jax.Array:
+    """Sin-cos positions: half of the width for the row, half for the column, f32 [B, tokens, width]."""
+    frequencies = 10_000.0 ** (-jnp.arange(width // 4, dtype=jnp.float32) / (width // 4))
+    index = jnp.arange(tokens, dtype=jnp.int32)[None, :]
+    columns = grid_Bx2[:, 1:2]
+    axes = (index // columns, index % columns)
+    angles = [axis.astype(jnp.float32)[..., None] * frequencies for axis in axes]
+    return jnp.concatenate([f(angle) for angle in angles for f in (jnp.sin, jnp.cos)], axis=-1)
+
+
+class PlainBlock(nnx.Module):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        D = config.width
+        self.heads = config.heads
+        self.modulation = Linear(D, 6 * D, rngs=rngs, zero=True)
+        self.qkv, self.out = Linear(D, 3 * D, rngs=rngs), Linear(D, D, rngs=rngs)
+        self.cross_q, self.cross_kv = Linear(D, D, rngs=rngs), Linear(D, 2 * D, rngs=rngs)
+        self.cross_out = Linear(D, D, rngs=rngs, zero=True)
+        self.up, self.down = Linear(D, 4 * D, rngs=rngs), Linear(4 * D, D, rngs=rngs)
+
+    def _heads(self, x_BxNxC: jax.Array, parts: int) -> list[jax.Array]:
+        B, N, _ = x_BxNxC.shape
+        return [y.reshape(B, N, self.heads, -1) for y in jnp.split(x_BxNxC, parts, axis=-1)]
+
+    def __call__(self, x_BxNxD, condition_BxD, text_BxTxD, text_length_B, length_B):
+        shape = x_BxNxD.shape
+        modulation = jnp.split(self.modulation(jax.nn.silu(condition_BxD))[:, None], 6, axis=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+        x = x_BxNxD
+        q, k, v = self._heads(self.qkv(layer_norm(x) * (1 + scale1) + shift1), 3)
+        x = x + gate1 * self.out(attend(q, k, v, length_B, "xla").reshape(shape))
+        (q,), (k, v) = self._heads(self.cross_q(x), 1), self._heads(self.cross_kv(text_BxTxD), 2)
+        x = x + self.cross_out(attend(q, k, v, text_length_B, "xla").reshape(shape))
+        hidden = jax.nn.gelu(self.up(layer_norm(x) * (1 + scale2) + shift2), approximate=True)
+        return x + gate2 * self.down(hidden)
+
+
+class PlainDiT(nnx.Module):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        D = config.width
+        self.config = config
+        self.patch_embed = Linear(config.token_width, D, rngs=rngs)
+        self.time_in, self.time_out = Linear(TIME_FEATURES, D, rngs=rngs), Linear(D, D, rngs=rngs)
+        self.vision_embed = Linear(config.vision_width, D, rngs=rngs)
+        self.null_vision = nnx.Param(0.02 * jax.random.normal(rngs.params(), (D,)))
+        self.text_embed = Linear(config.text_width, D, rngs=rngs)
+        self.null_text = nnx.Param(0.02 * jax.random.normal(rngs.params(), (D,)))
+
+        @nnx.split_rngs(splits=config.depth)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def stack(rngs):
+            return PlainBlock(config, rngs=rngs)
+
+        self.blocks = stack(rngs)
+        self.modulation = Linear(D, 2 * D, rngs=rngs, zero=True)
+        self.out = Linear(D, config.token_width, rngs=rngs, zero=True)
+
+    def __call__(
+        self, x_BxNxP, t_B, grid_Bx2, text_BxTxE, text_length_B, vision_BxV, keep_text_B, keep_vision_B
+    ) -> jax.Array:
+        """As `fluxdit_jax.model.DiT.__call__`: f32 velocity [B, N, P]."""
+        config = self.config
+        dtype = jnp.dtype(config.dtype)
+        tokens = x_BxNxP.shape[1]
+        places = positions(grid_Bx2, tokens, config.width).astype(dtype)
+        x = self.patch_embed(x_BxNxP.astype(dtype)) + places
+        length_B = grid_Bx2[:, 0] * grid_Bx2[:, 1]
+
+        text = jnp.where(
+            keep_text_B[:, None, None], self.text_embed(text_BxTxE.astype(dtype)), self.null_text[...]
+        )
+        text_length_B = jnp.where(keep_text_B, text_length_B, 1)
+        vision = self.vision_embed(vision_BxV.astype(dtype) * math.sqrt(config.vision_width))
+        vision = jnp.where(keep_vision_B[:, None], vision, self.null_vision[...])
+        condition = vision + self.time_out(jax.nn.silu(self.time_in(time_features(t_B).astype(dtype))))
+        graph, stacked = nnx.split(self.blocks)
+
+        def body(x, block_parameters):
+            block = nnx.merge(graph, block_parameters)
+            return block(x, condition, text, text_length_B, length_B), None
+
+        if config.remat != "none":
+            body = jax.checkpoint(body, prevent_cse=False)
+        x, _ = jax.lax.scan(body, x, stacked)
+        shift, scale = jnp.split(self.modulation(jax.nn.silu(condition))[:, None], 2, axis=-1)
+        return self.out(layer_norm(x) * (1 + scale) + shift).astype(jnp.float32)
+
+
+def build(config: ModelConfig) -> Any:
+    """The static graph, to be given to `model.apply` with parameters of `initialize`."""
+    return nnx.split(nnx.eval_shape(lambda: PlainDiT(config, rngs=nnx.Rngs(0))))[0]
+
+
+def initialize(config: ModelConfig, key: jax.Array) -> dict:
+    """f32 parameters as nested dicts."""
+    return nnx.to_pure_dict(nnx.split(PlainDiT(config, rngs=nnx.Rngs(params=key)))[1])
+
+
+def flops_per_sample(config: ModelConfig, tokens: int, text_tokens: int) -> int:
+    """Forward matrix-product FLOPs of a sample, counted as `model.flops_per_sample` does."""
+    D, N, T = config.width, tokens, text_tokens
+    block = 2 * N * D * 4 * D + 4 * N * N * D
+    block += 2 * N * D * 2 * D + 2 * T * D * 2 * D + 4 * N * T * D
+    block += 2 * N * D * 8 * D + 2 * D * 6 * D
+    ends = 2 * N * 2 * config.token_width * D + 2 * T * config.text_width * D
+    vector = 2 * D * (TIME_FEATURES + D + config.vision_width + 2 * D)
+    return config.depth * block + ends + vector
