@@ -96,16 +96,30 @@ class MetricsWriter:
         self._board.close()
 
 
+class LogError(ValueError):
+    """`metrics.jsonl` is damaged; the message names the line."""
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`. A last line that a killed process left unfinished is ignored."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    """The lines of `metrics.jsonl`, each with its `step`. A last line that a killed process left unfinished is ignored.
+
+    Raises:
+      LogError: another line is not an object of JSON with a step.
+    """
+    lines = path.read_bytes().splitlines()
     parsed = []
     for number, line in enumerate(lines, start=1):
         try:
-            parsed.append(json.loads(line))
-        except ValueError as error:
+            entry = json.loads(line.decode("utf-8"))
+            if not isinstance(entry, dict) or type(entry.get("step")) is not int:
+                raise ValueError("no object with a step")
+            parsed.append(entry)
+        except (ValueError, RecursionError) as error:
             if number < len(lines):
-                raise ValueError(f"{path} line {number} is not JSON: {error}") from error
+                raise LogError(
+                    f"{path} line {number} is not JSON: {error}. The file is damaged there: take that line out, "
+                    "training itself does not need it"
+                ) from error
     return parsed
 
 
