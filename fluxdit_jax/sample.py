@@ -29,6 +29,8 @@ from fluxdit_jax.train_step import patch_statistics
 from fluxdit_jax.vae import DecoderError, load_decoder
 from preprocess import PreprocessError
 
+_MAX_PROMPTS = 10_000_000  # bytes of a file of prompts
+
 
 class SampleError(Exception):
     """The request cannot be drawn; the message names the argument."""
@@ -75,8 +77,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     arguments = parser.parse_args(argv)
     if arguments.prompts:
-        lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
-        arguments.prompt += [line.strip() for line in lines if line.strip()]
+        arguments.prompt += read_prompts(arguments.prompts)
     if not arguments.prompt:
         parser.error("give --prompt or --prompts")
     if min(arguments.steps, arguments.count) < 1 or arguments.seed < 0:
@@ -86,6 +87,19 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if arguments.out.suffix.lower() != ".png":
         parser.error("--out must end in .png")
     return arguments
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file that are not empty; raises `SampleError` if it is no UTF-8 text or too large."""
+    try:
+        if path.stat().st_size > _MAX_PROMPTS:
+            raise SampleError(f"--prompts {path}: more than {_MAX_PROMPTS:,} bytes; split the file")
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SampleError(
+            f"--prompts {path}: byte {error.start} is not UTF-8; save the file as UTF-8"
+        ) from error
+    return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 def _scales(text: str) -> list[float]:
