@@ -32,7 +32,7 @@ from fluxdit_jax.gate.requirement import GateError, require_report
 from fluxdit_jax.health import Monitor
 from fluxdit_jax.heldout import HeldOut
 from fluxdit_jax.memory_plan import OutOfMemory, require_fit
-from fluxdit_jax.metrics import MetricsWriter
+from fluxdit_jax.metrics import LogError, MetricsWriter
 from fluxdit_jax.optimizer import learning_rate
 from fluxdit_jax.preview import Preview, make_preview
 from fluxdit_jax.program import Program
@@ -54,6 +54,7 @@ USER_ERRORS = (
     CheckpointError,
     DecoderError,
     GateError,
+    LogError,
     OutOfMemory,
 )
 
