@@ -35,7 +35,7 @@ from fluxdit_jax.gate.painter import Painter, Wanted
 from fluxdit_jax.gate.rules import EditError, Rule, choose_rules, choose_unrelated
 from fluxdit_jax.gate.swap import Swap
 from fluxdit_jax.generation import Generator
-from fluxdit_jax.metrics import read_metrics
+from fluxdit_jax.metrics import LogError, read_metrics
 from fluxdit_jax.preview import spread
 from fluxdit_jax.records import DatasetError, Manifest
 from fluxdit_jax.report import FOLDER, Circumstances, build_report, write_json, write_tensorboard
@@ -48,8 +48,8 @@ from preprocess import PreprocessError
 
 EVALUATIONS = {"euler": 1, "heun": 2, "kutta3": 3}  # of the network, for each solver step
 USER_ERRORS = (
-    CheckpointError, ConfigError, DatasetError, DecoderError, EditError, PreprocessError, RunError, SampleError,
-    OSError,
+    CheckpointError, ConfigError, DatasetError, DecoderError, EditError, LogError, PreprocessError, RunError,
+    SampleError, OSError,
 )  # fmt: skip
 
 
