@@ -118,6 +118,7 @@ def validate(arguments: argparse.Namespace) -> bool:
     config = load_config(arguments.workdir)
     manifest = load_dataset(arguments.workdir)
     settings = resolve(config, manifest)
+    log = read_log(arguments.workdir)  # a damaged one is told before minutes of drawing
     step, ema = restore_ema(arguments.workdir, arguments.step)
     directory = arguments.data or Path(config.data.path)
     source = RecordSource(directory, manifest, "train")
@@ -155,7 +156,6 @@ def validate(arguments: argparse.Namespace) -> bool:
 
     # ------------------------------------------------------------ measuring
     measuring = time.monotonic()
-    log = read_log(arguments.workdir)
     loss = [(entry["step"], entry["loss"]) for entry in log if entry.get("loss") is not None]
     verdicts = advise(*(test.measure(painter) for test in tests), loss)
     seconds["measure"] = time.monotonic() - measuring
