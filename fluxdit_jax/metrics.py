@@ -11,24 +11,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tensorboardX import SummaryWriter
+
+from fluxdit_jax.board import Board
 
 # TensorBoard's "custom scalars" page: what to look at first, side by side.
 LAYOUT = {
     "is it learning": {
-        "loss": ["Multiline", ["^loss$", "^heldout_loss$"]],
-        "loss by noise level": ["Multiline", ["^loss_by_time/.*"]],
-        "predicted over target velocity (healthy: near 1)": ["Multiline", ["^velocity_rms_ratio$"]],
+        "loss": ["^loss$", "heldout_loss$"],
+        "loss by noise level": ["^loss_by_time/.*"],
+        "predicted over target velocity (healthy: near 1)": ["^velocity_rms_ratio$"],
     },
     "is it stable": {
-        "gradient norm (healthy: hairy, slowly falling)": ["Multiline", ["^gradient_norm$"]],
-        "gradient norm by part": ["Multiline", ["^gradient_norm_by_group/.*"]],
-        "update norm": ["Multiline", ["^update_norm$"]],
+        "gradient norm (healthy: hairy, slowly falling)": ["^gradient_norm$"],
+        "gradient norm by part": ["^gradient_norm_by_group/.*"],
+        "update norm": ["^update_norm$"],
     },
     "is it fast": {
-        "images per second": ["Multiline", ["^images_per_second$"]],
-        "share of time waiting for data": ["Multiline", ["^data_wait$"]],
-        "model FLOPs utilisation": ["Multiline", ["^mfu$"]],
+        "images per second": ["^images_per_second$"],
+        "share of time waiting for data": ["^data_wait$"],
+        "model FLOPs utilisation": ["^mfu$"],
     },
 }
 
@@ -65,8 +66,9 @@ class MetricsWriter:
         if enabled and path.exists():
             _drop_from(path, first)
         self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first, write_to_disk=enabled)
-        self._board.add_custom_scalars(LAYOUT)
+        self._board = Board(workdir / "tensorboard", first) if enabled else None
+        if self._board is not None:
+            self._board.layout(LAYOUT)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """One line of JSON with `step` and the values; the same values as TensorBoard scalars.
@@ -76,24 +78,24 @@ class MetricsWriter:
         finite = {name: float(v) if math.isfinite(v) else None for name, v in values.items()}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        if self._board is not None:
+            self._board.scalars(step, values)
 
     def text(self, step: int, name: str, text: str) -> None:
         """A message, under `name` in TensorBoard's text page and as a string in `metrics.jsonl`."""
         self._file.write(json.dumps({"step": step, name: text}) + "\n")
         self._file.flush()
-        self._board.add_text(name, text, step)
+        if self._board is not None:
+            self._board.text(step, name, text)
 
     def image(self, step: int, name: str, image_HxWx3: np.ndarray) -> None:
-        self._board.add_image(name, image_HxWx3, step, dataformats="HWC")
-
-    def flush(self) -> None:
-        self._board.flush()
+        if self._board is not None:
+            self._board.image(step, name, image_HxWx3)
 
     def close(self) -> None:
         self._file.close()
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
 
 
 class LogError(ValueError):

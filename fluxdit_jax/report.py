@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from fluxdit_jax import pictures
+from fluxdit_jax.board import Board
 from fluxdit_jax.gate.requirement import ENCODERS, encoder_summary, family
 from fluxdit_jax.gate.verdict import Case, Verdict
 from fluxdit_jax.model import ModelConfig, count_parameters
@@ -117,14 +117,14 @@ def chosen_cases(verdict: Verdict, each: int = SHOWN) -> list[tuple[str, list[Ca
 
 def write_tensorboard(verdicts: list[Verdict], step: int, folder: Path) -> None:
     """Numbers and grids under `validation/` at the step of the weights."""
-    with SummaryWriter(str(folder), filename_suffix=".validation") as board:
-        board.add_scalar("validation/passed", float(all(verdict.passed for verdict in verdicts)), step)
+    with Board(folder, suffix=".validation") as board:
+        numbers = {"validation/passed": float(all(verdict.passed for verdict in verdicts))}
         for verdict in verdicts:
             name = f"validation/{verdict.name}"
-            board.add_scalar(f"{name}/value", verdict.value, step)
+            numbers[f"{name}/value"] = verdict.value
             for key, value in verdict.numbers.items():
                 if isinstance(value, (int, float)) and math.isfinite(value):
-                    board.add_scalar(f"{name}/{key}", value, step)
+                    numbers[f"{name}/{key}"] = value
             rows, titles = [], []
             for rank, cases in chosen_cases(verdict):
                 rows += [[image for _, image in case.pictures] for case in cases]
@@ -133,5 +133,6 @@ def write_tensorboard(verdicts: list[Verdict], step: int, folder: Path) -> None:
                 sheet = pictures.grid(
                     rows, column_titles=[title for title, _ in verdict.cases[0].pictures], row_titles=titles
                 )
-                board.add_image(name, np.asarray(sheet), step, dataformats="HWC")
-            board.add_text(name, "\n\n".join([verdict.statement, *verdict.reasons, *verdict.advice]), step)
+                board.image(step, name, np.asarray(sheet))
+            board.text(step, name, "\n\n".join([verdict.statement, *verdict.reasons, *verdict.advice]))
+        board.scalars(step, numbers)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import resource
+import signal
 import time
 
 import jax
@@ -12,8 +15,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fluxdit_jax.board import Board
 from fluxdit_jax.metrics import LAYOUT, MetricsWriter, pack, read_metrics, unpack
 
 pytest_plugins = ("training_fixtures",)
@@ -76,7 +81,7 @@ def test_the_page_of_custom_scalars_shows_what_is_written(tmp_path):
     writer = MetricsWriter(tmp_path, 0)
     writer.close()
     assert "custom_scalars__config__" in board(tmp_path).Tags()["tensors"]
-    patterns = [tag for charts in LAYOUT.values() for _, tags in charts.values() for tag in tags]
+    patterns = [tag for charts in LAYOUT.values() for tags in charts.values() for tag in tags]
     assert "^loss$" in patterns and "^gradient_norm$" in patterns
 
 
@@ -160,3 +165,42 @@ def test_a_broken_line_in_the_middle_is_told_by_number(tmp_path):
     path.write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl line 2 is not JSON"):
         read_metrics(path)
+
+
+# ------------------------------------------------------------------------------------------------ TensorBoard's files
+
+
+def test_what_is_written_is_on_disk_at_once(tmp_path):
+    writer = MetricsWriter(tmp_path, 0)
+    writer.scalars(1, {"loss": 0.5})
+    assert [event.value for event in board(tmp_path).Scalars("loss")] == [0.5]  # the writer is not closed
+    writer.close()
+
+
+def test_a_picture_comes_back_with_its_pixels(tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    with Board(tmp_path / "tensorboard") as writer:
+        writer.image(4, "samples", image)
+    (event,) = board(tmp_path).Images("samples")
+    assert (event.step, event.height, event.width) == (4, 5, 7)
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(event.encoded_image_string))), image)
+
+
+def test_a_full_disk_costs_the_board_a_record_and_not_the_run(tmp_path, caplog):
+    writer = Board(tmp_path / "tensorboard")
+    writer.scalars(1, {"loss": 1.0})
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (next((tmp_path / "tensorboard").iterdir()).stat().st_size + 9, limit[1])
+    )
+    try:
+        writer.scalars(2, {"loss": 2.0})
+        writer.scalars(3, {"loss": 3.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    writer.scalars(4, {"loss": 4.0})
+    writer.close()
+    assert [event.step for event in board(tmp_path).Scalars("loss")] == [1, 3, 4]  # the limit is per file
+    assert len([record for record in caplog.records if "metrics.jsonl holds" in record.message]) == 1

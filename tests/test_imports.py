@@ -1,0 +1,26 @@
+"""What starting does not load: the encoders' libraries take seconds and gigabytes that training has no use for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+UNWANTED = (
+    "torch",
+    "transformers",
+    "diffusers",
+    "tensorflow",
+    "tensorboardX",
+    "matplotlib",
+    "pandas",
+    "IPython",
+)
+
+
+def test_training_sampling_and_the_gate_start_without_the_encoders_libraries():
+    code = (
+        "import fluxdit_jax.train, fluxdit_jax.validate, fluxdit_jax.export, sys\n"
+        f"print([name for name in {UNWANTED!r} if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found.strip() == "[]"
