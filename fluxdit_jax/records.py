@@ -18,6 +18,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ REJECTS = "rejects.jsonl"
 SPLITS = ("train", "holdout")
 WRITER_OPTIONS = "group_size:1,uncompressed"  # 3x faster random reads than zstd for 22 % more disk
 BF16 = np.dtype(ml_dtypes.bfloat16)
+_LARGEST = (
+    2**16
+)  # sides, widths and tokens that a manifest may claim: programs and buffers are made to measure
 
 
 class DatasetError(Exception):
@@ -297,15 +301,28 @@ class Manifest:
         if not all(math.isfinite(v) for v in self.latent_mean + self.latent_std) or min(self.latent_std) <= 0:
             raise DatasetError(f"{source}: latent_mean and latent_std must be finite, and every std above 0")
         factor = self.vae.options.get("factor")
-        if not isinstance(factor, int) or factor < 1:
+        if type(factor) is not int or factor < 1:
             raise DatasetError(
                 f"{source}: vae.options has the 'factor' {factor!r}; it must be pixels per latent side"
             )
-        if not self.buckets or any(min(size) < 1 for size in self.buckets):
-            raise DatasetError(f"{source}: the bucket table is empty or has a side below 1")
+        if not self.buckets:
+            raise DatasetError(f"{source}: the bucket table is empty")
+        for size in self.buckets:
+            if min(size) < factor or max(size) > _LARGEST or any(side % factor for side in size):
+                raise DatasetError(
+                    f"{source}: a bucket of {size[0]}x{size[1]} pixels; sides must be multiples of vae.options' factor "
+                    f"{factor}, at most {_LARGEST}"
+                )
+        # Names become parts of paths and lines of logs.
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", self.name):
+            raise DatasetError(f"{source}: name is {self.name!r}; it must be letters, digits and _")
+        for encoder in (self.vae, self.text, self.vision):
+            if not encoder.id.isprintable():
+                raise DatasetError(f"{source}: the encoder {encoder.id!r} has control characters in its id")
         for shards in self.shards.values():
             for shard in shards:
-                if not shard.file or Path(shard.file).name != shard.file or shard.records < 1:
+                plain = Path(shard.file).name == shard.file and shard.file.isprintable()
+                if not plain or shard.file in ("", "..") or shard.records < 1:
                     raise DatasetError(f"{source}: bad shard entry {shard.file!r} ({shard.records} records)")
         for field, value in (
             ("vae.width", self.vae.width),
@@ -313,8 +330,8 @@ class Manifest:
             ("vision.width", self.vision.width),
             ("text_tokens", self.text_tokens),
         ):
-            if value < 1:
-                raise DatasetError(f"{source}: {field} is {value}; it must be above 0")
+            if not 1 <= value <= _LARGEST:
+                raise DatasetError(f"{source}: {field} is {value}; it must be from 1 to {_LARGEST}")
 
 
 def _check_types(raw: Any, cls: type, source: str, prefix: str) -> None:
