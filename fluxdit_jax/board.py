@@ -31,7 +31,10 @@ log = logging.getLogger(__name__)
 class Board:
     """One event file of a folder. What is written is in the file when the call returns.
 
-    A disk that is full, or gone, is told once and costs TensorBoard's curves only: `metrics.jsonl` is the record.
+    A disk that is full, or gone, is told and costs TensorBoard's curves only: `metrics.jsonl` is the record.
+
+    Attributes:
+      failures: events that could not be written.
     """
 
     def __init__(self, folder: Path, first: int | None = None, suffix: str = ""):
@@ -42,7 +45,8 @@ class Board:
         """
         self._folder, self._suffix, self._first = folder, suffix, first
         self._file: Any = None
-        self._closed = self._told = False
+        self._closed = False
+        self.failures = 0
 
     def __enter__(self) -> Board:
         return self
@@ -85,6 +89,8 @@ class Board:
 
     def close(self) -> None:
         """Nothing can be written any more. May be called twice."""
+        if self.failures and not self._closed:
+            log.error("%d events are missing in %s: it could not be written", self.failures, self._folder)
         self._closed = True
         if self._file is not None:
             self._file.close()
@@ -98,10 +104,16 @@ class Board:
                 self._open()
             self._write(Event(step=step, summary=Summary(value=values)))
         except OSError as error:
-            if not self._told:
-                log.error("cannot write to %s: %s. metrics.jsonl holds the same numbers", self._folder, error)
-            self._told = True
-            self._file = None  # half a record hides what follows it: go on in a file of its own
+            if not self.failures:
+                log.error(
+                    "cannot write to %s: %s. The run goes on; metrics.jsonl holds the same numbers",
+                    self._folder,
+                    error.strerror or error,
+                )
+            self.failures += 1
+            if self._file is not None:  # half a record hides what follows it: go on in a file of its own
+                self._file.close()
+                self._file = None
 
     def _open(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -109,10 +121,14 @@ class Board:
         second, nanosecond = divmod(time.time_ns(), 10**9)
         name = f"events.out.tfevents.{second}.{nanosecond:09d}.{socket.gethostname()}.{os.getpid()}{self._suffix}"
         self._file = (self._folder / name).open("xb", buffering=0)
-        self._write(Event(file_version="brain.Event:2", step=self._first or 0))
-        if self._first is not None:
-            self._write(Event(step=self._first, session_log=SessionLog(status=SessionLog.START)))
-            self._first = None
+        try:
+            self._write(Event(file_version="brain.Event:2", step=self._first or 0))
+            if self._first is not None:
+                self._write(Event(step=self._first, session_log=SessionLog(status=SessionLog.START)))
+        except OSError:  # on a full disk each event tries a new file: they must not pile up
+            (self._folder / name).unlink(missing_ok=True)
+            raise
+        self._first = None
 
     def _write(self, event: Event) -> None:
         """One record: length, checksum of the length, event, checksum of the event."""

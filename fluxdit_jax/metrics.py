@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxdit_jax.board import Board
+from fluxdit_jax.files import Appended, write_whole
 
 # TensorBoard's "custom scalars" page: what to look at first, side by side.
 LAYOUT = {
@@ -53,7 +54,8 @@ class MetricsWriter:
     """Appends scalars to `metrics.jsonl` and TensorBoard alike.
 
     A resumed run writes the steps after its checkpoint again, so what an interrupted run had logged beyond
-    `step` is dropped first: each step stands once in both.
+    `step` is dropped first: each step stands once in both. A disk that is full does not stop a run for them:
+    see `files.Appended` and `Board`.
     """
 
     def __init__(self, workdir: Path, step: int, enabled: bool = True):
@@ -65,7 +67,7 @@ class MetricsWriter:
         first = step + 1 if step else 0  # a run that starts says something before its first step
         if enabled and path.exists():
             _drop_from(path, first)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = Appended(path)
         self._board = Board(workdir / "tensorboard", first) if enabled else None
         if self._board is not None:
             self._board.layout(LAYOUT)
@@ -77,14 +79,12 @@ class MetricsWriter:
         """
         finite = {name: float(v) if math.isfinite(v) else None for name, v in values.items()}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
         if self._board is not None:
             self._board.scalars(step, values)
 
     def text(self, step: int, name: str, text: str) -> None:
         """A message, under `name` in TensorBoard's text page and as a string in `metrics.jsonl`."""
         self._file.write(json.dumps({"step": step, name: text}) + "\n")
-        self._file.flush()
         if self._board is not None:
             self._board.text(step, name, text)
 
@@ -127,6 +127,4 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _drop_from(path: Path, step: int) -> None:
     kept = [entry for entry in read_metrics(path) if entry["step"] < step]
-    temporary = path.with_suffix(".jsonl.tmp")
-    temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, "".join(json.dumps(entry) + "\n" for entry in kept))
