@@ -271,5 +271,5 @@ def load_options(directory: Path) -> Options:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         return Options.from_dict(raw["options"], str(path))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise PreprocessError(f"{path} cannot be read: {error}") from error
