@@ -20,6 +20,7 @@ from preprocess.images import EXTENSIONS, OTHER_IMAGES, Rejected
 
 CAPTION_EXTENSIONS = (".json", ".txt")
 TABLES = ("metadata.jsonl", "metadata.csv")
+_MAX_HEADER = 1_000_000  # bytes of a name or of other headers in an archive
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,6 +54,8 @@ class Place:
             return Path(self.path).open("rb")
         except FileNotFoundError as error:
             raise Rejected("missing file", str(error.filename), transient=True) from error
+        except ValueError as error:  # a NUL in the name
+            raise Rejected("missing file", repr(self.path)) from error
         except OSError as error:
             raise Rejected("unreadable file", error.strerror or str(error), transient=True) from error
 
@@ -272,14 +275,29 @@ def _scan_table(result: Scan, path: Path, names: tuple[str, ...]) -> None:
             _reject(result, path, rejected, number)
 
 
+class _Headers:
+    """An archive of which only headers are read: tarfile believes one that claims a name of any length."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= _MAX_HEADER:
+            raise tarfile.ReadError(f"a header claims {size:,} bytes")
+        return self._file.read(size)
+
+
 def _scan_tar(result: Scan, path: Path) -> None:
     """A WebDataset shard: members that share the name up to the first dot are one sample."""
     prefix = _key(result.root, path)
     images: list[tuple[str, str, Place]] = []
     caption_files: dict[str, Place] = {}
     try:
-        with tarfile.open(path, "r:") as archive:
+        with path.open("rb") as file, tarfile.open(fileobj=_Headers(file), mode="r:") as archive:
             for member in archive:
+                if member.size < 0:  # it would be read again and again
+                    raise tarfile.ReadError(f"member {member.name!r} has the size {member.size}")
                 name = PurePosixPath(member.name)
                 if member.isdir():
                     continue
@@ -303,8 +321,9 @@ def _scan_tar(result: Scan, path: Path) -> None:
                     caption_files.setdefault(sample + extension, place)
                 else:
                     result.ignored[extension or "no extension"] += 1
-    except (tarfile.TarError, OSError, EOFError) as error:
-        why = Rejected("damaged archive", f"{error}: {len(images)} images before the damage were read")
+    except Exception as error:  # noqa: BLE001  tarfile raises whatever its parser met
+        what = str(error)[:200] or type(error).__name__
+        why = Rejected("damaged archive", f"{what}: {len(images)} images before the damage were read")
         _reject(result, path, why)
     for key, sample, place in images:
         kind = next((e for e in CAPTION_EXTENSIONS if sample + e in caption_files), "")
