@@ -79,7 +79,7 @@ def require_report(path: str | Path | None, config: ModelConfig, manifest: Manif
         problems = _differences(report, config, manifest)
     except FileNotFoundError as error:
         raise GateError(f"config.gate.report: {file} does not exist.\n{how}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise GateError(f"config.gate.report: {file} is not a validation report: {error}.\n{how}") from error
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
