@@ -7,8 +7,10 @@ checkpoints/ ema/ tensorboard/ metrics.jsonl samples/ validation/ train.log
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
+import logging
 import os
 import socket
 from pathlib import Path
@@ -16,8 +18,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from fluxdit_jax.files import write_whole
 from fluxdit_jax.records import Manifest, load_manifest
 
+log = logging.getLogger(__name__)
 CONFIG = "config.json"
 DATASET = "dataset.json"
 
@@ -46,26 +50,61 @@ class RunError(Exception):
 
 
 class RunLock:
-    """One process per run directory. The kernel releases the lock when its owner dies, however it dies."""
+    """One process per folder. The kernel releases the lock when its owner dies, however it dies.
 
-    def __init__(self, workdir: Path):
+    So there is no stale lock to judge: what the file says of its owner (a pid that is another process's by now, a
+    host that is gone) is only told to whom the kernel refuses the lock.
+    """
+
+    def __init__(self, folder: Path, name: str = ".lock", temporary: bool = False, option: str = "workdir"):
+        """
+        Args:
+          folder: is made if it is not there. name: of the lock's file in it.
+          temporary: the file is removed by `release`. option: what another folder is given by.
+
+        Raises:
+          RunError: another process has the lock, or the folder cannot be made or written.
+        """
+        self._path, self._temporary, self._option = folder / name, temporary, option
+        while True:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                self._descriptor: int | None = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            except OSError as error:
+                raise RunError(f"{folder} cannot be made or written: {error.strerror}") from error
+            self._take(folder)
+            with contextlib.suppress(FileNotFoundError):
+                if self._path.stat().st_ino == os.fstat(self._descriptor).st_ino:
+                    break
+            os.close(self._descriptor)  # the owner before has removed the file: it locks nobody out
+        with contextlib.suppress(OSError):  # a full disk does not keep the lock from being held
+            os.ftruncate(self._descriptor, 0)
+            os.write(self._descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode())
+
+    def _take(self, folder: Path) -> None:
         try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            self._file = (workdir / ".lock").open("a+")
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.read(self._descriptor, 200).decode("utf-8", "replace").strip() or "another process"
+            os.close(self._descriptor)
+            raise RunError(
+                f"{folder} is in use by {owner}; wait for it to end, stop it, or give another {self._option}"
+            ) from error
         except OSError as error:
-            raise RunError(f"{workdir} cannot be made or written: {error.strerror}") from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.seek(0)
-            owner = self._file.read().strip() or "another process"
-            raise RunError(f"{workdir} is in use by {owner}; stop it, or give another workdir") from error
-        self._file.truncate(0)
-        self._file.write(f"pid {os.getpid()} on {socket.gethostname()}")
-        self._file.flush()
+            log.warning(
+                "%s: this file system knows no locks (%s): take care that nothing else writes there",
+                folder,
+                error.strerror,
+            )
 
     def release(self) -> None:
-        self._file.close()
+        """May be called twice."""
+        if self._descriptor is None:
+            return
+        if self._temporary:
+            self._path.unlink(missing_ok=True)
+        os.close(self._descriptor)
+        self._descriptor = None
 
 
 def check_resume(workdir: Path, config: ConfigDict, manifest: Manifest) -> bool:
@@ -90,11 +129,11 @@ def check_resume(workdir: Path, config: ConfigDict, manifest: Manifest) -> bool:
 
 def record_start(workdir: Path, config: ConfigDict, manifest: Manifest) -> None:
     """Writes what the run is started with. Not before its state is there: what failed to start leaves no trace."""
-    _write(workdir / DATASET, manifest.to_json())
+    write_whole(workdir / DATASET, manifest.to_json())
     values = config.to_dict()
     # absolute, because sampling and validation may be asked for from another directory
     values["data"]["path"] = str(Path(config.data.path).absolute())
-    _write(workdir / CONFIG, json.dumps(values, indent=1) + "\n")
+    write_whole(workdir / CONFIG, json.dumps(values, indent=1) + "\n")
 
 
 def config_changes(old: ConfigDict, new: ConfigDict) -> list[str]:
@@ -114,12 +153,15 @@ def load_config(workdir: Path) -> ConfigDict:
     """The configuration a run was last started with."""
     path = workdir / CONFIG
     try:
-        return ConfigDict(json.loads(path.read_text(encoding="utf-8")))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"expected a JSON object, got {type(values).__name__}")
+        return ConfigDict(values)
     except FileNotFoundError as error:
         raise RunError(
             f"{path} does not exist: {workdir} is not a run directory of fluxdit_jax.train"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise RunError(f"{path} cannot be read: {error}") from error
 
 
@@ -128,7 +170,11 @@ def load_dataset(workdir: Path) -> Manifest:
     path = workdir / DATASET
     if not path.exists():
         return load_manifest(load_config(workdir).data.path)
-    return Manifest.from_json(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+    return Manifest.from_json(text, str(path))
 
 
 def _dataset_identity(manifest: Manifest) -> tuple:
@@ -145,9 +191,3 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
