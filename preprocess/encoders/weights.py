@@ -67,7 +67,7 @@ def find(spec: str, option: str, stem: str, subfolder: str = "", extra: tuple[st
         config = json.loads((local / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise PreprocessError(f"{option} {spec}: {local} has no config.json") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PreprocessError(f"{option} {spec}: {local / 'config.json'} cannot be read: {error}") from error
     weights = _weight_files(local, stem)
     if not weights:
