@@ -154,10 +154,18 @@ def _original(root: Path | None, record: Record, dataset) -> np.ndarray | None: 
     if root is None:
         return None
     try:
-        data = Place(str(root / record.key)).read(MAX_FILE_BYTES)
+        source = root / record.key
+        if not source.resolve().is_relative_to(root.resolve()):  # a dataset may come from anyone
+            return None
+        data = Place(str(source)).read(MAX_FILE_BYTES)
         if hashlib.sha256(data).hexdigest() != record.content_hash:
             return None
         header = read_header(data, Limits(min_side=1, max_aspect=1000))
         return decode(data, header, record.encoded_size, dataset.manifest.fit, record.content_hash).pixels
-    except Rejected:
+    except (
+        Rejected,
+        OSError,
+        ValueError,
+        RuntimeError,
+    ):  # ValueError: a NUL in the key; RuntimeError: a loop of links
         return None
