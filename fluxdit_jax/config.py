@@ -16,6 +16,7 @@ from ml_collections.config_dict import placeholder
 
 from fluxdit_jax import flow, model, optimizer
 from fluxdit_jax.attention import choose_implementation
+from fluxdit_jax.data import ON_CORRUPT
 from fluxdit_jax.records import Manifest
 
 
@@ -37,6 +38,7 @@ def default_config() -> ConfigDict:
     c.data.text_tokens = placeholder(int)  # captions are padded or cut to this; None: the longest stored
     c.data.threads = 2  # reader threads
     c.data.prefetch = 4  # micro-batches read ahead
+    c.data.on_corrupt = "stop"  # at a damaged record: stop, or skip: the next sound one stands in, up to 1 %
 
     c.model = ConfigDict()
     c.model.width = 384
@@ -223,6 +225,7 @@ def check(c: ConfigDict) -> None:
         "model.attention": (c.model.attention, ("auto", "cudnn", "xla")),
         "optim.name": (c.optim.name, optimizer.NAMES),
         "optim.schedule": (c.optim.schedule, optimizer.SCHEDULES),
+        "data.on_corrupt": (c.data.on_corrupt, ON_CORRUPT),
         "health.action": (c.health.action, ("warn", "stop")),
         "resume.take": (c.resume.take, ("ema", "state")),
     }

@@ -44,19 +44,19 @@ class HeldOut:
           times: quantiles of the training density of t, the middles of as many equal parts.
         """
         graph, _ = model.build(config)
-        numbers = [(i, k) for i in spread(len(source), pictures) for k in range(times)]
+        records = [record for _, record in source.sound(spread(len(source), pictures))]
+        numbers = [(record, k) for record in records for k in range(times)]
         # Rows of the last batch beyond the list repeat its last entry with weight 0.
         fill = -len(numbers) % batch_size
         weights = np.r_[np.ones(len(numbers)), np.zeros(fill)].astype(np.float32)
         numbers += [numbers[-1]] * fill
-        records = {i: source[i] for i, _ in numbers}
         quantile = (np.arange(times, dtype=np.float32) + 0.5) / times
         t = np.asarray(flow.time_at_quantile(flow_config, jnp.asarray(quantile)))
         self._mesh, self._batches = mesh, []
         for start in range(0, len(numbers), batch_size):
             part = numbers[start : start + batch_size]
             index = [_FIRST_INDEX + start + row for row in range(batch_size)]
-            batch = collate([records[i] for i, _ in part], index, config.patch, tokens, text_tokens)
+            batch = collate([record for record, _ in part], index, config.patch, tokens, text_tokens)
             batch["t"] = t[[k for _, k in part]]
             batch["weight"] = weights[start : start + batch_size]
             self._batches.append(batch)

@@ -57,6 +57,7 @@ def make_preview(
     count: int,
     steps: int,
     vae: str | None,
+    on_corrupt: str = "stop",
 ) -> Preview | None:
     """A preview of records spread over the holdout split, or over the train split where there is none.
 
@@ -64,6 +65,7 @@ def make_preview(
       count: pictures; 0 for no preview. steps: of the solver.
       vae: directory or id of the decoder, or None for the one the data set names. If that one cannot be
         found the run goes on without pictures, with a warning.
+      on_corrupt: see `data.RecordSource`.
     """
     if count == 0:
         return None
@@ -74,7 +76,8 @@ def make_preview(
             raise
         log.warning("no pictures while training: %s", error)
         return None
-    source = RecordSource(path, manifest, "holdout" if manifest.records("holdout") else "train")
+    split = "holdout" if manifest.records("holdout") else "train"
+    source = RecordSource(path, manifest, split, on_corrupt)
     generator = Generator(
         settings.model,
         tokens=settings.tokens,
@@ -83,7 +86,7 @@ def make_preview(
         steps=steps,
         batch_size=count,
     )
-    records = [source[index] for index in spread(len(source), count)]
+    records = [record for _, record in source.sound(spread(len(source), count))]
     return Preview(records, generator, decoder, settings.model.patch, settings.text_tokens)
 
 

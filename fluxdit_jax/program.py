@@ -73,6 +73,7 @@ class Program:
             "text_length": ((), jnp.int32),
             "vision": ((s.model.vision_width,), jnp.float32),
             "index": ((), jnp.uint32),
+            "replaced": ((), jnp.bool_),
         }
         place = sharding.batch_sharding(self._mesh)
         return {

@@ -81,17 +81,48 @@ def check_record(record: Record) -> None:
         fail(f"text must be bfloat16 [n >= 1, width], got {text.dtype} {list(text.shape)}")
     if vision.ndim != 1 or vision.dtype != np.float32 or 0 in vision.shape:
         fail(f"vision must be float32 [width], got {vision.dtype} {list(vision.shape)}")
-    for name, array in (("latent", latent), ("text", text), ("vision", vision)):
-        if not np.isfinite(array.astype(np.float32)).all():
-            fail(f"{name} has a value that is not finite")
+    if not _all_finite(latent):
+        fail("latent has a value that is not finite")
+    if not _all_finite(text):
+        fail("text has a value that is not finite")
+    if not np.isfinite(vision).all():
+        fail("vision has a value that is not finite")
     norm = float(np.linalg.norm(vision.astype(np.float64)))
     if abs(norm - 1.0) > 1e-3:
         fail(f"vision must have unit L2 norm, got {norm:.6f}")
 
 
+def _all_finite(array_bf16: np.ndarray) -> bool:
+    """Whether no exponent is all ones; on the bits, because bfloat16 has no fast `isfinite` in numpy."""
+    return int((array_bf16.view(np.uint16) & np.uint16(0x7FFF)).max()) < 0x7F80
+
+
+def check_fit(record: Record, manifest: Manifest) -> None:
+    """Raises `DatasetError`, naming the key, unless the record has the sizes that its manifest promises."""
+
+    def fail(what: str) -> None:
+        raise DatasetError(f"record {record.key!r}: {what}")
+
+    factor = manifest.vae.options["factor"]
+    height, width = record.encoded_size
+    if record.latent.shape != (manifest.vae.width, height // factor, width // factor):
+        fail(f"latent {list(record.latent.shape)} does not fit an image of {height}x{width}")
+    if (height, width) not in manifest.buckets:
+        fail(f"size {height}x{width} is not in the bucket table")
+    if record.vision.size != manifest.vision.width:
+        fail(f"vision vector of {record.vision.size}, the manifest says {manifest.vision.width}")
+    if len(record.text) > manifest.text_tokens:
+        fail(f"{len(record.text)} text tokens, the manifest says at most {manifest.text_tokens}")
+
+
 def encode_record(record: Record) -> bytes:
     """Serialises a record as a deterministic `tf.train.Example`; raises `DatasetError` if it is invalid."""
     check_record(record)
+    return serialize_unchecked(record)
+
+
+def serialize_unchecked(record: Record) -> bytes:
+    """`encode_record` without its check: what another program might write. For the tests of readers."""
     example = tf_example_pb2.Example()
     feature = example.features.feature
 

@@ -79,6 +79,7 @@ class Reporter:
             self._step_losses, self._losses = unfinished["step_losses"], unfinished["losses"]
             self._bins = np.asarray(unfinished["bins"])
             self._window_skipped = unfinished["skipped"]
+            self._window_replaced = unfinished.get("replaced", 0)
 
     def __enter__(self) -> Reporter:
         if self._redirect:
@@ -102,6 +103,7 @@ class Reporter:
             "losses": self._losses,
             "bins": self._bins.tolist(),
             "skipped": self._window_skipped,
+            "replaced": self._window_replaced,
         }
 
     def _start_step(self) -> None:
@@ -116,6 +118,7 @@ class Reporter:
         self._window_samples = 0
         self._window_tokens = 0
         self._window_skipped = 0
+        self._window_replaced = 0
         self._window_started = time.monotonic()
         self._window_waited = 0.0
 
@@ -139,6 +142,7 @@ class Reporter:
         step, mini = int(micro["step"]), int(micro["mini_step"])
         self._window_samples += self._batch_size
         self._window_tokens += int(micro["tokens"])
+        self._window_replaced += int(micro["replaced"])
         if micro["skipped"]:
             self._step_skipped += 1
             self._window_skipped += 1
@@ -192,6 +196,7 @@ class Reporter:
             "parameter_norm": float(micro["param_norm"]),
             "ema_distance": float(micro["ema_distance"]),
             "skipped": self._window_skipped,
+            "replaced_samples": self._window_replaced,
         }
         if self._peak_flops:
             scalars["mfu"] = self._window_tokens / elapsed * self._flops_per_token / self._peak_flops

@@ -35,6 +35,7 @@ FREE_KEYS = (
     "data.batch_size",
     "data.threads",
     "data.prefetch",
+    "data.on_corrupt",
     "model.remat",
     "checkpoint.",
     "health.",

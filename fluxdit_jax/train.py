@@ -67,7 +67,7 @@ def train(config: ConfigDict) -> int:
         manifest = load_manifest(config.data.path)
         settings = configuration.resolve(config, manifest)
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.data.batch_size)
-        source = data.RecordSource(config.data.path, manifest, "train")
+        source = data.RecordSource(config.data.path, manifest, "train", config.data.on_corrupt)
         statistics = patch_statistics(manifest.latent_mean, manifest.latent_std, settings.model.patch)
         if config.gate.required:
             require_report(config.gate.report, settings.model, manifest)
@@ -347,7 +347,7 @@ def _make_heldout(config: ConfigDict, settings: Settings, manifest: Manifest, me
     return HeldOut(
         settings.model,
         settings.flow,
-        data.RecordSource(config.data.path, manifest, "holdout"),
+        data.RecordSource(config.data.path, manifest, "holdout", config.data.on_corrupt),
         mesh=mesh,
         statistics=statistics,
         tokens=settings.tokens,
@@ -362,6 +362,7 @@ def _preview_options(config: ConfigDict) -> dict[str, Any]:
         "count": config.log.preview_count if config.log.preview_every else 0,
         "steps": config.log.preview_steps,
         "vae": config.log.vae,
+        "on_corrupt": config.data.on_corrupt,
     }
 
 

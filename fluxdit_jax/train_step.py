@@ -77,7 +77,10 @@ def make_train_step(
     """Builds the pure function (state, batch) -> (state, metrics) to be jitted with the state donated.
 
     The batch is what `data.py` makes: latent bf16 [B, N, P], grid int32 [B, 2], text bf16 [B, T, E],
-    text_length int32 [B], vision f32 [B, V], index uint32 [B].
+    text_length int32 [B], vision f32 [B, V], index uint32 [B], replaced bool [B].
+
+    Args:
+      ema_target: decay of the EMA after its warm-up; short_ema_target: of the second one, None for none.
 
     Metrics are device scalars of the micro-batch; `grad_norm` and the like belong to the last whole step.
     """
@@ -96,6 +99,7 @@ def make_train_step(
             "prediction_rms": jnp.sqrt(jnp.mean(flow.sample_means(jnp.square(prediction), valid))),
             "target_rms": jnp.sqrt(jnp.mean(flow.sample_means(jnp.square(target), valid))),
             "tokens": jnp.sum(valid),
+            "replaced": jnp.sum(batch["replaced"]),
             "bin_loss": bin_loss,
             "bin_count": bin_count,
         }

@@ -121,8 +121,8 @@ def validate(arguments: argparse.Namespace) -> bool:
     log = read_log(arguments.workdir)  # a damaged one is told before minutes of drawing
     step, ema = restore_ema(arguments.workdir, arguments.step)
     directory = arguments.data or Path(config.data.path)
-    source = RecordSource(directory, manifest, "train")
-    records = [source[index] for index in spread(len(source), arguments.limit)]
+    source = RecordSource(directory, manifest, "train", config.data.get("on_corrupt", "stop"))
+    records = [record for _, record in source.sound(spread(len(source), arguments.limit))]
     captions = [record.caption for record in records]
     rules = choose_rules(captions, [Rule.parse(text) for text in arguments.edit])
     unrelated = choose_unrelated(captions, arguments.unrelated)

@@ -176,16 +176,8 @@ def _check_shard(
 
 def _compare(record: records.Record, row: dict | None, manifest: Manifest) -> None:
     """Raises `DatasetError` if a record does not fit the manifest or its row of the index."""
-    factor = manifest.vae.options["factor"]
+    records.check_fit(record, manifest)
     height, width = record.encoded_size
-    if record.latent.shape != (manifest.vae.width, height // factor, width // factor):
-        raise DatasetError(f"latent {list(record.latent.shape)} does not fit an image of {height}x{width}")
-    if (height, width) not in manifest.buckets:
-        raise DatasetError(f"size {height}x{width} is not in the bucket table")
-    if record.vision.size != manifest.vision.width:
-        raise DatasetError(
-            f"vision vector of {record.vision.size}, the manifest says {manifest.vision.width}"
-        )
     if row is None:
         return
     pairs = {

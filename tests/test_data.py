@@ -21,7 +21,7 @@ from training_helpers import (
 )
 
 from fluxdit_jax.data import RecordSource, batches, collate, patchify, unpatchify
-from fluxdit_jax.records import BF16, DatasetError, encode_record, load_manifest
+from fluxdit_jax.records import BF16, DatasetError, encode_record, load_manifest, serialize_unchecked
 
 pytest_plugins = ("training_fixtures",)
 
@@ -164,6 +164,151 @@ def test_damage_reaches_the_loop_as_a_dataset_error(dataset):
         read(RecordSource(directory, manifest, "train"), 3)
 
 
+# ------------------------------------------------------------------------------------------------ on_corrupt
+
+
+def flip(directory, *numbers):
+    """Flips a bit in the payload of these training records of `write_dataset`; gives the manifest."""
+    manifest = load_manifest(directory)
+    for number in numbers:
+        vision = make_record(number, UNEVEN_SIZES[number % 3]).vision.tobytes()
+        for shard in manifest.shards["train"]:
+            path = directory / shard.file
+            data = bytearray(path.read_bytes())
+            if (at := bytes(data).find(vision)) >= 0:
+                data[at] ^= 1
+                path.write_bytes(data)
+    return manifest
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    """A dataset of 200 records of which 2 (the most that is passed over) are damaged."""
+    directory = tmp_path_factory.mktemp("damaged") / "d"
+    write_dataset(directory, train=200, holdout=0)
+    return directory, flip(directory, 7, 130)
+
+
+def skipping(damaged):
+    return RecordSource(*damaged, "train", "skip")
+
+
+def test_a_damaged_record_gives_its_place_to_the_next_of_its_epoch(damaged, package_log):
+    bad = [make_record(i, UNEVEN_SIZES[i % 3]).vision.tobytes() for i in (7, 130)]
+    undamaged = {make_record(i, UNEVEN_SIZES[i % 3]).vision.tobytes() for i in range(200)} - set(bad)
+    source = skipping(damaged)
+    for epoch in range(2):
+        batch = whole(read(source, 50, start=200 * epoch))
+        order = identity(batch)
+        places = np.flatnonzero(batch["replaced"])
+        assert len(places) == 2 and set(order) == undamaged
+        for place in places:
+            assert order[place] == order[(place + 1) % 200]
+        assert batch["index"].tolist() == list(range(200 * epoch, 200 * epoch + 200))
+    assert sorted(source.damaged) == [7, 130]
+    named = [line for line in package_log if "passed over" in line]
+    assert len(named) == 2 and all(line.startswith("WARNING damaged record passed over") for line in named)
+    first, second = (shard.file for shard in damaged[1].shards["train"])
+    assert any(f"{first} row 7 (record 7)" in line for line in named)
+    assert any(f"{second} row 30 (record 130)" in line for line in named)
+
+
+def test_what_stands_in_does_not_depend_on_split_threads_processes_or_where_one_starts(damaged):
+    expected = whole(read(skipping(damaged), 30, batch_size=20))
+    assert expected["replaced"].sum() == 6
+    for size in (1, 4, 15):
+        assert tree_equal(whole(read(skipping(damaged), 600 // size, batch_size=size)), expected)
+    assert tree_equal(whole(read(skipping(damaged), 30, batch_size=20, threads=4, prefetch=8)), expected)
+    parts = [read(skipping(damaged), 30, batch_size=20, process=process, processes=2) for process in (0, 1)]
+    assert tree_equal(whole([part[i] for i in range(30) for part in parts]), expected)
+    for place in np.flatnonzero(expected["replaced"]).tolist():
+        for start in (place - 1, place, place + 1):
+            resumed = whole(read(skipping(damaged), 1, start=start, batch_size=5))
+            for name, array in resumed.items():
+                assert array.tobytes() == expected[name][start : start + 5].tobytes(), name
+
+
+def test_the_last_of_an_epoch_gives_its_place_to_the_first_and_neighbours_to_the_one_behind(tmp_path):
+    write_dataset(tmp_path / "d", train=200, holdout=0)
+    whole_epoch = identity(
+        whole(read(RecordSource(tmp_path / "d", load_manifest(tmp_path / "d"), "train"), 50))
+    )
+    number = {make_record(i, UNEVEN_SIZES[i % 3]).vision.tobytes(): i for i in range(200)}
+    manifest = flip(tmp_path / "d", *(number[whole_epoch[place]] for place in (198, 199)))
+    batch = whole(read(RecordSource(tmp_path / "d", manifest, "train", "skip"), 50))
+    assert np.flatnonzero(batch["replaced"]).tolist() == [198, 199]
+    assert identity(batch) == whole_epoch[:198] + 2 * whole_epoch[:1]
+
+
+@pytest.mark.parametrize(("records", "bound"), [(40, 1), (200, 2)])
+def test_too_much_damage_stops_all_the_same(tmp_path, records, bound):
+    write_dataset(tmp_path / "d", train=records, holdout=0)
+    manifest = flip(tmp_path / "d", *range(10, 10 + bound))
+    assert len(read(RecordSource(tmp_path / "d", manifest, "train", "skip"), records // 4)) == records // 4
+    flip(tmp_path / "d", 5)
+    with pytest.raises(DatasetError) as refusal:
+        read(RecordSource(tmp_path / "d", manifest, "train", "skip"), records // 4)
+    for words in (f"{bound + 1} of the {records} records", f"at most {bound}", "row", "--repair"):
+        assert words in str(refusal.value)
+
+
+def test_without_skip_the_message_tells_of_it(damaged):
+    with pytest.raises(DatasetError, match="row .* `python -m preprocess verify --repair .*on_corrupt=skip"):
+        read(RecordSource(*damaged, "train"), 50)
+    with pytest.raises(ValueError, match="on_corrupt is 'ignore'; it must be one of stop, skip"):
+        RecordSource(*damaged, "train", "ignore")
+
+
+def test_a_choice_of_records_leaves_the_damaged_out(damaged):
+    source = skipping(damaged)
+    assert [number for number, _ in source.sound([5, 6, 7, 8, 130])] == [5, 6, 8]
+    with pytest.raises(DatasetError, match="of the records wanted of 'train', none is sound"):
+        list(source.sound([7, 130]))
+    with pytest.raises(DatasetError, match="row 7"):
+        list(RecordSource(*damaged, "train").sound([5, 6, 7, 8]))
+
+
+def nan(array):
+    changed = array.copy()
+    changed.reshape(-1)[array.size // 2] = np.nan
+    return changed
+
+
+UNFIT = {
+    "latent has a value that is not finite": lambda r: {"latent": nan(r.latent)},
+    "text has a value that is not finite": lambda r: {"text": nan(r.text)},
+    "vision has a value that is not finite": lambda r: {"vision": r.vision * np.float32("inf")},
+    "unit L2 norm, got 0.0": lambda r: {"vision": r.vision * 0},
+    "unit L2 norm, got 2.0": lambda r: {"vision": r.vision * 2},
+    "vision vector of 1": lambda r: {"vision": np.ones(1, np.float32)},
+    "size 64x64 is not in the bucket table": lambda r: {
+        "latent": np.ones((CHANNELS, 8, 8), BF16),
+        "encoded_size": (64, 64),
+    },
+    "does not fit an image of 32x32": lambda r: {"latent": np.ones((CHANNELS, 2, 2), BF16)},
+    "latent .5, 4, 4. does not fit": lambda r: {"latent": np.ones((5, 4, 4), BF16)},
+    "6 text tokens, the manifest says at most 5": lambda r: {"text": np.ones((6, TEXT_WIDTH), BF16)},
+}
+
+
+@pytest.mark.parametrize("what", UNFIT)
+def test_a_record_that_another_program_wrote_wrong_is_damaged_too(dataset, what):
+    """Its checksum is right: only its content tells. `encode_record` would refuse to write most of these."""
+    directory, manifest = dataset
+    written = [make_record(i) for i in range(5)]
+    written[2] = dataclasses.replace(written[2], **UNFIT[what](written[2]))
+    path = directory / manifest.shards["train"][0].file
+    write_shard(path, [serialize_unchecked(record) for record in written])
+    shard = dataclasses.replace(manifest.shards["train"][0], bytes=path.stat().st_size)
+    manifest = dataclasses.replace(manifest, shards={"train": (shard, manifest.shards["train"][1])})
+    with pytest.raises(DatasetError, match=rf"row 2 \(record 2\).*{what}"):
+        RecordSource(directory, manifest, "train")[2]
+    source = RecordSource(directory, manifest, "train", "skip")
+    batch = whole(read(source, 5, batch_size=2))
+    assert list(source.damaged) == [2] and batch["replaced"].sum() == 1
+    assert np.isfinite(batch["latent"].astype(np.float32)).all()
+
+
 # ------------------------------------------------------------------------------------------------ order
 
 
@@ -262,6 +407,7 @@ def test_collate_pads_with_zeros_and_cuts_the_text():
         "text_length": (np.int32, (5,)),
         "vision": (np.float32, (5, VISION_WIDTH)),
         "index": (np.uint32, (5,)),
+        "replaced": (bool, (5,)),
     }
     assert batch["text_length"].tolist() == [1, 2, 3, 3, 3]
     assert batch["grid"].tolist() == [[2, 2], [1, 3], [3, 1], [2, 2], [1, 3]]

@@ -355,15 +355,54 @@ def test_a_step_that_does_not_fit_is_refused_before_it_runs(config):
 
 
 def test_a_damaged_record_stops_the_run_and_names_it(config, tmp_path):
-    write_dataset(tmp_path / "data")
-    manifest = load_manifest(tmp_path / "data")
-    path = tmp_path / "data" / manifest.shards["train"][1].file
-    content = bytearray(path.read_bytes())
-    content[content.index(make_record(13, (2, 6)).vision.tobytes())] ^= 1
-    path.write_bytes(content)
+    path = damage_record_13(tmp_path / "data")
     config.data.path = str(tmp_path / "data")
     with pytest.raises(data.DatasetError, match=f"{path.name} row 1 .record 13."):
         train(config)
+
+
+def test_a_damaged_record_is_passed_over_if_asked_to_counted_and_resumed(config, tmp_path, monkeypatch):
+    """One of 24: its place in each of the epochs is taken, the same in one go and in two."""
+    path = damage_record_13(tmp_path / "data")
+    config.data.path, config.data.on_corrupt = str(tmp_path / "data"), "skip"
+    whole = config.copy_and_resolve_references()
+    whole.workdir = str(tmp_path / "whole")
+    run(whole)
+    replaced = {step: values["replaced_samples"] for step, values in scalars(whole.workdir).items()}
+    assert len(replaced) == STEPS and 2 <= sum(replaced.values()) <= 3 and set(replaced.values()) == {0, 1}
+    assert log_of(whole.workdir).count(f"{path.name} row 1 (record 13)") == 1
+    assert all(values["skipped"] == 0 for values in scalars(whole.workdir).values())
+    with monkeypatch.context() as patch:
+        interrupt(patch, 7)
+        run(config, expected=128 + signal.SIGTERM)
+    run(config)
+    assert_same_outcome(config.workdir, whole.workdir)
+
+
+def damage_record_13(directory):
+    """Writes a dataset with a flipped bit in the payload of record 13; gives the path of its shard."""
+    manifest = write_dataset(directory)
+    path = directory / manifest.shards["train"][1].file
+    content = bytearray(path.read_bytes())
+    content[content.index(make_record(13, (2, 6)).vision.tobytes())] ^= 1
+    path.write_bytes(content)
+    return path
+
+
+@slow
+def test_damage_in_the_holdout_split_is_named_or_passed_over(config, tmp_path):
+    manifest = write_dataset(tmp_path / "data")
+    path = tmp_path / "data" / manifest.shards["holdout"][0].file
+    content = bytearray(path.read_bytes())
+    content[content.index(make_record(1000).vision.tobytes())] ^= 1
+    path.write_bytes(content)
+    config.data.path = str(tmp_path / "data")
+    with pytest.raises(data.DatasetError, match=f"{path.name} row 0 .record 0."):
+        train(config)
+    config.data.on_corrupt, config.train.steps = "skip", 4
+    run(config)
+    assert np.isfinite(scalars(config.workdir)[4]["heldout_loss"])
+    assert log_of(config.workdir).count(f"{path.name} row 0 (record 0)") == 1
 
 
 # ------------------------------------------------------------------------------------------------ non-finite
