@@ -5,16 +5,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
+import time
 from typing import Any
 
 import jax
 import numpy as np
 
 log = logging.getLogger(__name__)
+_ECHO_SECONDS = 1.0  # a terminal and a launcher in it both pass on one Ctrl-C
 
 
 class Signals(contextlib.AbstractContextManager):
-    """The first SIGINT, SIGTERM or SIGHUP asks the loop to save and stop; a second one acts as usual.
+    """The first SIGINT, SIGTERM or SIGHUP asks the loop to save and stop; a second SIGINT or SIGTERM acts as usual.
+
+    SIGHUP never insists: when a terminal closes, the kernel sends one and the shell another. And what comes within a
+    second of the first signal is the same one again, passed on by a launcher.
 
     Attributes:
       received: number of the signal, or None.
@@ -23,6 +28,7 @@ class Signals(contextlib.AbstractContextManager):
     def __init__(self) -> None:
         self.received: int | None = None
         self._before: dict[int, Any] = {}
+        self._first_at = 0.0
 
     def __enter__(self) -> Signals:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -34,9 +40,16 @@ class Signals(contextlib.AbstractContextManager):
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, _frame: Any) -> None:
+    def _ask(self, number: int, frame: Any) -> None:
+        if number == signal.SIGHUP and self.received is not None:
+            return
+        if self.received in (signal.SIGINT, signal.SIGTERM):
+            if time.monotonic() - self._first_at > _ECHO_SECONDS:
+                signal.signal(number, self._before[number])
+                signal.raise_signal(number)
+            return
         self.received = number
-        signal.signal(number, self._before[number])
+        self._first_at = time.monotonic()
         with contextlib.suppress(OSError):  # a closed terminal cannot be told
             log.info(
                 "%s: finishing the micro-batch and saving; again to stop at once", signal.Signals(number).name
