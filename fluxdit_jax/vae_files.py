@@ -105,7 +105,7 @@ def read_config(directory: Path) -> tuple[type, KlConfig | TinyConfig]:
     file = directory / "config.json"
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DecoderError(f"{file} cannot be read: {error}") from error
 
     def demand(key: str, *allowed: Any) -> None:
@@ -114,11 +114,16 @@ def read_config(directory: Path) -> tuple[type, KlConfig | TinyConfig]:
 
     classes = {"AutoencoderKL": (KlDecoder, KlConfig), "AutoencoderTiny": (TinyDecoder, TinyConfig)}
     name = raw.get("_class_name") if isinstance(raw, dict) else None
-    if name not in classes:
+    if not isinstance(name, str) or name not in classes:
         raise DecoderError(f"{file}: _class_name is {name!r}, expected one of {sorted(classes)}")
     network_class, config_class = classes[name]
-    known = {field.name for field in dataclasses.fields(config_class)}
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in known}
+    values = {}
+    for field in dataclasses.fields(config_class):
+        if field.name in raw:
+            if not _fits(raw[field.name], field.type):
+                raise DecoderError(f"{file}: {field.name} is {raw[field.name]!r}; expected {field.type}")
+            value = raw[field.name]
+            values[field.name] = tuple(value) if isinstance(value, list) else value
     config = config_class(**values)
     demand("out_channels", 3)
     if config.act_fn not in ACTIVATIONS:
@@ -133,18 +138,38 @@ def read_config(directory: Path) -> tuple[type, KlConfig | TinyConfig]:
     return network_class, config
 
 
+def _fits(value: Any, kind: str) -> bool:
+    """Whether a value of a `config.json` is of a field's kind, and of a size that a decoder can have."""
+    if kind == "tuple[int, ...]":
+        return isinstance(value, list) and bool(value) and all(_fits(one, "int") for one in value)
+    if kind == "int":
+        return type(value) is int and 1 <= value <= 2**16
+    if kind.startswith("float"):
+        optional = value is None and kind.endswith("None")
+        return optional or (type(value) in (int, float) and abs(value) < 1e6)
+    return isinstance(value, {"str": str, "bool": bool}[kind])
+
+
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a model directory: one, or the shards that its index names, sorted."""
     if not (directory / INDEX).is_file():
         return [directory / WEIGHTS]
     try:
         names = set(json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DecoderError(f"{directory / INDEX} cannot be read: {type(error).__name__}: {error}") from error
+    outside = sorted(map(repr, (name for name in names if not _plain(name))))
+    if outside:
+        raise DecoderError(f"{directory / INDEX} names what is no file beside it: {', '.join(outside[:8])}")
     missing = sorted(name for name in names if not (directory / name).is_file())
     if missing:
         raise DecoderError(f"{directory}: {INDEX} names files that are not there: {', '.join(missing)}")
     return sorted(directory / name for name in names)
+
+
+def _plain(name: Any) -> bool:
+    """Whether it is the name of a file, without a way to another folder."""
+    return isinstance(name, str) and name.isprintable() and name not in ("", "..") and Path(name).name == name
 
 
 def read_params(files: list[Path], network: KlDecoder | TinyDecoder) -> nnx.State:
