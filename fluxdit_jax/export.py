@@ -7,21 +7,29 @@ time shift, latent statistics, encoders, sizes) and `README.md`, a model card.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging as absl_logging
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from fluxdit_jax import command
 from fluxdit_jax.checkpoint import CheckpointError, restore_ema
 from fluxdit_jax.config import ConfigError, Settings, resolve
 from fluxdit_jax.records import DatasetError, Manifest
-from fluxdit_jax.run_directory import RunError, load_config, load_dataset
+from fluxdit_jax.run_directory import RunError, RunLock, load_config, load_dataset
+
+WORK = ".export"  # everything is written in this folder of DIR and then moved
+
+
+class ExportError(Exception):
+    """The weights cannot be written."""
 
 
 def export(workdir: Path, out: Path, step: int | None = None) -> Path:
@@ -30,15 +38,36 @@ def export(workdir: Path, out: Path, step: int | None = None) -> Path:
     settings = resolve(config, manifest)
     step, ema = restore_ema(workdir, step)
     tensors = flatten(ema)
-    out.mkdir(parents=True, exist_ok=True)
-    weights = out / "model.safetensors"
-    temporary = weights.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata={"format": "fluxdit_jax", "ema_step": str(step)})
-    temporary.replace(weights)
-    description = describe(settings, manifest, step)
-    (out / "config.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-    (out / "README.md").write_text(card(settings, manifest, step, tensors, workdir), encoding="utf-8")
-    return weights
+    texts = {
+        "README.md": card(settings, manifest, step, tensors, workdir),
+        "config.json": json.dumps(describe(settings, manifest, step), indent=1) + "\n",
+    }
+    lock, work = RunLock(out, f"{WORK}/lock", temporary=True, option="--out"), out / WORK
+    try:
+        _clear(work)  # of what a killed process left
+        try:
+            metadata = {"format": "fluxdit_jax", "ema_step": str(step)}
+            save_file(tensors, work / "model.safetensors", metadata=metadata)
+        except SafetensorError as error:
+            raise ExportError(f"{out / 'model.safetensors'}: {error}") from error
+        for name, text in texts.items():
+            files.write_whole(work / name, text)
+        # While config.json is missing nobody takes new weights with an old description for an export.
+        (out / "config.json").unlink(missing_ok=True)
+        for name in ("model.safetensors", *texts):
+            (work / name).replace(out / name)
+    finally:
+        _clear(work)
+        lock.release()
+        with contextlib.suppress(OSError):  # the next one is in it already
+            work.rmdir()
+    return out / "model.safetensors"
+
+
+def _clear(work: Path) -> None:
+    for path in work.iterdir():
+        if path.name != "lock":
+            path.unlink()
 
 
 def flatten(tree: Any) -> dict[str, np.ndarray]:
@@ -119,10 +148,10 @@ def main() -> None:
     parser.add_argument("--step", type=int, help="which EMA weights; default: the newest")
     arguments = parser.parse_args()
     absl_logging.set_verbosity(absl_logging.WARNING)
-    try:
-        print(export(arguments.workdir, arguments.out, arguments.step))
-    except (RunError, CheckpointError, ConfigError, DatasetError, OSError) as error:
-        sys.exit(f"error: {error}")
+    command.run(
+        lambda: print(export(arguments.workdir, arguments.out, arguments.step))
+        (RunError, CheckpointError, ConfigError, DatasetError, ExportError, OSError),
+    )
 
 
 if __name__ == "__main__":

@@ -87,9 +87,7 @@ def build_report(
 def write_json(report: dict[str, Any], path: Path) -> None:
     """Writes atomically; a number that is not finite becomes null, because JSON has none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(_finite(report), indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps(_finite(report), indent=1) + "\n")
 
 
 def _finite(value: Any) -> Any:

@@ -26,6 +26,10 @@ class Trace:
 
     def stop(self) -> None:
         if self._running:
-            jax.profiler.stop_trace()
             self._running = False
+            try:
+                jax.profiler.stop_trace()
+            except Exception as error:  # noqa: BLE001  it raises bare C++ errors; a profile is not worth a run
+                log.error("the profile could not be written to %s: %s", self._directory, error)
+                return
             log.info("profile of steps %d to %d: %s", self._steps.start, self._steps.stop, self._directory)

@@ -22,6 +22,7 @@ import jax
 from absl import logging as absl_logging
 from tqdm import tqdm
 
+from fluxdit_jax import command as programs
 from fluxdit_jax import pictures, sampler
 from fluxdit_jax.checkpoint import CheckpointError, restore_ema
 from fluxdit_jax.config import ConfigError, Settings, resolve
@@ -39,7 +40,7 @@ from fluxdit_jax.metrics import LogError, read_metrics
 from fluxdit_jax.preview import spread
 from fluxdit_jax.records import DatasetError, Manifest
 from fluxdit_jax.report import FOLDER, Circumstances, build_report, write_json, write_tensorboard
-from fluxdit_jax.run_directory import RunError, load_config, load_dataset
+from fluxdit_jax.run_directory import RunError, RunLock, load_config, load_dataset
 from fluxdit_jax.sample import SampleError, encode_prompts
 from fluxdit_jax.train import use_compilation_cache
 from fluxdit_jax.train_step import patch_statistics
@@ -235,16 +236,26 @@ def tell(verdicts: list, report: dict, folder: Path) -> None:
 def command(argv: list[str]) -> int:
     """The exit status: 0 passed, 1 failed, 2 could not be measured."""
     try:
-        return 0 if validate(parse_arguments(argv)) else 1
+        return _locked(parse_arguments(argv))
     except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {programs.explain(error)}", file=sys.stderr)
         return 2
+
+
+def _locked(arguments: argparse.Namespace) -> int:
+    if not arguments.workdir.is_dir():
+        raise RunError(f"--workdir {arguments.workdir} does not exist")
+    lock = RunLock(arguments.workdir, ".validation.lock", temporary=True, option="--workdir")
+    try:
+        return 0 if validate(arguments) else 1
+    finally:
+        lock.release()
 
 
 def main() -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
     use_compilation_cache()
-    sys.exit(command(sys.argv[1:]))
+    programs.run(lambda: command(sys.argv[1:]), USER_ERRORS, failure=2)
 
 
 if __name__ == "__main__":

@@ -70,9 +70,7 @@ def write_page(verdicts: list[Verdict], report: dict[str, Any], log: list[dict],
       log: the run's `metrics.jsonl`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page(verdicts, report, log), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, page(verdicts, report, log))
 
 
 def page(verdicts: list[Verdict], report: dict[str, Any], log: list[dict]) -> str:
