@@ -19,7 +19,7 @@ from absl import logging as absl_logging
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from fluxdit_jax import command
+from fluxdit_jax import command, files
 from fluxdit_jax.checkpoint import CheckpointError, restore_ema
 from fluxdit_jax.config import ConfigError, Settings, resolve
 from fluxdit_jax.records import DatasetError, Manifest
@@ -149,7 +149,7 @@ def main() -> None:
     arguments = parser.parse_args()
     absl_logging.set_verbosity(absl_logging.WARNING)
     command.run(
-        lambda: print(export(arguments.workdir, arguments.out, arguments.step))
+        lambda: print(export(arguments.workdir, arguments.out, arguments.step)),
         (RunError, CheckpointError, ConfigError, DatasetError, ExportError, OSError),
     )
 

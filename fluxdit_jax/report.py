@@ -12,6 +12,7 @@ import numpy as np
 
 from fluxdit_jax import pictures
 from fluxdit_jax.board import Board
+from fluxdit_jax.files import write_whole
 from fluxdit_jax.gate.requirement import ENCODERS, encoder_summary, family
 from fluxdit_jax.gate.verdict import Case, Verdict
 from fluxdit_jax.model import ModelConfig, count_parameters

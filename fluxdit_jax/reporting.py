@@ -16,6 +16,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fluxdit_jax.devices import peak_memory_gb
+from fluxdit_jax.files import Appended
 from fluxdit_jax.flow import TIME_BINS
 from fluxdit_jax.health import Diagnosis, Monitor, Observation
 from fluxdit_jax.metrics import MetricsWriter, unpack
@@ -231,10 +232,25 @@ def _shows_bar() -> bool:
     return sys.stderr.isatty() and jax.process_index() == 0
 
 
+class _LogFile(logging.Handler):
+    """A log in a file that outlives a full disk."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self._file = Appended(path)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._file.write(self.format(record) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 def log_to(path: Path) -> Callable[[], None]:
     """Sends the package's log to stderr and to a file; returns how to undo it."""
     formatter = logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
-    handlers = [logging.StreamHandler(sys.stderr), logging.FileHandler(path, encoding="utf-8")]
+    handlers = [logging.StreamHandler(sys.stderr), _LogFile(path)]
     for handler in handlers:
         handler.setFormatter(formatter)
         _PACKAGE.addHandler(handler)

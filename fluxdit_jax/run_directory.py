@@ -69,7 +69,7 @@ class RunLock:
         self._path, self._temporary, self._option = folder / name, temporary, option
         while True:
             try:
-                folder.mkdir(parents=True, exist_ok=True)
+                self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._descriptor: int | None = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
             except OSError as error:
                 raise RunError(f"{folder} cannot be made or written: {error.strerror}") from error

@@ -18,12 +18,12 @@ from absl import logging as absl_logging
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from fluxdit_jax import pictures, sampler
+from fluxdit_jax import command, files, pictures, sampler
 from fluxdit_jax.checkpoint import CheckpointError, restore_ema
 from fluxdit_jax.config import resolve
 from fluxdit_jax.generation import Generator, conditions
 from fluxdit_jax.records import EncoderIdentity, Manifest
-from fluxdit_jax.run_directory import RunError, load_config, load_dataset
+from fluxdit_jax.run_directory import RunError, RunLock, load_config, load_dataset
 from fluxdit_jax.train import use_compilation_cache
 from fluxdit_jax.train_step import patch_statistics
 from fluxdit_jax.vae import DecoderError, load_decoder
@@ -233,12 +233,16 @@ def sample(arguments: argparse.Namespace) -> list[np.ndarray]:
             guidance = sampler.Guidance(text, vision, arguments.rescale)
             latents = generator.latents(params, wanted, noise, bar.update, guidance)
             drawn[vision, text] = pictures.decode_all(decoder, latents)
-    if len(drawn) > 1:
-        _write_sweep(arguments, requests, drawn, sweep_text, sweep_vision)
-        return [image for images in drawn.values() for image in images]
-    (images,) = drawn.values()
-    _write(arguments, requests, images, step)
-    return images
+    lock = RunLock(arguments.out.parent, f".{arguments.out.name}.lock", temporary=True, option="--out")
+    try:
+        if len(drawn) > 1:
+            _write_sweep(arguments, requests, drawn, sweep_text, sweep_vision)
+            return [image for images in drawn.values() for image in images]
+        (images,) = drawn.values()
+        _write(arguments, requests, images, step)
+        return images
+    finally:
+        lock.release()
 
 
 def _write_sweep(
@@ -255,8 +259,7 @@ def _write_sweep(
             rows.append([drawn[vision, text][number] for text in sweep_text])
             titles.append(f"vision {vision:g}, seed {request.seed}: {request.prompt}")
     columns = [f"text {text:g}" for text in sweep_text]
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    pictures.grid(rows, row_titles=titles, column_titles=columns, cell=256).save(arguments.out)
+    _save(pictures.grid(rows, row_titles=titles, column_titles=columns, cell=256), arguments.out)
     print(
         f"{arguments.out}  {len(requests)} pictures at {len(sweep_text)} x {len(sweep_vision)} guidance scales"
     )
@@ -265,16 +268,20 @@ def _write_sweep(
 def _write(
     arguments: argparse.Namespace, requests: list[Request], images: list[np.ndarray], step: int
 ) -> None:
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     single = len(images) == 1
     for number, (request, pixels) in enumerate(zip(requests, images, strict=True)):
         path = arguments.out if single else arguments.out.with_stem(f"{arguments.out.stem}-{number:03d}")
-        Image.fromarray(pixels).save(path, pnginfo=_recipe(arguments, request, step))
+        _save(Image.fromarray(pixels), path, _recipe(arguments, request, step))
         print(f"{path}  {pixels.shape[1]}x{pixels.shape[0]}  seed {request.seed}  {request.prompt!r}")
     if not single:
         rows = [images[i : i + arguments.count] for i in range(0, len(images), arguments.count)]
-        pictures.grid(rows, row_titles=arguments.prompt, cell=256).save(arguments.out)
+        _save(pictures.grid(rows, row_titles=arguments.prompt, cell=256), arguments.out)
         print(f"{arguments.out}  the sheet of all {len(images)}")
+
+
+def _save(picture: Image.Image, path: Path, recipe: PngImagePlugin.PngInfo | None = None) -> None:
+    with files.replacing(path) as temporary:
+        picture.save(temporary, "png", pnginfo=recipe)
 
 
 def _recipe(arguments: argparse.Namespace, request: Request, step: int) -> PngImagePlugin.PngInfo:
@@ -298,10 +305,10 @@ def _recipe(arguments: argparse.Namespace, request: Request, step: int) -> PngIm
 def main() -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
     use_compilation_cache()
-    try:
-        sample(parse_arguments(sys.argv[1:]))
-    except (SampleError, RunError, CheckpointError, DecoderError, PreprocessError, OSError) as error:
-        sys.exit(f"error: {error}")
+    command.run(
+        lambda: sample(parse_arguments(sys.argv[1:])) and 0,
+        (SampleError, RunError, CheckpointError, DecoderError, PreprocessError, OSError),
+    )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from fluxdit_jax import config as configuration
-from fluxdit_jax import data, devices, model, reporting, sharding
+from fluxdit_jax import command, data, devices, files, model, reporting, sharding
 from fluxdit_jax.allocator import keep_freed_memory
 from fluxdit_jax.checkpoint import CheckpointError, Checkpoints, restore_ema
 from fluxdit_jax.config import Settings
@@ -56,6 +56,7 @@ USER_ERRORS = (
     GateError,
     LogError,
     OutOfMemory,
+    OSError,
 )
 
 
@@ -372,8 +373,12 @@ def _write_preview(preview: Preview, ema: Any, step: int, workdir: Path, writer:
         return
     sheet = preview.draw(ema)
     path = workdir / "samples" / f"step_{step:07d}.png"
-    path.parent.mkdir(exist_ok=True)
-    sheet.save(path)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with files.replacing(path) as temporary:
+            sheet.save(temporary, "png")
+    except OSError as error:
+        log.error("no picture of this step, the run goes on: %s", command.explain(error))
     writer.image(step, "samples", np.asarray(sheet))
     writer.flush()
 
@@ -390,6 +395,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: unexpected argument {argv[1]!r}; overrides are written --config.group.key=value")
     if _CONFIG.value is None:
         sys.exit("error: give a configuration, as --config=configs/demo.py")
+    command.outlive_readers()
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax narrates every save at INFO
     config = _CONFIG.value
     use_compilation_cache()
@@ -399,7 +405,7 @@ def main(argv: list[str]) -> None:
     try:
         code = train(config)
     except USER_ERRORS as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {command.explain(error)}")
     except KeyboardInterrupt:
         print("stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)

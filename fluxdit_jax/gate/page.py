@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fluxdit_jax.files import write_whole
 from fluxdit_jax.gate import charts
 from fluxdit_jax.gate.style import CSS
 from fluxdit_jax.gate.verdict import Case, Control, Verdict, percent

@@ -1,0 +1,106 @@
+"""What every command line program of this project does alike: outputs that nobody reads, signals, errors in one line.
+
+Imports neither JAX nor PyTorch; `preprocess` uses it too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, TextIO
+
+_ADVICE = {
+    errno.ENOSPC: "the disk is full; make space and give the same command again",
+    errno.EDQUOT: "the quota is used up; make space and give the same command again",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "this user may not; see its owner and permissions",
+    errno.EIO: "the disk does not work; look at the system's log",
+}
+
+
+class Quiet:
+    """A text stream that goes on when whoever was reading it has gone: a closed pipe, a closed terminal."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except (OSError, ValueError) as error:
+            self._give_up(error)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError) as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        """Nobody reads any more: what is in the buffer, and all that follows, goes nowhere."""
+        if getattr(error, "errno", None) in (errno.EPIPE, errno.EIO):
+            with contextlib.suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def outlive_readers() -> None:
+    """From here on closed outputs disturb nothing: neither a pipe's reader that ends nor descriptors closed from start.
+
+    A descriptor 0 to 2 that is closed would be given to the next file that is opened, and get what libraries say.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, Quiet):
+            setattr(sys, name, Quiet(stream or open(os.devnull, "w", encoding="utf-8")))  # noqa: SIM115, PTH123
+
+
+def explain(error: BaseException) -> str:
+    """An error in one line. One of the system names the file and what to do."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename2 or error.filename}: " if error.filename else ""
+        advice = f" ({_ADVICE[error.errno]})" if error.errno in _ADVICE else ""
+        return f"{where}{error.strerror}{advice}"
+    return str(error)
+
+
+def run(work: Callable[[], int | None], errors: tuple[type[Exception], ...], failure: int = 1) -> None:
+    """Runs a program's work and exits: with its status, or one line and `failure` for `errors`.
+
+    SIGINT, SIGTERM and SIGHUP undo what is half done (`files.replacing`) and exit with 128 and the number.
+    """
+    outlive_readers()
+    received = [int(signal.SIGINT)]
+
+    def stop(number: int, _frame: Any) -> None:
+        received[0] = number
+        signal.signal(number, signal.SIG_IGN)  # a second one while cleaning up changes nothing
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, and so it stays
+            signal.signal(number, stop)
+    try:
+        status = work() or 0
+    except errors as error:
+        print(f"error: {explain(error)}", file=sys.stderr)
+        status = failure
+    except KeyboardInterrupt:
+        print("\nstopped; nothing half-written is left", file=sys.stderr)
+        status = 128 + received[0]
+    sys.stdout.flush()
+    sys.exit(status)
