@@ -22,8 +22,8 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from fluxdit_jax import config as configuration
 from fluxdit_jax import command, data, devices, files, model, reporting, sharding
+from fluxdit_jax import config as configuration
 from fluxdit_jax.allocator import keep_freed_memory
 from fluxdit_jax.checkpoint import CheckpointError, Checkpoints, restore_ema
 from fluxdit_jax.config import Settings
@@ -380,7 +380,6 @@ def _write_preview(preview: Preview, ema: Any, step: int, workdir: Path, writer:
     except OSError as error:
         log.error("no picture of this step, the run goes on: %s", command.explain(error))
     writer.image(step, "samples", np.asarray(sheet))
-    writer.flush()
 
 
 def use_compilation_cache() -> None:
