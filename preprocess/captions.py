@@ -81,6 +81,11 @@ def _read_jsonl(file: BinaryIO) -> Iterator[tuple[int, dict | Rejected]]:
         number += 1
         if not line.strip():
             continue
+        if len(line) > MAX_BYTES:
+            while line and not line.endswith(b"\n"):
+                line = file.readline(MAX_BYTES)
+            yield number, Rejected("caption too long", f"a row of more than {MAX_BYTES:,} bytes")
+            continue
         try:
             row = json.loads(_decode(line))
             if not isinstance(row, dict):
@@ -93,14 +98,24 @@ def _read_jsonl(file: BinaryIO) -> Iterator[tuple[int, dict | Rejected]]:
 
 
 def _read_csv(file: BinaryIO) -> Iterator[tuple[int, dict | Rejected]]:
-    reader = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""))
+    reader = csv.DictReader(_csv_lines(file))
     try:
         for row in reader:
             yield reader.line_num, row
     except UnicodeDecodeError:
         yield reader.line_num + 1, Rejected("invalid UTF-8", "in the table: the rows after it were not read")
     except csv.Error as error:
-        yield reader.line_num, Rejected("broken CSV", f"{error}: the rows after it were not read")
+        yield max(1, reader.line_num), Rejected("broken CSV", f"{error}: the rows after it were not read")
+
+
+def _csv_lines(file: BinaryIO) -> Iterator[str]:
+    """The lines of a .csv, whatever ends them; raises `csv.Error` for one that is too long for memory."""
+    encoding = "utf-8-sig"
+    while line := file.readline(MAX_BYTES + 1):
+        if len(line) > MAX_BYTES:
+            raise csv.Error(f"a line of more than {MAX_BYTES:,} bytes")
+        yield from io.StringIO(line.decode(encoding), newline="")
+        encoding = "utf-8"
 
 
 def path_in(row: dict) -> str:

@@ -103,5 +103,25 @@ def test_an_endless_line_is_read_in_bounded_pieces() -> None:
     rows = list(
         captions.read_table(io.BytesIO(b"[" * 9_000_000 + b'\n{"file_name": "a", "text": "b"}\n'), ".jsonl")
     )
-    assert [row.reason for _, row in rows[:-1]] == ["caption too long", "caption too long", "broken JSON"]
-    assert rows[-1][1] == {"file_name": "a", "text": "b"}
+    assert [(number, row.reason) for number, row in rows[:-1]] == [(1, "caption too long")]
+    assert rows[-1] == (2, {"file_name": "a", "text": "b"})
+
+
+def test_an_endless_line_of_a_csv_is_not_read_whole() -> None:
+    table = io.BytesIO(b"file_name,text\na.png,a\n" + b"x" * 9_000_000)
+    rows = list(captions.read_table(table, ".csv"))
+    assert [row if isinstance(row, dict) else row.reason for _, row in rows] == [
+        {"file_name": "a.png", "text": "a"},
+        "broken CSV",
+    ]
+    assert table.tell() < 5_000_000
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_csv_with_any_line_ends_and_quoted_ones(end: str) -> None:
+    content = end.join(["file_name,text", 'a.png,"two', 'lines"', "b.png,b", ""])
+    rows = [row for _, row in captions.read_table(io.BytesIO(content.encode("utf-8-sig")), ".csv")]
+    assert rows == [
+        {"file_name": "a.png", "text": f"two{end}lines"},
+        {"file_name": "b.png", "text": "b"},
+    ]

@@ -147,7 +147,7 @@ def test_metadata_csv_and_the_deepest_table_wins(tmp_path: Path) -> None:
 def test_csv_that_cannot_be_read(tmp_path: Path) -> None:
     touch(tmp_path, "a.png")
     (tmp_path / "metadata.csv").write_bytes(b"file_name,text\na.png,\xff\xff\n")
-    assert reasons(scan(tmp_path)) == {"metadata.csv:1": "invalid UTF-8"}
+    assert reasons(scan(tmp_path)) == {"metadata.csv:2": "invalid UTF-8"}
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png," + "x" * 200_000 + "\n")
     assert reasons(scan(tmp_path)) == {"metadata.csv:1": "broken CSV"}
 

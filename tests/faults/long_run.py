@@ -14,6 +14,7 @@ import argparse
 import collections
 import contextlib
 import json
+import logging
 import math
 import os
 import random
@@ -32,7 +33,7 @@ from ml_collections import ConfigDict  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from fluxdit_jax.checkpoint import Checkpoints, restore_ema  # noqa: E402
+from fluxdit_jax.checkpoint import restore_ema  # noqa: E402
 from fluxdit_jax.metrics import read_metrics  # noqa: E402
 
 Row = tuple[str, int, int, int]
@@ -285,6 +286,9 @@ def resumes(root: Path, count: int, say=print, seed: int = 0) -> list[Row]:
         code = start(file, directory, f"--config.train.steps={end}").wait(timeout=600)
         if code:
             wrong.append(f"the last start of {directory.name}: exit {code}")
+    logging.getLogger("tensorboard").setLevel(
+        logging.ERROR
+    )  # it tells of every purge, which is what is looked for
     say(f"{done.total()} resumes to step {end}: {dict(done)}")
     say(f"  {len(list((run / 'tensorboard').iterdir()))} event files")
     wrong += differences(run, whole) + leftovers(run)
@@ -304,10 +308,7 @@ def resumes(root: Path, count: int, say=print, seed: int = 0) -> list[Row]:
 
 def saved_step(run: Path) -> int | None:
     """Step of the newest resumable checkpoint."""
-    if not (run / "checkpoints").is_dir():
-        return None
-    with Checkpoints(run, 2, read_only=True) as checkpoints:
-        return checkpoints.latest_step()
+    return max((int(p.name) for p in (run / "checkpoints").glob("*") if p.name.isdigit()), default=None)
 
 
 def run(quick: bool) -> list[Row]:

@@ -1,0 +1,392 @@
+"""What `fuzz.py` feeds: each parser of ours with valid examples to damage and the errors that it may raise."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import bad_inputs
+import numpy as np
+import training_helpers as helpers
+from fuzz_inputs import damaged, json_text, odd_tree, written
+from hypothesis import strategies as st
+
+from fluxdit_jax import metrics, records, run_directory, sample, vae_files
+from fluxdit_jax.gate.requirement import GateError, encoder_summary, family, require_report
+from fluxdit_jax.records import DatasetError, Manifest
+from preprocess import PreprocessError, captions, images, options, scan, units, vectors
+from preprocess.images import Rejected
+
+SCRATCH = Path(tempfile.gettempdir()) / "unset"  # a folder of its own for each target, while it is fed
+
+
+@dataclasses.dataclass
+class Target:
+    """A parser.
+
+    Attributes:
+      what: in words.
+      inputs: what it is fed with; examples: what it is fed with first.
+      call: feeds it; raises `AssertionError` if what it accepts is wrong.
+      errors: what it may raise.
+    """
+
+    what: str
+    inputs: st.SearchStrategy
+    call: Callable[[Any], object]
+    errors: type[Exception] | tuple[type[Exception], ...]
+    examples: tuple[Any, ...] = ()
+
+    @contextlib.contextmanager
+    def prepared(self) -> Iterator[None]:
+        global SCRATCH
+        SCRATCH = Path(tempfile.mkdtemp(prefix="fuzz-"))
+        try:
+            yield
+        finally:
+            shutil.rmtree(SCRATCH, ignore_errors=True)
+
+
+def scratch(name: str, content: bytes) -> Path:
+    """A file with this content in the target's folder."""
+    path = SCRATCH / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+# --------------------------------------------------------------------------------------------- the targets
+
+
+def manifest_tree() -> dict:
+    with tempfile.TemporaryDirectory() as name:
+        helpers.write_dataset(Path(name) / "data")
+        tree = json.loads((Path(name) / "data" / records.MANIFEST).read_text())
+    del tree["checksum"]
+    return tree
+
+
+MANIFEST = manifest_tree()
+
+
+def parse_manifest(tree: dict) -> None:
+    """A manifest whose checksum is right: what a careless or hostile writer could make."""
+    whole = dict(tree)
+    whole["checksum"] = records._checksum(whole)
+    manifest = Manifest.from_json(written(whole))
+    sizes = manifest.latent_sizes()
+    assert max(max(size) for size in sizes) <= 2**16, "sides that no picture has"
+    assert manifest.records("train") >= 0
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+def load_manifest(content: bytes) -> None:
+    records.load_manifest(scratch("data/" + records.MANIFEST, content).parent)
+
+
+RECORD = helpers.make_record(0)
+
+
+def decode_record(data: bytes) -> None:
+    record = records.decode_record(data, helpers.TEXT_WIDTH)
+    held = record.latent.nbytes + record.text.nbytes + record.vision.nbytes
+    assert held <= len(data), "arrays larger than their bytes"
+    records.check_record(record)
+    again = records.decode_record(records.encode_record(record), helpers.TEXT_WIDTH)
+    assert again.key == record.key and np.array_equal(again.latent, record.latent)
+
+
+def raw_record(**changes: Any) -> bytes:
+    """A record that says other things than `encode_record` would let it."""
+    example = records.tf_example_pb2.Example.FromString(records.encode_record(RECORD))
+    for name, value in changes.items():
+        feature = example.features.feature[name.replace("__", "/")]
+        feature.Clear()
+        if isinstance(value, bytes):
+            feature.bytes_list.value.append(value)
+        else:
+            feature.int64_list.value.extend(value)
+    return example.SerializeToString()
+
+
+def read_table(suffix: str) -> Callable[[bytes], None]:
+    def call(content: bytes) -> None:
+        for number, row in captions.read_table(io.BytesIO(content), suffix):
+            assert number >= 1
+            if isinstance(row, dict):
+                with contextlib.suppress(Rejected):
+                    captions.path_in(row)
+                with contextlib.suppress(Rejected):
+                    assert captions.from_mapping(row, captions.fields()).encode()
+
+    return call
+
+
+def read_image(content: bytes) -> None:
+    limits = images.Limits(max_pixels=4_000_000)
+    header = images.read_header(content, limits)
+    assert header.width * header.height <= limits.max_pixels
+    picture = images.decode(content, header, (64, 64), "pad", "key")
+    assert picture.pixels.shape == (64, 64, 3) and picture.pixels.dtype == np.uint8
+
+
+def read_archive(content: bytes) -> None:
+    path = scratch("in/a.tar", content)
+    found = scan.scan(path.parent)
+    for place in [p for each in found.found for p in (each.image, each.caption_file) if p]:
+        assert Path(place.path) == path.resolve()
+        with contextlib.suppress(Rejected):
+            assert len(place.read(100_000)) <= 100_000
+    for each in found.found:
+        assert ".." not in Path(each.key).parts and not each.key.startswith("/")
+
+
+def archive(**changes: Any) -> bytes:
+    """A tar of a picture and its caption; `changes` go into the first member's header."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=changes.pop("format", tarfile.GNU_FORMAT)) as tar:
+        for name, content in (("sample.png", bad_inputs.PNG), ("sample.json", b'{"caption": "x"}')):
+            member = tarfile.TarInfo(name)
+            for key, value in changes.items():
+                setattr(member, key, value)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+            changes = {}
+    return file.getvalue()
+
+
+def negative_size() -> bytes:
+    """A member whose size, in base 256, is below zero."""
+    data = bytearray(archive())
+    data[124:136] = b"\xff" + (-4096).to_bytes(11, "big", signed=True)
+    checksum = sum(data[:148]) + 8 * 32 + sum(data[156:512])
+    data[148:156] = b"%06o\0 " % checksum
+    return bytes(data)
+
+
+def huge_name() -> bytes:
+    """A GNU long name that claims 2**60 bytes."""
+    data = bytearray(archive(name="n" * 300 + ".png"))
+    data[124:136] = b"\x80" + (2**60).to_bytes(11, "big")
+    checksum = sum(data[:148]) + 8 * 32 + sum(data[156:512])
+    data[148:156] = b"%06o\0 " % checksum
+    return bytes(data)
+
+
+ARCHIVES = [
+    archive(),
+    archive(name="x" * 300 + ".png"),
+    archive(format=tarfile.PAX_FORMAT, name="ü" * 200 + ".png", pax_headers={"comment": "c" * 300}),
+    archive(format=tarfile.PAX_FORMAT, pax_headers={"size": "99999999999999"}),
+    archive(format=tarfile.PAX_FORMAT, pax_headers={"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}),
+]
+
+
+def read_metrics(content: bytes) -> None:
+    for entry in metrics.read_metrics(scratch("metrics.jsonl", content)):
+        assert isinstance(entry["step"], int)
+
+
+LOG = [{"step": 0, "config": "{}"}, {"step": 1, "loss": 1.0, "skipped": 0}, {"step": 2, "loss": None}]
+LOG_TEXT = "".join(json.dumps(entry) + "\n" for entry in LOG).encode()
+
+GATED = Manifest.from_json(written(MANIFEST | {"checksum": records._checksum(MANIFEST)}))
+REPORT = {
+    "passed": True,
+    "metrics": {"memorisation": {"passed": True, "value": 1.0}},
+    "model": {"family": family(helpers.tiny_model()), "width": 32},
+    "encoders": {name: encoder_summary(getattr(GATED, name)) for name in ("vae", "text", "vision")},
+    "dataset": {"format_version": GATED.version},
+}
+
+
+def read_report(content: bytes) -> None:
+    found = require_report(scratch("report.json", content), helpers.tiny_model(), GATED)
+    assert found["passed"] is True
+
+
+def read_prompts(content: bytes) -> None:
+    for prompt in sample.read_prompts(scratch("prompts.txt", content)):
+        assert prompt.strip() and "\n" not in prompt and prompt.encode()
+
+
+def read_run(content: bytes) -> None:
+    scratch("run/dataset.json", content)
+    with contextlib.suppress(DatasetError):
+        run_directory.load_dataset(SCRATCH / "run")
+    scratch("run/config.json", content)
+    run_directory.load_config(SCRATCH / "run").to_dict()
+
+
+CONFIG = json.loads(json.dumps(helpers.tiny_config(Path("data"), Path("run")).to_dict()))
+VAE = {
+    "_class_name": "AutoencoderKL",
+    "latent_channels": 4,
+    "block_out_channels": [8, 16],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "act_fn": "silu",
+    "scaling_factor": 0.36,
+    "shift_factor": 0.1,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+}
+VAE_INDEX = {"metadata": {}, "weight_map": {"decoder.conv_in.weight": "a.safetensors", "x": "b.safetensors"}}
+
+
+def read_vae(content: bytes) -> None:
+    vae_files.read_config(scratch("vae/config.json", content).parent)
+
+
+def read_vae_index(content: bytes) -> None:
+    folder = scratch("vae/" + vae_files.INDEX, content).parent
+    for name in ("a.safetensors", "b.safetensors"):
+        scratch("vae/" + name, b"")
+    for file in vae_files.weight_files(folder):
+        assert file.parent == folder, "weights from elsewhere"
+
+
+def vector(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def index_bytes() -> bytes:
+    with tempfile.TemporaryDirectory() as name:
+        info = units.UnitInfo("u" * 8, "train", "", 0, 0, 8, None, ())
+        units.Rows(units.ROWS.empty_table(), [info]).save(Path(name) / "index.parquet")
+        return (Path(name) / "index.parquet").read_bytes()
+
+
+def read_options(content: bytes) -> None:
+    from preprocess.publish import load_options
+
+    load_options(scratch("data/build.json", content).parent)
+
+
+OPTIONS = {"options": options.Options(input="in", output="out").checked().to_dict()}
+CAPTION = {"caption": "a dog", "text": "a cat"}
+JSONL = b'{"file_name": "a.png", "caption": "a dog"}\n{"image_path": "b.png", "text": "b"}\n\n'
+CSV = b'file_name,caption\na.png,"a dog, ""big"""\nb.png,"two\nlines"\n'
+IMAGES = [
+    bad_inputs.PNG, bad_inputs.JPEG, bad_inputs.TEXT_BOMB[:2000], bad_inputs.FLOATS, bad_inputs.MILLIONS,
+    *(bad_inputs.coded(bad_inputs.picture(), name) for name in ("WEBP", "AVIF", "TIFF", "BMP")),
+    bad_inputs.coded(bad_inputs.picture(), "JPEG", exif=bad_inputs.ORIENTATION_99),
+]  # fmt: skip
+HUGE_IMAGE = bad_inputs.png(100_000, 100_000, b"\0" * 100)
+HOSTILE_RECORDS = (
+    raw_record(latent__shape=[2**40, 2**40, 1]),
+    raw_record(latent__shape=[-4, -4, 4]),
+    raw_record(latent__shape=[2**62] * 5000),
+    raw_record(text=b"x"),
+    raw_record(caption=b"\xff"),
+    b"\x0a" * 100_000,
+)
+HOSTILE_MANIFESTS = (
+    MANIFEST | {"buckets": [[2**40, 2**40]]},
+    MANIFEST | {"buckets": [[1e308, 8]]},
+    MANIFEST | {"text_tokens": 2**62},
+    MANIFEST | {"latent_mean": [float("nan")] * 4},
+    MANIFEST | {"rejects": 10**400},
+    MANIFEST | {"name": "../../x"},
+    MANIFEST | {"shards": {"train": [MANIFEST["shards"]["train"][0] | {"file": ".."}]}},
+    MANIFEST | {"vae": MANIFEST["vae"] | {"width": 2**40}},
+)
+HOSTILE_CAPTIONS = (
+    b"[" * 100_000,
+    b'{"caption": ' + b"9" * 10_000 + b"}",
+    b'{"caption": NaN}',
+    b"{" * 4_000_000,
+)
+HOSTILE_LOGS = (
+    b"[1]\n" * 2,
+    b'{"loss": 1}\n' * 2,
+    b'{"step": "x"}\n' * 2,
+    b"[" * 100_000 + b"\n{}\n",
+    b"\xff\n\n",
+)
+HOSTILE_INDEXES = tuple(
+    json.dumps({"weight_map": {"x": x}}).encode() for x in ("/etc/passwd", "../vae/a.safetensors")
+)
+CAPTION_FILES = [b"a dog", "ein Hündchen".encode()]
+PROMPTS = [b"a dog\na cat\n", "\ufeffein Hund\r\n\r\n".encode()]
+VECTORS = [vector(np.ones(1024, np.float32)), vector(np.array([{}], object))]
+JSON_TOKENS = (b"NaN", b"[" * 3000, b"9" * 5000, b"\\ud800", b"\0", b"\n", b'"step"')
+CSV_TOKENS = (b'"', b",", b"\0", b"\r", b'"' * 5000)
+ENDLESS = (b"x" * 9_000_000, b"a,b\n" + b"," * 9_000_000)
+
+
+def from_json(data: bytes) -> None:
+    captions.from_json(data, captions.fields())
+
+
+def load_index(data: bytes) -> None:
+    units.Rows.load(scratch("index.parquet", data))
+
+
+SUMMED = MANIFEST | {"checksum": records._checksum(MANIFEST)}
+_TABLE: list[tuple] = [
+    # name, what it is, inputs, what reads it, what it may raise, what is tried first
+    (
+        "record",
+        "records",
+        damaged([records.encode_record(RECORD)]),
+        decode_record,
+        DatasetError,
+        HOSTILE_RECORDS,
+    ),
+    (
+        "manifest",
+        "manifests with a right checksum",
+        odd_tree(MANIFEST),
+        parse_manifest,
+        DatasetError,
+        HOSTILE_MANIFESTS,
+    ),
+    ("manifest-file", "manifest files", json_text(SUMMED), load_manifest, DatasetError, ()),
+    ("caption-json", "captions in JSON", json_text(CAPTION), from_json, Rejected, HOSTILE_CAPTIONS),
+    ("caption-text", "captions in text", damaged(CAPTION_FILES), captions.from_text, Rejected, ()),
+    ("jsonl", "metadata.jsonl", damaged([JSONL], JSON_TOKENS), read_table(".jsonl"), (), ENDLESS),
+    ("csv", "metadata.csv", damaged([CSV], CSV_TOKENS), read_table(".csv"), (), ENDLESS),
+    ("image", "pictures", damaged(IMAGES), read_image, Rejected, (HUGE_IMAGE,)),
+    (
+        "archive",
+        "tar archives",
+        damaged(ARCHIVES),
+        read_archive,
+        PreprocessError,
+        (negative_size(), huge_name()),
+    ),
+    ("vector", "vision vectors", damaged(VECTORS), vectors.parse, Rejected, ()),
+    ("index", "index.parquet", damaged([index_bytes()]), load_index, DatasetError, ()),
+    ("options", "build.json", json_text(OPTIONS), read_options, PreprocessError, ()),
+    (
+        "metrics",
+        "metrics.jsonl",
+        damaged([LOG_TEXT], JSON_TOKENS),
+        read_metrics,
+        metrics.LogError,
+        HOSTILE_LOGS,
+    ),
+    ("report", "validation reports", json_text(REPORT), read_report, GateError, ()),
+    ("prompts", "prompt files", damaged(PROMPTS), read_prompts, sample.SampleError, ()),
+    ("run", "config.json and dataset.json of a run", json_text(CONFIG), read_run, run_directory.RunError, ()),
+    ("vae", "config.json of a VAE", json_text(VAE), read_vae, vae_files.DecoderError, ()),
+    (
+        "vae-index",
+        "weights' index of a VAE",
+        json_text(VAE_INDEX),
+        read_vae_index,
+        vae_files.DecoderError,
+        HOSTILE_INDEXES,
+    ),
+]
+TARGETS: dict[str, Target] = {name: Target(*rest) for name, *rest in _TABLE}
