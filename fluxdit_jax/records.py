@@ -39,6 +39,26 @@ _LARGEST = (
 )  # sides, widths and tokens that a manifest may claim: programs and buffers are made to measure
 
 
+# What moves, colours or forges the lines of a terminal or log: control characters, other line ends, turns of the
+# writing direction. Also halves of surrogate pairs, which cannot be written at all.
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def shown(text: str, lines: bool = False) -> str:
+    """Text of a stranger (a file's name, a key, a caption) as a terminal or log may show it: controls as \\x1b.
+
+    Args:
+      lines: line ends and tabs may stay, because the text is a whole message of ours.
+    """
+
+    def escape(found: re.Match) -> str:
+        if lines and found[0] in "\n\t":
+            return found[0]
+        return found[0].encode("unicode_escape").decode()
+
+    return _CONTROLS.sub(escape, text)
+
+
 class DatasetError(Exception):
     """A dataset, shard or record is damaged or is not what the reader was told to expect."""
 
