@@ -20,6 +20,7 @@ from fluxdit_jax.files import Appended
 from fluxdit_jax.flow import TIME_BINS
 from fluxdit_jax.health import Diagnosis, Monitor, Observation
 from fluxdit_jax.metrics import MetricsWriter, unpack
+from fluxdit_jax.records import shown
 
 log = logging.getLogger(__name__)
 _PACKAGE = logging.getLogger("fluxdit_jax")
@@ -247,9 +248,16 @@ class _LogFile(logging.Handler):
         super().close()
 
 
+class _Lines(logging.Formatter):
+    """Messages may hold what strangers wrote: it cannot colour a terminal, nor begin a line like one of ours."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record), lines=True).replace("\n", "\n    ")
+
+
 def log_to(path: Path) -> Callable[[], None]:
     """Sends the package's log to stderr and to a file; returns how to undo it."""
-    formatter = logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
+    formatter = _Lines("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
     handlers = [logging.StreamHandler(sys.stderr), _LogFile(path)]
     for handler in handlers:
         handler.setFormatter(formatter)
