@@ -11,6 +11,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from fluxdit_jax.records import shown
+
 
 class Quiet:
     """A text stream that goes on when whoever was reading it has gone."""
@@ -46,7 +48,7 @@ class Journal:
 
     def say(self, text: str) -> None:
         """A line on stdout, above a progress bar if there is one."""
-        tqdm.write(text, file=self._out)
+        tqdm.write(shown(text, lines=True), file=self._out)
         self._out.flush()
 
     def event(self, kind: str, **values: Any) -> None:
