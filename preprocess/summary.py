@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from fluxdit_jax import records
-from fluxdit_jax.records import Manifest
+from fluxdit_jax.records import Manifest, shown
 from preprocess import buckets
 from preprocess.encode import Counts
 from preprocess.journal import Journal
@@ -28,13 +28,13 @@ def tell_plan(journal: Journal, plan: Plan, listing: Scan) -> None:
         f"{len(options.buckets())} buckets of modulus {options.modulus} at {options.resolution} px"
     )
     if listing.ignored:
-        others = ", ".join(f"{name} {count}" for name, count in listing.ignored.most_common(6))
+        others = ", ".join(f"{shown(name)} {count}" for name, count in listing.ignored.most_common(6))
         journal.say(f"  other files, not looked at: {others}")
     if plan.duplicates:
         group = plan.duplicates[0]
         journal.say(
             f"  {sum(len(g) - 1 for g in plan.duplicates):,} images are copies of another, byte by byte "
-            f"(for example {group[0]} = {group[1]}); each is a record of its own"
+            f"(for example {shown(group[0])} = {shown(group[1])}); each is a record of its own"
         )
     if plan.wrong_extension:
         journal.say(
@@ -45,7 +45,7 @@ def tell_plan(journal: Journal, plan: Plan, listing: Scan) -> None:
         worst = max(enlarged, key=lambda i: buckets.enlargement(_size(i), i.bucket))
         journal.say(
             f"  warning: {len(enlarged):,} images are enlarged more than {options.max_upscale:g} times (worst "
-            f"{worst.key}, {buckets.enlargement(_size(worst), worst.bucket):.1f} times): they will look soft"
+            f"{shown(worst.key)}, {buckets.enlargement(_size(worst), worst.bucket):.1f} times): they will look soft"
         )
     journal.event(
         "plan",
