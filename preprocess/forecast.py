@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fluxdit_jax.records import shown
 from preprocess import PreprocessError, buckets
 from preprocess.encoders import load_text_encoder, load_vae, load_vision_encoder
 from preprocess.plan import Item, Plan
@@ -115,7 +116,7 @@ def _tell_bends(plan: Plan, figures: Forecast, say: Callable[[str], None]) -> No
         item = plan.items[index]
         height, width = item.bucket
         say(
-            f"  {bends[index]:6.1%}  {item.key}  {item.header.width}x{item.header.height} to {width}x{height}"
+            f"  {bends[index]:6.1%}  {shown(item.key)}  {item.header.width}x{item.header.height} to {width}x{height}"
         )
     if fit == "resize" and np.quantile(bends, 0.99) > 0.12:
         say(
@@ -129,7 +130,7 @@ def _tell_rejects(plan: Plan, say: Callable[[str], None]) -> None:
         say(f"rejects: {len(plan.rejects):,}")
         for reason, count in collections.Counter(reject.reason for reject in plan.rejects).most_common():
             example = next(reject for reject in plan.rejects if reject.reason == reason)
-            say(f"  {count:7,}  {reason} (for example {example.key})")
+            say(f"  {count:7,}  {reason} (for example {shown(example.key)})")
 
 
 def _tell_time(plan: Plan, figures: Forecast, say: Callable[[str], None]) -> None:
