@@ -15,7 +15,7 @@ import pyarrow as pa
 from array_record.python import array_record_module
 
 from fluxdit_jax import records
-from fluxdit_jax.records import DatasetError, Manifest, Shard
+from fluxdit_jax.records import DatasetError, Manifest, Shard, shown
 from preprocess.build import build
 from preprocess.journal import Journal
 from preprocess.options import Options
@@ -37,7 +37,7 @@ class Finding:
     what: str
 
     def __str__(self) -> str:
-        return f"{self.file}{f' row {self.row}' if self.row >= 0 else ''}: {self.what}"
+        return f"{shown(self.file)}{f' row {self.row}' if self.row >= 0 else ''}: {self.what}"
 
 
 def verify(directory: str | Path, workers: int = 2) -> list[Finding]:
@@ -304,7 +304,7 @@ def _index_row(record: records.Record, prints: Fingerprints) -> dict:
 def report(findings: list[Finding], directory: str) -> int:
     """Prints findings and returns the exit status: 0 if there are none."""
     for finding in findings:
-        print(finding)
+        print(shown(str(finding), lines=True))
     if findings:
         print(
             f"error: {len(findings)} things are wrong with {directory}; `python -m preprocess verify {directory} "
