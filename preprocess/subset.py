@@ -335,7 +335,8 @@ def _tell(options: SubsetOptions, pool: Pool, choice: Choice, result: Result, jo
     couples = about["couples"]
     say(
         f"  {couples['all']} couples for the gate's edit, {couples['twins']} of them with captions that it turns "
-        f"into each other; light: the {about['light']['candidates']} candidates nearest to {about['light']['centre']}"
+        f"into each other; light: the {about['light']['candidates']} candidates nearest to "
+        + records.shown(about["light"]["centre"])
     )
     say("  spread: mean distance of two         chosen   of any light   by chance")
     for name, label in (
