@@ -20,12 +20,12 @@ def main(arguments: list[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, and so it stays
             signal.signal(number, _stop)
-    from fluxdit_jax.records import DatasetError
+    from fluxdit_jax.records import DatasetError, shown
 
     try:
         return parsed.run(parsed)
     except (PreprocessError, DatasetError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shown(str(error), lines=True)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nstopped; finished shards are kept, the same command goes on from there", file=sys.stderr)
@@ -56,7 +56,7 @@ def _inspect(parsed: argparse.Namespace) -> int:
 
 
 def _verify(parsed: argparse.Namespace) -> int:
-    from fluxdit_jax.records import MANIFEST, DatasetError
+    from fluxdit_jax.records import MANIFEST, DatasetError, shown
     from preprocess.verify import WHOLE, Finding, repair, report, verify
 
     try:
@@ -68,7 +68,7 @@ def _verify(parsed: argparse.Namespace) -> int:
     if not (parsed.repair and findings):
         return report(findings, parsed.dataset)
     for finding in findings:
-        print(finding)
+        print(shown(str(finding), lines=True))
     repair(parsed.dataset, findings)
     return report(verify(parsed.dataset, parsed.workers), parsed.dataset)
 
