@@ -67,7 +67,7 @@ def inspect(
     """
     dataset = Dataset.load(directory)
     for part in (_overview, _bucket_lines, _text_lines, _latent_lines, _reject_lines):
-        print("\n".join(part(dataset)), end="\n\n")
+        print("\n".join(map(records.shown, part(dataset))), end="\n\n")
     from preprocess import plots
 
     folder = Path(output) if output else dataset.directory / "inspect"
