@@ -11,7 +11,7 @@ import jax
 
 from fluxdit_jax import model
 from fluxdit_jax.model import ModelConfig
-from fluxdit_jax.records import EncoderIdentity, Manifest
+from fluxdit_jax.records import EncoderIdentity, Manifest, shown
 
 ENCODERS = ("vae", "text", "vision")
 
@@ -91,7 +91,7 @@ def _differences(report: dict[str, Any], config: ModelConfig, manifest: Manifest
     problems = []
     if not report["passed"]:
         failed = [name for name, metric in report["metrics"].items() if not metric["passed"]]
-        problems.append(f"that run failed its validation ({', '.join(failed)})")
+        problems.append(f"that run failed its validation ({shown(', '.join(failed))})")
     theirs = report["model"]["family"]
     for key, value in family(config).items():
         if theirs.get(key) != value:
