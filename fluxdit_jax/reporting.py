@@ -237,8 +237,8 @@ class _LogFile(logging.Handler):
     """A log in a file that outlives a full disk."""
 
     def __init__(self, path: Path):
+        self._file = Appended(path)  # first: a handler that exists is closed at the end, whole or not
         super().__init__()
-        self._file = Appended(path)
 
     def emit(self, record: logging.LogRecord) -> None:
         self._file.write(self.format(record) + "\n")

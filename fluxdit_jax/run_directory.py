@@ -18,6 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from fluxdit_jax.command import explain
 from fluxdit_jax.files import write_whole
 from fluxdit_jax.records import Manifest, load_manifest
 
@@ -72,7 +73,7 @@ class RunLock:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._descriptor: int | None = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
             except OSError as error:
-                raise RunError(f"{folder} cannot be made or written: {error.strerror}") from error
+                raise RunError(f"{folder} cannot be made or written: {explain(error)}") from error
             self._take(folder)
             with contextlib.suppress(FileNotFoundError):
                 if self._path.stat().st_ino == os.fstat(self._descriptor).st_ino:

@@ -1,0 +1,82 @@
+"""What the programs do alike, each in a process of its own."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fluxdit_jax.command import explain
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PROGRAM = """
+import os, pathlib, sys, time
+from fluxdit_jax import command, files
+
+def work():
+    {body}
+
+command.run(work, (OSError,), failure=7)
+"""
+
+
+def run(body: str, shell: str = "", **more) -> subprocess.CompletedProcess:
+    """A program whose work is `body`, started by a shell with these redirections."""
+    code = PROGRAM.format(body=body.replace("\n", "\n    "))
+    command = ["sh", "-c", f'exec "$0" "$@" {shell}', sys.executable, "-u", "-c", code]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, **more)
+
+
+def test_an_error_is_one_line_and_its_status(tmp_path):
+    done = run(f"open({str(tmp_path / 'no' / 'file')!r})")
+    assert (done.returncode, done.stdout) == (7, "")
+    assert done.stderr == f"error: {tmp_path / 'no' / 'file'}: No such file or directory\n"
+    assert run("return 3").returncode == 3 and run("pass").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "a/b: No space left on device (the disk is full; make space"),
+        (errno.EROFS, "a/b: Read-only file system (the file system is read-only)"),
+        (errno.EACCES, "a/b: Permission denied (this user may not"),
+        (errno.ENOENT, "a/b: No such file or directory"),
+    ],
+)
+def test_errors_of_the_disk_name_the_file_and_say_what_to_do(number: int, words: str):
+    assert explain(OSError(number, os.strerror(number), "a/b")).startswith(words)
+
+
+@pytest.mark.parametrize(
+    "shell", ["| head -0", "2>&1 | head -0", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full"]
+)
+def test_it_goes_on_when_nobody_reads(tmp_path, shell: str):
+    done = run(
+        "[print(n, file=f, flush=True) for n in range(9999) for f in (sys.stdout, sys.stderr)]\n"
+        f"pathlib.Path({str(tmp_path / 'end')!r}).write_text('whole')\n"
+        f"os.fstat(0), os.fstat(1), os.fstat(2)",
+        shell,
+    )
+    assert (tmp_path / "end").read_text() == "whole"
+    assert "Error" not in done.stderr and done.returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_removes_what_is_half_written_and_exits_with_its_number(tmp_path, number: int):
+    path = tmp_path / "picture.png"
+    body = f"with files.replacing(pathlib.Path({str(path)!r})) as t: t.write_text('x'), print('begun'), time.sleep(60)"
+    with subprocess.Popen(
+        [sys.executable, "-u", "-c", PROGRAM.format(body=body)],
+        cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert err.strip() == "stopped; nothing half-written is left"
+    assert list(tmp_path.iterdir()) == []
