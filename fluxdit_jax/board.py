@@ -24,6 +24,9 @@ from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import api_pb2
+from tensorboard.plugins.hparams import metadata as hparams_metadata
+from tensorboard.plugins.hparams import plugin_data_pb2 as hparams_pb2
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +89,33 @@ class Board:
         value = _strings("custom_scalars__config__", "custom_scalars", [layout.SerializeToString()])
         value.tensor.ClearField("tensor_shape")  # a scalar
         self._summary(0, [value])
+
+    def hyperparameters(self, values: dict[str, Any], metrics: list[str]) -> None:
+        """A row of the HParams page, beside the last values of the named scalars. None is left out."""
+        start, columns = hparams_pb2.SessionStartInfo(), []
+        for name, value in values.items():
+            if isinstance(value, bool):
+                start.hparams[name].bool_value, kind = value, api_pb2.DATA_TYPE_BOOL
+            elif isinstance(value, (int, float)):
+                start.hparams[name].number_value, kind = value, api_pb2.DATA_TYPE_FLOAT64
+            elif value is not None:
+                start.hparams[name].string_value, kind = str(value), api_pb2.DATA_TYPE_STRING
+            else:
+                continue
+            columns.append(api_pb2.HParamInfo(name=name, type=kind))
+        shown = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in metrics]
+        experiment = api_pb2.Experiment(hparam_infos=columns, metric_infos=shown)
+        data = hparams_pb2.HParamsPluginData
+        for tag, content in (
+            (hparams_metadata.EXPERIMENT_TAG, data(experiment=experiment)),
+            (hparams_metadata.SESSION_START_INFO_TAG, data(session_start_info=start)),
+        ):
+            metadata = SummaryMetadata(
+                plugin_data=SummaryMetadata.PluginData(
+                    plugin_name=hparams_metadata.PLUGIN_NAME, content=content.SerializeToString()
+                )
+            )
+            self._summary(0, [Summary.Value(tag=tag, metadata=metadata, tensor=hparams_metadata.NULL_TENSOR)])
 
     def close(self) -> None:
         """Nothing can be written any more. May be called twice."""

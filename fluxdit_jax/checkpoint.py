@@ -2,6 +2,7 @@
 
     checkpoints/<step>   one Orbax composite: `state` (masters, optimizer, EMA) and `meta` (JSON: data position)
     ema/<step>           one Orbax PyTree of nested dicts of f32 arrays, restorable without this project
+    short_ema/<step>     the same of the second average, where there is one
 
 Both carry a digest of their numbers, which is checked when they are read.
 
@@ -27,6 +28,7 @@ from fluxdit_jax.state import TrainState
 log = logging.getLogger(__name__)
 _TEMPORARY = "orbax-checkpoint-tmp"
 _DIGEST = "digest"
+CHECKPOINTS, EMA, SHORT_EMA = "checkpoints", "ema", "short_ema"  # the folders
 _copy = jax.jit(lambda leaf: leaf.copy())
 
 
@@ -43,21 +45,21 @@ class Checkpoints:
           keep: resumable checkpoints kept. read_only: touches nothing, not even what a killed process left.
         """
         self._root = workdir.absolute()
-        self._ema_root = self._root / "ema"
         self._keep, self._read_only = keep, read_only
-        self._pending: dict[str, int] = {}  # what is being written, and its step
+        self._pending: dict[str, int] = {}  # folder that is being written to, and the step
         self.failures = 0
         if not read_only:
-            self._ema_root.mkdir(parents=True, exist_ok=True)
+            (self._root / EMA).mkdir(parents=True, exist_ok=True)
         self._open()
 
     def _open(self) -> None:
         """Makes the writers, and clears away what was not written to its end."""
         if not self._read_only and jax.process_index() == 0:
-            for leftover in self._ema_root.glob(f"*{_TEMPORARY}*"):
-                shutil.rmtree(leftover)
+            for folder in (EMA, SHORT_EMA):
+                for leftover in (self._root / folder).glob(f"*{_TEMPORARY}*"):
+                    shutil.rmtree(leftover)
         self._manager = ocp.CheckpointManager(
-            self._root / "checkpoints",
+            self._root / CHECKPOINTS,
             item_handlers={"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=None if self._read_only else ocp.checkpoint_managers.LatestN(self._keep),
@@ -86,7 +88,7 @@ class Checkpoints:
             return True
         meta = meta | {_DIGEST: tree_digest(state, meta)}
         return self._start(
-            "state",
+            CHECKPOINTS,
             step,
             lambda: self._manager.save(
                 step,
@@ -94,22 +96,23 @@ class Checkpoints:
             ),
         )
 
-    def save_ema(self, step: int, ema: Any) -> bool:
-        """Starts writing `ema/<step>`, in the way of `save`."""
+    def save_ema(self, step: int, ema: Any, folder: str = EMA) -> bool:
+        """Starts writing `ema/<step>` (or of another `folder`), in the way of `save`."""
         self.poll(wait=True)
-        path = self._ema_root / str(step)
+        path = self._root / folder / str(step)
         if path.exists():
             return True
+        path.parent.mkdir(exist_ok=True)
         digest = {_DIGEST: tree_digest(ema)}
-        return self._start("ema", step, lambda: self._ema_saver.save(path, ema, custom_metadata=digest))
+        return self._start(folder, step, lambda: self._ema_saver.save(path, ema, custom_metadata=digest))
 
-    def _start(self, what: str, step: int, save) -> bool:
+    def _start(self, folder: str, step: int, save) -> bool:
         try:
             save()
         except Exception as error:  # noqa: BLE001  Orbax raises whatever the file system raised
-            self._failed(what, step, error)
+            self._failed(folder, step, error)
             return False
-        self._pending[what] = step
+        self._pending[folder] = step
         return True
 
     def poll(self, wait: bool = False) -> None:
@@ -117,22 +120,20 @@ class Checkpoints:
 
         Orbax reports a full disk only here: not when the save is started, nor by `check_for_errors`.
         """
-        writers = {"state": self._manager, "ema": self._ema_saver}
-        for what, step in list(self._pending.items()):
-            writer = writers[what]
-            if not wait and what == "state" and self._manager.is_saving_in_progress():
+        for folder, step in list(self._pending.items()):
+            writer = self._manager if folder == CHECKPOINTS else self._ema_saver
+            if not wait and folder == CHECKPOINTS and self._manager.is_saving_in_progress():
                 continue
-            if not wait and what == "ema" and not (self._ema_root / str(step)).exists():
+            if not wait and folder != CHECKPOINTS and not (self._root / folder / str(step)).exists():
                 continue
-            del self._pending[what]
+            del self._pending[folder]
             try:
                 writer.wait_until_finished()
             except Exception as error:  # noqa: BLE001  see above
-                self._failed(what, step, error)
+                self._failed(folder, step, error)
 
-    def _failed(self, what: str, step: int, error: Exception) -> None:
+    def _failed(self, folder: str, step: int, error: Exception) -> None:
         self.failures += 1
-        folder = "checkpoints" if what == "state" else "ema"
         log.error(
             "could not write %s/%d: %s. Training goes on; the checkpoints before it are intact and the next save "
             "is tried. Make space or mend the disk under %s",
@@ -230,30 +231,32 @@ class Checkpoints:
         self._ema_saver.close()
 
 
-def ema_steps(workdir: Path) -> list[int]:
+def ema_steps(workdir: Path, folder: str = EMA) -> list[int]:
     """Steps with EMA weights in a run directory, ascending."""
-    return sorted(int(path.name) for path in (workdir / "ema").glob("*") if path.name.isdigit())
+    return sorted(int(path.name) for path in (workdir / folder).glob("*") if path.name.isdigit())
 
 
-def restore_ema(workdir: Path, step: int | None = None, like: Any = None) -> tuple[int, Any]:
+def restore_ema(
+    workdir: Path, step: int | None = None, like: Any = None, folder: str = EMA
+) -> tuple[int, Any]:
     """Loads EMA weights as host numpy arrays: (step, nested dict of f32).
 
     Args:
       step: which; None takes the newest.
       like: a tree of the shapes that they must have; None takes them as they are.
+      folder: `EMA`, or `SHORT_EMA` for those with the shorter memory (config.ema.short_decay).
 
     Raises:
       CheckpointError: there are none, or not of that step, or of other shapes, or they cannot be read.
     """
-    steps = ema_steps(workdir)
+    steps = ema_steps(workdir, folder)
     if not steps:
-        raise CheckpointError(
-            f"{workdir / 'ema'} has no weights yet: train first, or wait for the first save"
-        )
+        why = "train first, or wait for the first save" if folder == EMA else "set config.ema.short_decay"
+        raise CheckpointError(f"{workdir / folder} has no weights yet: {why}")
     step = steps[-1] if step is None else step
     if step not in steps:
-        raise CheckpointError(f"{workdir / 'ema'} has no step {step}; it has {', '.join(map(str, steps))}")
-    path = (workdir / "ema" / str(step)).absolute()
+        raise CheckpointError(f"{workdir / folder} has no step {step}; it has {', '.join(map(str, steps))}")
+    path = (workdir / folder / str(step)).absolute()
     try:
         with ocp.PyTreeCheckpointer() as reader:
             metadata = reader.metadata(path)

@@ -80,6 +80,7 @@ def default_config() -> ConfigDict:
 
     c.ema = ConfigDict()
     c.ema.decay = 0.9999  # warmed up as min(decay, (1 + t) / (10 + t))
+    c.ema.short_decay = placeholder(float)  # of a second average, to see whether the first lags; None: none
 
     c.train = ConfigDict()
     c.train.steps = 100_000  # optimizer steps
@@ -97,6 +98,7 @@ def default_config() -> ConfigDict:
     c.log.preview_every = 1000  # steps between image grids; 0: none
     c.log.preview_count = 8  # images per grid
     c.log.preview_steps = 32  # sampler steps of a preview
+    c.log.preview_guidance = 1.0  # text guidance of a preview; 1: none
     c.log.heldout_every = 1000  # steps between held-out losses; 0: none (also without a holdout split)
     c.log.heldout_count = 128  # pictures of the holdout split
     c.log.peak_tflops = placeholder(
@@ -147,6 +149,7 @@ class Settings:
     batch_size: int
     effective_batch: int
     ema_decay: float
+    short_ema_decay: float | None
     seed: int
 
 
@@ -185,6 +188,7 @@ def check(c: ConfigDict) -> None:
         "log.every": c.log.every,
         "log.preview_count": c.log.preview_count,
         "log.preview_steps": c.log.preview_steps,
+        "log.preview_guidance": c.log.preview_guidance,
         "log.heldout_count": c.log.heldout_count,
         "mesh.fsdp": c.mesh.fsdp,
         "mesh.processes": c.mesh.processes,
@@ -212,6 +216,9 @@ def check(c: ConfigDict) -> None:
         _require(0 <= value <= 1, key, value, "between 0 and 1")
     for key, value in {"optim.b1": c.optim.b1, "optim.b2": c.optim.b2, "ema.decay": c.ema.decay}.items():
         _require(0 <= value < 1, key, value, "at least 0 and below 1")
+    if c.ema.short_decay is not None:
+        expected = f"at least 0 and below ema.decay ({c.ema.decay})"
+        _require(0 <= c.ema.short_decay < c.ema.decay, "ema.short_decay", c.ema.short_decay, expected)
     _require(c.seed < 2**31, "seed", c.seed, "below 2**31")
     _require(math.isfinite(c.flow.mean), "flow.mean", c.flow.mean, "a finite number")
     dropped = c.flow.drop_text + c.flow.drop_vision + c.flow.drop_both
@@ -346,5 +353,6 @@ def resolve(c: ConfigDict, manifest: Manifest) -> Settings:
         batch_size=c.data.batch_size,
         effective_batch=o.effective_batch,
         ema_decay=c.ema.decay,
+        short_ema_decay=c.ema.short_decay,
         seed=c.seed,
     )

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from fluxdit_jax import command, files
-from fluxdit_jax.checkpoint import CheckpointError, restore_ema
+from fluxdit_jax.checkpoint import EMA, SHORT_EMA, CheckpointError, restore_ema
 from fluxdit_jax.config import ConfigError, Settings, resolve
 from fluxdit_jax.records import DatasetError, Manifest
 from fluxdit_jax.run_directory import RunError, RunLock, load_config, load_dataset
@@ -32,11 +32,11 @@ class ExportError(Exception):
     """The weights cannot be written."""
 
 
-def export(workdir: Path, out: Path, step: int | None = None) -> Path:
-    """Writes the EMA of `step` (None: the newest); returns the path of the weights."""
+def export(workdir: Path, out: Path, step: int | None = None, folder: str = EMA) -> Path:
+    """Writes the EMA of `step` (None: the newest) from `folder`; returns the path of the weights."""
     config, manifest = load_config(workdir), load_dataset(workdir)
     settings = resolve(config, manifest)
-    step, ema = restore_ema(workdir, step)
+    step, ema = restore_ema(workdir, step, folder=folder)
     tensors = flatten(ema)
     texts = {
         "README.md": card(settings, manifest, step, tensors, workdir),
@@ -146,10 +146,11 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="run directory of fluxdit_jax.train")
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
     parser.add_argument("--step", type=int, help="which EMA weights; default: the newest")
+    parser.add_argument("--weights", choices=(EMA, SHORT_EMA), default=EMA, help="which average")
     arguments = parser.parse_args()
     absl_logging.set_verbosity(absl_logging.WARNING)
     command.run(
-        lambda: print(export(arguments.workdir, arguments.out, arguments.step)),
+        lambda: print(export(arguments.workdir, arguments.out, arguments.step, arguments.weights)),
         (RunError, CheckpointError, ConfigError, DatasetError, ExportError, OSError),
     )
 

@@ -50,7 +50,7 @@ def plan(compiled: jax.stages.Compiled, state: Any, batch: Any) -> MemoryPlan:
         "f32 weights": _bytes(state.params),
         "moments": _bytes(inner.inner_opt_state),
         "gradient accumulator": _bytes(inner.acc_grads),
-        "EMA": _bytes(state.ema),
+        "EMA": _bytes((state.ema, state.short_ema)),
     }
     return MemoryPlan(parts, _bytes(batch), compiled.memory_analysis().temp_size_in_bytes)
 

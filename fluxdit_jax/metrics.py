@@ -88,6 +88,13 @@ class MetricsWriter:
         if self._board is not None:
             self._board.text(step, name, text)
 
+    def hyperparameters(self, values: dict[str, Any]) -> None:
+        """The configuration, {"group.key": value}: a row of TensorBoard's HParams page, a table among its texts."""
+        if self._board is not None:
+            self._board.hyperparameters(values, ["loss", "heldout_loss"])
+            rows = "".join(f"| {name} | {value} |\n" for name, value in values.items())
+            self._board.text(0, "config", f"| key | value |\n|---|---|\n{rows}")
+
     def image(self, step: int, name: str, image_HxWx3: np.ndarray) -> None:
         if self._board is not None:
             self._board.image(step, name, image_HxWx3)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fluxdit_jax import pictures
+from fluxdit_jax import pictures, sampler
 from fluxdit_jax.config import Settings
 from fluxdit_jax.data import RecordSource
 from fluxdit_jax.generation import Generator, record_conditions
@@ -29,21 +29,35 @@ class Preview:
         decoder: pictures.Decoder,
         patch: int,
         text_tokens: int,
+        guidance: float = 1.0,
+        caption_alone: bool = False,
     ):
+        """
+        Args:
+          guidance: text scale of all pictures.
+          caption_alone: also draws each caption without a vision vector.
+        """
+        self._guidance = sampler.Guidance(text=guidance)
         self._records = records
         self._generator = generator
         self._decoder = decoder
-        self._wanted = record_conditions(records, patch, text_tokens)
+        described = record_conditions(records, patch, text_tokens)
+        self._columns = {"EMA": described}
+        if caption_alone:
+            no_vector = np.zeros(len(records), bool)
+            self._columns["EMA, caption alone"] = described | {"keep_vision": no_vector}
         self._noise = generator.noise(list(range(len(records))))
         self._truth = pictures.decode_all(decoder, [record.latent for record in records])
 
     def draw(self, ema: Any) -> Image.Image:
-        """A row per record: the data set's picture, the EMA's."""
-        latents = self._generator.latents(self._generator.cast(ema), self._wanted, self._noise)
-        drawn = pictures.decode_all(self._decoder, latents)
+        """A row per record: the data set's picture, the EMA's, and, if asked for, the EMA's of the caption alone."""
+        params, columns = self._generator.cast(ema), [self._truth]
+        for wanted in self._columns.values():
+            latents = self._generator.latents(params, wanted, self._noise, guidance=self._guidance)
+            columns.append(pictures.decode_all(self._decoder, latents))
         return pictures.grid(
-            list(zip(self._truth, drawn, strict=True)),
-            column_titles=("data set", "EMA"),
+            list(zip(*columns, strict=True)),
+            column_titles=("data set", *self._columns),
             row_titles=[record.caption for record in self._records],
         )
 
@@ -56,13 +70,14 @@ def make_preview(
     *,
     count: int,
     steps: int,
+    guidance: float,
     vae: str | None,
     on_corrupt: str = "stop",
 ) -> Preview | None:
     """A preview of records spread over the holdout split, or over the train split where there is none.
 
     Args:
-      count: pictures; 0 for no preview. steps: of the solver.
+      count: pictures; 0 for no preview. steps: of the solver. guidance: text scale.
       vae: directory or id of the decoder, or None for the one the data set names. If that one cannot be
         found the run goes on without pictures, with a warning.
       on_corrupt: see `data.RecordSource`.
@@ -87,7 +102,8 @@ def make_preview(
         batch_size=count,
     )
     records = [record for _, record in source.sound(spread(len(source), count))]
-    return Preview(records, generator, decoder, settings.model.patch, settings.text_tokens)
+    trained = settings.flow.drop_vision > 0  # without a vector; otherwise such a picture means nothing
+    return Preview(records, generator, decoder, settings.model.patch, settings.text_tokens, guidance, trained)
 
 
 def spread(count: int, wanted: int) -> list[int]:

@@ -31,7 +31,7 @@ class Program:
         self._settings, self._mesh = settings, mesh
         graph, shapes = model.build(settings.model)
         self._optimizer = build_optimizer(settings.optimizer)
-        abstract = jax.eval_shape(lambda params: create_state(params, self._optimizer), shapes)
+        abstract = jax.eval_shape(self._state_of, shapes)
         self._placed = sharding.tree_sharding(mesh, abstract)
         self.abstract: TrainState = jax.tree.map(
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, self._placed
@@ -45,23 +45,25 @@ class Program:
             settings.seed,
             settings.effective_batch,
             settings.ema_decay,
+            settings.short_ema_decay,
         )
         self.metric_shapes = jax.eval_shape(self._step, self.abstract, self.batch_shapes())[1]
+
+    def _state_of(self, params: Any) -> TrainState:
+        return create_state(params, self._optimizer, self._settings.short_ema_decay is not None)
 
     def create(self) -> TrainState:
         """The state at step 0, a function of the seed alone."""
 
         def create(key):
-            return create_state(model.initialize(self._settings.model, key), self._optimizer)
+            return self._state_of(model.initialize(self._settings.model, key))
 
         return jax.jit(create, out_shardings=self._placed)(jax.random.key(self._settings.seed))
 
     def from_ema(self, ema: Any) -> TrainState:
         """The state at step 0 with the weights of another run's EMA."""
         params = jax.tree.map(jax.device_put, ema, self._placed.params)
-        return jax.jit(lambda params: create_state(params, self._optimizer), out_shardings=self._placed)(
-            params
-        )
+        return jax.jit(self._state_of, out_shardings=self._placed)(params)
 
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """A micro-batch over all devices, as `data.collate` makes it."""

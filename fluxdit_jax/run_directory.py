@@ -140,7 +140,7 @@ def record_start(workdir: Path, config: ConfigDict, manifest: Manifest) -> None:
 
 def config_changes(old: ConfigDict, new: ConfigDict) -> list[str]:
     """`key: old -> new` for every key that decides the mathematics and differs."""
-    before, after = _flatten(old.to_dict()), _flatten(new.to_dict())
+    before, after = flatten(old.to_dict()), flatten(new.to_dict())
     free = FREE_KEYS + (("train.steps",) if new.optim.schedule == "constant" else ())
     changes = []
     for key in sorted(before.keys() | after.keys()):
@@ -185,11 +185,12 @@ def _dataset_identity(manifest: Manifest) -> tuple:
     return shards, manifest.latent_mean, manifest.latent_std
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"group.key": value} of nested dicts."""
     flat = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

@@ -19,7 +19,7 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from fluxdit_jax import command, files, pictures, sampler
-from fluxdit_jax.checkpoint import CheckpointError, restore_ema
+from fluxdit_jax.checkpoint import EMA, SHORT_EMA, CheckpointError, restore_ema
 from fluxdit_jax.config import resolve
 from fluxdit_jax.generation import Generator, conditions
 from fluxdit_jax.records import EncoderIdentity, Manifest
@@ -66,6 +66,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="HEIGHTxWIDTH in pixels, one of the run's buckets; default: the squarest",
     )
     add("--step", type=int, help="which EMA weights; default: the newest")
+    add("--weights", choices=(EMA, SHORT_EMA), default=EMA, help="short_ema: of a run with ema.short_decay")
     add("--vae", help="directory of the VAE, if it is not where the data set says")
     add("--text-encoder", help="directory or id of the text encoder, likewise")
     add("--vision-encoder", help="directory or id of the vision encoder, likewise")
@@ -176,8 +177,8 @@ def sample(arguments: argparse.Namespace) -> list[np.ndarray]:
     config = load_config(arguments.workdir)
     manifest = load_dataset(arguments.workdir)
     settings = resolve(config, manifest)
-    step, ema = restore_ema(arguments.workdir, arguments.step)
-    print(f"weights: {arguments.workdir / 'ema' / str(step)} (EMA, step {step})")
+    step, ema = restore_ema(arguments.workdir, arguments.step, folder=arguments.weights)
+    print(f"weights: {arguments.workdir / arguments.weights / str(step)} (EMA, step {step})")
 
     vector = None
     if arguments.reference:
@@ -293,7 +294,7 @@ def _recipe(arguments: argparse.Namespace, request: Request, step: int) -> PngIm
         "method": arguments.method,
         "guidance_text": arguments.guidance_text,
         "guidance_vision": arguments.guidance_vision,
-        "weights": f"{arguments.workdir}/ema/{step}",
+        "weights": f"{arguments.workdir}/{arguments.weights}/{step}",
         "reference": arguments.reference or "",
     }
     info = PngImagePlugin.PngInfo()

@@ -15,12 +15,14 @@ class TrainState(NamedTuple):
     opt_state: `optax.MultiStepsState`: f32 moments and accumulator; `gradient_step` is *the* step.
     ema: f32 average of the masters, same tree; what is sampled, shown and exported.
     skipped: int32, micro-batches skipped because their gradient was not finite.
+    short_ema: a second average with a shorter memory, to compare with; None without one.
     """
 
     params: Any
     opt_state: optax.MultiStepsState
     ema: Any
     skipped: jax.Array
+    short_ema: Any = None
 
     @property
     def step(self) -> jax.Array:
@@ -28,11 +30,12 @@ class TrainState(NamedTuple):
         return self.opt_state.gradient_step
 
 
-def create_state(params: Any, optimizer: optax.MultiSteps) -> TrainState:
+def create_state(params: Any, optimizer: optax.MultiSteps, short_ema: bool = False) -> TrainState:
     """The state at step 0. The EMA is a copy, not an alias: both buffers are donated at every step."""
     return TrainState(
         params=params,
         opt_state=optimizer.init(params),
         ema=jax.tree.map(jnp.copy, params),
         skipped=jnp.zeros((), jnp.int32),
+        short_ema=jax.tree.map(jnp.copy, params) if short_ema else None,
     )

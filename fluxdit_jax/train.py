@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import signal
@@ -25,7 +24,7 @@ from ml_collections import ConfigDict, config_flags
 from fluxdit_jax import command, data, devices, files, model, reporting, sharding
 from fluxdit_jax import config as configuration
 from fluxdit_jax.allocator import keep_freed_memory
-from fluxdit_jax.checkpoint import CheckpointError, Checkpoints, restore_ema
+from fluxdit_jax.checkpoint import SHORT_EMA, CheckpointError, Checkpoints, restore_ema
 from fluxdit_jax.config import Settings
 from fluxdit_jax.flow import FlowConfig
 from fluxdit_jax.gate.requirement import GateError, require_report
@@ -37,7 +36,7 @@ from fluxdit_jax.optimizer import learning_rate
 from fluxdit_jax.preview import Preview, make_preview
 from fluxdit_jax.program import Program
 from fluxdit_jax.records import DatasetError, Manifest, load_manifest
-from fluxdit_jax.run_directory import RunError, RunLock, check_resume, record_start
+from fluxdit_jax.run_directory import RunError, RunLock, check_resume, flatten, record_start
 from fluxdit_jax.sharding import MeshError
 from fluxdit_jax.state import TrainState
 from fluxdit_jax.stopping import Signals, any_process
@@ -117,7 +116,7 @@ def train(config: ConfigDict) -> int:
         preview = make_preview(config.data.path, manifest, settings, statistics, **_preview_options(config))
         writer = MetricsWriter(workdir, step, enabled=primary)
         if step == 0:
-            writer.text(0, "config", json.dumps(config.to_dict(), indent=1))
+            writer.hyperparameters(flatten(config.to_dict()))
         reporter = closing.enter_context(
             reporting.Reporter(
                 writer=writer,
@@ -185,10 +184,15 @@ def train(config: ConfigDict) -> int:
             asked = time.monotonic()
             if complete and heldout_due:
                 writer.scalars(step, heldout(state.ema))
+                if state.short_ema is not None:
+                    scalars = heldout(state.short_ema)
+                    writer.scalars(step, {f"short_ema/{name}": value for name, value in scalars.items()})
             if complete and preview_due:
                 _write_preview(preview, state.ema, step, workdir, writer)
             if complete and ema_due:
                 checkpoints.save_ema(step, state.ema)
+                if state.short_ema is not None:
+                    checkpoints.save_ema(step, state.short_ema, SHORT_EMA)
             if stopping or (complete and save_due):
                 meta = {
                     "samples": samples,
@@ -362,6 +366,7 @@ def _preview_options(config: ConfigDict) -> dict[str, Any]:
     return {
         "count": config.log.preview_count if config.log.preview_every else 0,
         "steps": config.log.preview_steps,
+        "guidance": config.log.preview_guidance,
         "vae": config.log.vae,
         "on_corrupt": config.data.on_corrupt,
     }

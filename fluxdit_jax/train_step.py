@@ -73,11 +73,15 @@ def make_train_step(
     seed: int,
     effective_batch: int,
     ema_target: float,
+    short_ema_target: float | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Builds the pure function (state, batch) -> (state, metrics) to be jitted with the state donated.
 
     The batch is what `data.py` makes: latent bf16 [B, N, P], grid int32 [B, 2], text bf16 [B, T, E],
     text_length int32 [B], vision f32 [B, V], index uint32 [B], replaced bool [B].
+
+    Args:
+      ema_target: decay of the EMA after its warm-up; short_ema_target: of the second one, None for none.
 
     Args:
       ema_target: decay of the EMA after its warm-up; short_ema_target: of the second one, None for none.
@@ -120,12 +124,14 @@ def make_train_step(
         advanced = opt_state.gradient_step > state.opt_state.gradient_step
         stepped = optax.apply_updates(state.params, updates)
         params = jax.tree.map(lambda new, old: jnp.where(advanced, new, old), stepped, state.params)
-        decay = ema_decay(opt_state.gradient_step - 1, ema_target)
-        ema = jax.tree.map(
-            lambda new, old: jnp.where(advanced, new, old),
-            optax.incremental_update(params, state.ema, 1 - decay),
-            state.ema,
-        )
+
+        def averaged(ema, target):
+            decay = ema_decay(opt_state.gradient_step - 1, target)
+            moved = optax.incremental_update(params, ema, 1 - decay)
+            return jax.tree.map(lambda new, old: jnp.where(advanced, new, old), moved, ema)
+
+        ema = averaged(state.ema, ema_target)
+        short_ema = None if short_ema_target is None else averaged(state.short_ema, short_ema_target)
 
         def measure(params, ema, updates):
             distance = jax.tree.map(lambda a, b: a - b, params, ema)
@@ -147,6 +153,6 @@ def make_train_step(
             "param_norm": param_norm,
             "ema_distance": ema_distance,
         }
-        return TrainState(params, opt_state, ema, state.skipped + skipped), metrics
+        return TrainState(params, opt_state, ema, state.skipped + skipped, short_ema), metrics
 
     return train_step

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from fluxdit_jax.board import Board
 from fluxdit_jax.metrics import LAYOUT, MetricsWriter, pack, read_metrics, unpack
@@ -83,6 +84,20 @@ def test_the_page_of_custom_scalars_shows_what_is_written(tmp_path):
     assert "custom_scalars__config__" in board(tmp_path).Tags()["tensors"]
     patterns = [tag for charts in LAYOUT.values() for tags in charts.values() for tag in tags]
     assert "^loss$" in patterns and "^gradient_norm$" in patterns
+
+
+def test_the_configuration_is_a_row_of_the_hparams_page(tmp_path):
+    writer = MetricsWriter(tmp_path, 0)
+    writer.hyperparameters({"optim.lr": 1e-4, "optim.name": "muon", "gate.required": True, "workdir": None})
+    writer.close()
+    events = board(tmp_path)
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    found = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert found["optim.lr"].number_value == 1e-4
+    assert found["optim.name"].string_value == "muon"
+    assert found["gate.required"].bool_value
+    table = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "| optim.name | muon |" in table and "| workdir | None |" in table
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

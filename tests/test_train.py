@@ -21,7 +21,7 @@ from training_helpers import (
 )
 
 from fluxdit_jax import data
-from fluxdit_jax.checkpoint import CheckpointError, ema_steps, restore_ema
+from fluxdit_jax.checkpoint import EMA, SHORT_EMA, CheckpointError, ema_steps, restore_ema
 from fluxdit_jax.config import resolve
 from fluxdit_jax.memory_plan import OutOfMemory
 from fluxdit_jax.metrics import read_metrics
@@ -80,7 +80,9 @@ def interrupt(monkeypatch, after, number=signal.SIGTERM):
 
 def assert_same_outcome(workdir, reference, steps=STEPS):
     assert scalars(workdir) == scalars(reference)
-    assert tree_equal(restore_ema(Path(workdir), steps), restore_ema(Path(reference), steps))
+    for folder in (EMA, SHORT_EMA):
+        found, wanted = (restore_ema(Path(run), steps, folder=folder) for run in (workdir, reference))
+        assert tree_equal(found, wanted)
 
 
 @pytest.fixture
@@ -89,6 +91,7 @@ def config(tiny_dataset, tmp_path):
     c.flow.drop_text, c.flow.drop_vision, c.flow.drop_both = 0.2, 0.2, 0.1
     c.checkpoint.ema_every = 4
     c.log.heldout_every, c.log.heldout_count = 4, 3
+    c.ema.short_decay = 0.3
     return c
 
 
@@ -99,6 +102,7 @@ def finished(quick_compile, tiny_dataset, tmp_path_factory):
     c.flow.drop_text, c.flow.drop_vision, c.flow.drop_both = 0.2, 0.2, 0.1
     c.checkpoint.ema_every = 4
     c.log.heldout_every, c.log.heldout_count = 4, 3
+    c.ema.short_decay = 0.3
     run(c)
     return Path(c.workdir)
 
@@ -110,7 +114,8 @@ def test_the_run_directory_has_everything(finished, tiny_dataset):
     assert load_config(finished).model.width == 32
     assert load_dataset(finished) == load_manifest(tiny_dataset)
     assert [path.name for path in (finished / "checkpoints").iterdir()] == [str(STEPS)]
-    assert ema_steps(finished) == [4, 8]
+    assert ema_steps(finished) == ema_steps(finished, SHORT_EMA) == [4, 8]
+    assert not tree_equal(restore_ema(finished)[1], restore_ema(finished, folder=SHORT_EMA)[1])
     assert list((finished / "tensorboard").glob("events.*"))
     logged = scalars(finished)
     assert list(logged) == list(range(1, STEPS + 1))
@@ -125,7 +130,7 @@ def test_the_run_directory_has_everything(finished, tiny_dataset):
             "skipped",
         ):
             assert name in values
-        assert ("heldout_loss" in values) == (step % 4 == 0)
+        assert ("heldout_loss" in values) == ("short_ema/heldout_loss" in values) == (step % 4 == 0)
     bins = {name for values in logged.values() for name in values if name.startswith("loss_by_time/")}
     groups = {name for name in logged[1] if name.startswith("gradient_norm_by_group/")}
     assert len(groups) == 14 and bins
@@ -189,7 +194,7 @@ def test_a_run_in_two_goes_is_the_run_in_one(finished, config, first):
     if first % 4:  # the end of the first go was an end: it measured and wrote more than the run in one
         found = scalars(config.workdir)
         assert "heldout_loss" in found[first]
-        found[first] = {name: v for name, v in found[first].items() if not name.startswith("heldout")}
+        found[first] = {name: v for name, v in found[first].items() if "heldout" not in name}
         assert found == expected
     assert tree_equal(restore_ema(Path(config.workdir), 8), restore_ema(finished, 8))
     assert tree_equal(restore_ema(Path(config.workdir), 4)[1], restore_ema(finished, 4)[1]) or first > 4

@@ -315,6 +315,31 @@ def test_the_ema_moves_once_per_real_step_by_its_closed_form(accumulate):
             assert np.mean(np.asarray(new) != old) > 0.9  # a bf16 EMA would not move at all
 
 
+def test_a_second_ema_has_its_own_decay_and_changes_nothing_else():
+    config, (mean_std) = tiny_model(dtype="float32"), patch_statistics(MEAN, STD, 2)
+    optimizer, (graph, shapes) = (
+        build_optimizer(tiny_optimizer(accumulate=1, warmup_steps=0)),
+        model.build(config),
+    )
+    one, two = (
+        jax.jit(make_train_step(graph, "float32", optimizer, tiny_flow(), mean_std, 0, 4, 0.9999, short))
+        for short in (None, 0.9)
+    )
+    params = lively(shapes, scale=0.2)
+    alone = at_step(create_state(params, optimizer), 10**6)
+    state = at_step(create_state(params, optimizer, short_ema=True), 10**6)
+    assert alone.short_ema is None
+    before = state._replace(short_ema=lively(state.params, seed=5))
+    alone, _ = one(alone, make_batch())
+    state, _ = two(before, make_batch())
+    assert tree_equal(alone, state._replace(short_ema=None))
+    for old, new, param in zip(*map(jax.tree.leaves, (before.short_ema, state.short_ema, state.params))):
+        expected = 0.9 * np.asarray(old, np.float64) + 0.1 * np.asarray(param, np.float64)
+        np.testing.assert_allclose(new, expected, atol=1e-6)
+    skipped, _ = two(state, poisoned(make_batch()))
+    assert tree_equal(skipped.short_ema, state.short_ema)
+
+
 def test_the_ema_warms_up():
     state, step = programs()
     ema = state.ema
