@@ -41,6 +41,12 @@ class Quiet:
         except (OSError, ValueError) as error:
             self._give_up(error)
 
+    def isatty(self) -> bool:
+        try:
+            return self._stream.isatty()
+        except (OSError, ValueError):
+            return False
+
     def _give_up(self, error: Exception) -> None:
         """Nobody reads any more: what is in the buffer, and all that follows, goes nowhere."""
         if getattr(error, "errno", None) in (errno.EPIPE, errno.EIO):

@@ -9,12 +9,14 @@ import sys
 import warnings
 from pathlib import Path
 
+from fluxdit_jax.command import outlive_readers
 from preprocess import PreprocessError
 from preprocess.options import Options
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
+    outlive_readers()
     parsed = _parser().parse_args(arguments)
     warnings.filterwarnings("ignore", module="PIL")  # their cases are judged in images.py
     for number in (signal.SIGTERM, signal.SIGHUP):

@@ -7,32 +7,12 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm import tqdm
 
+from fluxdit_jax.command import Quiet
 from fluxdit_jax.records import shown
-
-
-class Quiet:
-    """A text stream that goes on when whoever was reading it has gone."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.flush()
-
-    def isatty(self) -> bool:
-        with contextlib.suppress(OSError, ValueError):
-            return self._stream.isatty()
-        return False
 
 
 class Journal:
