@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
-import resource
 import shutil
 import statistics
 import tempfile
@@ -99,6 +98,7 @@ def make_steps() -> Callable[[], float]:
         "text_length": jnp.full((BATCH,), TEXT_TOKENS, jnp.int32),
         "vision": jnp.full((BATCH, config.vision_width), config.vision_width**-0.5, jnp.float32),
         "index": jnp.arange(BATCH, dtype=jnp.uint32),
+        "replaced": jnp.zeros((BATCH,), bool),
     }
     state = create_state(model.initialize(config, jax.random.key(0)), optimizer)
 
@@ -166,7 +166,6 @@ def measure(name: str, work: Path, repeats: int) -> dict[str, Any]:
     row: dict[str, Any] = {"name": name, "parameters": model.count_parameters(SIZES[name]), "bytes": size}
     before = [run_step() for _ in range(20)]
     row["step_s"] = statistics.median(before)
-    row["memory_before_gb"] = resident()
     measures: dict[str, list[float]] = {}
 
     def add(what: str, value: float) -> None:
@@ -195,14 +194,16 @@ def measure(name: str, work: Path, repeats: int) -> dict[str, Any]:
             row["files"], row["disk_bytes"] = len(written), sum(path.stat().st_size for path in written)
 
             # once more while the loop trains
+            before = resident()
+            reset_peak()
             checkpoints.save(2, state, {"samples": 0})
             slowed = []
             while checkpoints._pending:  # what `poll` has not collected yet
                 slowed.append(run_step())
                 checkpoints.poll()
+            add("save_memory_gb", peak() - before)
             add("slowed_s", sum(slowed) - row["step_s"] * len(slowed))
             add("slowed_steps", len(slowed))
-            row["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
             shutil.rmtree(run / "checkpoints" / "2")
 
             add("flat_write_s", write_flat(flat, row["disk_bytes"]))
@@ -242,6 +243,17 @@ def resident() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 
+def reset_peak() -> None:
+    """Forgets the largest memory so far; see proc(5), clear_refs."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak() -> float:
+    """GB of memory that this process held at most since `reset_peak`."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+
+
 def show(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
@@ -250,12 +262,13 @@ def show(rows: list[dict[str, Any]]) -> str:
         lines.append(
             [row["name"], f"{row['bytes'] / 1e9:.2f}", f"{disk / 1e3:.2f}", f"{m['digest_s']:.2f}",
              f"{m['save_returns_s']:.2f}", f"{m['slowed_s']:.2f}", f"{row['stall_share']:.3%}",
-             f"{row['stall_share_with_slowed_steps']:.3%}", f"{m['save_s']:.1f}",
+             f"{row['stall_share_with_slowed_steps']:.3%}", f"{m['save_memory_gb']:.2f}", f"{m['save_s']:.1f}",
              f"{disk / m['save_flushed_s']:.0f}", f"{disk / m['flat_write_s']:.0f}", _spread(row["save_to_disk_ratio"]),
              f"{disk / m['restore_s']:.0f}", f"{disk / m['flat_read_s']:.0f}", _spread(row["restore_to_disk_ratio"])]
         )  # fmt: skip
     header = ["state", "GB", "GB on disk", "digest s", "save returns s", "slowed steps s", "stall", "stall with slowed",
-              "written after s", "save MB/s", "disk MB/s", "ratio", "restore MB/s", "disk MB/s", "ratio"]  # fmt: skip
+              "memory GB", "written after s", "save MB/s", "disk MB/s", "ratio", "restore MB/s", "disk MB/s",
+              "ratio"]  # fmt: skip
     return table(header, lines)
 
 
