@@ -6,12 +6,15 @@ given bytes and never a path, and both turn whatever Pillow raises into `Rejecte
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import io
 import re
 import struct
+import threading
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import (  # the plugins register the formats when they are imported
@@ -174,6 +177,30 @@ class Picture:
     profile_ignored: bool = False
 
 
+class Shares:
+    """Lets all threads together work on so many pixels at a time; a larger picture waits until it is alone."""
+
+    def __init__(self, pixels: int) -> None:
+        self._pixels, self._taken = pixels, 0
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def take(self, pixels: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken or self._taken + pixels <= self._pixels)
+            self._taken += pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= pixels
+                self._changed.notify_all()
+
+
+# Decoding takes up to 16 bytes a pixel (WebP), so 6.4 GB at most, however many threads and however large the pictures.
+_DECODING = Shares(400_000_000)
+
+
 def decode(data: bytes, header: Header, bucket: Size, fit: str, noise_key: str = "") -> Picture:
     """Decodes a picture and brings it to its bucket: one Lanczos pass with antialiasing.
 
@@ -188,6 +215,11 @@ def decode(data: bytes, header: Header, bucket: Size, fit: str, noise_key: str =
     Raises:
       Rejected: the pixels are damaged or of a kind that is not supported.
     """
+    with _DECODING.take(header.height * header.width):
+        return _decode(data, header, bucket, fit, noise_key)
+
+
+def _decode(data: bytes, header: Header, bucket: Size, fit: str, noise_key: str) -> Picture:
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             image.load()

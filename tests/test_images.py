@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
+import threading
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from preprocess import images
 from preprocess.images import Limits, Rejected, decode, read_header
 
 LIMITS = Limits(min_side=8)
@@ -267,3 +272,24 @@ def test_floating_point_pixels_are_refused() -> None:
     data = encode(Image.fromarray(np.ones((32, 32), np.float32)), "TIFF")
     with pytest.raises(Rejected, match="unsupported pixels: floating point"):
         whole(data)
+
+
+def test_only_so_many_pixels_are_decoded_at_a_time() -> None:
+    shares = images.Shares(100)
+    now, most, lock = 0, 0, threading.Lock()
+
+    def work(pixels: int) -> None:
+        nonlocal now, most
+        with contextlib.suppress(ZeroDivisionError), shares.take(pixels):
+            with lock:
+                now += pixels
+                most = max(most, now if pixels <= 100 else 0)
+                assert pixels <= 100 or now == pixels, "a picture larger than all is alone"
+            time.sleep(0.001)
+            with lock:
+                now -= pixels
+            raise ZeroDivisionError  # gives its share back all the same
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, [30, 70, 10, 50, 300, 90, 20, 40] * 8))
+    assert 50 <= most <= 100 and now == 0
