@@ -32,6 +32,17 @@ CHECKPOINTS, EMA, SHORT_EMA = "checkpoints", "ema", "short_ema"  # the folders
 _copy = jax.jit(lambda leaf: leaf.copy())
 
 
+_any_failed = False
+
+
+def leaves_threads() -> bool:
+    """Whether a save has failed in this process: Orbax's threads wait for its parts for five minutes then.
+
+    They are no daemons, so Python waits for them at the end of the process.
+    """
+    return _any_failed
+
+
 class CheckpointError(Exception):
     """No checkpoint can be restored, or it does not fit the configuration."""
 
@@ -133,7 +144,9 @@ class Checkpoints:
                 self._failed(folder, step, error)
 
     def _failed(self, folder: str, step: int, error: Exception) -> None:
+        global _any_failed
         self.failures += 1
+        _any_failed = True
         log.error(
             "could not write %s/%d: %s. Training goes on; the checkpoints before it are intact and the next save "
             "is tried. Make space or mend the disk under %s",

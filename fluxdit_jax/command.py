@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 _ADVICE = {
     errno.ENOSPC: "the disk is full; make space and give the same command again",
@@ -82,6 +83,20 @@ def explain(error: BaseException) -> str:
         advice = f" ({_ADVICE[error.errno]})" if error.errno in _ADVICE else ""
         return f"{where}{error.strerror}{advice}"
     return str(error)
+
+
+def without_traceback(record: logging.LogRecord) -> bool:
+    """A filter of `logging` that leaves an error's first line."""
+    record.exc_info = record.exc_text = None
+    return True
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process without waiting for its threads; all of its work must be done."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def run(work: Callable[[], int | None], errors: tuple[type[Exception], ...], failure: int = 1) -> None:

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict, config_flags
 from fluxdit_jax import command, data, devices, files, model, reporting, sharding
 from fluxdit_jax import config as configuration
 from fluxdit_jax.allocator import keep_freed_memory
-from fluxdit_jax.checkpoint import SHORT_EMA, CheckpointError, Checkpoints, restore_ema
+from fluxdit_jax.checkpoint import SHORT_EMA, CheckpointError, Checkpoints, leaves_threads, restore_ema
 from fluxdit_jax.config import Settings
 from fluxdit_jax.flow import FlowConfig
 from fluxdit_jax.gate.requirement import GateError, require_report
@@ -401,6 +401,7 @@ def main(argv: list[str]) -> None:
         sys.exit("error: give a configuration, as --config=configs/demo.py")
     command.outlive_readers()
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax narrates every save at INFO
+    absl_logging.get_absl_logger().addFilter(command.without_traceback)  # and a failed one with pages
     config = _CONFIG.value
     use_compilation_cache()
     devices.join_processes(config.mesh.coordinator, config.mesh.processes, config.mesh.process)
@@ -409,10 +410,13 @@ def main(argv: list[str]) -> None:
     try:
         code = train(config)
     except USER_ERRORS as error:
-        sys.exit(f"error: {command.explain(error)}")
+        print(f"error: {command.explain(error)}", file=sys.stderr)
+        code = 1
     except KeyboardInterrupt:
         print("stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        code = 130
+    if leaves_threads() and jax.process_count() == 1:
+        command.leave(code)
     sys.exit(code)
 
 
