@@ -63,6 +63,13 @@ NAMES: dict[str, tuple[str, str]] = {
 }  # fmt: skip
 
 
+# Captions are escaped; should one get through all the same, the browser runs and fetches nothing.
+_NOTHING_FOREIGN = (
+    '<meta http-equiv="Content-Security-Policy" '
+    "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
+)
+
+
 def write_page(verdicts: list[Verdict], report: dict[str, Any], log: list[dict], path: Path) -> None:
     """Writes the page atomically.
 
@@ -88,7 +95,7 @@ def page(verdicts: list[Verdict], report: dict[str, Any], log: list[dict]) -> st
     ]
     title = _text(f"{'PASS' if passed else 'FAIL'}: validation of {Path(report['weights']['workdir']).name}")
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">{_NOTHING_FOREIGN}<title>{title}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{CSS}</style></head><body>{''.join(body)}</body></html>\n"
     )
