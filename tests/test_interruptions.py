@@ -1,6 +1,7 @@
 """Real processes, really killed: the losses and the EMA are those of a run that was never interrupted.
 
-FLUXDIT_KILLS sets how often `kill -9` strikes (30 took 4 minutes alone on 2 cores).
+A few moments only, on the command as users start it; `faults/` goes through all of them. FLUXDIT_KILLS sets how often
+`kill -9` strikes.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from fluxdit_jax.metrics import read_metrics
 pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("FLUXDIT_KILLS", "5"))
+KILLS = int(os.environ.get("FLUXDIT_KILLS", "2"))
 
 
 @pytest.fixture(scope="module")
 def config(tiny_dataset, tmp_path_factory):
-    """150 steps of two micro-batches; a checkpoint after every one, so that kills strike while one is written."""
+    """100 steps of two micro-batches; a checkpoint after every one, so that kills strike while one is written."""
     c = tiny_config(tiny_dataset, tmp_path_factory.mktemp("runs") / "whole")
-    c.train.steps, c.log.every = 150, 2
+    c.train.steps, c.log.every = 100, 2
     c.flow.drop_text, c.flow.drop_vision, c.flow.drop_both = 0.2, 0.2, 0.1
     c.checkpoint.minutes, c.checkpoint.ema_every = 1e-9, 25
     return c
@@ -37,7 +38,7 @@ def config(tiny_dataset, tmp_path_factory):
 def whole(config, train_command, tmp_path_factory):
     done = train_command.run(config=write_config(tmp_path_factory.mktemp("config") / "c.py", config))
     assert done.returncode == 0, done.stderr
-    assert "done: 150 steps" in done.stderr
+    assert "done: 100 steps" in done.stderr
     return Path(config.workdir)
 
 
@@ -54,7 +55,7 @@ def losses(workdir):
 
 def assert_same_outcome(workdir, whole):
     assert losses(workdir) == losses(whole)
-    for step in range(25, 151, 25):
+    for step in range(25, 101, 25):
         assert tree_equal(restore_ema(workdir, step), restore_ema(whole, step)), step
 
 
@@ -83,12 +84,12 @@ def test_kill_9_at_random_moments_changes_nothing(config, whole, train_command, 
             break
         assert process.returncode == -signal.SIGKILL, (seed, attempt, err[-2000:])
     assert process.returncode == 0
-    assert killed >= min(KILLS, 3), (seed, killed)
+    assert killed >= min(KILLS, 1), (seed, killed)
     assert_same_outcome(tmp_path / "killed", whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_says_how_to_go_on(config, whole, train_command, tmp_path, number):
+def test_a_signal_saves_and_says_how_to_go_on(config, whole, train_command, tmp_path):
+    number = signal.SIGTERM
     config = config.copy_and_resolve_references()
     config.workdir, config.checkpoint.minutes = str(tmp_path / "stopped"), 60.0
     file, log = write_config(tmp_path / "c.py", config), tmp_path / "stopped" / "metrics.jsonl"
