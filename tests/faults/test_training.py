@@ -1,0 +1,39 @@
+"""A quick share of the faults of training; the scripts beside this file run them whole."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fault_table import through_script  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[tuple[str, int, int, int]]:
+    if not (shutil.which("cc") or shutil.which("gcc")):
+        pytest.skip("no C compiler: interposer.c cannot be built")
+    return through_script(str(Path(__file__).with_name("training_quick.py")), quick=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "least"),
+    [
+        ("train: before a change|train: in the middle|train: removing", 4),
+        ("killed", 3),
+        ("disk is full", 6),
+        ("SIGTERM|SIGHUP", 2),
+        ("reader is gone", 4),
+        ("a second one|a lock left", 2),
+    ],
+)
+def test_nothing_is_lost(rows, words: str, least: int) -> None:
+    met = [row for row in rows if any(word in row[0] for word in words.split("|"))]
+    assert sum(tried for _, tried, _, _ in met) >= least
+    assert [row for row in met if row[3]] == []
