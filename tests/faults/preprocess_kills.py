@@ -1,6 +1,6 @@
 """Kills `preprocess build` again and again and looks at what is left. Run whole, or by test_preprocess.py:
 
-    python tests/faults/preprocess_kills.py --kills 200
+    python tests/faults/preprocess_kills.py
 
 A child process is forked, killed with SIGKILL (at a random moment, or before its n-th change of the file
 system) and started again until it ends by itself. At every moment in between the directory must be a sound
@@ -9,7 +9,6 @@ dataset or visibly none; in the end it must equal, byte for byte, what a run tha
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import os
@@ -25,9 +24,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 from build_fixtures import contents, options  # noqa: E402
+from fault_table import Row, as_script, through_script  # noqa: E402
 
 from fluxdit_jax.records import MANIFEST  # noqa: E402
 from preprocess.build import build  # noqa: E402
@@ -95,7 +95,7 @@ def child(photos: Path, output: Path, at: int) -> None:
     os._exit(status)
 
 
-def run(photos: Path, output: Path, tally: Tally, at: int = 0, after: float = 0.0) -> bool:
+def attempt(photos: Path, output: Path, tally: Tally, at: int = 0, after: float = 0.0) -> bool:
     """One run; returns whether it ended by itself."""
     tally.runs += 1
     pid = os.fork()
@@ -137,14 +137,14 @@ def scene(folder: Path, kind: str) -> tuple[Path, Path | None, dict[str, bytes]]
     draw(photos, range(24))
     if kind == "update":
         start = folder / "start" / "data"
-        run(photos, start, Tally())
+        attempt(photos, start, Tally())
         draw(photos, range(24, 30))
         (photos / "003.txt").write_text("an edited caption")
         (photos / "005.png").unlink()
         (photos / "005.txt").unlink()
         Image.open(photos / "007.png").rotate(180).save(photos / "006.png")
     reference = folder / "reference" / "data"
-    run(photos, reference, Tally())
+    attempt(photos, reference, Tally())
     return photos, start, contents(reference)
 
 
@@ -163,9 +163,9 @@ def kill_at_every_change(kind: str, step: int, offset: int = 0) -> Tally:
         at = 1 + offset
         while True:
             begin(output, start)
-            ended = run(photos, output, tally, at=at)
+            ended = attempt(photos, output, tally, at=at)
             if not ended:
-                run(photos, output, tally)
+                attempt(photos, output, tally)
             expect(output, reference, tally, f"after a kill before change {at}")
             if ended:
                 return tally
@@ -180,37 +180,43 @@ def kill_at_random(kind: str, kills: int, seed: int = 0) -> Tally:
         output = Path(name) / "data"
         begin(output, start)
         clock = time.perf_counter()
-        run(photos, output, Tally())
+        attempt(photos, output, Tally())
         whole = time.perf_counter() - clock
         begin(output, start)
         while tally.killed < kills:
-            if run(photos, output, tally, after=rng.uniform(0.02, 1.05) * whole):
+            if attempt(photos, output, tally, after=rng.uniform(0.02, 1.05) * whole):
                 expect(output, reference, tally, "after a run that ended")
                 begin(output, start)
-        run(photos, output, tally)
+        attempt(photos, output, tally)
         expect(output, reference, tally, "at the end")
     return tally
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=200, help="random kills, half of them in an update")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    lost = 0
-    print(f"{'fault':52} {'runs':>5} {'killed':>6} {'lost':>5}")
-    for kind, words in (("fresh", "a first build"), ("update", "an update of a finished dataset")):
+def run(quick: bool) -> list[Row]:
+    """(fault, tried, survived, lost) of each kind of kill, a first build and an update."""
+    return through_script(__file__, quick)
+
+
+def work(quick: bool) -> list[Row]:
+    """Kills before every change of the file system, and 200 at random moments, half of them in an update."""
+    rows = []
+    for kind, words in (("fresh", "a first build"), ("update", "an update")):
         for what, tally in (
-            ("before every change of the file system", kill_at_every_change(kind, 1)),
-            ("at random moments", kill_at_random(kind, arguments.kills // 2, arguments.seed)),
+            ("before a change of a file", kill_at_every_change(kind, 9 if quick else 1)),
+            ("at random", kill_at_random(kind, 5 if quick else 100)),
         ):
-            print(f"{'kill -9 ' + what + ', ' + words:82}"[:82])
-            print(f"{'':52} {tally.runs:5} {tally.killed:6} {len(tally.lost):5}")
+            rows.append(
+                (
+                    f"preprocess build, {words}: killed {what}",
+                    tally.killed,
+                    tally.killed - len(tally.lost),
+                    len(tally.lost),
+                )
+            )
             for line in tally.lost:
-                print(f"    {line}")
-            lost += len(tally.lost)
-    return 1 if lost else 0
+                print(f"LOST {rows[-1][0]}: {line}")
+    return rows
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_script(__doc__, work))
