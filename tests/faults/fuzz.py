@@ -78,7 +78,7 @@ def explore(target: Target, seconds: float, seed: int = 0) -> Tally:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     plan = hypothesis.settings(
-        max_examples=100,
+        max_examples=100 if seconds else 30,
         deadline=None,
         database=None,
         phases=(Phase.explicit, Phase.generate, Phase.shrink),

@@ -100,10 +100,16 @@ def look(folder: Path) -> tuple[int, list[str]]:
     wrong = []
     if not owned(f"<!doctype html><html><body>{everything}</body></html>", folder):
         wrong.append("nothing ran in a page that does not escape: this looks at nothing")
+    from fluxdit_jax.gate.page import _NOTHING_FOREIGN as policy
+
+    page = report_page(everything)
+    if policy not in page:
+        wrong.append("report.html has no content security policy")
     for what, html in (
-        ("report.html", report_page(everything)),
+        ("report.html without its policy", page.replace(policy, "")),
+        ("report.html with a caption that is not escaped", page.replace("</body>", f"{everything}</body>")),
         ("TensorBoard's texts", board_page(everything)),
     ):
         if owned(html, folder):
             wrong.append(f"a script ran in {what}")
-    return 2 * len(EVIL), wrong
+    return 3 * len(EVIL), wrong
