@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -155,11 +156,38 @@ class Settings:
 
 def _require(condition: bool, key: str, value: object, expected: str) -> None:
     if not condition:
-        raise ConfigError(f"config.{key} is {value!r}; it must be {expected}")
+        shown = repr(value) if not isinstance(value, int) or abs(value) < 10**20 else "a huge integer"
+        raise ConfigError(f"config.{key} is {shown[:200]}; it must be {expected}")
+
+
+def _check_kinds(c: Any, default: ConfigDict, prefix: str = "") -> None:
+    """Raises `ConfigError` for a missing key, and for a value that is not of the kind of the key's default.
+
+    A file of Python can put anything anywhere; integers are counts of the device's int32.
+    """
+    for name in default:
+        key = prefix + name
+        _require(isinstance(c, ConfigDict), prefix[:-1], c, "a group of keys")
+        _require(name in c, key, None, "there: the configuration lacks it")
+        value, kind = c[name], default.get_type(name)
+        if isinstance(default[name], ConfigDict):
+            _check_kinds(value, default[name], f"{key}.")
+        elif value is None and default[name] is None:
+            continue
+        elif kind is bool:
+            _require(isinstance(value, bool), key, value, "True or False")
+        elif kind is int:
+            _require(type(value) is int and abs(value) < 2**31, key, value, "an integer below 2**31")
+        elif kind is float:
+            number = isinstance(value, float) or (type(value) is int and abs(value) < 2**53)
+            _require(number, key, value, "a number")
+        else:
+            _require(isinstance(value, str) and "\0" not in value, key, value, "a text")
 
 
 def check(c: ConfigDict) -> None:
     """Raises `ConfigError`, naming the key, for a value that cannot be."""
+    _check_kinds(c, default_config())
     for key, text in (("workdir", "the run directory"), ("data.path", "a dataset directory")):
         value = c.data.path if key == "data.path" else c.workdir
         _require(bool(value), key, value, f"given: {text} (--config.{key}=DIR)")
@@ -276,7 +304,7 @@ def check(c: ConfigDict) -> None:
 def profile_steps(text: str) -> range:
     """The steps of `config.profile`, "START:STOP"."""
     start, colon, stop = text.partition(":")
-    correct = colon and start.isdecimal() and stop.isdecimal() and int(start) < int(stop)
+    correct = colon and start.isdecimal() and stop.isdecimal() and len(text) < 30 and int(start) < int(stop)
     _require(bool(correct), "profile", text, "START:STOP with START below STOP, both steps")
     return range(int(start), int(stop))
 
