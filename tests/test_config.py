@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
 from training_helpers import (
     CHANNELS,
     REPOSITORY,
@@ -152,6 +157,55 @@ def test_float16_is_refused_with_the_reason(config, name):
 
 def test_profile_steps():
     assert profile_steps("3:7") == range(3, 7)
+
+
+ODD = (
+    None, True, False, 0, -1, 1, 2, 3, 7, 2**31, 2**63, -(2**64), 10**400, 0.0, -0.0, 0.5, 2.5, 1e308, 1e-320, math.nan,
+    math.inf, -math.inf, "", "x", "auto", "1", "\0", "\ud800", "0:1", "9" * 5000 + ":" + "9" * 5001, b"x", (), [], [1],
+    {}, {"a": 1}, np.int64(4), np.float32(0.5), np.float64(0.5), 1j, object, ConfigDict(),
+)  # fmt: skip
+GROUPS = [name for name, value in default_config().items() if isinstance(value, ConfigDict)]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([key for key, _ in DEFAULTS] + GROUPS),
+            st.sampled_from(ODD) | st.integers() | st.floats() | st.text(max_size=6),
+        ),
+        min_size=1,
+        max_size=2,
+    )
+)
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_stands_in_a_key_is_accepted_or_refused_by_its_name(changes):
+    """A file of Python can put anything into a configuration; what `check` accepts is a plain configuration."""
+    config = tiny_config(Path("data"), Path("run"))
+    for key, value in changes:
+        group, _, name = key.rpartition(".")
+        where = config[group] if group else config
+        if isinstance(where, ConfigDict):  # it may have been changed just before
+            with where.ignore_type(), where.unlocked():
+                where[name] = value
+    try:
+        check(config)
+    except ConfigError as refusal:
+        text = str(refusal)
+        assert text.startswith("config.") and len(text) < 600
+        assert any(
+            key in text or (key.startswith("flow.drop_") and "flow.drop_*" in text) for key, _ in changes
+        )
+    else:
+        assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+        assert dict(flat(config.to_dict())).keys() == dict(DEFAULTS).keys()
+
+
+def test_a_missing_key_and_a_group_that_is_none_are_named():
+    config = tiny_config(Path("data"), Path("run"))
+    with config.unlocked():
+        del config.optim.lr
+    with pytest.raises(ConfigError, match=r"^config\.optim\.lr is None; it must be there"):
+        check(config)
 
 
 # ------------------------------------------------------------------------------------------------ resolve
