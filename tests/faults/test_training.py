@@ -24,16 +24,10 @@ def rows() -> list[tuple[str, int, int, int]]:
 
 @pytest.mark.parametrize(
     ("words", "least"),
-    [
-        ("train: before a change|train: in the middle|train: removing", 4),
-        ("killed", 3),
-        ("disk is full", 6),
-        ("SIGTERM|SIGHUP", 2),
-        ("reader is gone", 4),
-        ("a second one|a lock left", 2),
-    ],
-)
+    [("killed", 8), ("disk is full", 8), ("cannot be read", 6), ("SIGTERM", 1), ("reader is gone", 1),
+     ("a second one", 1), ("a lock left", 2), ("same bits", 1)],
+)  # fmt: skip
 def test_nothing_is_lost(rows, words: str, least: int) -> None:
-    met = [row for row in rows if any(word in row[0] for word in words.split("|"))]
+    met = [row for row in rows if words in row[0]]
     assert sum(tried for _, tried, _, _ in met) >= least
     assert [row for row in met if row[3]] == []

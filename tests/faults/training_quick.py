@@ -1,31 +1,88 @@
-"""A share of the faults of training in one go: one data set, one compiled program, two dozen faults.
+"""A share of the faults of training: one run that meets most of them, one after the other, and exports of it.
 
     python tests/faults/training_quick.py
 
-What CI runs; each of the modules below runs whole by itself.
+What CI runs: one data set, one compiled program, half a dozen starts. The modules it takes its parts from run whole by
+themselves.
 """
 
 from __future__ import annotations
 
+import errno
+import signal
 import sys
 import tempfile
 from pathlib import Path
 
 import forked
-import signals
 import training_disk
-import training_kills
-import two_at_once
 from fault_table import Row, as_script
+from signals import broken_pipe
+from training_kills import Kills
+from two_at_once import Two
+
+Fault = forked.Fault
 
 
-def work(quick: bool) -> list[Row]:
+def one_run(scene) -> list[Row]:  # noqa: ANN001
+    """A full disk, two kills, a second process, a signal and a reader that goes, all in the same run."""
+    run, rows = scene.root / "one", []
+
+    def judge(what: str, wrong: list[str]) -> None:
+        rows.append((what, 1, int(not wrong), int(bool(wrong))))
+        if wrong:
+            print(f"LOST {what}: {wrong}", flush=True)
+
+    ended = scene.train(run, under=run, fault=Fault(60, "fail", errno.ENOSPC), after=training_disk.SOON)
+    judge("train: the disk is full from a write on", training_disk.plain(ended, run, (0, 1)))
+    for what, fault in (
+        ("train: killed in the middle of a write", Fault(350, "tear")),
+        ("train: killed while it reads a checkpoint", Fault(60, "kill", reads=True)),
+    ):
+        ended = scene.train(run, under=run, fault=fault)
+        judge(
+            what,
+            [] if ended.status == -signal.SIGKILL else [f"it was not: {ended.status} {ended.err[-600:]}"],
+        )
+
+    child = scene.train(run, begin=forked.start)
+    lines = (run / "metrics.jsonl").read_bytes().count(b"loss") if (run / "metrics.jsonl").exists() else 0
+    child.wait_until(lambda: f"pid {child.pid} " in (run / ".lock").read_text(errors="replace"), 60)
+    second = scene.train(run, scratch=scene.root / "second")
+    refused = second.status == 1 and f"is in use by pid {child.pid} on " in second.err
+    judge("train: a second one is refused", [] if refused else [f"{second.status} {second.err[-600:]}"])
+    child.wait_until(lambda: (run / "metrics.jsonl").read_bytes().count(b"loss") > lines, 60)
+    child.signal(signal.SIGTERM)
+    ended = child.end()
+    saved = ended.status == 0 or (ended.status == 143 and "The same command goes on from there" in ended.err)
+    judge("train: SIGTERM in the loop", [] if saved else [f"{ended.status} {ended.err[-600:]}"])
+
+    ended = scene.train(run, prepare=lambda: broken_pipe(2))
+    judge("train: stderr's reader is gone", [] if ended.status == 0 else [f"exit status {ended.status}"])
+    wrong = [f"{scene.outcome(run)} is not {scene.expected}"] if scene.outcome(run) != scene.expected else []
+    judge("train: after all of them the same bits, and nothing else", wrong + scene.litter(run))
+    return rows
+
+
+def work(quick: bool) -> list[Row]:  # noqa: ARG001
     from training_scene import make
 
     with tempfile.TemporaryDirectory(prefix="training-quick-") as folder:
-        scene = make(Path(folder))
-        parts = (training_kills, training_disk, signals, two_at_once)
-        return [row for part in parts for row in part.work_on(scene, True)]
+        scene = make(Path(folder), pictures=False)
+        rows = one_run(scene)
+        export, arguments, out = scene.programs()["export"]
+        kills, disks, two = Kills(scene), training_disk.Disks(scene), Two(scene)
+        kills.program("export", export, arguments, out, 6)
+        disks.program("export", export, arguments, out, 20)
+        for whose in ("a process number that is another's by now", "rubbish"):
+            two.stale(
+                "export",
+                lambda **more: scene.start(export, *arguments, **more),
+                out / ".export" / "lock",
+                (0,),
+                whose,
+            )
+        return [*rows, *kills.rows(), *disks.rows(), *two.rows()]
 
 
 if __name__ == "__main__":

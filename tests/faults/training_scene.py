@@ -111,16 +111,16 @@ class Scene:
         return [str(path) for path in found] + shared_memory()
 
 
-def make(root: Path) -> Scene:
-    """Makes the scene and its reference run, root/whole."""
-    assert forked.call(_prepare, root) == "ready"
+def make(root: Path, pictures: bool = True) -> Scene:
+    """Makes the scene and its reference run, root/whole. Without pictures two programs less are compiled."""
+    assert forked.call(_prepare, root, pictures) == "ready"
     scene = Scene(root, root / "config.py", root / "cache", "")
     whole = scene.train(root / "whole")
     assert whole.status == 0, whole.err
     return dataclasses.replace(scene, expected=outcome(root / "whole"))
 
 
-def _prepare(root: Path) -> str:
+def _prepare(root: Path, pictures: bool) -> str:
     draw(root / "photos", range(24))
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         build(wishes(root / "photos", root / "data"))
@@ -131,8 +131,8 @@ def _prepare(root: Path) -> str:
     c.flow.drop_text, c.flow.drop_vision, c.flow.drop_both = 0.2, 0.2, 0.1
     c.train.steps = STEPS
     c.checkpoint.minutes, c.checkpoint.ema_every = 1e-9, 2  # a checkpoint after every step
-    c.log.preview_every, c.log.preview_count, c.log.preview_steps = 2, 2, 1
-    c.log.heldout_every = 4
+    c.log.preview_every, c.log.preview_count, c.log.preview_steps = 2 * pictures, 2, 1
+    c.log.heldout_every = 4 * pictures
     training_helpers.write_config(root / "config.py", c)
     return "ready"
 
@@ -157,7 +157,7 @@ def _outcome(run: Path) -> str:
             "state": [state, meta["digest"]],
             "pictures": {
                 path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-                for path in sorted((run / "samples").iterdir())
+                for path in sorted((run / "samples").glob("*"))
             },
         }
     )
