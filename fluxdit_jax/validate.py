@@ -207,7 +207,8 @@ def make_painter(
 def paint(painter: Painter, wanted: list[Wanted]) -> int:
     """Draws everything with a progress bar; returns the number of pictures."""
     count = len(painter.missing(wanted))
-    with tqdm(total=count, desc="drawing", unit="image", mininterval=1.0) as bar:
+    every = 1.0 if sys.stderr.isatty() else 30.0  # seconds: a log gets a line now and then
+    with tqdm(total=count, desc="drawing", unit="image", mininterval=every) as bar:
         painter.paint(wanted, bar.update)
     return count
 
