@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TextIO
 
 _ADVICE = {
@@ -99,20 +99,40 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
+_undo: list[Callable[[], object]] = []
+
+
+@contextlib.contextmanager
+def undoing(action: Callable[[], object]) -> Iterator[None]:
+    """A signal that stops the program inside this block has `action` done before the program ends."""
+    _undo.append(action)
+    try:
+        yield
+    finally:
+        _undo.remove(action)
+
+
 def run(work: Callable[[], int | None], errors: tuple[type[Exception], ...], failure: int = 1) -> None:
     """Runs a program's work and exits: with its status, or one line and `failure` for `errors`.
 
-    SIGINT, SIGTERM and SIGHUP undo what is half done (`files.replacing`) and exit with 128 and the number.
+    SIGINT, SIGTERM and SIGHUP undo what is half done (`undoing`) and exit with 128 and the number. They raise nothing:
+    an exception that a signal raises inside a callback of the garbage collector is swallowed, and JAX has one.
     """
     outlive_readers()
-    received = [int(signal.SIGINT)]
+    stopping = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
     def stop(number: int, _frame: Any) -> None:
-        received[0] = number
-        signal.signal(number, signal.SIG_IGN)  # a second one while cleaning up changes nothing
-        raise KeyboardInterrupt
+        for other in stopping:
+            signal.signal(other, signal.SIG_IGN)  # a second one while cleaning up changes nothing
+        for action in reversed(_undo):
+            with contextlib.suppress(Exception):
+                action()
+        with contextlib.suppress(RuntimeError):  # the signal came in the middle of a line
+            print("\nstopped; nothing half-written is left", file=sys.stderr)
+            sys.stdout.flush()
+        os._exit(128 + number)
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in stopping:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, and so it stays
             signal.signal(number, stop)
     try:
@@ -120,8 +140,5 @@ def run(work: Callable[[], int | None], errors: tuple[type[Exception], ...], fai
     except errors as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         status = failure
-    except KeyboardInterrupt:
-        print("\nstopped; nothing half-written is left", file=sys.stderr)
-        status = 128 + received[0]
     sys.stdout.flush()
     sys.exit(status)

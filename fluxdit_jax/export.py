@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ class ExportError(Exception):
     """The weights cannot be written."""
 
 
+USER_ERRORS = (RunError, CheckpointError, ConfigError, DatasetError, ExportError, OSError)
+
+
 def export(workdir: Path, out: Path, step: int | None = None, folder: str = EMA) -> Path:
     """Writes the EMA of `step` (None: the newest) from `folder`; returns the path of the weights."""
     config, manifest = load_config(workdir), load_dataset(workdir)
@@ -44,24 +48,30 @@ def export(workdir: Path, out: Path, step: int | None = None, folder: str = EMA)
     }
     lock, work = RunLock(out, f"{WORK}/lock", temporary=True, option="--out"), out / WORK
     try:
-        _clear(work)  # of what a killed process left
-        try:
-            metadata = {"format": "fluxdit_jax", "ema_step": str(step)}
-            save_file(tensors, work / "model.safetensors", metadata=metadata)
-        except SafetensorError as error:
-            raise ExportError(f"{out / 'model.safetensors'}: {error}") from error
-        for name, text in texts.items():
-            files.write_whole(work / name, text)
-        # While config.json is missing nobody takes new weights with an old description for an export.
-        (out / "config.json").unlink(missing_ok=True)
-        for name in ("model.safetensors", *texts):
-            (work / name).replace(out / name)
+        with command.undoing(lambda: shutil.rmtree(work, ignore_errors=True)):
+            _clear(work)  # of what a killed process left
+            _write(work, tensors, {"format": "fluxdit_jax", "ema_step": str(step)}, texts)
+            # While config.json is missing nobody takes new weights with an old description for an export.
+            (out / "config.json").unlink(missing_ok=True)
+            for name in ("model.safetensors", *texts):
+                (work / name).replace(out / name)
     finally:
         _clear(work)
         lock.release()
         with contextlib.suppress(OSError):  # the next one is in it already
             work.rmdir()
     return out / "model.safetensors"
+
+
+def _write(
+    work: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str], texts: dict[str, str]
+) -> None:
+    try:
+        save_file(tensors, work / "model.safetensors", metadata=metadata)
+    except SafetensorError as error:
+        raise ExportError(f"{work / 'model.safetensors'}: {error}") from error
+    for name, text in texts.items():
+        files.write_whole(work / name, text)
 
 
 def _clear(work: Path) -> None:
@@ -151,7 +161,7 @@ def main() -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
     command.run(
         lambda: print(export(arguments.workdir, arguments.out, arguments.step, arguments.weights)),
-        (RunError, CheckpointError, ConfigError, DatasetError, ExportError, OSError),
+        USER_ERRORS,
     )
 
 

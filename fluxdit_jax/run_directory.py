@@ -18,7 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from fluxdit_jax.command import explain
+from fluxdit_jax.command import explain, undoing
 from fluxdit_jax.files import write_whole
 from fluxdit_jax.records import Manifest, load_manifest
 
@@ -79,6 +79,8 @@ class RunLock:
                 if self._path.stat().st_ino == os.fstat(self._descriptor).st_ino:
                     break
             os.close(self._descriptor)  # the owner before has removed the file: it locks nobody out
+        self._undoing = contextlib.ExitStack()
+        self._undoing.enter_context(undoing(self._unlink))
         with contextlib.suppress(OSError):  # a full disk does not keep the lock from being held
             os.ftruncate(self._descriptor, 0)
             os.write(self._descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode())
@@ -103,10 +105,14 @@ class RunLock:
         """May be called twice."""
         if self._descriptor is None:
             return
-        if self._temporary:
-            self._path.unlink(missing_ok=True)
+        self._unlink()
+        self._undoing.close()
         os.close(self._descriptor)
         self._descriptor = None
+
+    def _unlink(self) -> None:
+        if self._temporary:
+            self._path.unlink(missing_ok=True)
 
 
 def check_resume(workdir: Path, config: ConfigDict, manifest: Manifest) -> bool:

@@ -36,6 +36,9 @@ class SampleError(Exception):
     """The request cannot be drawn; the message names the argument."""
 
 
+USER_ERRORS = (SampleError, RunError, CheckpointError, DecoderError, PreprocessError, OSError)
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """One picture to draw: what it is asked to be, its size (height, width) in pixels, and its noise."""
@@ -308,7 +311,7 @@ def main() -> None:
     use_compilation_cache()
     command.run(
         lambda: sample(parse_arguments(sys.argv[1:])) and 0,
-        (SampleError, RunError, CheckpointError, DecoderError, PreprocessError, OSError),
+        USER_ERRORS,
     )
 
 
