@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -182,7 +183,7 @@ def test_a_second_process_is_refused_naming_the_first_and_takes_over_when_it_is_
     try:
         with pytest.raises(RunError) as refusal:
             RunLock(workdir)
-        for word in (f"pid {process.pid}", str(workdir), "another workdir"):
+        for word in (f"pid {process.pid} on {socket.gethostname()}", str(workdir), "another workdir"):
             assert word in str(refusal.value)
         assert f"pid {process.pid}" in (workdir / ".lock").read_text()  # the refused one did not touch it
     finally:
@@ -212,6 +213,27 @@ def test_the_lock_is_not_inherited_by_children(workdir):
     finally:
         child.kill()
         child.wait()
+
+
+@pytest.mark.parametrize(
+    "text", [f"pid {os.getppid()} on {socket.gethostname()}", "pid 1 on elsewhere", "", "\0\xff"]
+)
+def test_what_a_dead_owner_left_stops_nobody(workdir, text):
+    """A process number that is another's by now, another host, nothing, rubbish: the kernel holds the lock."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / ".lock").write_text(text, encoding="latin-1")
+    lock = RunLock(workdir)
+    assert (workdir / ".lock").read_text() == f"pid {os.getpid()} on {socket.gethostname()}"
+    lock.release()
+
+
+def test_a_temporary_lock_is_gone_and_a_removed_one_locks_nobody_out(workdir):
+    lock = RunLock(workdir, "work/lock", temporary=True)
+    (workdir / "work" / "lock").unlink()
+    RunLock(workdir, "work/lock", temporary=True).release()
+    lock.release()
+    lock.release()
+    assert list((workdir / "work").iterdir()) == []
 
 
 @pytest.mark.parametrize("path", ["/dev/null", "/proc/none"])
