@@ -75,7 +75,7 @@ def observe(pid: int) -> dict[str, float]:
 
 def last_step(run: Path) -> int:
     """The last step in the end of metrics.jsonl, without reading all of it."""
-    with contextlib.suppress(OSError, ValueError), (run / "metrics.jsonl").open("rb") as file:
+    with contextlib.suppress(OSError, ValueError, LookupError), (run / "metrics.jsonl").open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 4000))
         return json.loads(file.read().splitlines()[-1])["step"]
     return 0
@@ -221,6 +221,7 @@ def steady(root: Path, steps: int, say=print) -> Row:
     process = start(file, run)
     began = time.monotonic()
     samples = watch(process, run, steps)
+    (root / "samples.json").write_text(json.dumps(samples))
     say(f"{steps} steps in {time.monotonic() - began:.0f} s, {len(samples)} looks at the process")
     wrong = (
         []
@@ -286,9 +287,7 @@ def resumes(root: Path, count: int, say=print, seed: int = 0) -> list[Row]:
         code = start(file, directory, f"--config.train.steps={end}").wait(timeout=600)
         if code:
             wrong.append(f"the last start of {directory.name}: exit {code}")
-    logging.getLogger("tensorboard").setLevel(
-        logging.ERROR
-    )  # it tells of every purge, which is what is looked for
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every purge
     say(f"{done.total()} resumes to step {end}: {dict(done)}")
     say(f"  {len(list((run / 'tensorboard').iterdir()))} event files")
     wrong += differences(run, whole) + leftovers(run)
@@ -296,14 +295,8 @@ def resumes(root: Path, count: int, say=print, seed: int = 0) -> list[Row]:
         wrong += incomplete(directory, end, 1) + board_differences(directory)
     for line in wrong:
         say(f"  LOST {line}")
-    return [
-        (
-            "resumed again and again: SIGTERM, moved end, kill -9",
-            done.total(),
-            done.total() - len(wrong),
-            len(wrong),
-        )
-    ]
+    what = "training: resumed again and again in one run (SIGTERM, moved end, kill -9)"
+    return [(what, done.total(), 0 if wrong else done.total(), done.total() if wrong else 0)]
 
 
 def saved_step(run: Path) -> int | None:
