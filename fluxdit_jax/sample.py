@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,16 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         arguments.prompt += read_prompts(arguments.prompts)
     if not arguments.prompt:
         parser.error("give --prompt or --prompts")
+    for prompt in arguments.prompt:
+        if not prompt.isascii() and any("\ud800" <= character <= "\udfff" for character in prompt):
+            parser.error(f"--prompt {prompt!r} is not UTF-8")
     if min(arguments.steps, arguments.count) < 1 or arguments.seed < 0:
         parser.error("--steps and --count must be at least 1, --seed at least 0")
+    if arguments.seed + arguments.count * len(arguments.prompt) >= 2**31:
+        parser.error("--seed must stay below 2**31, counted up for every picture")
+    scales = [arguments.guidance_text, arguments.guidance_vision]
+    if not all(map(math.isfinite, [*scales, *(arguments.sweep_text or ()), *(arguments.sweep_vision or ())])):
+        parser.error("guidance scales must be finite numbers")
     if not 0 <= arguments.rescale <= 1:
         parser.error("--rescale must be between 0 and 1")
     if arguments.out.suffix.lower() != ".png":
