@@ -264,6 +264,12 @@ def test_starvation_is_told_but_is_not_serious():
         assert word in said[0][1].message
 
 
+def test_a_share_that_wavers_about_the_limit_is_told_once():
+    wavering = {True: 0.4, False: 0.12}  # about the limit of a quarter, in turns longer than the window
+    run = [changed(seen, data_wait=wavering[seen.step // 15 % 2 == 0]) for seen in healthy(1000)]
+    assert kinds(watch(run)) == ["starved"]
+
+
 def test_the_first_steps_may_wait():
     assert watch([changed(seen, data_wait=1.0) if seen.step < 4 else seen for seen in healthy(100)]) == []
 
