@@ -191,12 +191,32 @@ def _same(directory: Path, next_folder: Path) -> bool:
     return all((directory / name).exists() for name in ("dataset_info.json", "features.json"))
 
 
+def _read_commit(path: Path) -> dict[str, Any] | None:
+    """What a publication was about to do; None if there is none. It moves files, so every name in it must be plain."""
+    try:
+        commit = json.loads(path.read_text(encoding="utf-8"))
+        moves = [*commit["keep"].items(), *commit["place"].items()]
+        if commit["phase"] not in (1, 2) or not all(_plain(name) for pair in moves for name in pair):
+            raise ValueError("not what `build` writes there")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise PreprocessError(
+            f"{path} is damaged ({error}): an interrupted publication cannot be completed. Move {path.parent} away and "
+            "give the same command again; `python -m preprocess verify` tells what of the dataset is whole"
+        ) from error
+    return commit
+
+
+def _plain(name: Any) -> bool:
+    return isinstance(name, str) and name.isprintable() and name not in ("", "..") and Path(name).name == name
+
+
 def roll_forward(directory: Path) -> bool:
     """Completes a publication that was begun, if there is one; returns whether there was."""
     work = directory / WORK
-    try:
-        commit = json.loads((work / _COMMIT).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    commit = _read_commit(work / _COMMIT)
+    if commit is None:
         return False
     with disk_errors(directory):
         if commit["phase"] == 1:
