@@ -119,7 +119,7 @@ def _describe(error: BaseException) -> str:
 
 def run(quick: bool) -> list[Row]:
     """Every target in a process of its own, so that one that is killed for memory is a lost row and no more."""
-    seconds = 0.5 if quick else 60.0
+    seconds = 0.5 if quick else 20.0
     rows = []
     for name in TARGETS:
         command = [sys.executable, __file__, "--target", name, "--seconds", str(seconds)]

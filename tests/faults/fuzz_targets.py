@@ -272,6 +272,22 @@ def read_options(content: bytes) -> None:
     load_options(scratch("data/build.json", content).parent)
 
 
+def read_commit(content: bytes) -> None:
+    from preprocess.publish import _read_commit
+
+    commit = _read_commit(scratch("commit.json", content))
+    for name in (*commit["keep"], *commit["keep"].values(), *commit["place"], *commit["place"].values()):
+        assert (SCRATCH / name).resolve().parent == SCRATCH, "a file that would be moved elsewhere"
+
+
+COMMIT = {
+    "phase": 1,
+    "keep": {"a-train.array_record-0-of-1": "0" * 8},
+    "place": {"0" * 8: "a-train.array_record-0-of-1"},
+}
+HOSTILE_COMMITS = tuple(
+    json.dumps(COMMIT | {"place": {"0" * 8: name}}).encode() for name in ("../../x", "/etc/x", "..")
+)
 OPTIONS = {"options": options.Options(input="in", output="out").checked().to_dict()}
 CAPTION = {"caption": "a dog", "text": "a cat"}
 JSONL = b'{"file_name": "a.png", "caption": "a dog"}\n{"image_path": "b.png", "text": "b"}\n\n'
@@ -376,6 +392,7 @@ _TABLE: list[tuple] = [
         metrics.LogError,
         HOSTILE_LOGS,
     ),
+    ("commit", "commit.json of a build", json_text(COMMIT), read_commit, PreprocessError, HOSTILE_COMMITS),
     ("report", "validation reports", json_text(REPORT), read_report, GateError, ()),
     ("prompts", "prompt files", damaged(PROMPTS), read_prompts, sample.SampleError, ()),
     ("run", "config.json and dataset.json of a run", json_text(CONFIG), read_run, run_directory.RunError, ()),
