@@ -59,6 +59,17 @@ def shown(text: str, lines: bool = False) -> str:
     return _CONTROLS.sub(escape, text)
 
 
+def plain_name(name: Any) -> bool:
+    """Whether metadata may name a file so: printable, no way to another folder, not too long for a file system."""
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and name not in ("", "..")
+        and Path(name).name == name
+        and len(name.encode()) <= 255
+    )
+
+
 class DatasetError(Exception):
     """A dataset, shard or record is damaged or is not what the reader was told to expect."""
 
@@ -372,8 +383,7 @@ class Manifest:
                 raise DatasetError(f"{source}: the encoder {encoder.id!r} has control characters in its id")
         for shards in self.shards.values():
             for shard in shards:
-                plain = Path(shard.file).name == shard.file and shard.file.isprintable()
-                if not plain or shard.file in ("", "..") or shard.records < 1:
+                if not plain_name(shard.file) or shard.records < 1:
                     raise DatasetError(f"{source}: bad shard entry {shard.file!r} ({shard.records} records)")
         for field, value in (
             ("vae.width", self.vae.width),
