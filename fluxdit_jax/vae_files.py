@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
-from fluxdit_jax.records import EncoderIdentity, sha256_file
+from fluxdit_jax.records import EncoderIdentity, plain_name, sha256_file
 from fluxdit_jax.vae_network import ACTIVATIONS, KlConfig, KlDecoder, TinyConfig, TinyDecoder
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -158,18 +158,13 @@ def weight_files(directory: Path) -> list[Path]:
         names = set(json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DecoderError(f"{directory / INDEX} cannot be read: {type(error).__name__}: {error}") from error
-    outside = sorted(map(repr, (name for name in names if not _plain(name))))
+    outside = sorted(map(repr, (name for name in names if not plain_name(name))))
     if outside:
         raise DecoderError(f"{directory / INDEX} names what is no file beside it: {', '.join(outside[:8])}")
     missing = sorted(name for name in names if not (directory / name).is_file())
     if missing:
         raise DecoderError(f"{directory}: {INDEX} names files that are not there: {', '.join(missing)}")
     return sorted(directory / name for name in names)
-
-
-def _plain(name: Any) -> bool:
-    """Whether it is the name of a file, without a way to another folder."""
-    return isinstance(name, str) and name.isprintable() and name not in ("", "..") and Path(name).name == name
 
 
 def read_params(files: list[Path], network: KlDecoder | TinyDecoder) -> nnx.State:
