@@ -196,7 +196,9 @@ def _read_commit(path: Path) -> dict[str, Any] | None:
     try:
         commit = json.loads(path.read_text(encoding="utf-8"))
         moves = [*commit["keep"].items(), *commit["place"].items()]
-        if commit["phase"] not in (1, 2) or not all(_plain(name) for pair in moves for name in pair):
+        if commit["phase"] not in (1, 2) or not all(
+            records.plain_name(name) for pair in moves for name in pair
+        ):
             raise ValueError("not what `build` writes there")
     except FileNotFoundError:
         return None
@@ -206,10 +208,6 @@ def _read_commit(path: Path) -> dict[str, Any] | None:
             "give the same command again; `python -m preprocess verify` tells what of the dataset is whole"
         ) from error
     return commit
-
-
-def _plain(name: Any) -> bool:
-    return isinstance(name, str) and name.isprintable() and name not in ("", "..") and Path(name).name == name
 
 
 def roll_forward(directory: Path) -> bool:
