@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import signal
 import sys
 import warnings
@@ -19,6 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     outlive_readers()
     parsed = _parser().parse_args(arguments)
     warnings.filterwarnings("ignore", module="PIL")  # their cases are judged in images.py
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # likewise
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, and so it stays
             signal.signal(number, _stop)
