@@ -23,7 +23,8 @@ SINK = 0.02  # a window's median at this share of the largest window so far
 WEAK = 0.3  # predicted RMS below this share of the target's
 TRIVIAL = 0.01  # a loss below this means that there is nothing to predict
 BROKEN = 10  # bad steps within a window that are no accident
-LOUD = 1.5  # predicted RMS above this many times the target's
+LOUD = 1.5  # predicted RMS above this many times the target's; a healthy step never has that
+OUTBURSTS = 3  # loud steps within a window that are no accident
 SILENT = 100  # steps without any gradient before a part is called disconnected
 LEARNED = 0.05  # share of its first loss that a run must have gained before it can lose it again
 RISEN = 1.5  # a loss this many times the first one was thrown away at once
@@ -83,6 +84,7 @@ class Monitor:
         self._best_loss = math.inf
         self._best_spread = 0.0  # standard deviation of the losses in that window
         self._silent_for: dict[str, int] = {}
+        self._once_heard: set[str] = set()  # groups that have had a gradient
         self._largest = 0.0  # largest window median so far
         self._before_spike = 0.0  # what the norm was before it rose
         self._active: set[str] = set()
@@ -101,6 +103,8 @@ class Monitor:
             self._losses.append(seen.loss)
         for name, norm in seen.gradient_groups.items():
             self._silent_for[name] = self._silent_for.get(name, 0) + 1 if norm == 0.0 else 0
+            if norm > 0.0:
+                self._once_heard.add(name)
         found = [
             self._non_finite(seen),
             self._broken(seen),
@@ -189,14 +193,20 @@ class Monitor:
         gained, kept = self._first_loss - self._best_loss, self._first_loss - now
         # Held against the noise of the steps, or a run that is resumed on its plateau would be accused.
         lost = gained > max(LEARNED * self._first_loss, NOISE * self._best_spread) and kept < gained / 2
-        # A prediction larger than its target is worse than none: that loss may have been so from the first window on.
-        loud = len(self._ratios) == WINDOW and median(self._ratios) > LOUD
-        risen = now > RISEN * self._first_loss or loud
+        # A prediction larger than its target is worse than none. Weights that are thrown in the first steps show it
+        # only there: afterwards the run sits at the loss of predicting nothing, from which it never fell.
+        outbursts = sum(ratio > LOUD for ratio in self._ratios)
+        what = (
+            f"{outbursts} of the last {WINDOW} steps predicted velocities more than {LOUD:g} times as large as the "
+            "targets, which is worse than predicting nothing: the weights were thrown"
+            if outbursts >= OUTBURSTS
+            else f"the loss began at {self._first_loss:.3g}, had fallen to {self._best_loss:.3g} and is at {now:.3g} "
+            "now: what was learned is lost"
+        )
         return self._change(
             "diverged",
-            lost or risen,
-            f"step {seen.step}: the loss began at {self._first_loss:.3g}, had fallen to {self._best_loss:.3g} and is "
-            f"at {now:.3g} now: what was learned is lost. The learning rate ({self._learning_rate:g}) is too high. "
+            lost or now > RISEN * self._first_loss or outbursts >= OUTBURSTS,
+            f"step {seen.step}: {what}. The learning rate ({self._learning_rate:g}) is too high. "
             "Go back to a checkpoint from before, and lower optim.lr by 3 or lengthen optim.warmup_steps",
             f"step {seen.step}: the loss has come down to {now:.3g}",
         )
@@ -225,11 +235,17 @@ class Monitor:
         silent = sorted(
             n for n, steps in self._silent_for.items() if steps >= SILENT and n not in self._silent
         )
+        why = (
+            f"it had one before, so too large an update has put its units out: the learning rate "
+            f"({self._learning_rate:g}) is too high. Go back to a checkpoint from before and lower optim.lr by 3"
+            if self._once_heard.issuperset(silent)
+            else "not connected to the loss, or behind two layers that both start at zero. It will never learn; "
+            "restart with this mended"
+        )
         return self._change(
             "disconnected",
             bool(silent),
-            f"step {seen.step}: {', '.join(silent)} had a gradient of exactly zero for {SILENT} steps: not connected "
-            "to the loss, or behind two layers that both start at zero. It will never learn; restart with this mended",
+            f"step {seen.step}: {', '.join(silent)} had a gradient of exactly zero for {SILENT} steps: {why}",
             f"step {seen.step}: every part of the network receives gradient",
         )
 

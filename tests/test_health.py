@@ -120,6 +120,20 @@ def test_a_loss_that_goes_back_is_named():
     assert "lost" in said[0][1].message and "optim.lr" in said[0][1].message
 
 
+def test_weights_thrown_in_the_first_steps_are_named_although_the_loss_never_fell():
+    """Afterwards the loss is that of predicting nothing: seen on a run at a hundred times its learning rate."""
+    run = [changed(seen, loss=2.0, rms_ratio=3.0 if 4 <= seen.step <= 6 else 0.1) for seen in healthy(100)]
+    said = watch(run)
+    assert kinds(said)[0] == "diverged" and said[0][0] == WINDOW and said[0][1].serious
+    assert (
+        "worse than predicting nothing" in said[0][1].message and "0.001) is too high" in said[0][1].message
+    )
+
+
+def test_one_outburst_is_forgiven():
+    assert watch([changed(seen, rms_ratio=3.0) if seen.step == 50 else seen for seen in healthy(200)]) == []
+
+
 # ------------------------------------------------------------------------------------------------ sinking
 
 
@@ -185,6 +199,12 @@ def test_a_part_without_gradient_is_named():
     said = watch([silence(seen, "null_text", "out") for seen in healthy(500)])
     assert kinds(said) == ["disconnected"] and said[0][0] == SILENT and said[0][1].serious
     assert "null_text, out" in said[0][1].message and "blocks/mlp" not in said[0][1].message
+
+
+def test_a_part_that_has_lost_its_gradient_is_put_down_to_the_learning_rate():
+    said = watch([silence(seen, "out") if seen.step > 50 else seen for seen in healthy(500)])
+    assert kinds(said) == ["disconnected"] and said[0][0] == 50 + SILENT
+    assert "it had one before" in said[0][1].message and "0.001) is too high" in said[0][1].message
 
 
 def test_a_part_that_rightly_has_no_gradient_is_not_named():
