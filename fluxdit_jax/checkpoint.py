@@ -13,6 +13,7 @@ either a whole checkpoint or none.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -97,7 +98,8 @@ class Checkpoints:
         self.poll(wait=True)
         if step in self._manager.all_steps():
             return True
-        meta = meta | {_DIGEST: tree_digest(state, meta)}
+        meta = json.loads(json.dumps(meta))  # the caller's lists grow while it is being written
+        meta |= {_DIGEST: tree_digest(state, meta)}
         return self._start(
             CHECKPOINTS,
             step,

@@ -112,6 +112,15 @@ def test_the_state_may_be_donated_right_after_saving(tmp_path):
     assert tree_equal(restore(tmp_path, state)[0], expected)
 
 
+def test_lists_that_grow_while_they_are_written_are_saved_as_they_were(tmp_path, states):
+    """A run goes on with the losses of its window at once; the saved ones must be those of the digest."""
+    losses = [1.0]
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, states[1], meta(1) | {"losses": losses})
+        losses.append(2.0)
+    assert restore(tmp_path, states[1])[1]["losses"] == [1.0]
+
+
 def test_the_latest_few_are_kept_and_every_ema(tmp_path, states):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         for step in (1, 2, 3, 4):
