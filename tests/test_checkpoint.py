@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
