@@ -128,6 +128,11 @@ class Child:
             time.sleep(0.002)
         return False
 
+    def catches(self, number: int) -> bool:
+        """Whether it has set a handler for a signal."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return bool(int(status.split("SigCgt:")[1].split()[0], 16) >> (number - 1) & 1)
+
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
 

@@ -202,12 +202,13 @@ class Signalled:
             shutil.rmtree(out, ignore_errors=True)
             whole = self.scene.start(module, *arguments)
             expected = self.scene.files(out)
-            # before the program has set its handlers a signal simply ends it: there is nothing to clean up yet
+            # before a program has set its handlers a signal ends it as it ends any: there is nothing to clean up yet
             for label, number in () if quick else ENDS.items():
                 for part in (0.1, 0.4, 0.7, 0.95):
                     shutil.rmtree(out, ignore_errors=True)
                     child = self.scene.start(module, *arguments, begin=forked.start)
-                    child.wait_until(lambda: False, part * whole.seconds)
+                    child.wait_until(lambda c=child: c.catches(TERM), 10)
+                    child.wait_until(lambda: False, (part - 0.1) * whole.seconds)
                     child.signal(number)
                     wrong = self.sober(child.end(), (128 + number, -number, *fine))
                     wrong += self.goes_on(module, arguments, out, fine, expected)
