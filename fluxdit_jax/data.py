@@ -20,6 +20,8 @@ from pathlib import Path
 import grain
 import numpy as np
 
+from fluxdit_jax.batch_memory import BatchMemory
+from fluxdit_jax.patches import patchify
 from fluxdit_jax.records import (
     BF16,
     DatasetError,
@@ -29,6 +31,7 @@ from fluxdit_jax.records import (
     check_record,
     decode_record,
 )
+from fluxdit_jax.shards import Shards
 
 log = logging.getLogger(__name__)
 ON_CORRUPT = ("stop", "skip")
@@ -41,13 +44,14 @@ class RecordSource:
     """Random access to the decoded and checked records of one split (`grain.RandomAccessDataSource`).
 
     Attributes:
+      manifest: of the data set.
       damaged: the records that `sound` passed over so far, and what is wrong with each.
 
     Raises:
       DatasetError: at construction, if a shard is missing, truncated or holds another number of records
-        than the manifest says; at access, if a record is damaged: its checksum, its encoding, a value that is
-        not finite, a vector that has not unit norm, or a size that the manifest does not know. The message
-        names shard and row.
+        than the manifest says (see `Shards`); at access, if a record is damaged: its checksum, its encoding, a
+        value that is not finite, a vector that has not unit norm, or a size that the manifest does not know.
+        The message names shard and row.
     """
 
     def __init__(self, directory: str | Path, manifest: Manifest, split: str, on_corrupt: str = "stop"):
@@ -57,36 +61,15 @@ class RecordSource:
         """
         if on_corrupt not in ON_CORRUPT:
             raise ValueError(f"on_corrupt is {on_corrupt!r}; it must be one of {', '.join(ON_CORRUPT)}")
-        self._directory, self._manifest, self._split = directory, manifest, split
+        self._directory, self.manifest, self._split = directory, manifest, split
         self._skip = on_corrupt == "skip"
         self._lock = threading.Lock()
         self.damaged: dict[int, str] = {}
         shards = manifest.shards.get(split, ())
         if not shards:
             raise DatasetError(f"{directory}: split {split!r} has no records")
-        self._files = [Path(directory) / shard.file for shard in shards]
+        self._shards = Shards(directory, shards)
         self._starts = list(itertools.accumulate((shard.records for shard in shards), initial=0))
-        self._shards = []
-        for file, shard in zip(self._files, shards, strict=True):
-            if not file.is_file():
-                raise DatasetError(f"{file} is missing; the manifest lists it with {shard.records} records")
-            if file.stat().st_size != shard.bytes:
-                raise DatasetError(
-                    f"{file} has {file.stat().st_size} bytes, the manifest says {shard.bytes}: it is truncated or "
-                    f"from another build. `python -m preprocess verify {directory}` tells what is damaged"
-                )
-            try:
-                opened = grain.sources.ArrayRecordDataSource([str(file)])
-            except Exception as error:  # ArrayRecord raises bare C++ errors without a file name
-                raise DatasetError(
-                    f"{file} cannot be opened: {str(error).splitlines()[0]}. "
-                    f"`python -m preprocess verify {directory}` tells what is damaged"
-                ) from error
-            if len(opened) != shard.records:
-                raise DatasetError(
-                    f"{file} holds {len(opened)} records, the manifest says {shard.records}: it is from another build"
-                )
-            self._shards.append(opened)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -98,12 +81,12 @@ class RecordSource:
         shard = bisect.bisect_right(self._starts, index) - 1
         row = index - self._starts[shard]
         try:
-            record = decode_record(self._shards[shard][row], self._manifest.text.width)
+            record = decode_record(self._shards.read(shard, row), self.manifest.text.width)
             check_record(record)
-            check_fit(record, self._manifest)
+            check_fit(record, self.manifest)
             return record
         except Exception as error:  # ArrayRecord raises bare C++ errors without a file name
-            raise DatasetError(f"{self._files[shard]} row {row} (record {index}): {error}") from error
+            raise DatasetError(f"{self._shards.files[shard]} row {row} (record {index}): {error}") from error
 
     def sound(self, order: Iterable[int]) -> Iterator[tuple[int, Record]]:
         """(number, record) of those of these records that are not damaged, read one by one as they are asked for.
@@ -149,21 +132,6 @@ class RecordSource:
             ) from error
 
 
-def patchify(latent_CxHxW: np.ndarray, patch: int) -> np.ndarray:
-    """[C, h, w] -> [h/p * w/p, p * p * C], tokens row by row, patches as (row, column, channel)."""
-    C, h, w = latent_CxHxW.shape
-    grid = latent_CxHxW.reshape(C, h // patch, patch, w // patch, patch)
-    return grid.transpose(1, 3, 2, 4, 0).reshape(-1, patch * patch * C)
-
-
-def unpatchify(tokens_NxP: np.ndarray, grid: tuple[int, int], patch: int) -> np.ndarray:
-    """The inverse of `patchify` for the first rows * columns tokens: [C, h, w]."""
-    rows, columns = grid
-    channels = tokens_NxP.shape[-1] // patch**2
-    tiles = tokens_NxP[: rows * columns].reshape(rows, columns, patch, patch, channels)
-    return tiles.transpose(4, 0, 2, 1, 3).reshape(channels, rows * patch, columns * patch)
-
-
 def collate(
     records: list[Record],
     index: list[int],
@@ -171,43 +139,71 @@ def collate(
     tokens: int,
     text_tokens: int,
     replaced: list[bool] | None = None,
+    memory: BatchMemory | None = None,
 ) -> dict:
-    """Stacks records into the arrays `train_step.make_train_step` takes; everything is fresh memory.
+    """Stacks records into the arrays `train_step.make_train_step` takes.
 
     Args:
       replaced: which records stand in for damaged ones; None: none of them.
+      memory: where the batch is written, of `batch_shapes`; its arrays are read-only. None: fresh memory.
 
     Returns:
       latent bf16 [B, tokens, P], grid int32 [B, 2], text bf16 [B, text_tokens, E], text_length int32 [B],
       vision f32 [B, V], index uint32 [B], replaced bool [B]. Padding is zero. Captions longer than text_tokens
       are cut.
     """
-    B = len(records)
-    first = records[0]
-    latent = np.zeros((B, tokens, first.latent.shape[0] * patch**2), BF16)
-    text = np.zeros((B, text_tokens, first.text.shape[1]), BF16)
-    batch = {
-        "latent": latent,
-        "grid": np.empty((B, 2), np.int32),
-        "text": text,
-        "text_length": np.empty((B,), np.int32),
-        "vision": np.stack([record.vision for record in records]),
-        "index": np.asarray(index, np.uint32),
-        "replaced": np.zeros(B, bool) if replaced is None else np.asarray(replaced, bool),
-    }
+    B, first = len(records), records[0]
+    if memory is None:
+        shapes = batch_shapes(
+            B, first.latent.shape[0] * patch**2, tokens, text_tokens, first.text.shape[1], first.vision.size
+        )
+        batch = {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
+        filled = np.zeros((B, 2), np.int64)
+    else:
+        batch, filled = memory.take()
+    before = filled.tolist()
+    filled[:] = tokens, text_tokens  # should this fail half-way, all of it counts as used
+    latent, text = batch["latent"].view(np.uint16), batch["text"].view(np.uint16)
+    lengths = []
     for row, record in enumerate(records):
         _, h, w = record.latent.shape
-        grid = (h // patch, w // patch)
-        if h % patch or w % patch or grid[0] * grid[1] > tokens:
+        rows, columns = h // patch, w // patch
+        count, length = rows * columns, min(len(record.text), text_tokens)
+        if h % patch or w % patch or count > tokens:
             raise DatasetError(
                 f"record {record.key!r} has a latent of {h}x{w}, which does not fit {tokens} patches of side {patch}"
             )
-        latent[row, : grid[0] * grid[1]] = patchify(record.latent, patch)
-        length = min(len(record.text), text_tokens)
-        text[row, :length] = record.text[:length]
-        batch["grid"][row] = grid
-        batch["text_length"][row] = length
+        patchify(record.latent.view(np.uint16), patch, latent[row, :count])
+        latent[row, count : before[row][0]] = 0
+        text[row, :length] = record.text[:length].view(np.uint16)
+        text[row, length : before[row][1]] = 0
+        batch["vision"][row] = record.vision
+        batch["grid"][row] = rows, columns
+        lengths.append((count, length))
+    filled[:] = lengths
+    batch["text_length"][:] = filled[:, 1]
+    batch["index"][:] = index
+    batch["replaced"][:] = False if replaced is None else replaced
+    if memory is not None:
+        for array in batch.values():
+            array.flags.writeable = False  # what is written into the padding would be in later batches
     return batch
+
+
+def batch_shapes(
+    rows: int, token_width: int, tokens: int, text_tokens: int, text_width: int, vision_width: int
+) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """(shape, dtype) of every array of a micro-batch, as `collate` makes it."""
+    shapes = {
+        "latent": ((tokens, token_width), BF16),
+        "grid": ((2,), np.int32),
+        "text": ((text_tokens, text_width), BF16),
+        "text_length": ((), np.int32),
+        "vision": ((vision_width,), np.float32),
+        "index": ((), np.uint32),
+        "replaced": ((), np.bool_),
+    }
+    return {name: ((rows, *shape), np.dtype(dtype)) for name, (shape, dtype) in shapes.items()}
 
 
 def batches(
@@ -226,26 +222,39 @@ def batches(
 ) -> Iterator[dict]:
     """Endless micro-batches from sample position `start` on, of the first sound record from each position on.
 
+    Their arrays are read-only, and their memory is used again once nothing refers to any of them.
+
     Args:
       batch_size: samples of the micro-batch over all processes; each process reads its own equal part.
       threads, prefetch: reader threads, and batches read ahead; neither changes what is read.
     """
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     local = batch_size // processes
+    width = source.manifest.vae.width * patch**2
+    memory = BatchMemory(
+        local,
+        batch_shapes(
+            local, width, tokens, text_tokens, source.manifest.text.width, source.manifest.vision.width
+        ),
+    )
 
-    def rest_of_epoch(position: int) -> Iterator[int]:
-        """The records from a position to the end of its epoch, then those from its beginning."""
+    def rest_of_epoch(position: int, number: int) -> Iterator[int]:
+        """The record at a position, the others to the end of its epoch, then those from its beginning."""
+        yield number
         begin = position - position % len(source)
-        return (
-            order[i] for i in itertools.chain(range(position, begin + len(source)), range(begin, position))
-        )
+        for i in itertools.chain(range(position + 1, begin + len(source)), range(begin, position)):
+            yield order[i]
 
     def read(number: int) -> dict:
         first = start + number * batch_size + process * local
         index = list(range(first, first + local))
-        numbers, records = zip(*(next(source.sound(rest_of_epoch(i))) for i in index), strict=True)
-        replaced = [number != order[i] for number, i in zip(numbers, index, strict=True)]
-        return collate(records, index, patch, tokens, text_tokens, replaced)
+        wanted = [order[i] for i in index]
+        found, records = zip(
+            *(next(source.sound(rest_of_epoch(*place))) for place in zip(index, wanted, strict=True)),
+            strict=True,
+        )
+        replaced = [number != asked for number, asked in zip(found, wanted, strict=True)]
+        return collate(records, index, patch, tokens, text_tokens, replaced, memory)
 
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
     return iter(grain.MapDataset.range(_ENDLESS).map(read).to_iter_dataset(options))

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fluxdit_jax import data, model, sampler
+from fluxdit_jax import model, sampler
+from fluxdit_jax.patches import unpatchify
 from fluxdit_jax.records import BF16, Record
 from fluxdit_jax.train_step import valid_tokens
 
@@ -131,7 +132,7 @@ class Generator:
             done = min(self._batch_size, count - start)
             for row in range(done):
                 grid = tuple(int(side) for side in part["grid"][row])
-                result.append(data.unpatchify(tokens[row], grid, self._config.patch))
+                result.append(unpatchify(tokens[row], grid, self._config.patch))
             if progress is not None:
                 progress(done)
         return result

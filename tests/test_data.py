@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -20,8 +25,11 @@ from training_helpers import (
     write_shard,
 )
 
-from fluxdit_jax.data import RecordSource, batches, collate, patchify, unpatchify
+from fluxdit_jax.batch_memory import BatchMemory
+from fluxdit_jax.data import RecordSource, batch_shapes, batches, collate
+from fluxdit_jax.patches import patchify, unpatchify
 from fluxdit_jax.records import BF16, DatasetError, encode_record, load_manifest, serialize_unchecked
+from fluxdit_jax.shards import Shards
 
 pytest_plugins = ("training_fixtures",)
 
@@ -86,6 +94,24 @@ def test_an_index_outside_is_an_index_error(source, index):
 def dataset(tmp_path):
     """A dataset of one's own, to damage: 10 records in 2 shards."""
     return tmp_path / "d", write_dataset(tmp_path / "d", train=10, holdout=0)
+
+
+def test_more_shards_than_files_may_be_open(tmp_path):
+    """Read from several threads; the manifest's word is held against a shard when it is opened."""
+    manifest = write_dataset(tmp_path, train=40, holdout=0, shards=20)
+    entries = manifest.shards["train"]
+    shards = Shards(tmp_path, entries, most_open=3)
+    with ThreadPoolExecutor(4) as pool:
+        places = [(number * 7 % 20, number % 2) for number in range(200)]
+        found = list(pool.map(lambda place: shards.read(*place), places))
+    for (shard, row), data in zip(places, found, strict=True):
+        number = 2 * shard + row
+        assert data == encode_record(make_record(number, UNEVEN_SIZES[number % 3]))
+    files = [os.path.realpath(fd) for fd in Path("/proc/self/fd").iterdir()]
+    assert sum(str(tmp_path) in file for file in files) == 3
+    late = Shards(tmp_path, (*entries[:3], dataclasses.replace(entries[3], records=9)), most_open=3)
+    with pytest.raises(DatasetError, match=f"{entries[3].file} holds 2 records, the manifest says 9"):
+        late.read(3, 0)
 
 
 def test_an_empty_split_is_refused(dataset):
@@ -362,14 +388,42 @@ def test_processes_read_disjoint_parts_of_the_same_batch(source):
         assert tree_equal(whole([part[number] for part in parts]), batch)
 
 
-def test_a_batch_is_fresh_memory(source):
+def test_memory_is_used_again_only_when_nothing_refers_to_it(source):
     stream = batches(
         source, seed=0, start=0, batch_size=4, patch=2, tokens=4, text_tokens=5, threads=1, prefetch=1
     )
-    first, second = next(stream), next(stream)
-    for name in first:
-        assert not np.shares_memory(first[name], second[name])
-        assert first[name].flags.writeable, name
+    held = [next(stream) for _ in range(6)]
+    for first, second in itertools.combinations(held, 2):
+        assert not any(np.shares_memory(first[name], second[name]) for name in first)
+    copies = [{name: array.copy() for name, array in batch.items()} for batch in held]
+    on_device = [jax.device_put(batch) for batch in held]  # JAX may not copy, but it keeps a reference
+    one_array = held[0]["text"][1:, 2:]
+    addresses = {batch["latent"].ctypes.data for batch in held}
+    del held, first, second
+    for _ in range(20):
+        next(stream)
+    for copied, placed in zip(copies, on_device, strict=True):
+        assert all(np.asarray(placed[name]).tobytes() == copied[name].tobytes() for name in copied)
+    assert one_array.tobytes() == copies[0]["text"][1:, 2:].tobytes()
+    del on_device, placed, one_array
+    gc.collect()
+    later = {next(stream)["latent"].ctypes.data for _ in range(30)}
+    assert later & addresses and len(later) < 10
+
+
+def test_memory_used_again_is_padded_with_zeros_and_cannot_be_written():
+    sizes = ((4, 4), (2, 2))
+    memory = BatchMemory(2, batch_shapes(2, 4 * CHANNELS, 6, 5, TEXT_WIDTH, VISION_WIDTH))
+    for numbers in ((4, 3), (0, 1), (3, 0), (1, 4)):  # long texts and short ones, in either row
+        records = [make_record(i, sizes[i % 2]) for i in numbers]
+        batch = collate(records, [0, 1], 2, 6, 5, memory=memory)
+        assert tree_equal(batch, collate(records, [0, 1], 2, 6, 5))
+        for array in batch.values():
+            with pytest.raises(ValueError, match="read-only"):
+                array[0] = 0
+        with pytest.raises(DatasetError, match="does not fit"):
+            collate([records[0], make_record(9, (8, 8))], [0, 1], 2, 6, 5, memory=memory)
+        del batch, array
 
 
 # ------------------------------------------------------------------------------------------------ patches and padding

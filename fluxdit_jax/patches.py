@@ -1,0 +1,38 @@
+"""Patches: latents as sequences of tokens, and back. On the bytes, so that any dtype is as fast as any other."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def patchify(latent_CxHxW: np.ndarray, patch: int, out_NxP: np.ndarray | None = None) -> np.ndarray:
+    """[C, h, w] -> [h/p * w/p, p * p * C], tokens row by row, patches as (row, column, channel).
+
+    Args:
+      out_NxP: contiguous memory of the result, of the latent's dtype; None: new memory.
+    """
+    C, h, w = latent_CxHxW.shape
+    rows, columns = h // patch, w // patch
+    if out_NxP is None:
+        out_NxP = np.empty((rows * columns, patch * patch * C), latent_CxHxW.dtype)
+    # First pixels with their channels together: 16 long strided copies take half the time of one with an inner
+    # loop of 16. numpy copies its own integers faster than bfloat16, and without holding the interpreter's lock.
+    same_size = np.dtype(f"u{latent_CxHxW.dtype.itemsize}")
+    latent_CxL = latent_CxHxW.view(same_size).reshape(C, h * w)
+    pixels_LxC = np.empty((h * w, C), same_size)
+    for channel in range(C):
+        pixels_LxC[:, channel] = latent_CxL[channel]
+    # Then the rows of patches, each `patch` pixels in one piece.
+    piece = np.dtype(f"V{patch * C * same_size.itemsize}")
+    pieces = pixels_LxC.reshape(-1, patch * C).view(piece).reshape(rows, patch, columns)
+    out_pieces = out_NxP.view(same_size).reshape(-1, patch * C).view(piece).reshape(rows, columns, patch)
+    out_pieces[...] = pieces.transpose(0, 2, 1)
+    return out_NxP
+
+
+def unpatchify(tokens_NxP: np.ndarray, grid: tuple[int, int], patch: int) -> np.ndarray:
+    """The inverse of `patchify` for the first rows * columns tokens: [C, h, w]."""
+    rows, columns = grid
+    channels = tokens_NxP.shape[-1] // patch**2
+    tiles = tokens_NxP[: rows * columns].reshape(rows, columns, patch, patch, channels)
+    return tiles.transpose(4, 0, 2, 1, 3).reshape(channels, rows * patch, columns * patch)
