@@ -6,9 +6,12 @@ import io
 import json
 import os
 import tarfile
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from preprocess import PreprocessError
 from preprocess.images import Rejected
@@ -245,3 +248,33 @@ def test_place_refuses_what_is_too_large_or_gone(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(Rejected, match="not a regular file"):
         place.read(5)
+
+
+NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=80)
+
+
+def usable(name: str) -> bool:
+    return not name.startswith(".") and len(name.encode()) <= 250
+
+
+@given(
+    st.sets(NAMES.filter(usable), min_size=1, max_size=6), st.sampled_from(["", "sub", "a b", "-rf", "Ü\n"])
+)
+@example({"-rf", "a b", "new\nline", "ö" * 125, "x.tar", "a.b.c", "\u202e", "%2e%2e", "\\..\\x", "CON"}, "")
+@settings(max_examples=60, deadline=None)
+def test_whatever_a_file_is_called(names: set[str], folder: str) -> None:
+    """Any name that the file system takes, in any folder: the key is the path, and the caption is its own."""
+    with tempfile.TemporaryDirectory() as root:
+        place = Path(root) / folder
+        place.mkdir(exist_ok=True)
+        for name in names:
+            (place / f"{name}.png").write_bytes(b"x")
+            (place / f"{name}.txt").write_text(name, encoding="utf-8")
+        result = scan(root)
+        assert result.rejects == []
+        prefix = f"{folder}/" if folder else ""
+        assert sorted(keys(result)) == sorted(f"{prefix}{name}.png" for name in names)
+        for found in result.found:
+            assert found.caption_file.read(1000).decode() == found.key.removeprefix(prefix).removesuffix(
+                ".png"
+            )
