@@ -39,11 +39,14 @@ from fluxdit_jax.metrics import read_metrics  # noqa: E402
 Row = tuple[str, int, int, int]
 SHARED = Path("/dev/shm")
 
-# What may be left of growth, per 10,000 steps after the first quarter of the run (allocators keep what they have had).
+# What may be left of growth, per 10,000 steps in the second half of the run.
 GROWTH = {"memory, MB": 2.0, "file descriptors": 0.5, "threads": 0.5, "/dev/shm, MB": 0.5}
 # Beside it, per save: tensorstore 0.1.86 never frees what `KvStore.Spec.to_json` returns, 257 bytes, and Orbax asks for
 # it for every array of every save. With the 48 saves of a day that is some megabytes, so it is allowed for here.
 GROWTH_A_SAVE_MB = 0.1
+# The allocators' arenas (a hundred threads have them) fill up during about 10,000 steps and then stay as they are; a
+# shorter run is still in the midst of it.
+FULL, FILLING_MB = 20_000, 30.0
 # Scalars that tell of the machine and not of the run.
 CLOCKS = ("images_per_second", "tokens_per_second", "data_wait", "mfu", "device_memory_gb")
 
@@ -99,11 +102,11 @@ def watch(process: subprocess.Popen, run: Path, steps: int) -> list[dict[str, fl
 
 
 def growth(samples: list[dict[str, float]], steps: int) -> dict[str, tuple[float, float, float]]:
-    """For each quantity: its median, its largest value and its growth per 10,000 steps, after the first quarter.
+    """For each quantity: its median, its largest value and its growth per 10,000 steps, in the second half.
 
     The growth is Theil and Sen's slope (the median of the slopes of all pairs), which a spike does not move.
     """
-    late = [sample for sample in samples if sample["step"] >= steps / 4]
+    late = [sample for sample in samples if sample["step"] >= steps / 2]
     late = late[:: max(1, len(late) // 400)]
     step = np.array([sample["step"] for sample in late], float)
     found = {}
@@ -239,7 +242,8 @@ def steady(root: Path, steps: int, say=print) -> Row:
     for name, (typical, most, slope) in growth(samples, steps).items():
         bound = GROWTH[name] * max(1.0, 5_000 / steps)
         if name == "memory, MB":
-            bound += GROWTH_A_SAVE_MB * 1e4 * samples[-1]["saves"] / steps
+            filling = FILLING_MB if steps < FULL else 0.0
+            bound += 1e4 / steps * (GROWTH_A_SAVE_MB * samples[-1]["saves"] + 2 * filling)
         say(
             f"  {name:18} median {typical:8.1f}  most {most:8.1f}  "
             f"growth per 10,000 steps {slope:+.3f} (bound {bound:g})"
