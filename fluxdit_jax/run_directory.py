@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ from ml_collections import ConfigDict
 
 from fluxdit_jax.command import explain, undoing
 from fluxdit_jax.files import write_whole
-from fluxdit_jax.records import Manifest, load_manifest
+from fluxdit_jax.records import Manifest
 
 log = logging.getLogger(__name__)
 CONFIG = "config.json"
@@ -123,6 +124,11 @@ def check_resume(workdir: Path, config: ConfigDict, manifest: Manifest) -> bool:
         `config.resume.allow_changes` is not set. The message lists every difference.
     """
     if not (workdir / CONFIG).exists():
+        if any((workdir / "checkpoints").glob("[0-9]*")) and not config.resume.allow_changes:
+            raise RunError(
+                f"{workdir} has checkpoints but no {CONFIG}: what the run was started with cannot be compared. Bring "
+                "a backup, or give --config.resume.allow_changes=True to go on with this configuration"
+            )
         return False
     changes = config_changes(load_config(workdir), config)
     if _dataset_identity(load_dataset(workdir)) != _dataset_identity(manifest):
@@ -141,7 +147,13 @@ def record_start(workdir: Path, config: ConfigDict, manifest: Manifest) -> None:
     values = config.to_dict()
     # absolute, because sampling and validation may be asked for from another directory
     values["data"]["path"] = str(Path(config.data.path).absolute())
+    values["checksum"] = _checksum(values)
     write_whole(workdir / CONFIG, json.dumps(values, indent=1) + "\n")
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    """Of a configuration: a flipped bit in a number would else change what is drawn without a word."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def config_changes(old: ConfigDict, new: ConfigDict) -> list[str]:
@@ -158,12 +170,18 @@ def config_changes(old: ConfigDict, new: ConfigDict) -> list[str]:
 
 
 def load_config(workdir: Path) -> ConfigDict:
-    """The configuration a run was last started with."""
+    """The configuration a run was last started with; raises `RunError` if it is missing or damaged."""
     path = workdir / CONFIG
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError(f"expected a JSON object, got {type(values).__name__}")
+        checksum = values.pop("checksum", None)  # runs of before had none
+        if checksum is not None and checksum != _checksum(values):
+            raise ValueError(
+                "its checksum is not that of its content: it is damaged, or was edited by hand. Bring a backup; "
+                "or mend the value and take the line with the checksum out"
+            )
         return ConfigDict(values)
     except FileNotFoundError as error:
         raise RunError(
@@ -176,8 +194,6 @@ def load_config(workdir: Path) -> ConfigDict:
 def load_dataset(workdir: Path) -> Manifest:
     """The manifest of the run's data set; the data set itself may be gone."""
     path = workdir / DATASET
-    if not path.exists():
-        return load_manifest(load_config(workdir).data.path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from fluxdit_jax import command, files, pictures, sampler
 from fluxdit_jax.checkpoint import EMA, SHORT_EMA, CheckpointError, restore_ema
-from fluxdit_jax.config import resolve
+from fluxdit_jax.config import ConfigError, resolve
 from fluxdit_jax.generation import Generator, conditions
-from fluxdit_jax.records import EncoderIdentity, Manifest
+from fluxdit_jax.records import DatasetError, EncoderIdentity, Manifest
 from fluxdit_jax.run_directory import RunError, RunLock, load_config, load_dataset
 from fluxdit_jax.train import use_compilation_cache
 from fluxdit_jax.train_step import patch_statistics
@@ -37,7 +37,9 @@ class SampleError(Exception):
     """The request cannot be drawn; the message names the argument."""
 
 
-USER_ERRORS = (SampleError, RunError, CheckpointError, DecoderError, PreprocessError, OSError)
+USER_ERRORS = (
+    SampleError, RunError, CheckpointError, ConfigError, DatasetError, DecoderError, PreprocessError, OSError,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -84,7 +84,8 @@ def draw_contact(dataset, cells: int, device: str, path: Path) -> str:  # noqa: 
     columns = min(4, len(positions))
     lines = -(-len(positions) // columns)
     vae, note = _decoder(dataset.manifest, device)
-    root = _source_root(dataset.directory)
+    root, why = _source_root(dataset.directory)
+    note += why
     figure = Figure(figsize=(4.2 * columns, 2.95 * lines), layout="constrained")
     missing = 0
     for axes, position in zip(figure.subplots(lines, columns, squeeze=False).ravel(), positions):
@@ -141,12 +142,12 @@ def _false_colours(latent: np.ndarray) -> np.ndarray:
     return np.repeat(np.repeat(shown.transpose(1, 2, 0), 8, axis=0), 8, axis=1)
 
 
-def _source_root(directory: Path) -> Path | None:
+def _source_root(directory: Path) -> tuple[Path | None, str]:
     try:
         source = Path(load_options(directory).input)
-    except PreprocessError:
-        return None
-    return source if source.is_dir() else source.parent
+    except PreprocessError as error:
+        return None, f" No originals: {error}."
+    return source if source.is_dir() else source.parent, ""
 
 
 def _original(root: Path | None, record: Record, dataset) -> np.ndarray | None:  # noqa: ANN001

@@ -8,6 +8,7 @@ While files are moved there is no manifest, so nobody takes the directory for a 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 import shutil
@@ -86,7 +87,7 @@ def publish(
         rejects_sha256 = records.sha256_file(next_folder / records.REJECTS)
         index = pa.concat_tables([_index_part(info, table) for info, table, _ in placed]).cast(INDEX)
         Rows(index, [info for info, _, _ in placed], rejects_sha256).save(next_folder / records.INDEX)
-        _save_text(next_folder / OPTIONS_FILE, _to_json({"options": plan.options.to_dict()}))
+        _save_text(next_folder / OPTIONS_FILE, _options_json(plan.options))
         _save_text(next_folder / records.MANIFEST, manifest.to_json())
     moves = [(info.uid, old, info.file) for info, _, old in placed if info.records]
     if all(old == new for _, old, new in moves) and _same(directory, next_folder):
@@ -283,11 +284,26 @@ def write_tfds_metadata(directory: Path, manifest: Manifest) -> None:
     )
 
 
+def _options_json(options: Options) -> str:
+    raw = options.to_dict()
+    return _to_json({"options": raw, "checksum": _checksum(raw)})
+
+
+def _checksum(raw: Any) -> str:
+    """Of a build's options: `verify --repair` would else encode with what a flipped bit makes of them."""
+    return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
+
+
 def load_options(directory: Path) -> Options:
     """The options that a dataset was built with; raises `PreprocessError` if they are not there."""
     path = directory / OPTIONS_FILE
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
+        if raw.get("checksum", _checksum(raw["options"])) != _checksum(raw["options"]):
+            raise ValueError(
+                "its checksum is not that of its content: it is damaged, or was edited by hand; give the `build` "
+                "command of the dataset again, it writes the file anew"
+            )
         return Options.from_dict(raw["options"], str(path))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PreprocessError(f"{path} cannot be read: {error}") from error

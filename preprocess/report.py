@@ -165,8 +165,14 @@ def _latent_lines(dataset: Dataset) -> list[str]:
 def _reject_lines(dataset: Dataset) -> list[str]:
     if not dataset.manifest.rejects:
         return ["rejects: none"]
-    lines = (dataset.directory / records.REJECTS).read_text(encoding="utf-8").splitlines()
-    reasons = collections.Counter(json.loads(line)["reason"] for line in lines)
+    path = dataset.directory / records.REJECTS
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        reasons = collections.Counter(str(json.loads(line)["reason"]) for line in lines)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DatasetError(f"{path} is damaged: {error}; `python -m preprocess verify` tells more") from error
+    if len(lines) != dataset.manifest.rejects:
+        raise DatasetError(f"{path} has {len(lines)} lines, the manifest says {dataset.manifest.rejects}")
     return [
         f"rejects: {len(lines):,}, in {dataset.directory / records.REJECTS}",
         *(f"  {count:7,}  {reason}" for reason, count in reasons.most_common()),

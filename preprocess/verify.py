@@ -96,6 +96,10 @@ def _by_shard(rows: Rows) -> dict[str, pa.Table]:
 
 def _check_metadata(directory: Path, manifest: Manifest, rejects_sha256: str) -> list[Finding]:
     findings = []
+    if (directory / records.MANIFEST).read_text(encoding="utf-8") != manifest.to_json():
+        findings.append(
+            Finding(records.MANIFEST, WHOLE, "says the right things, but is not as it was written")
+        )
     listed = {shard.file for shards in manifest.shards.values() for shard in shards}
     for path in directory.glob("*.array_record*"):
         if path.name not in listed:

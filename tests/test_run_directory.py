@@ -130,8 +130,28 @@ def test_a_key_that_is_new_or_gone_is_a_change(config, manifest, workdir):
     raw = json.loads((workdir / "config.json").read_text())
     del raw["flow"]["std"]
     raw["flow"]["old"] = 3
+    del raw["checksum"]  # as a run of before had none
     (workdir / "config.json").write_text(json.dumps(raw))
     assert config_changes(load_config(workdir), config) == ["flow.old: 3 -> None", "flow.std: None -> 1.0"]
+
+
+def test_a_changed_digit_a_missing_data_set_and_a_missing_configuration_are_named(config, manifest, workdir):
+    record_start(workdir, config, manifest)
+    path = workdir / "config.json"
+    whole = path.read_text()
+    path.write_text(whole.replace('"std": 1.0', '"std": 1.5'))
+    with pytest.raises(RunError, match="config.json cannot be read: its checksum is not that of its content"):
+        load_config(workdir)
+    path.write_text(whole)
+    (workdir / "dataset.json").unlink()
+    with pytest.raises(RunError, match="dataset.json cannot be read"):
+        load_dataset(workdir)
+    path.unlink()
+    (workdir / "checkpoints" / "3").mkdir(parents=True)
+    with pytest.raises(RunError, match="has checkpoints but no config.json"):
+        check_resume(workdir, config, manifest)
+    config.resume.allow_changes = True
+    assert check_resume(workdir, config, manifest) is False
 
 
 def test_another_data_set_is_refused_but_the_same_one_may_move(config, manifest, workdir, tmp_path):

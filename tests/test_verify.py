@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import subprocess
@@ -156,10 +157,16 @@ def test_the_command_line(built: Path, copied: Path) -> None:
 
 def test_repair_without_the_sources_says_so(copied: Path) -> None:
     text = (copied / "build.json").read_text()
-    (copied / "build.json").write_text(text.replace("photos", "gone"))
+    moved = json.loads(text.replace("photos", "gone"))
+    (copied / "build.json").write_text(json.dumps(moved))
     shard = copied / records.load_manifest(copied).shards["train"][0].file
     flip(shard, 70_000)
     findings = verify(copied)
+    with pytest.raises(
+        PreprocessError, match="build.json cannot be read: its checksum is not that of its content"
+    ):
+        repair(copied, findings)
+    (copied / "build.json").write_text(json.dumps({"options": moved["options"]}))
     with pytest.raises(PreprocessError, match="there is no such file or folder"):
         repair(copied, findings)
     (copied / "build.json").unlink()

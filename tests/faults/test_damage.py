@@ -1,0 +1,18 @@
+"""A quick share of `damage.py` and of `numerics.py`."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fault_table import through_script  # noqa: E402
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["damage.py", "numerics.py"])
+def test_nothing_is_lost(script):
+    rows = through_script(str(Path(__file__).with_name(script)), quick=True)
+    assert sum(tried for _, tried, _, _ in rows) >= 6
+    assert [row for row in rows if row[3]] == []
