@@ -33,8 +33,8 @@ def forbidden(source: str, name: str) -> list[str]:
                 isinstance(node.func, ast.Attribute) and node.func.attr in METHODS
             ):
                 what = called
-            elif called in ("np.load", "numpy.load") and keywords.get("allow_pickle") is not False:
-                what = f"{called} without allow_pickle=False"
+            elif called in ("np.load", "numpy.load") and keywords.get("allow_pickle", False) is not False:
+                what = f"{called} with allow_pickle"
             elif "trust_remote_code" in keywords and keywords["trust_remote_code"] is not False:
                 what = "trust_remote_code"
             elif keywords.get("shell", False) is not False:

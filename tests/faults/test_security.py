@@ -61,7 +61,7 @@ def test_the_captions_stand_in_the_page_as_they_are() -> None:
         "exec(text)",
         "__import__(name)",
         "torch.load(path)",
-        "np.load(path)",
+        "np.load(path, allow_pickle=wanted)",
         "np.load(path, allow_pickle=True)",
         "model.from_pretrained(x, trust_remote_code=True)",
         "model.from_pretrained(x, trust_remote_code=flag)",
@@ -76,9 +76,7 @@ def test_the_look_at_our_code_sees(line: str) -> None:
 
 
 def test_and_leaves_in_peace() -> None:
-    innocent = (
-        "model.eval()\nnp.load(p, allow_pickle=False)\nf(trust_remote_code=False)\nsubprocess.run(['ls'])\n"
-    )
+    innocent = "model.eval()\nnp.load(p)\nnp.load(p, allow_pickle=False)\nf(trust_remote_code=False)\nsubprocess.run(['ls'])\n"
     assert security_code.forbidden(innocent, "file.py") == []
 
 
