@@ -1,0 +1,52 @@
+"""Matrix products in the form that XLA's CPU backend runs fast; elsewhere plain ones.
+
+The CPU backend hands a product to YNNPACK, which multiplies bfloat16 at twice the speed of float32, only if
+the operands are bfloat16 and the result float32, the left operand is contracted over its last axis, and both
+lie in memory as their shapes say. Everything else is converted to float32 first, and the gradient of a dense
+layer, xᵀ dy, is of that kind. Measured on 2 cores of Zen 5 in GFLOP/s, 4,096 x 384 by 384 x 1,152: float32
+480, bfloat16 to bfloat16 440, xᵀ dy 320; in the form used here 700 to 850.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def product_f32(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
+    """The product of two matrices of one dtype over the given axes, as f32.
+
+    The barrier keeps a transposition of the result from being folded into the product, which would bring back a
+    form that the library does not take (in bfloat16 the CPU backend then fails when it runs).
+    """
+    y = jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=jnp.float32)
+    return jax.lax.optimization_barrier(y)
+
+
+def transpose(x_MxK: jax.Array) -> jax.Array:
+    """The transpose [K, M] laid out anew in memory, not folded into the product that reads it."""
+    return jax.lax.optimization_barrier(x_MxK.T.reshape(-1)).reshape(x_MxK.shape[::-1])
+
+
+@jax.custom_vjp
+def _matmul_cpu(x_MxK: jax.Array, w_KxN: jax.Array) -> jax.Array:
+    return product_f32(x_MxK, w_KxN, 1, 0).astype(x_MxK.dtype)
+
+
+def _forward(x_MxK, w_KxN):
+    return _matmul_cpu(x_MxK, w_KxN), (x_MxK, w_KxN)
+
+
+def _backward(kept, dy_MxN):
+    x_MxK, w_KxN = kept
+    dx = product_f32(dy_MxN, w_KxN, 1, 1).astype(x_MxK.dtype)
+    dw = product_f32(transpose(x_MxK), dy_MxN, 1, 0).astype(w_KxN.dtype)
+    return dx, dw
+
+
+_matmul_cpu.defvjp(_forward, _backward)
+
+
+def matmul(x_MxK: jax.Array, w_KxN: jax.Array) -> jax.Array:
+    """x w in the dtype of x, which is that of w; sums are f32 on every backend."""
+    return _matmul_cpu(x_MxK, w_KxN) if jax.default_backend() == "cpu" else jnp.dot(x_MxK, w_KxN)
