@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TextIO
 
@@ -89,6 +90,21 @@ def without_traceback(record: logging.LogRecord) -> bool:
     """A filter of `logging` that leaves an error's first line."""
     record.exc_info = record.exc_text = None
     return True
+
+
+def thread_error(failed: threading.ExceptHookArgs) -> None:
+    """A `threading.excepthook` of one line: Orbax raises in its threads what it raises again where it is asked."""
+    print(
+        f"thread {failed.thread.name if failed.thread else '?'}: {explain(failed.exc_value)}", file=sys.stderr
+    )
+
+
+def callback_error(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """A `sys.excepthook`: when a save fails, every part of it that TensorStore still writes finds no event loop."""
+    if threading.current_thread() is threading.main_thread():
+        sys.__excepthook__(kind, error, trace)
+    elif str(error) != "Event loop is closed":  # hundreds of times; the failed save itself is told
+        print(f"{kind.__name__} in a callback: {explain(error)}", file=sys.stderr)
 
 
 def leave(status: int) -> NoReturn:

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -402,6 +403,8 @@ def main(argv: list[str]) -> None:
     command.outlive_readers()
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax narrates every save at INFO
     absl_logging.get_absl_logger().addFilter(command.without_traceback)  # and a failed one with pages
+    threading.excepthook = command.thread_error
+    sys.excepthook = command.callback_error
     config = _CONFIG.value
     use_compilation_cache()
     devices.join_processes(config.mesh.coordinator, config.mesh.processes, config.mesh.process)
