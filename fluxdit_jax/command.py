@@ -101,10 +101,10 @@ def thread_error(failed: threading.ExceptHookArgs) -> None:
 
 def callback_error(kind: type[BaseException], error: BaseException, trace: Any) -> None:
     """A `sys.excepthook`: when a save fails, every part of it that TensorStore still writes finds no event loop."""
-    if threading.current_thread() is threading.main_thread():
+    if (
+        str(error) != "Event loop is closed"
+    ):  # said hundreds of times, by any thread; the failed save itself is told
         sys.__excepthook__(kind, error, trace)
-    elif str(error) != "Event loop is closed":  # hundreds of times; the failed save itself is told
-        print(f"{kind.__name__} in a callback: {explain(error)}", file=sys.stderr)
 
 
 def leave(status: int) -> NoReturn:

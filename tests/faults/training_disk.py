@@ -190,7 +190,8 @@ def plain(ended: forked.Ended, folder: Path, statuses: tuple[int, ...], verdict:
     if ended.status not in statuses:
         wrong.append(f"exit status {ended.status}: {ended.err[-900:]}")
     if "Traceback" in ended.err or "Logging error" in ended.err:
-        wrong.append(f"a traceback: {ended.err[-900:]}")
+        start = max(ended.err.find("Traceback"), ended.err.find("Logging error"))
+        wrong.append(f"a traceback: {ended.err[max(0, start - 300) : start + 1500]}")
     elif ended.status and ended.status in statuses and not (verdict and ended.status == 1):
         last = (ended.err.strip().splitlines() or [""])[-1]
         told = [line for line in ended.err.splitlines() if line.startswith("error: ") or " E " in line]
