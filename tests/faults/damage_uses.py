@@ -21,6 +21,7 @@ import numpy as np
 from build_fixtures import contents
 from damage_scene import Scene, draw_one
 from PIL import Image
+from safetensors.numpy import load_file
 
 from fluxdit_jax import data, export, sample, validate
 from fluxdit_jax.checkpoint import Checkpoints, restore_ema
@@ -173,8 +174,9 @@ def train_on(scene: Scene, folder: Path) -> dict[str, Any]:
 def export_run(scene: Scene, folder: Path) -> dict[str, str]:
     out = scene.root / "out"
     shutil.rmtree(out, ignore_errors=True)
-    export.export(folder, out)
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.iterdir())}
+    weights = load_file(export.export(folder, out))  # its header's order is safetensors' and changes
+    texts = {name: (out / name).read_text() for name in ("README.md", "config.json")}
+    return texts | {"weights": _digest([weights[name] for name in sorted(weights)])}
 
 
 def sample_run(scene: Scene, folder: Path) -> str:
