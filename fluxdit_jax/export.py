@@ -148,7 +148,12 @@ def _verdict(workdir: Path) -> str:
     path = workdir / "validation" / "report.json"
     if not path.exists():
         return "not validated"
-    return "passed" if json.loads(path.read_text(encoding="utf-8"))["passed"] else "failed"
+    try:
+        return "passed" if json.loads(path.read_text(encoding="utf-8"))["passed"] else "failed"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ExportError(
+            f"{path} cannot be read: {error}; validate the run again, or move it away"
+        ) from error
 
 
 def main() -> None:
