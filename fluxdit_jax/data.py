@@ -133,7 +133,7 @@ class RecordSource:
 
 
 def collate(
-    records: list[Record],
+    records: Iterable[Record],
     index: list[int],
     patch: int,
     tokens: int,
@@ -144,7 +144,8 @@ def collate(
     """Stacks records into the arrays `train_step.make_train_step` takes.
 
     Args:
-      replaced: which records stand in for damaged ones; None: none of them.
+      records: are taken one by one, so that they need not all be in memory.
+      replaced: which records stand in for damaged ones, looked at after the last record; None: none of them.
       memory: where the batch is written, of `batch_shapes`; its arrays are read-only. None: fresh memory.
 
     Returns:
@@ -152,8 +153,10 @@ def collate(
       vision f32 [B, V], index uint32 [B], replaced bool [B]. Padding is zero. Captions longer than text_tokens
       are cut.
     """
-    B, first = len(records), records[0]
+    B = len(index)
     if memory is None:
+        records = list(records)
+        first = records[0]
         shapes = batch_shapes(
             B, first.latent.shape[0] * patch**2, tokens, text_tokens, first.text.shape[1], first.vision.size
         )
@@ -249,12 +252,17 @@ def batches(
         first = start + number * batch_size + process * local
         index = list(range(first, first + local))
         wanted = [order[i] for i in index]
-        found, records = zip(
-            *(next(source.sound(rest_of_epoch(*place))) for place in zip(index, wanted, strict=True)),
-            strict=True,
-        )
-        replaced = [number != asked for number, asked in zip(found, wanted, strict=True)]
-        return collate(records, index, patch, tokens, text_tokens, replaced, memory)
+        replaced = []
+
+        # One record at a time: its memory is used again for the next one, where that of a whole batch of
+        # records would be returned to the system and faulted in anew.
+        def records() -> Iterator[Record]:
+            for position, asked in zip(index, wanted, strict=True):
+                found, record = next(source.sound(rest_of_epoch(position, asked)))
+                replaced.append(found != asked)
+                yield record
+
+        return collate(records(), index, patch, tokens, text_tokens, replaced, memory)
 
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
     return iter(grain.MapDataset.range(_ENDLESS).map(read).to_iter_dataset(options))
