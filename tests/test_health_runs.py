@@ -40,6 +40,7 @@ def pictures(count: int) -> dict[str, np.ndarray]:
         "text": rng.normal(size=(count, 3, SHAPE.text_width)).astype(np.float32),
         "text_length": np.full((count,), 3, np.int32),
         "vision": vision / np.linalg.norm(vision, axis=1, keepdims=True),
+        "replaced": np.zeros((count,), bool),
     }
 
 

@@ -201,7 +201,7 @@ def test_a_picture_comes_back_with_its_pixels(tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(event.encoded_image_string))), image)
 
 
-def test_a_full_disk_costs_the_board_a_record_and_not_the_run(tmp_path, caplog):
+def test_a_full_disk_costs_the_board_a_record_and_not_the_run(tmp_path, package_log):
     writer = Board(tmp_path / "tensorboard")
     writer.scalars(1, {"loss": 1.0})
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -218,4 +218,4 @@ def test_a_full_disk_costs_the_board_a_record_and_not_the_run(tmp_path, caplog):
     writer.scalars(4, {"loss": 4.0})
     writer.close()
     assert [event.step for event in board(tmp_path).Scalars("loss")] == [1, 3, 4]  # the limit is per file
-    assert len([record for record in caplog.records if "metrics.jsonl holds" in record.message]) == 1
+    assert len([message for message in package_log if "metrics.jsonl holds" in message]) == 1

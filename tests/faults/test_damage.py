@@ -1,4 +1,4 @@
-"""A quick share of `damage.py` and of `numerics.py`."""
+"""A quick share of `damage.py`. Of the numbers of `numerics.py`, tests/test_data.py has the most."""
 
 import sys
 from pathlib import Path
@@ -11,8 +11,7 @@ from fault_table import through_script  # noqa: E402
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["damage.py", "numerics.py"])
-def test_nothing_is_lost(script):
-    rows = through_script(str(Path(__file__).with_name(script)), quick=True)
+def test_nothing_is_lost():
+    rows = through_script(str(Path(__file__).with_name("damage.py")), quick=True)
     assert sum(tried for _, tried, _, _ in rows) >= 6
     assert [row for row in rows if row[3]] == []
