@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -163,6 +164,7 @@ class Side:
         self._process = subprocess.Popen(
             [peers if peer else sys.executable, script, name, root / folder],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            start_new_session=True,
         )  # fmt: skip
         if self._process.stdout.readline().strip() != "ready":
             raise SystemExit(
@@ -175,7 +177,7 @@ class Side:
         return self._process.stdout.readline()
 
     def close(self) -> None:
-        self._process.kill()
+        os.killpg(self._process.pid, signal.SIGKILL)  # its workers, too
         self._process.wait()
 
 

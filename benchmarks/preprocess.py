@@ -109,12 +109,8 @@ def larger(folder: Path) -> dict[str, Path]:
 ENCODERS = {"tiny": tiny, "larger": larger}
 
 
-def build(work: Path, output: Path, count: int, encoders: dict[str, Path], more: list[str]) -> dict[str, Any]:
-    """One build in a process of its own; returns the end of its log with the peak memory."""
-    subprocess.run(["rm", "-rf", str(output)], check=True)
-    arguments = ["build", "--input", str(work / "images"), "--output", str(output), "--resolution", "512"]
-    arguments += ["--limit", str(count), "--shard-size", "250", "--batch-size", str(BATCH), *more]
-    arguments += [word for option, directory in encoders.items() for word in (option, str(directory))]
+def run_preprocess(arguments: list[str]) -> tuple[int, float]:
+    """`python -m preprocess` in a process of its own: (exit status, peak memory in MB)."""
     process = subprocess.Popen(
         [sys.executable, "-m", "preprocess", *arguments],
         cwd=ROOT,
@@ -122,10 +118,20 @@ def build(work: Path, output: Path, count: int, encoders: dict[str, Path], more:
         stderr=subprocess.DEVNULL,
     )
     _, status, usage = os.wait4(process.pid, 0)
+    return status, usage.ru_maxrss / 1024
+
+
+def build(work: Path, output: Path, count: int, encoders: dict[str, Path], more: list[str]) -> dict[str, Any]:
+    """One build in a process of its own; returns the end of its log with the peak memory."""
+    subprocess.run(["rm", "-rf", str(output)], check=True)
+    arguments = ["build", "--input", str(work / "images"), "--output", str(output), "--resolution", "512"]
+    arguments += ["--limit", str(count), "--shard-size", "250", "--batch-size", str(BATCH), *more]
+    arguments += [word for option, directory in encoders.items() for word in (option, str(directory))]
+    status, peak = run_preprocess(arguments)
     if status:
         raise RuntimeError(f"the build ended with {status}: {' '.join(arguments)}")
     log = [json.loads(line) for line in (output / "build_log.jsonl").read_text().splitlines()]
-    return log[-1] | {"peak_mb": usage.ru_maxrss / 1024}
+    return log[-1] | {"peak_mb": peak}
 
 
 class Bare:
@@ -236,15 +242,8 @@ def plan(work: Path, count: int) -> None:
             path.with_suffix(".json").write_text(json.dumps({"caption": f"picture {number} of a dog"}))
     arguments = ["build", "--dry-run", "--input", str(folder), "--output", str(work / "planned")]
     start = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "preprocess", *arguments],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    _, status, usage = os.wait4(process.pid, 0)
+    status, peak = run_preprocess(arguments)
     seconds = time.perf_counter() - start
-    peak = usage.ru_maxrss / 1024
     print(
         f"plan of {count:,} files: {seconds:.1f} s, {count / seconds:,.0f}/s, peak {peak:.0f} MB (exit {status})"
     )

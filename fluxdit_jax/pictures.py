@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from fluxdit_jax.files import replacing
 
 _MARGIN = 6
 _BACKGROUND = (250, 250, 248)
@@ -85,3 +88,9 @@ def _wrap(text: str, width: int, lines: int) -> str:
     if len(wrapped) > lines:
         wrapped = [*wrapped[: lines - 1], wrapped[lines - 1] + " ..."]
     return "\n".join(wrapped)
+
+
+def save(picture: Image.Image, path: Path, notes: PngImagePlugin.PngInfo | None = None) -> None:
+    """Writes a PNG with its notes, whole or not at all; raises `OSError`, which names the path."""
+    with replacing(path) as temporary:
+        picture.save(temporary, "png", pnginfo=notes)

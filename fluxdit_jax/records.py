@@ -28,6 +28,7 @@ import numpy as np
 from tensorflow_datasets.proto import tf_example_pb2
 
 from fluxdit_jax import example
+from fluxdit_jax.untrusted import plain_name
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -38,40 +39,8 @@ WRITER_OPTIONS = "group_size:1,uncompressed"  # 3x faster random reads than zstd
 BF16 = np.dtype(ml_dtypes.bfloat16)
 _FIELDS = {"key", "caption", "content_hash", "latent/value", "latent/shape", "text", "vision", "original_size",
            "encoded_size"}  # fmt: skip
-_LARGEST = (
-    2**16
-)  # sides, widths and tokens that a manifest may claim: programs and buffers are made to measure
-
-
-# What moves, colours or forges the lines of a terminal or log: control characters, other line ends, turns of the
-# writing direction. Also halves of surrogate pairs, which cannot be written at all.
-_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def shown(text: str, lines: bool = False) -> str:
-    """Text of a stranger (a file's name, a key, a caption) as a terminal or log may show it: controls as \\x1b.
-
-    Args:
-      lines: line ends and tabs may stay, because the text is a whole message of ours.
-    """
-
-    def escape(found: re.Match) -> str:
-        if lines and found[0] in "\n\t":
-            return found[0]
-        return found[0].encode("unicode_escape").decode()
-
-    return _CONTROLS.sub(escape, text)
-
-
-def plain_name(name: Any) -> bool:
-    """Whether metadata may name a file so: printable, no way to another folder, not too long for a file system."""
-    return (
-        isinstance(name, str)
-        and name.isprintable()
-        and name not in ("", "..")
-        and Path(name).name == name
-        and len(name.encode()) <= 255
-    )
+# Sides, widths and tokens that a manifest may claim: programs and buffers are made to measure.
+_LARGEST = 2**16
 
 
 class DatasetError(Exception):
@@ -354,7 +323,7 @@ class Manifest:
     def to_json(self) -> str:
         """Deterministic JSON with a `checksum` of everything else, so that a flipped bit is noticed."""
         raw = dataclasses.asdict(self)
-        raw["checksum"] = _checksum(raw)
+        raw["checksum"] = json_checksum(raw)
         return json.dumps(raw, indent=1, sort_keys=True) + "\n"
 
     @classmethod
@@ -372,7 +341,7 @@ class Manifest:
                 "rebuild the dataset with `python -m preprocess build`"
             )
         checksum = raw.pop("checksum", "missing")
-        if checksum != _checksum(raw):
+        if checksum != json_checksum(raw):
             raise DatasetError(
                 f"{source}: its checksum is not that of its content: it is damaged, or was edited by hand; "
                 "give the `python -m preprocess build` command of the dataset again to write it anew"
@@ -457,7 +426,8 @@ def _check_types(raw: Any, cls: type, source: str, prefix: str) -> None:
             raise DatasetError(f"{source}: {prefix}{name} is {value!r}, which is no {wanted.__name__}")
 
 
-def _checksum(raw: dict[str, Any]) -> str:
+def json_checksum(raw: Any) -> str:
+    """Hex sha256 of a value of JSON, whatever the order of its keys: a flipped bit in a file of ours is noticed."""
     return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
 
 

@@ -20,7 +20,7 @@ from fluxdit_jax.files import Appended
 from fluxdit_jax.flow import TIME_BINS
 from fluxdit_jax.health import Diagnosis, Monitor, Observation
 from fluxdit_jax.metrics import MetricsWriter, unpack
-from fluxdit_jax.records import shown
+from fluxdit_jax.untrusted import shown
 
 log = logging.getLogger(__name__)
 _PACKAGE = logging.getLogger("fluxdit_jax")

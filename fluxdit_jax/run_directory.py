@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -21,7 +20,7 @@ from ml_collections import ConfigDict
 
 from fluxdit_jax.command import explain, undoing
 from fluxdit_jax.files import write_whole
-from fluxdit_jax.records import Manifest
+from fluxdit_jax.records import Manifest, json_checksum
 
 log = logging.getLogger(__name__)
 CONFIG = "config.json"
@@ -147,13 +146,8 @@ def record_start(workdir: Path, config: ConfigDict, manifest: Manifest) -> None:
     values = config.to_dict()
     # absolute, because sampling and validation may be asked for from another directory
     values["data"]["path"] = str(Path(config.data.path).absolute())
-    values["checksum"] = _checksum(values)
+    values["checksum"] = json_checksum(values)
     write_whole(workdir / CONFIG, json.dumps(values, indent=1) + "\n")
-
-
-def _checksum(values: dict[str, Any]) -> str:
-    """Of a configuration: a flipped bit in a number would else change what is drawn without a word."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def config_changes(old: ConfigDict, new: ConfigDict) -> list[str]:
@@ -177,7 +171,7 @@ def load_config(workdir: Path) -> ConfigDict:
         if not isinstance(values, dict):
             raise ValueError(f"expected a JSON object, got {type(values).__name__}")
         checksum = values.pop("checksum", None)  # runs of before had none
-        if checksum is not None and checksum != _checksum(values):
+        if checksum is not None and checksum != json_checksum(values):
             raise ValueError(
                 "its checksum is not that of its content: it is damaged, or was edited by hand. Bring a backup; "
                 "or mend the value and take the line with the checksum out"

@@ -19,7 +19,7 @@ from absl import logging as absl_logging
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from fluxdit_jax import command, files, pictures, sampler
+from fluxdit_jax import command, pictures, sampler
 from fluxdit_jax.checkpoint import EMA, SHORT_EMA, CheckpointError, restore_ema
 from fluxdit_jax.config import ConfigError, resolve
 from fluxdit_jax.generation import Generator, conditions
@@ -274,7 +274,7 @@ def _write_sweep(
             rows.append([drawn[vision, text][number] for text in sweep_text])
             titles.append(f"vision {vision:g}, seed {request.seed}: {request.prompt}")
     columns = [f"text {text:g}" for text in sweep_text]
-    _save(pictures.grid(rows, row_titles=titles, column_titles=columns, cell=256), arguments.out)
+    pictures.save(pictures.grid(rows, row_titles=titles, column_titles=columns, cell=256), arguments.out)
     print(
         f"{arguments.out}  {len(requests)} pictures at {len(sweep_text)} x {len(sweep_vision)} guidance scales"
     )
@@ -286,17 +286,12 @@ def _write(
     single = len(images) == 1
     for number, (request, pixels) in enumerate(zip(requests, images, strict=True)):
         path = arguments.out if single else arguments.out.with_stem(f"{arguments.out.stem}-{number:03d}")
-        _save(Image.fromarray(pixels), path, _recipe(arguments, request, step))
+        pictures.save(Image.fromarray(pixels), path, _recipe(arguments, request, step))
         print(f"{path}  {pixels.shape[1]}x{pixels.shape[0]}  seed {request.seed}  {request.prompt!r}")
     if not single:
         rows = [images[i : i + arguments.count] for i in range(0, len(images), arguments.count)]
-        _save(pictures.grid(rows, row_titles=arguments.prompt, cell=256), arguments.out)
+        pictures.save(pictures.grid(rows, row_titles=arguments.prompt, cell=256), arguments.out)
         print(f"{arguments.out}  the sheet of all {len(images)}")
-
-
-def _save(picture: Image.Image, path: Path, recipe: PngImagePlugin.PngInfo | None = None) -> None:
-    with files.replacing(path) as temporary:
-        picture.save(temporary, "png", pnginfo=recipe)
 
 
 def _recipe(arguments: argparse.Namespace, request: Request, step: int) -> PngImagePlugin.PngInfo:
@@ -320,10 +315,11 @@ def _recipe(arguments: argparse.Namespace, request: Request, step: int) -> PngIm
 def main() -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
     use_compilation_cache()
-    command.run(
-        lambda: sample(parse_arguments(sys.argv[1:])) and 0,
-        USER_ERRORS,
-    )
+
+    def work() -> None:
+        sample(parse_arguments(sys.argv[1:]))
+
+    command.run(work, USER_ERRORS)
 
 
 if __name__ == "__main__":

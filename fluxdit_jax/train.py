@@ -22,7 +22,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from fluxdit_jax import command, data, devices, files, model, reporting, sharding
+from fluxdit_jax import command, data, devices, model, pictures, reporting, sharding
 from fluxdit_jax import config as configuration
 from fluxdit_jax.allocator import keep_freed_memory
 from fluxdit_jax.checkpoint import SHORT_EMA, CheckpointError, Checkpoints, leaves_threads, restore_ema
@@ -381,8 +381,7 @@ def _write_preview(preview: Preview, ema: Any, step: int, workdir: Path, writer:
     path = workdir / "samples" / f"step_{step:07d}.png"
     try:
         path.parent.mkdir(exist_ok=True)
-        with files.replacing(path) as temporary:
-            sheet.save(temporary, "png")
+        pictures.save(sheet, path)
     except OSError as error:
         log.error("no picture of this step, the run goes on: %s", command.explain(error))
     writer.image(step, "samples", np.asarray(sheet))
@@ -441,16 +440,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         left_over = flags.FLAGS(argv)
         getattr(flags.FLAGS.config, "workdir", None)  # a file that is not there is only told when it is used
         return left_over
-    except (
-        flags.Error,
-        ImportError,
-        LookupError,
-        AttributeError,
-        TypeError,
-        ValueError,
-        OSError,
-        SyntaxError,
-    ) as error:
+    except _CONFIG_FAULTS as error:
         words = str(error).replace("\\n", ". ").replace("\\", "").replace("'", "")
         unknown = "no such key: " if isinstance(error, (LookupError, AttributeError)) else ""
         sys.exit(f"error in the flags or the configuration file: {unknown}{' '.join(words.split())}")

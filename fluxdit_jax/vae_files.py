@@ -17,7 +17,8 @@ import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
-from fluxdit_jax.records import EncoderIdentity, plain_name, sha256_file
+from fluxdit_jax.records import EncoderIdentity, sha256_file
+from fluxdit_jax.untrusted import plain_name
 from fluxdit_jax.vae_network import ACTIVATIONS, KlConfig, KlDecoder, TinyConfig, TinyDecoder
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 from fluxdit_jax.command import outlive_readers
+from fluxdit_jax.untrusted import shown
 from preprocess import PreprocessError
 from preprocess.options import Options
 
@@ -24,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, and so it stays
             signal.signal(number, _stop)
-    from fluxdit_jax.records import DatasetError, shown
+    from fluxdit_jax.records import DatasetError
 
     try:
         return parsed.run(parsed)
@@ -60,7 +61,7 @@ def _inspect(parsed: argparse.Namespace) -> int:
 
 
 def _verify(parsed: argparse.Namespace) -> int:
-    from fluxdit_jax.records import MANIFEST, DatasetError, shown
+    from fluxdit_jax.records import MANIFEST, DatasetError
     from preprocess.verify import WHOLE, Finding, repair, report, verify
 
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fluxdit_jax.records import shown
+from fluxdit_jax.untrusted import shown
 from preprocess import PreprocessError, buckets
 from preprocess.encoders import load_text_encoder, load_vae, load_vision_encoder
 from preprocess.plan import Item, Plan

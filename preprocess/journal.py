@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from fluxdit_jax.command import Quiet
-from fluxdit_jax.records import shown
+from fluxdit_jax.untrusted import shown
 
 
 class Journal:

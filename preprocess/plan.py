@@ -13,12 +13,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from fluxdit_jax.records import SPLITS, WRITER_OPTIONS, EncoderIdentity
+from fluxdit_jax.records import SPLITS, WRITER_OPTIONS, EncoderIdentity, json_checksum
 from preprocess import PreprocessError, captions
 from preprocess.buckets import Size, nearest
 from preprocess.images import Header, Rejected, read_header
@@ -87,7 +86,7 @@ def _weights(identity: EncoderIdentity) -> list:
 
 def digest(*parts: object) -> str:
     """32 hex digits that name whatever the parts are; they must be JSON."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return json_checksum(parts)[:32]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,6 @@ While files are moved there is no manifest, so nobody takes the directory for a 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 import shutil
@@ -19,6 +18,7 @@ import pyarrow as pa
 
 from fluxdit_jax import records
 from fluxdit_jax.records import EncoderIdentity, Manifest, Shard
+from fluxdit_jax.untrusted import plain_name
 from preprocess import PreprocessError
 from preprocess.options import Options
 from preprocess.plan import Plan, Unit
@@ -197,9 +197,7 @@ def _read_commit(path: Path) -> dict[str, Any] | None:
     try:
         commit = json.loads(path.read_text(encoding="utf-8"))
         moves = [*commit["keep"].items(), *commit["place"].items()]
-        if commit["phase"] not in (1, 2) or not all(
-            records.plain_name(name) for pair in moves for name in pair
-        ):
+        if commit["phase"] not in (1, 2) or not all(plain_name(name) for pair in moves for name in pair):
             raise ValueError("not what `build` writes there")
     except FileNotFoundError:
         return None
@@ -285,13 +283,8 @@ def write_tfds_metadata(directory: Path, manifest: Manifest) -> None:
 
 
 def _options_json(options: Options) -> str:
-    raw = options.to_dict()
-    return _to_json({"options": raw, "checksum": _checksum(raw)})
-
-
-def _checksum(raw: Any) -> str:
-    """Of a build's options: `verify --repair` would else encode with what a flipped bit makes of them."""
-    return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
+    raw = options.to_dict()  # `verify --repair` would encode with what a flipped bit makes of them
+    return _to_json({"options": raw, "checksum": records.json_checksum(raw)})
 
 
 def load_options(directory: Path) -> Options:
@@ -299,7 +292,9 @@ def load_options(directory: Path) -> Options:
     path = directory / OPTIONS_FILE
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        if raw.get("checksum", _checksum(raw["options"])) != _checksum(raw["options"]):
+        if raw.get("checksum", records.json_checksum(raw["options"])) != records.json_checksum(
+            raw["options"]
+        ):
             raise ValueError(
                 "its checksum is not that of its content: it is damaged, or was edited by hand; give the `build` "
                 "command of the dataset again, it writes the file anew"

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from fluxdit_jax import records
 from fluxdit_jax.records import DatasetError, Manifest, Record
+from fluxdit_jax.untrusted import shown
 from preprocess import buckets
 from preprocess.units import Rows, read_rows
 
@@ -67,7 +68,7 @@ def inspect(
     """
     dataset = Dataset.load(directory)
     for part in (_overview, _bucket_lines, _text_lines, _latent_lines, _reject_lines):
-        print("\n".join(map(records.shown, part(dataset))), end="\n\n")
+        print("\n".join(map(shown, part(dataset))), end="\n\n")
     from preprocess import plots
 
     folder = Path(output) if output else dataset.directory / "inspect"

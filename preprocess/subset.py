@@ -19,6 +19,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from fluxdit_jax import records
+from fluxdit_jax.untrusted import shown
 from preprocess import PreprocessError, captions
 from preprocess.buckets import distortion, enlargement
 from preprocess.candidates import Pool, SubsetOptions, gather, read_pixels
@@ -336,7 +337,7 @@ def _tell(options: SubsetOptions, pool: Pool, choice: Choice, result: Result, jo
     say(
         f"  {couples['all']} couples for the gate's edit, {couples['twins']} of them with captions that it turns "
         f"into each other; light: the {about['light']['candidates']} candidates nearest to "
-        + records.shown(about["light"]["centre"])
+        + shown(about["light"]["centre"])
     )
     say("  spread: mean distance of two         chosen   of any light   by chance")
     for name, label in (

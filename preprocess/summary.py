@@ -9,7 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from fluxdit_jax import records
-from fluxdit_jax.records import Manifest, shown
+from fluxdit_jax.records import Manifest
+from fluxdit_jax.untrusted import shown
 from preprocess import buckets
 from preprocess.encode import Counts
 from preprocess.journal import Journal

@@ -15,7 +15,8 @@ import pyarrow as pa
 from array_record.python import array_record_module
 
 from fluxdit_jax import records
-from fluxdit_jax.records import DatasetError, Manifest, Shard, shown
+from fluxdit_jax.records import DatasetError, Manifest, Shard
+from fluxdit_jax.untrusted import shown
 from preprocess.build import build
 from preprocess.journal import Journal
 from preprocess.options import Options

@@ -5,16 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-UNWANTED = (
-    "torch",
-    "transformers",
-    "diffusers",
-    "tensorflow",
-    "tensorboardX",
-    "matplotlib",
-    "pandas",
-    "IPython",
-)
+from benchmarks.startup import UNWANTED
 
 
 def test_training_sampling_and_the_gate_start_without_the_encoders_libraries():

@@ -130,8 +130,10 @@ def test_other_processes_write_nothing(tmp_path):
 
 def test_closing_twice_is_fine(tmp_path):
     writer = MetricsWriter(tmp_path, 0)
+    writer.text(1, "a", "b")
     writer.close()
     writer.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "a": "b"}]
 
 
 # ------------------------------------------------------------------------------------------------ resuming

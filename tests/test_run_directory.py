@@ -229,7 +229,9 @@ def test_the_lock_is_not_inherited_by_children(workdir):
     try:
         lock.release()
         time.sleep(0.1)
-        RunLock(workdir).release()
+        again = RunLock(workdir)
+        assert child.poll() is None  # it was there to hold it
+        again.release()
     finally:
         child.kill()
         child.wait()

@@ -11,7 +11,8 @@ import jax
 
 from fluxdit_jax import model
 from fluxdit_jax.model import ModelConfig
-from fluxdit_jax.records import EncoderIdentity, Manifest, shown
+from fluxdit_jax.records import EncoderIdentity, Manifest
+from fluxdit_jax.untrusted import shown
 
 ENCODERS = ("vae", "text", "vision")
 

@@ -13,6 +13,25 @@ from pathlib import Path
 Row = tuple[str, int, int, int]
 
 
+class Tally:
+    """Counts what was tried on a scene, and what was lost."""
+
+    def __init__(self, scene):  # noqa: ANN001
+        self.scene = scene
+        self.counts: dict[str, list[int]] = {}
+
+    def rows(self) -> list[Row]:
+        return [(what, tried, tried - lost, lost) for what, (tried, lost) in self.counts.items()]
+
+    def judge(self, what: str, wrong: list[str], case: str = "") -> None:
+        """One more was tried of `what`; it is lost if anything is wrong, which is told."""
+        count = self.counts.setdefault(what, [0, 0])
+        count[0] += 1
+        if wrong:
+            count[1] += 1
+            print(f"LOST {what}{case and ', '}{case}: " + "; ".join(wrong), flush=True)
+
+
 def tell(rows: list[Row]) -> int:
     """Prints the table; returns the exit status, 1 if anything was lost."""
     width = max([len(row[0]) for row in rows] + [20])
@@ -34,6 +53,16 @@ def as_script(description: str, work: Callable[[bool], list[Row]]) -> int:
     if arguments.json:
         arguments.json.write_text(json.dumps(rows))
     return tell(rows)
+
+
+def on_training_scene(
+    script: str, work_on: Callable[..., list[Row]], quick: bool, **options: bool
+) -> list[Row]:
+    """The rows of `work_on(scene, quick)`, of a scene in a temporary folder; after `forked.enter`."""
+    from training_scene import make
+
+    with tempfile.TemporaryDirectory(prefix=f"{Path(script).stem}-") as folder:
+        return work_on(make(Path(folder), **options), quick)
 
 
 def through_script(script: str, quick: bool) -> list[Row]:

@@ -80,7 +80,7 @@ MANIFEST = manifest_tree()
 def parse_manifest(tree: dict) -> None:
     """A manifest whose checksum is right: what a careless or hostile writer could make."""
     whole = dict(tree)
-    whole["checksum"] = records._checksum(whole)
+    whole["checksum"] = records.json_checksum(whole)
     manifest = Manifest.from_json(written(whole))
     sizes = manifest.latent_sizes()
     assert max(max(size) for size in sizes) <= 2**16, "sides that no picture has"
@@ -198,7 +198,7 @@ def read_metrics(content: bytes) -> None:
 LOG = [{"step": 0, "config": "{}"}, {"step": 1, "loss": 1.0, "skipped": 0}, {"step": 2, "loss": None}]
 LOG_TEXT = "".join(json.dumps(entry) + "\n" for entry in LOG).encode()
 
-GATED = Manifest.from_json(written(MANIFEST | {"checksum": records._checksum(MANIFEST)}))
+GATED = Manifest.from_json(written(MANIFEST | {"checksum": records.json_checksum(MANIFEST)}))
 REPORT = {
     "passed": True,
     "metrics": {"memorisation": {"passed": True, "value": 1.0}},
@@ -348,7 +348,7 @@ def load_index(data: bytes) -> None:
     units.Rows.load(scratch("index.parquet", data))
 
 
-SUMMED = MANIFEST | {"checksum": records._checksum(MANIFEST)}
+SUMMED = MANIFEST | {"checksum": records.json_checksum(MANIFEST)}
 _TABLE: list[tuple] = [
     # name, what it is, inputs, what reads it, what it may raise, what is tried first
     (

@@ -30,6 +30,7 @@ from fuzz import bounded  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from fluxdit_jax import records  # noqa: E402
+from fluxdit_jax.untrusted import shown  # noqa: E402
 from preprocess import images  # noqa: E402
 from preprocess.images import Rejected  # noqa: E402
 
@@ -125,7 +126,7 @@ def names(root: Path) -> Row:
     helpers.write_shard(shard, members)
     raw["shards"]["train"][0] |= {"sha256": records.sha256_file(shard), "bytes": shard.stat().st_size}
     raw.pop("checksum")
-    raw["checksum"] = records._checksum(raw)
+    raw["checksum"] = records.json_checksum(raw)
     (root / "data" / records.MANIFEST).write_text(json.dumps(raw))
     wrong = []
     for path in export(root / "data", root / "tar"):
@@ -257,7 +258,7 @@ def terminal(root: Path) -> Row:
         logging.getLogger("fluxdit_jax").warning("%s", " ".join(NAMES))
         undo()
     text = told.getvalue().replace("\r", "\n") + (root / "train.log").read_text()
-    wrong = [f"{c!r}" for c in sorted(set(text) - {"\n", "\t"}) if records.shown(c) != c]
+    wrong = [f"{c!r}" for c in sorted(set(text) - {"\n", "\t"}) if shown(c) != c]
     wrong += [line for line in text.splitlines() if line.startswith("13:00:00 I forged")]
     wrong += [] if "red\\x1b[31m" in text else ["no name was told at all"]
     return _row("file names that colour a terminal or forge a line of a log", 4 * len(NAMES), wrong)

@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import pty
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import termios
 from collections.abc import Callable
 from pathlib import Path
 
 import forked
-from fault_table import Row, as_script, through_script
+from fault_table import Row, Tally, as_script, on_training_scene, through_script
 
 INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 ENDS = {"INT": INT, "TERM": TERM, "HUP": HUP}
@@ -34,22 +34,8 @@ def run(quick: bool) -> list[Row]:
     return through_script(__file__, quick)
 
 
-class Signalled:
+class Signalled(Tally):
     """Sends signals, closes outputs, and counts what came of it."""
-
-    def __init__(self, scene):  # noqa: ANN001
-        self.scene = scene
-        self.counts: dict[str, list[int]] = {}
-
-    def rows(self) -> list[Row]:
-        return [(what, tried, tried - lost, lost) for what, (tried, lost) in self.counts.items()]
-
-    def judge(self, what: str, wrong: list[str]) -> None:
-        count = self.counts.setdefault(what, [0, 0])
-        count[0] += 1
-        if wrong:
-            count[1] += 1
-            print(f"LOST {what}: " + "; ".join(wrong), flush=True)
 
     # ------------------------------------------------------------ training
 
@@ -286,13 +272,6 @@ def work_on(scene, quick: bool) -> list[Row]:  # noqa: ANN001
     return signalled.rows()
 
 
-def work(quick: bool) -> list[Row]:
-    from training_scene import make
-
-    with tempfile.TemporaryDirectory(prefix="signals-") as folder:
-        return work_on(make(Path(folder)), quick)
-
-
 if __name__ == "__main__":
     forked.enter("training_scene", "preprocess.__main__")
-    sys.exit(as_script(__doc__, work))
+    sys.exit(as_script(__doc__, functools.partial(on_training_scene, __file__, work_on)))

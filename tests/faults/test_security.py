@@ -15,7 +15,7 @@ import security  # noqa: E402
 import security_code  # noqa: E402
 import security_pages  # noqa: E402
 
-from fluxdit_jax import records  # noqa: E402
+from fluxdit_jax.untrusted import shown
 
 
 @pytest.mark.parametrize("part", sorted(security.PARTS.keys() - {"bombs", "pages"}))
@@ -93,5 +93,5 @@ def test_and_leaves_in_peace() -> None:
     ],
 )
 def test_what_is_shown_of_a_strangers_text(text: str, told: str) -> None:
-    assert records.shown(text) == told
-    assert records.shown(f"one\n\t{text}", lines=True).startswith("one\n\t")
+    assert shown(text) == told
+    assert shown(f"one\n\t{text}", lines=True).startswith("one\n\t")

@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import forked
-from fault_table import Row, as_script, through_script
+from fault_table import Row, Tally, as_script, on_training_scene, through_script
 
 Fault = forked.Fault
 SOON = 200.0  # seconds in which every run must have ended
@@ -32,22 +32,8 @@ def run(quick: bool) -> list[Row]:
     return through_script(__file__, quick)
 
 
-class Disks:
+class Disks(Tally):
     """Tries disks and counts what came of it."""
-
-    def __init__(self, scene):  # noqa: ANN001
-        self.scene = scene
-        self.counts: dict[str, list[int]] = {}
-
-    def rows(self) -> list[Row]:
-        return [(what, tried, tried - lost, lost) for what, (tried, lost) in self.counts.items()]
-
-    def judge(self, what: str, case: str, wrong: list[str]) -> None:
-        count = self.counts.setdefault(what, [0, 0])
-        count[0] += 1
-        if wrong:
-            count[1] += 1
-            print(f"LOST {what}, {case}: " + "; ".join(wrong), flush=True)
 
     # ------------------------------------------------------------ training
 
@@ -66,7 +52,7 @@ class Disks:
         else:
             wrong += differences(self.scene.outcome(run), self.scene.expected, ended.err)
             wrong += [f"left behind: {left}"] if (left := self.scene.litter(run)) else []
-        self.judge(what, case, wrong)
+        self.judge(what, wrong, case)
         return hit
 
     def writes(self, places: int, name: str, fault: Fault, what: str) -> None:
@@ -114,7 +100,7 @@ class Disks:
                 wrong += (
                     [] if again.status else differences(self.scene.outcome(disk / "run"), self.scene.expected)
                 )
-                self.judge("train: a read-only file system", f"begun: {begun}", wrong)
+                self.judge("train: a read-only file system", wrong, f"begun: {begun}")
 
     def unreadable(self) -> None:
         """Files of a run that is half done cannot be read for a while: permissions, a broken sector."""
@@ -131,7 +117,7 @@ class Disks:
                 wrong += [again.err[-600:]] if again.status else []
                 wrong += [] if again.status else differences(self.scene.outcome(run), self.scene.expected)
                 wrong += [f"left behind: {left}"] if (left := self.scene.litter(run)) else []
-                self.judge("train: a file cannot be read", f"{errno.errorcode[error]} {name}", wrong)
+                self.judge("train: a file cannot be read", wrong, f"{errno.errorcode[error]} {name}")
 
     def cache(self, places: int) -> None:
         """The compilation cache's disk is full: costs time, nothing else."""
@@ -147,7 +133,7 @@ class Disks:
             wrong = wrong or differences(self.scene.outcome(run), self.scene.expected)
             again = self.scene.train(run, cache=cold)
             wrong += [f"again: {again.err[-600:]}"] if again.status else []
-            self.judge("train: the compilation cache's disk is full", f"call {at}", wrong)
+            self.judge("train: the compilation cache's disk is full", wrong, f"call {at}")
 
     # ------------------------------------------------------------ the programs that read a run
 
@@ -168,7 +154,7 @@ class Disks:
             again = scene.start(module, *arguments)
             if again.status not in fine or scene.files(out) != expected:
                 wrong.append(f"does not go on: {again.status} {again.err[-600:]}")
-            self.judge(f"{name}: the disk is full", f"from write {at} of {calls} on", wrong)
+            self.judge(f"{name}: the disk is full", wrong, f"from write {at} of {calls} on")
         for error in (errno.EACCES, errno.EIO):
             for file in ("config.json", "dataset.json", "ema"):
                 source = scene.root / "whole" / file
@@ -177,7 +163,7 @@ class Disks:
                 )
                 wrong = plain(ended, scene.root, (1, 2))
                 wrong += ["its output changed"] if scene.files(out) != expected else []
-                self.judge(f"{name}: a file cannot be read", f"{errno.errorcode[error]} {file}", wrong)
+                self.judge(f"{name}: a file cannot be read", wrong, f"{errno.errorcode[error]} {file}")
 
     def programs(self, most: int) -> None:
         for name, (module, arguments, out) in self.scene.programs().items():
@@ -260,13 +246,6 @@ def work_on(scene, quick: bool) -> list[Row]:  # noqa: ANN001
     return disks.rows()
 
 
-def work(quick: bool) -> list[Row]:
-    from training_scene import make
-
-    with tempfile.TemporaryDirectory(prefix="training-disk-") as folder:
-        return work_on(make(Path(folder)), quick)
-
-
 if __name__ == "__main__":
     forked.enter("training_scene")
-    sys.exit(as_script(__doc__, work))
+    sys.exit(as_script(__doc__, functools.partial(on_training_scene, __file__, work_on)))

@@ -12,15 +12,15 @@ state or of a picture from a run that nobody disturbed, what needs another comma
 from __future__ import annotations
 
 import collections
+import functools
 import json
 import random
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import forked
-from fault_table import Row, as_script, through_script
+from fault_table import Row, as_script, on_training_scene, through_script
 from tqdm import tqdm
 
 Fault = forked.Fault
@@ -220,13 +220,6 @@ def work_on(scene, quick: bool) -> list[Row]:  # noqa: ANN001
     return kills.rows()
 
 
-def work(quick: bool) -> list[Row]:
-    from training_scene import make
-
-    with tempfile.TemporaryDirectory(prefix="training-kills-") as folder:
-        return work_on(make(Path(folder)), quick)
-
-
 if __name__ == "__main__":
     forked.enter("training_scene")
-    sys.exit(as_script(__doc__, work))
+    sys.exit(as_script(__doc__, functools.partial(on_training_scene, __file__, work_on)))

@@ -9,14 +9,13 @@ themselves.
 from __future__ import annotations
 
 import errno
+import functools
 import signal
 import sys
-import tempfile
-from pathlib import Path
 
 import forked
 import training_disk
-from fault_table import Row, as_script
+from fault_table import Row, Tally, as_script, on_training_scene
 from signals import broken_pipe
 from training_kills import Kills
 from two_at_once import Two
@@ -26,12 +25,8 @@ Fault = forked.Fault
 
 def one_run(scene) -> list[Row]:  # noqa: ANN001
     """A full disk, two kills, a second process, a signal and a reader that goes, all in the same run."""
-    run, rows = scene.root / "one", []
-
-    def judge(what: str, wrong: list[str]) -> None:
-        rows.append((what, 1, int(not wrong), int(bool(wrong))))
-        if wrong:
-            print(f"LOST {what}: {wrong}", flush=True)
+    run, tally = scene.root / "one", Tally(scene)
+    judge = tally.judge
 
     ended = scene.train(run, under=run, fault=Fault(60, "fail", errno.ENOSPC), after=training_disk.SOON)
     judge("train: the disk is full from a write on", training_disk.plain(ended, run, (0, 1)))
@@ -61,30 +56,26 @@ def one_run(scene) -> list[Row]:  # noqa: ANN001
     judge("train: stderr's reader is gone", [] if ended.status == 0 else [f"exit status {ended.status}"])
     wrong = [f"{scene.outcome(run)} is not {scene.expected}"] if scene.outcome(run) != scene.expected else []
     judge("train: after all of them the same bits, and nothing else", wrong + scene.litter(run))
-    return rows
+    return tally.rows()
 
 
-def work(quick: bool) -> list[Row]:  # noqa: ARG001
-    from training_scene import make
-
-    with tempfile.TemporaryDirectory(prefix="training-quick-") as folder:
-        scene = make(Path(folder), pictures=False)
-        rows = one_run(scene)
-        export, arguments, out = scene.programs()["export"]
-        kills, disks, two = Kills(scene), training_disk.Disks(scene), Two(scene)
-        kills.program("export", export, arguments, out, 6)
-        disks.program("export", export, arguments, out, 20)
-        for whose in ("a process number that is another's by now", "rubbish"):
-            two.stale(
-                "export",
-                lambda **more: scene.start(export, *arguments, **more),
-                out / ".export" / "lock",
-                (0,),
-                whose,
-            )
-        return [*rows, *kills.rows(), *disks.rows(), *two.rows()]
+def work_on(scene, quick: bool) -> list[Row]:  # noqa: ANN001, ARG001
+    rows = one_run(scene)
+    export, arguments, out = scene.programs()["export"]
+    kills, disks, two = Kills(scene), training_disk.Disks(scene), Two(scene)
+    kills.program("export", export, arguments, out, 6)
+    disks.program("export", export, arguments, out, 20)
+    for whose in ("a process number that is another's by now", "rubbish"):
+        two.stale(
+            "export",
+            lambda **more: scene.start(export, *arguments, **more),
+            out / ".export" / "lock",
+            (0,),
+            whose,
+        )
+    return [*rows, *kills.rows(), *disks.rows(), *two.rows()]
 
 
 if __name__ == "__main__":
     forked.enter("training_scene")
-    sys.exit(as_script(__doc__, work))
+    sys.exit(as_script(__doc__, functools.partial(on_training_scene, __file__, work_on, pictures=False)))

@@ -9,18 +9,18 @@ nobody: the kernel holds the lock, the text only tells of it.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import forked
-from fault_table import Row, as_script, through_script
+from fault_table import Row, Tally, as_script, on_training_scene, through_script
 
 HOST = socket.gethostname()
 STALE = {
@@ -45,22 +45,8 @@ def _dead() -> int:
     return child
 
 
-class Two:
+class Two(Tally):
     """Starts the second, and counts what came of it."""
-
-    def __init__(self, scene):  # noqa: ANN001
-        self.scene = scene
-        self.counts: dict[str, list[int]] = {}
-
-    def rows(self) -> list[Row]:
-        return [(what, tried, tried - lost, lost) for what, (tried, lost) in self.counts.items()]
-
-    def judge(self, what: str, wrong: list[str]) -> None:
-        count = self.counts.setdefault(what, [0, 0])
-        count[0] += 1
-        if wrong:
-            count[1] += 1
-            print(f"LOST {what}: " + "; ".join(wrong), flush=True)
 
     def second(
         self, name: str, start: Callable, output: Path, lock: Path, statuses: tuple[int, ...], same: Callable[[], bool]
@@ -161,13 +147,6 @@ def work_on(scene, quick: bool) -> list[Row]:  # noqa: ANN001
     return two.rows()
 
 
-def work(quick: bool) -> list[Row]:
-    from training_scene import make
-
-    with tempfile.TemporaryDirectory(prefix="two-at-once-") as folder:
-        return work_on(make(Path(folder)), quick)
-
-
 if __name__ == "__main__":
     forked.enter("training_scene", "preprocess.__main__")
-    sys.exit(as_script(__doc__, work))
+    sys.exit(as_script(__doc__, functools.partial(on_training_scene, __file__, work_on)))
