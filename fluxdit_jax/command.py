@@ -99,12 +99,13 @@ def thread_error(failed: threading.ExceptHookArgs) -> None:
     )
 
 
-def callback_error(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """A `sys.excepthook`: when a save fails, every part of it that TensorStore still writes finds no event loop."""
-    if (
-        str(error) != "Event loop is closed"
-    ):  # said hundreds of times, by any thread; the failed save itself is told
-        sys.__excepthook__(kind, error, trace)
+def without_closed_loops(unraisable: Any) -> None:
+    """A `sys.unraisablehook`: where Orbax gives up, each part that TensorStore still handles finds no event loop.
+
+    Its threads say so hundreds of times, each with a traceback; what Orbax gave up for is told elsewhere.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def leave(status: int) -> NoReturn:
@@ -135,6 +136,7 @@ def run(work: Callable[[], int | None], errors: tuple[type[Exception], ...], fai
     an exception that a signal raises inside a callback of the garbage collector is swallowed, and JAX has one.
     """
     outlive_readers()
+    sys.unraisablehook = without_closed_loops
     stopping = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
     def stop(number: int, _frame: Any) -> None:

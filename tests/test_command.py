@@ -80,3 +80,15 @@ def test_a_signal_removes_what_is_half_written_and_exits_with_its_number(tmp_pat
     assert process.returncode == 128 + number
     assert err.strip() == "stopped; nothing half-written is left"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_closed_event_loop_is_not_told_and_any_other_exception_in_a_callback_is():
+    body = (
+        "def fall(words):\n"
+        "    class Falls:\n"
+        "        def __del__(self): raise RuntimeError(words)\n"
+        "    Falls()\n"
+        "fall('Event loop is closed'), fall('something else')"
+    )
+    err = run(body).stderr
+    assert "something else" in err and "Event loop" not in err
