@@ -429,6 +429,7 @@ _CONFIG_FAULTS = (
     AttributeError,
     TypeError,
     ValueError,
+    OverflowError,
     OSError,
     SyntaxError,
 )
