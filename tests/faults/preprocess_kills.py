@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
+import forked  # noqa: E402
 from build_fixtures import contents, options  # noqa: E402
 from fault_table import Row, as_script, through_script  # noqa: E402
 
@@ -33,10 +34,11 @@ from fluxdit_jax.records import MANIFEST  # noqa: E402
 from preprocess.build import build  # noqa: E402
 from preprocess.verify import verify  # noqa: E402
 
-# The process forks: tqdm's monitor thread, if it held the bars' lock at that moment, would leave it locked in the
-# child for ever.
+# The process forks, so it must have no threads: a lock that one holds at that moment stays locked in the child for
+# ever. tqdm starts a monitor; whatever reads shards (ArrayRecord's pool, 64 threads) runs in a fork too.
 tqdm.monitor_interval = 0
 
+HANGS = 120.0  # seconds; a build here takes a tenth of one
 CHANGES = ("replace", "rename", "unlink", "rmdir", "mkdir", "fsync", "open")
 
 
@@ -95,18 +97,23 @@ def child(photos: Path, output: Path, at: int) -> None:
     os._exit(status)
 
 
-def attempt(photos: Path, output: Path, tally: Tally, at: int = 0, after: float = 0.0) -> bool:
-    """One run; returns whether it ended by itself."""
+def attempt(photos: Path, output: Path, tally: Tally, at: int = 0, after: float = HANGS) -> bool:
+    """One run, killed before change `at` of the file system or `after` seconds; returns whether it ended itself."""
     tally.runs += 1
     pid = os.fork()
     if pid == 0:
         child(photos, output, at)
-    if after:
-        time.sleep(after)
-        os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + after
+    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+            break
+        time.sleep(0.001)
     _, status = os.waitpid(pid, 0)
     if os.WIFSIGNALED(status):
         tally.killed += 1
+        if after == HANGS and not at:
+            tally.lost.append(f"did not end in {HANGS:g} s")
         look(output, tally, f"killed at {at or after:g}")
         return False
     tally.ended += 1
@@ -115,13 +122,19 @@ def attempt(photos: Path, output: Path, tally: Tally, at: int = 0, after: float 
     return True
 
 
+def first_finding(output: Path) -> str:
+    """What `verify` says first, or "sound"."""
+    with contextlib.redirect_stderr(open(os.devnull, "w")):  # noqa: PTH123, SIM115
+        findings = verify(output)
+    return str(findings[0]) if findings else "sound"
+
+
 def look(output: Path, tally: Tally, when: str) -> None:
     """A directory with a manifest must be a sound dataset."""
     if (output / MANIFEST).exists():
-        with contextlib.redirect_stderr(open(os.devnull, "w")):  # noqa: PTH123, SIM115
-            findings = verify(output)
-        if findings:
-            tally.lost.append(f"{when}: {findings[0]}")
+        finding = forked.call(first_finding, output)
+        if finding != "sound":
+            tally.lost.append(f"{when}: {finding or 'verify failed'}")
 
 
 def expect(output: Path, reference: dict[str, bytes], tally: Tally, when: str) -> None:
@@ -179,12 +192,11 @@ def kill_at_random(kind: str, kills: int, seed: int = 0) -> Tally:
         photos, start, reference = scene(Path(name), kind)
         output = Path(name) / "data"
         begin(output, start)
-        clock = time.perf_counter()
-        attempt(photos, output, Tally())
-        whole = time.perf_counter() - clock
-        begin(output, start)
+        whole = HANGS
         while tally.killed < kills:
+            clock = time.monotonic()
             if attempt(photos, output, tally, after=rng.uniform(0.02, 1.05) * whole):
+                whole = min(whole, time.monotonic() - clock)  # the first is slow where the files are not in memory
                 expect(output, reference, tally, "after a run that ended")
                 begin(output, start)
         attempt(photos, output, tally)
