@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import numpy as np
 
 from fluxdit_jax.board import Board
 from fluxdit_jax.files import Appended, write_whole
+
+log = logging.getLogger(__name__)
 
 # TensorBoard's "custom scalars" page: what to look at first, side by side.
 LAYOUT = {
@@ -115,8 +119,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
       LogError: another line is not an object of JSON with a step.
     """
+    parsed, damaged = _read(path)
+    if damaged:
+        raise LogError(
+            f"{damaged[0]}. The file is damaged there: take that line out, training itself does not need it"
+        )
+    return parsed
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The entries that can be read, and a line of words for each that cannot."""
     lines = path.read_bytes().splitlines()
-    parsed = []
+    parsed, damaged = [], []
     for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line.decode("utf-8"))
@@ -125,13 +139,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             parsed.append(entry)
         except (ValueError, RecursionError) as error:
             if number < len(lines):
-                raise LogError(
-                    f"{path} line {number} is not JSON: {error}. The file is damaged there: take that line out, "
-                    "training itself does not need it"
-                ) from error
-    return parsed
+                damaged.append(f"{path} line {number} is not JSON: {error}")
+    return parsed, damaged
 
 
 def _drop_from(path: Path, step: int) -> None:
-    kept = [entry for entry in read_metrics(path) if entry["step"] < step]
-    write_whole(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+    """Rewrites the file without `step` and later. A damaged one is kept beside it: a log must not stop a run."""
+    entries, damaged = _read(path)
+    if damaged:
+        aside = path.with_name(f"{path.stem}.damaged-{step}{path.suffix}")
+        shutil.copyfile(path, aside)
+        log.warning(
+            "%s. The damaged file is kept as %s; the run goes on with the %d lines that can be read, without %d",
+            *(damaged[0], aside, len(entries), len(damaged)),
+        )
+    write_whole(path, "".join(json.dumps(entry) + "\n" for entry in entries if entry["step"] < step))

@@ -32,14 +32,14 @@ def main(arguments: list[str] | None = None) -> int:
     except (PreprocessError, DatasetError, OSError) as error:
         print(f"error: {shown(str(error), lines=True)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("\nstopped; finished shards are kept, the same command goes on from there", file=sys.stderr)
-        return 130
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
 
 
 def _stop(number: int, frame: object) -> None:
     signal.signal(number, signal.SIG_IGN)  # a second one while cleaning up changes nothing
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt(number)
 
 
 def _build(parsed: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -221,3 +222,15 @@ def test_a_full_disk_costs_the_board_a_record_and_not_the_run(tmp_path, package_
     writer.close()
     assert [event.step for event in board(tmp_path).Scalars("loss")] == [1, 3, 4]  # the limit is per file
     assert len([message for message in package_log if "metrics.jsonl holds" in message]) == 1
+
+
+def test_a_damaged_line_is_set_aside_and_the_run_goes_on(tmp_path, package_log):
+    path = tmp_path / "metrics.jsonl"
+    torn = b'{"step": 1, "loss": 2.0}\n{"step": 2, "lo\x00\xff\n{"step": 3, "loss": 1.0}\n'
+    path.write_bytes(torn)
+    with contextlib.closing(MetricsWriter(tmp_path, 3)) as writer:
+        writer.scalars(4, {"loss": 0.5})
+    assert [entry["step"] for entry in read_metrics(path)] == [1, 3, 4]
+    assert (tmp_path / "metrics.damaged-4.jsonl").read_bytes() == torn
+    (message,) = [message for message in package_log if "damaged" in message]
+    assert "line 2 is not JSON" in message and "2 lines that can be read, without 1" in message
