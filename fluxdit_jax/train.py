@@ -388,9 +388,10 @@ def _write_preview(preview: Preview, ema: Any, step: int, workdir: Path, writer:
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs on disk: a second start skips the compiler."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fluxdit_jax" / "xla"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+    """Keeps compiled programs on disk, in $JAX_COMPILATION_CACHE_DIR if set: a second start skips the compiler."""
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fluxdit_jax" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

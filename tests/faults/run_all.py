@@ -3,6 +3,7 @@
     python tests/faults/run_all.py            the whole: hours on two cores
     python tests/faults/run_all.py --quick    a share of each part: about ten minutes
     python tests/faults/run_all.py --only fuzz security
+    python tests/faults/run_all.py --jobs 2   two parts at a time
 
 Writes benchmarks/results/faults.json and faults.md (with --quick: faults_quick) with versions, machine and command.
 Each part is a module beside this file with `run(quick) -> [(fault, tried, survived, lost)]` and has a process of
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -51,8 +53,9 @@ open(sys.argv[2], "w").write(json.dumps(rows))
 """
 
 
-def run_part(part: str, quick: bool) -> tuple[list[Row], str]:
-    """The rows of a part and the end of what it said; a row that is lost if it did not come to its end."""
+def run_part(part: str, quick: bool) -> tuple[list[Row], str, int]:
+    """The rows of a part, what it said, and its seconds; a row that is lost if it did not come to its end."""
+    began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         answer, told = Path(folder) / "rows.json", Path(folder) / "told"
         command = [
@@ -82,9 +85,9 @@ def run_part(part: str, quick: bool) -> tuple[list[Row], str]:
                 (str(fault), int(tried), int(survived), int(lost))
                 for fault, tried, survived, lost in json.loads(answer.read_text())
             ]
-            return rows, said
         except (OSError, ValueError, TypeError):
-            return [(f"{part}: {why} without a result", 1, 0, 1)], said
+            rows = [(f"{part}: {why} without a result", 1, 0, 1)]
+        return rows, said, round(time.monotonic() - began)
 
 
 def main() -> int:
@@ -93,26 +96,27 @@ def main() -> int:
     parser.add_argument(
         "--only", nargs="+", choices=PARTS, help="these parts (the results of the others are kept)"
     )
+    parser.add_argument("--jobs", type=int, default=1, help="parts at a time (each uses about one core)")
     arguments = parser.parse_args()
     name = "faults_quick" if arguments.quick else "faults"
     path = environment.RESULTS / f"{name}.json"
     parts = json.loads(path.read_text())["rows"] if arguments.only and path.exists() else {}
     wanted = arguments.only or PARTS
-    for part in tqdm(wanted, unit="part", disable=not sys.stderr.isatty()):
-        began = time.monotonic()
-        rows, said = run_part(part, arguments.quick)
-        if any(lost for *_, lost in rows):
-            print(f"--- {part} said:\n{said[-4000:]}\n---", flush=True)
-        about = environment.describe()
-        parts[part] = {
-            "rows": rows,
-            "seconds": round(time.monotonic() - began),
-            "made": about["made"],
-            "commit": about["commit"],
-        }
-        print(f"{part}: {parts[part]['seconds']} s", flush=True)
-        parts = {part: parts[part] for part in PARTS if part in parts}
-        write(name, parts)  # after each, so that a stopped run leaves what it has
+    with (
+        ThreadPoolExecutor(arguments.jobs) as pool,
+        tqdm(total=len(wanted), unit="part", disable=not sys.stderr.isatty()) as bar,
+    ):
+        running = {pool.submit(run_part, part, arguments.quick): part for part in wanted}
+        for done in as_completed(running):
+            part, (rows, said, seconds) = running[done], done.result()
+            if any(lost for *_, lost in rows):
+                print(f"--- {part} said:\n{said[-4000:]}\n---", flush=True)
+            about = environment.describe()
+            parts[part] = {"rows": rows, "seconds": seconds, "made": about["made"], "commit": about["commit"]}
+            print(f"{part}: {seconds} s", flush=True)
+            bar.update()
+            parts = {part: parts[part] for part in PARTS if part in parts}
+            write(name, parts)  # after each, so that a stopped run leaves what it has
     return tell([tuple(row) for part in parts.values() for row in part["rows"]])
 
 
