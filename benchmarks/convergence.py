@@ -300,7 +300,7 @@ def main() -> None:
         if arguments.data is None:
             parser.error("--data DIR: the demonstration set, made as scripts/quickstart.sh does")
         use_compilation_cache()
-        keep_freed_memory()
+        keep_freed_memory(large_too=True)
         for name in arguments.variants or VARIANTS:
             row = measure(
                 name, arguments.data, arguments.seed, arguments.averages, arguments.probe, arguments.limit

@@ -68,9 +68,11 @@ def threaded(read, count):
 
 def ours(directory, threads=2):
     sys.path.insert(0, str(ROOT))
+    from fluxdit_jax.allocator import keep_freed_memory
     from fluxdit_jax.data import RecordSource, batches
     from fluxdit_jax.records import load_manifest
 
+    keep_freed_memory(large_too=False)  # as `fluxdit_jax.train` does on a GPU
     manifest = load_manifest(directory)
     source = RecordSource(directory, manifest, "train")
     tokens = (manifest.resolution // 16) ** 2

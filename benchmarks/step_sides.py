@@ -130,7 +130,7 @@ def run_jax(size: Size, dtype: str, remat: str, repeats: int, attention: str = "
     from fluxdit_jax.allocator import keep_freed_memory
 
     if jax.default_backend() == "cpu":
-        keep_freed_memory()
+        keep_freed_memory(large_too=True)
     whole = program(size, dtype, remat, attention)
     start = time.perf_counter()
     step = whole.compile()

@@ -1,18 +1,24 @@
-"""Host memory: keeping what a CPU run frees, so that it need not be faulted in again at every step."""
+"""Host memory: keeping what is freed, so that it need not be faulted in again for every record and step."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4  # malloc.h
+_LARGEST_THRESHOLD = 32 * 2**20  # glibc takes no higher one
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory(large_too: bool) -> bool:
     """Tells glibc not to return freed memory to the kernel; False where there is no glibc.
 
-    XLA's CPU backend allocates its temporaries anew at each step. Above 32 MiB glibc maps them and unmaps
-    them again, and a step of the demo spent 22 of 157 ms in page faults; kept, 3 of 134.
+    By default glibc maps large blocks and unmaps them again. A record of 0.7 MB, which is such a block three times
+    while it is read, took 600 us of one thread, three quarters of it page faults; kept, 150 (`benchmarks.loader`).
+
+    Args:
+      large_too: also blocks above 32 MiB, as XLA's CPU backend allocates for the temporaries of each step: a step of
+        the demo spent 22 of 157 ms in page faults; kept, 3 of 134. Without it those go back at once, as the copy of
+        the state that a save makes should.
     """
     if sys.platform != "linux":
         return False
@@ -20,5 +26,6 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return False
-    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 * 2**20))
+    mapped = (_M_MMAP_MAX, 0) if large_too else (_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
+    settings = (mapped, (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 * 2**20))
     return all(mallopt(option, value) == 1 for option, value in settings)

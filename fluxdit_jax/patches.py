@@ -15,13 +15,12 @@ def patchify(latent_CxHxW: np.ndarray, patch: int, out_NxP: np.ndarray | None = 
     rows, columns = h // patch, w // patch
     if out_NxP is None:
         out_NxP = np.empty((rows * columns, patch * patch * C), latent_CxHxW.dtype)
-    # First pixels with their channels together: 16 long strided copies take half the time of one with an inner
-    # loop of 16. numpy copies its own integers faster than bfloat16, and without holding the interpreter's lock.
+    # First pixels with their channels together. The order "C" makes the loop over a channel the inner one: an
+    # assignment would take that over 16 channels, and twice the time. One call for all channels, since each lets go
+    # of the interpreter's lock and waits for it again. numpy copies its own integers faster than bfloat16.
     same_size = np.dtype(f"u{latent_CxHxW.dtype.itemsize}")
-    latent_CxL = latent_CxHxW.view(same_size).reshape(C, h * w)
     pixels_LxC = np.empty((h * w, C), same_size)
-    for channel in range(C):
-        pixels_LxC[:, channel] = latent_CxL[channel]
+    np.positive(latent_CxHxW.view(same_size).reshape(C, h * w), out=pixels_LxC.T, order="C")
     # Then the rows of patches, each `patch` pixels in one piece.
     piece = np.dtype(f"V{patch * C * same_size.itemsize}")
     pieces = pixels_LxC.reshape(-1, patch * C).view(piece).reshape(rows, patch, columns)

@@ -408,8 +408,7 @@ def main(argv: list[str]) -> None:
     config = _CONFIG.value
     use_compilation_cache()
     devices.join_processes(config.mesh.coordinator, config.mesh.processes, config.mesh.process)
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(large_too=jax.default_backend() == "cpu")
     try:
         code = train(config)
     except USER_ERRORS as error:

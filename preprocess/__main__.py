@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import os
 import signal
 import sys
+import threading
 import warnings
 from pathlib import Path
+from typing import Any
 
 from fluxdit_jax.command import outlive_readers
 from fluxdit_jax.untrusted import shown
@@ -25,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, and so it stays
             signal.signal(number, _stop)
+    sys.unraisablehook = _stop_again
     from fluxdit_jax.records import DatasetError
 
     try:
@@ -40,6 +44,17 @@ def main(arguments: list[str] | None = None) -> int:
 def _stop(number: int, frame: object) -> None:
     signal.signal(number, signal.SIG_IGN)  # a second one while cleaning up changes nothing
     raise KeyboardInterrupt(number)
+
+
+def _stop_again(unraisable: Any) -> None:
+    """A `sys.unraisablehook`: what a signal raises in a finaliser or while collecting garbage is lost; again."""
+    if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
+        return
+    number = unraisable.exc_value.args[0] if unraisable.exc_value.args else signal.SIGINT
+    if number != signal.SIGINT:
+        signal.signal(number, _stop)
+    threading.Timer(0.01, os.kill, (os.getpid(), number)).start()  # when that callback is at its end
 
 
 def _build(parsed: argparse.Namespace) -> int:

@@ -422,6 +422,32 @@ def test_a_reader_that_goes_away_stops_nothing(photos: Path, tmp_path: Path) -> 
     assert records.load_manifest(tmp_path / "data").records("train") > 0
 
 
+def test_a_signal_inside_a_garbage_collection_stops_it_too(tmp_path: Path, draw_photo) -> None:
+    """What a signal's handler raises there is swallowed."""
+    photos = write_photos(tmp_path / "photos", 30, draw_photo)
+    code = """
+import gc, os, signal, sys
+from pathlib import Path
+from preprocess.__main__ import main
+
+work, sent = Path(sys.argv.pop(1)), []
+def collected(phase, info):
+    if not sent and work.exists():
+        sent.append(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+gc.callbacks.append(collected)
+sys.exit(main(sys.argv[1:]))
+"""
+    output = tmp_path / "data"
+    arguments = ["build", "--input", str(photos), "--output", str(output), "--resolution", "512", *FLAGS]
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(output / ".build"), *arguments], capture_output=True, text=True
+    )
+    assert result.returncode == 143 and "Traceback" not in result.stderr
+    assert "the same command goes on from there" in result.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_it_cleanly(number: signal.Signals, tmp_path: Path, draw_photo) -> None:
     photos = write_photos(tmp_path / "photos", 60, draw_photo)
