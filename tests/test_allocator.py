@@ -9,17 +9,19 @@ from pathlib import Path
 import pytest
 
 FAULTS = """
-import resource
+import resource, threading
 from fluxdit_jax.allocator import keep_freed_memory
 {call}
 def faults(size):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
-        b"x" * size
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(faults(700_000), faults(40 * 2**20))
+        b"x" * size, b"y" * size, b"z" * size
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, flush=True)
+for size in (700_000, 40 * 2**20):
+    thread = threading.Thread(target=faults, args=(size,))
+    thread.start()
+    thread.join()
 """
-RECORD, LARGE = 20 * 700_000 // 4096, 20 * 40 * 2**20 // 4096  # pages
 
 
 def counted(call: str) -> list[int]:
@@ -33,7 +35,8 @@ def counted(call: str) -> list[int]:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
 def test_records_are_kept_and_large_blocks_where_asked():
+    plain, _ = counted("")
     record, large = counted("assert keep_freed_memory(large_too=False)")
-    assert record < RECORD / 5 and large > LARGE / 2
-    record, large = counted("assert keep_freed_memory(large_too=True)")
-    assert record < RECORD / 5 and large < LARGE / 5
+    record_too, large_kept = counted("assert keep_freed_memory(large_too=True)")
+    assert max(record, record_too) < plain / 5
+    assert large_kept < large / 5
