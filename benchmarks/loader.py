@@ -2,6 +2,7 @@
 
     python -m benchmarks.loader                      # 10 minutes, 12 GB of disk for a while
     python -m benchmarks.loader --sides 64 --rounds 3 --no-cold
+    python -m benchmarks.loader --sides 128 --add     # keeps the rows of earlier runs that this one does not make
 
 The same records everywhere (latents of 128 or 512 KiB, 90 to 110 text tokens of width 1024, a vector), shuffled; a
 ready batch is 16 patchified latents and texts padded to 256. Every side is checked to give the same batches, row by
@@ -33,7 +34,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
-from benchmarks.environment import table, write
+from benchmarks.environment import RESULTS, table, write
 from benchmarks.loader_sides import collate, digests
 from fluxdit_jax.patches import patchify
 from fluxdit_jax.records import (
@@ -179,6 +180,8 @@ class Side:
     def close(self) -> None:
         os.killpg(self._process.pid, signal.SIGKILL)  # its workers, too
         self._process.wait()
+        self._process.stdin.close()
+        self._process.stdout.close()
 
 
 def drop_cache(root: Path) -> None:
@@ -216,6 +219,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="of each timing")
     parser.add_argument("--only", nargs="+", default=list(SIDES))
     parser.add_argument("--no-cold", action="store_true")
+    parser.add_argument("--no-hot", action="store_true")
+    parser.add_argument(
+        "--add", action="store_true", help="to results/loader.json, instead of writing it anew"
+    )
     options = parser.parse_args()
     peers, rows = peers_python(), []
     for side in options.sides:
@@ -223,7 +230,7 @@ def main() -> None:
         try:
             expected = make_records(root, side, options.records, peers)
             kilobytes = round((side * side * 32 + 100 * 2048 + 4096) / 1000)
-            for cold in (False,) if options.no_cold else (False, True):
+            for cold in [False] * (not options.no_hot) + [True] * (not options.no_cold):
                 seconds = options.seconds if not cold else 0.3
                 found = measure(options.only, root, peers, options.rounds, seconds, cold, expected)
                 for name, values in found.items():
@@ -236,8 +243,15 @@ def main() -> None:
                     })  # fmt: skip
         finally:
             shutil.rmtree(root)
+            clean = "from streaming.base.util import clean_stale_shared_memory as clean; clean()"
+            subprocess.run([peers, "-c", clean], capture_output=True)  # MDS's of processes that were killed
     header = ["record, KB", "cache", "side", "samples/s", "ours / it", "from - to"]
     keys = ("record_kb", "cache", "side", "median", "ours_over_it")
+    if options.add:
+        made = {(row["record_kb"], row["cache"], row["side"]) for row in rows}
+        earlier = json.loads((RESULTS / "loader.json").read_text())["rows"]["rows"]
+        rows += [row for row in earlier if (row["record_kb"], row["cache"], row["side"]) not in made]
+        rows.sort(key=lambda row: (row["record_kb"], row["cache"] == "cold", list(SIDES).index(row["side"])))
     print(table(header, [[row[k] for k in keys] + ["{} - {}".format(*row["spread"])] for row in rows]))
     print(write("loader", {"peers": PEERS, "rows": rows}))
 

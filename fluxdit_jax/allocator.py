@@ -27,6 +27,8 @@ def keep_freed_memory(large_too: bool) -> bool:
     except (OSError, AttributeError):
         return False
     mapped = (_M_MMAP_MAX, 0) if large_too else (_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
-    at_once = (64 if large_too else 16) * 2**20  # what an arena grows by; a block that fits there is not mapped
+    at_once = (
+        64 if large_too else 16
+    ) * 2**20  # what an arena grows by; a block that fits there is not mapped
     settings = (mapped, (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, at_once))
     return all(mallopt(option, value) == 1 for option, value in settings)

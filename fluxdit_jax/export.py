@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from fluxdit_jax.checkpoint import EMA, SHORT_EMA, CheckpointError, restore_ema
 from fluxdit_jax.config import ConfigError, Settings, resolve
 from fluxdit_jax.records import DatasetError, Manifest
 from fluxdit_jax.run_directory import RunError, RunLock, load_config, load_dataset
+
+log = logging.getLogger(__name__)
 
 WORK = ".export"  # everything is written in this folder of DIR and then moved
 
@@ -147,6 +150,7 @@ training images, which this card does not know, decide what the model may be use
 def _verdict(workdir: Path) -> str:
     path = workdir / "validation" / "report.json"
     if not path.exists():
+        log.warning("%s does not exist: the card says that the model was not validated", path)
         return "not validated"
     try:
         return "passed" if json.loads(path.read_text(encoding="utf-8"))["passed"] else "failed"
