@@ -30,6 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.environment import ROOT, table, write
+from fluxdit_jax.allocator import keep_freed_memory
 
 sys.path.append(str(ROOT / "tests"))
 BATCH = 8  # `build`'s default
@@ -284,12 +285,17 @@ def main() -> None:
     parser.add_argument("--plan", type=int, default=0, help="plan so many files")
     parser.add_argument("--rows", type=int, default=0, help="memory of so many planned items")
     parser.add_argument("--work", default=str(Path(tempfile.gettempdir()) / "bench_preprocess"))
+    parser.add_argument(
+        "--plain-bare", action="store_true", help="leave glibc as it is for the encoders alone"
+    )
     parser.add_argument("--name", default="preprocess", help="of the result")
     parser.add_argument("more", nargs="*", help="further options of build, after --")
     arguments = parser.parse_args()
     work = Path(arguments.work)
     work.mkdir(parents=True, exist_ok=True)
     if arguments.images:
+        if not arguments.plain_bare:
+            keep_freed_memory(large_too=True)  # as `build` does on a CPU
         draw(work / "images", max(arguments.images))
         rows = []
         for kind in arguments.encoders:

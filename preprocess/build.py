@@ -10,10 +10,12 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from fluxdit_jax import records
+from fluxdit_jax.allocator import keep_freed_memory
 from fluxdit_jax.records import DatasetError, Manifest
 from preprocess import PreprocessError
 from preprocess.encode import Counts, Encoders, Encoding
 from preprocess.encoders import load_text_encoder, load_vae, load_vision_encoder
+from preprocess.encoders.device import choose_device
 from preprocess.forecast import tell
 from preprocess.journal import Journal
 from preprocess.lock import locked
@@ -161,6 +163,8 @@ def _build(
 
 
 def _load(options: Options, vectors: Vectors | None) -> Encoders:
+    # What an encoder on a CPU allocates for each picture would else be faulted in anew: 1.4 to 1.8 times the images/s.
+    keep_freed_memory(large_too=choose_device(options.device).type == "cpu")
     vision = None
     if vectors is None:
         vision = load_vision_encoder(options.vision_encoder, options.device, options.dtype)
