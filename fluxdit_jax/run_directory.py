@@ -19,6 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from fluxdit_jax.command import explain, undoing
+from fluxdit_jax.config import default_config
 from fluxdit_jax.files import write_whole
 from fluxdit_jax.records import Manifest, json_checksum
 
@@ -129,7 +130,7 @@ def check_resume(workdir: Path, config: ConfigDict, manifest: Manifest) -> bool:
                 "a backup, or give --config.resume.allow_changes=True to go on with this configuration"
             )
         return False
-    changes = config_changes(load_config(workdir), config)
+    changes = config_changes(ConfigDict(_recorded(workdir)), config)
     if _dataset_identity(load_dataset(workdir)) != _dataset_identity(manifest):
         changes.append(f"data.path: {config.data.path} is not the data set of this run ({DATASET})")
     if changes and not config.resume.allow_changes:
@@ -164,7 +165,33 @@ def config_changes(old: ConfigDict, new: ConfigDict) -> list[str]:
 
 
 def load_config(workdir: Path) -> ConfigDict:
-    """The configuration a run was last started with; raises `RunError` if it is missing or damaged."""
+    """The configuration a run was last started with; keys that its version did not have get today's defaults.
+
+    Raises:
+      RunError: it is missing or damaged.
+    """
+    values = _recorded(workdir)
+    try:
+        return ConfigDict(_completed(values, default_config().to_dict()))
+    except ValueError as error:
+        raise RunError(f"{workdir / CONFIG} cannot be read: {error}") from error
+
+
+def _completed(values: dict[str, Any], defaults: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    whole = dict(values)
+    for name, default in defaults.items():
+        if isinstance(default, dict):
+            group = values.get(name, {})
+            if not isinstance(group, dict):
+                raise ValueError(f"{prefix}{name} is {group!r}, expected a group of keys")
+            whole[name] = _completed(group, default, f"{prefix}{name}.")
+        else:
+            whole.setdefault(name, default)
+    return whole
+
+
+def _recorded(workdir: Path) -> dict[str, Any]:
+    """What `record_start` wrote; raises `RunError`."""
     path = workdir / CONFIG
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -176,7 +203,7 @@ def load_config(workdir: Path) -> ConfigDict:
                 "its checksum is not that of its content: it is damaged, or was edited by hand. Bring a backup; "
                 "or mend the value and take the line with the checksum out"
             )
-        return ConfigDict(values)
+        return values
     except FileNotFoundError as error:
         raise RunError(
             f"{path} does not exist: {workdir} is not a run directory of fluxdit_jax.train"

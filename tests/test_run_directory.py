@@ -14,6 +14,7 @@ import time
 import pytest
 from training_helpers import REPOSITORY, tiny_config
 
+from fluxdit_jax.config import default_config
 from fluxdit_jax.records import Manifest, load_manifest
 from fluxdit_jax.run_directory import (
     RunError,
@@ -132,7 +133,13 @@ def test_a_key_that_is_new_or_gone_is_a_change(config, manifest, workdir):
     raw["flow"]["old"] = 3
     del raw["checksum"]  # as a run of before had none
     (workdir / "config.json").write_text(json.dumps(raw))
-    assert config_changes(load_config(workdir), config) == ["flow.old: 3 -> None", "flow.std: None -> 1.0"]
+    with pytest.raises(RunError, match=r"(?s)flow.old: 3 -> None.*flow.std: None -> 1.0"):
+        check_resume(workdir, config, manifest)
+    assert load_config(workdir).flow.std == default_config().flow.std  # sampling an older run needs a value
+    raw["flow"] = 3
+    (workdir / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(RunError, match=r"config\.json cannot be read: flow is 3, expected a group of keys"):
+        load_config(workdir)
 
 
 def test_a_changed_digit_a_missing_data_set_and_a_missing_configuration_are_named(config, manifest, workdir):
