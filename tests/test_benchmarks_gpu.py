@@ -1,0 +1,132 @@
+"""The GPU benchmark's decisions, which need no GPU: what it would run, what it picks, how it reads a profile."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+
+import pytest
+
+from benchmarks import gpu, gpu_report, gpu_sides, gpu_trace
+from fluxdit_jax import model
+
+HLO = """HloModule jit_step
+  %fusion.1 = bf16[8]{0} fusion(%a), kind=kLoop, metadata={op_name="jit(step)/jvp()/while/body/mul"}
+  ROOT %custom-call.2 = bf16[8]{0} custom-call(%b), custom_call_target="__cublas$lt$matmul", metadata={op_name="jvp()"}
+  %custom-call.3 = bf16[8]{0} custom-call(%b), custom_call_target="__cudnn$fmhaSoftmax", metadata={op_name="jvp()"}
+  %fusion.4 = f32[8]{0} fusion(%c), kind=kLoop, metadata={op_name="jit(step)/select_n"}
+  %while.5 = (s32[]) while(%t), condition=%c, body=%b, metadata={op_name="jvp()/while"}
+"""
+
+
+def row(batch, remat, images_s, *, side="jax", peak=10.0, plan=10.0, turn="run/0", status="ok", **spec):
+    spec = gpu.make("prod-1024", side, batch, remat) | spec
+    measured = {"images_s": images_s, "seconds": [batch / images_s]} if status == "ok" else {}
+    common = {"spec": spec, "run": "run", "turn": turn, "status": status, "attention": "cudnn"}
+    return common | {"peak_gb": peak, "plan_gb": plan, "compile_s": 1.0, "wall_s": 2.0} | measured
+
+
+@pytest.mark.parametrize("target", gpu_sides.TARGETS)
+def test_each_configuration_is_what_a_run_would_get(target):
+    for batch, remat in gpu.OURS[target]:
+        settings, (mean, _) = gpu_sides.settings(
+            gpu_sides.TARGETS[target], gpu.make(target, "jax", batch, remat)
+        )
+        assert (settings.batch_size, settings.model.remat) == (batch, remat)
+        assert settings.tokens == gpu_sides.TARGETS[target].side ** 2
+        assert settings.optimizer.accumulate * batch == settings.effective_batch
+        assert len(mean) == settings.model.token_width
+    same = model.flops_per_sample(settings.model, settings.tokens, settings.text_tokens)
+    assert gpu_sides.flops_per_image(gpu_sides.TARGETS[target]) == 3 * same
+
+
+def test_a_configuration_file_that_has_moved_on_is_noticed():
+    with pytest.raises(ValueError, match=r"configs/prod.py has .*1152.* TARGETS"):
+        moved = gpu_sides.Target("prod", 1024, 1024, 24, 18, 256)
+        gpu_sides.settings(moved, gpu.make("prod-1024", "jax", 4, "block"))
+
+
+def test_the_best_is_one_that_train_would_start_and_among_equals_the_smallest():
+    rows = [
+        row(4, "block", 10.0, peak=9.0),
+        row(8, "block", 10.1, peak=12.0),
+        row(8, "attention", 14.0, plan=25.0),  # `train` refuses a plan above device_memory_gb
+        row(12, "none", 15.0),  # no multiple makes an effective batch of 256
+        row(2, "none", None, status="out of memory"),
+    ]
+    assert gpu_report.best(rows, "prod-1024", "jax", 24.0)["spec"]["batch"] == 4
+    assert gpu_report.best(rows, "prod-1024", "jax", 30.0)["spec"]["remat"] == "attention"
+    assert gpu_report.best(rows, "prod-1024", "torch") is None
+
+
+def test_the_report_has_the_ratio_of_each_round_and_the_change_to_make():
+    rows = [row(8, "attention", 12.0 + n, turn=f"run/{n}", plan=20.0) for n in range(3)]
+    rows += [row(4, "block", 10.0, side="torch", turn=f"run/{n}") for n in range(3)]
+    rows += [row(4, "block", 9.0), row(16, "block", None, status="out of memory")]
+    text = gpu_report.report(rows, 24.0, ["prod-256 jax"])
+    assert "1.30 (1.20 to 1.40, 3 rounds) times PyTorch" in text
+    assert "c.data.batch_size = 8, c.model.remat = 'attention'" in text
+    assert "configs/prod.py says 4, 'block' (9.00 images/s)" in text
+    assert "| 16 | out of memory |" in text and "left out for want of time (1)" in text
+
+
+def test_a_larger_micro_batch_is_not_tried_where_a_smaller_one_did_not_fit():
+    a = argparse.Namespace(peak_tflops=None, minutes=1, memory_gb=24.0)
+    bench = gpu.Bench(a, ("NVIDIA H100 80GB HBM3", 85.5), [])
+    assert bench.peak == 989.4
+    bench.rows = [row(4, "dots", None, status="out of memory")]
+    assert bench.hopeless(gpu.make("prod-1024", "jax", 8, "dots"))
+    for other in (("jax", 2, "dots"), ("jax", 8, "block"), ("torch", 8, "dots")):
+        assert not bench.hopeless(gpu.make("prod-1024", *other))
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123 bytes."), True),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (RuntimeError("cuDNN: no engine for this graph"), False),
+    ],
+)
+def test_out_of_memory_is_told_from_other_errors(error, full):
+    assert gpu_sides.is_out_of_memory(error) is full
+
+
+def test_a_profile_is_grouped_by_the_streams_of_the_device_alone(tmp_path):
+    def kernel(tid, name, start, duration, **arguments):
+        return {
+            "ph": "X",
+            "pid": 1,
+            "tid": tid,
+            "name": name,
+            "ts": start,
+            "dur": duration,
+            "args": arguments,
+        }
+
+    events = [
+        {"ph": "M", "pid": 1, "name": "process_name", "args": {"name": "/device:GPU:0 (pid 1)"}},
+        {"ph": "M", "pid": 1, "tid": 7, "name": "thread_name", "args": {"name": "Stream #13(Compute)"}},
+        {"ph": "M", "pid": 1, "tid": 8, "name": "thread_name", "args": {"name": "XLA Ops"}},
+        kernel(7, "nvjet_hsh", 0, 4000, hlo_op="custom-call.2"),
+        kernel(7, "cudnn_generated", 4000, 2000, hlo_op="custom-call.3"),
+        kernel(7, "fusion_1", 6000, 1000),  # no hlo_op: found by its kernel's name
+        kernel(7, "loop_select_fusion", 8000, 1000, hlo_op="fusion.4"),
+        kernel(7, "MemcpyD2D", 9000, 500),
+        kernel(8, "custom-call.2", 0, 4000, hlo_op="custom-call.2"),  # the same time again, by operation
+        {"ph": "X", "pid": 2, "tid": 1, "name": "host", "ts": 0, "dur": 99999},
+    ]
+    with gzip.open(tmp_path / "host.trace.json.gz", "wt") as file:
+        json.dump({"traceEvents": events}, file)
+    found = gpu_trace.summary(tmp_path, HLO, steps=2)
+    assert found["groups"] == {
+        "products": 2.0,
+        "attention": 1.0,
+        "norms and elementwise": 0.5,
+        "optimizer, EMA, metrics": 0.5,
+        "idle": 0.5,
+        "copies": 0.25,
+    }
+    assert found["top"][0] == ("custom-call.2", "products", 2.0)
+    assert "error" in gpu_trace.summary(tmp_path / "empty", HLO, 1)
