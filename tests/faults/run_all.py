@@ -7,7 +7,8 @@
 
 Writes benchmarks/results/faults.json and faults.md (with --quick: faults_quick) with versions, machine and command.
 Each part is a module beside this file with `run(quick) -> [(fault, tried, survived, lost)]` and has a process of
-its own; one that crashes or hangs is a lost row and not the end. Exits 1 if anything is lost.
+its own; one that crashes or hangs is a lost row and not the end. Exits 1 if anything is lost. What other programs leave
+in /dev/shm meanwhile counts as left behind: run nothing else that uses it.
 """
 
 from __future__ import annotations

@@ -164,8 +164,10 @@ def _outcome(run: Path) -> str:
 
 
 def shared_memory() -> list[str]:
-    """Files in /dev/shm, less those that were there when this was imported."""
-    return [str(path) for path in Path("/dev/shm").iterdir() if path not in _BEFORE]
+    """Files in /dev/shm, less those that were there when this was imported; each is told once."""
+    found = set(Path("/dev/shm").iterdir()) - _BEFORE
+    _BEFORE.update(found)
+    return sorted(map(str, found))
 
 
 _BEFORE = set(Path("/dev/shm").iterdir())
