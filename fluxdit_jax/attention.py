@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from fluxdit_jax.product import product_f32
 
-# Above this many f32 logits (32 MiB) the XLA path takes one head of one sample at a time.
-_LOGITS_AT_ONCE = 8 * 2**20
+# Above this many f32 logits (8 MiB) the XLA path takes one head of one sample at a time: on a CPU that is faster for
+# the 1,024 x 120 of cross-attention, too.
+_LOGITS_AT_ONCE = 2 * 2**20
 
 
 def choose_implementation(dtype: jnp.dtype, head_dim: int) -> str:

@@ -24,7 +24,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from fluxdit_jax.attention import attend
-from fluxdit_jax.product import matmul
+from fluxdit_jax.product import matmul, repeat_rows
 
 # What a block keeps for the backward pass; the rest is computed again.
 #   none     keep everything: fastest, most memory
@@ -191,9 +191,9 @@ class Block(nnx.Module):
         self.table = nnx.Param(jnp.zeros((N_BLOCK_MODULATIONS, config.width)))
 
     def __call__(self, x_BxNxD, modulation_Bx7xD, text_BxTxD, text_length_B, cos, sin, length_B):
-        m = (modulation_Bx7xD + self.table[...])[:, :, None, :]
+        m = modulation_Bx7xD + self.table[...]
         shift1, scale1, gate1, gate_cross, shift2, scale2, gate2 = (
-            m[:, i] for i in range(N_BLOCK_MODULATIONS)
+            repeat_rows(m[:, i], x_BxNxD.shape[1]) for i in range(N_BLOCK_MODULATIONS)
         )
         x = x_BxNxD
         x = x + gate1 * self.attention(rms_norm(x) * (1 + scale1) + shift1, cos, sin, length_B)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fluxdit_jax import attention
-from fluxdit_jax.product import matmul, transpose
+from fluxdit_jax.product import matmul, repeat_rows, transpose
 
 
 def draw(shape, seed, dtype):
@@ -37,6 +37,24 @@ def test_value_and_gradients(dtype, shape):
 def test_transpose():
     x = draw((3, 5), 0, "bfloat16")
     np.testing.assert_array_equal(np.asarray(jax.jit(transpose)(x)), np.asarray(x).T)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradient_of_repeated_rows_is_their_sum_rounded_once(dtype):
+    x, dy = draw((2, 24), 0, dtype), draw((2, 300, 24), 1, dtype)
+
+    @jax.jit
+    def run(x, dy):
+        y, back = jax.vjp(lambda x: repeat_rows(x, 300), x)
+        return y, back(dy)[0]
+
+    y, dx = run(x, dy)
+    np.testing.assert_array_equal(np.asarray(y), np.repeat(np.asarray(x)[:, None], 300, axis=1))
+    exact = np.asarray(dy, np.float64).sum(axis=1)
+    assert dx.dtype == dtype
+    assert np.linalg.norm(np.asarray(dx, np.float64) - exact) < (
+        1e-6 if dtype == "float32" else 3e-3
+    ) * np.linalg.norm(exact)
 
 
 def test_bfloat16_attention_head_by_head_has_the_gradients_of_the_plain_one(monkeypatch):
