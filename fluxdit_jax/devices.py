@@ -12,6 +12,7 @@ PEAK_TFLOPS = {
     "NVIDIA RTX 6000 Ada": 364.2,
     "NVIDIA L40S": 362.1,
     "NVIDIA A100": 312.0,
+    "NVIDIA H100 PCIe": 756.0,  # before the one that its name begins with
     "NVIDIA H100": 989.4,
     "NVIDIA H200": 989.4,
 }

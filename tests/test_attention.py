@@ -101,8 +101,8 @@ def test_bfloat16_uses_f32_logits_and_softmax(branch):
     assert error < 0.015  # one rounding of the weights and one of the sums; 0.05 with bf16 logits
 
 
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="of machines without a GPU")
 def test_choice_without_a_gpu_is_xla():
-    assert jax.default_backend() != "gpu"
     assert choose_implementation("bfloat16", 64) == "xla"
 
 
