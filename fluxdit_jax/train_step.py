@@ -83,9 +83,6 @@ def make_train_step(
     Args:
       ema_target: decay of the EMA after its warm-up; short_ema_target: of the second one, None for none.
 
-    Args:
-      ema_target: decay of the EMA after its warm-up; short_ema_target: of the second one, None for none.
-
     Metrics are device scalars of the micro-batch; `grad_norm` and the like belong to the last whole step.
     """
     mean_P, std_P = statistics
