@@ -65,8 +65,8 @@ class Disks(Tally):
             placed = Fault(at, "fail", fault.error, fault.length)
             self.train(what, f"{name} at call {at} of {calls}", run, under=run, fault=placed)
 
-    def sizes(self, step: int, first: int) -> None:
-        """Memory file systems of growing size, until a run fits; then each is made large."""
+    def sizes(self, factor: float, first: int) -> None:
+        """Memory file systems of growing size in KB, until a run fits; each is then made large."""
         disk = self.scene.root / "disk"
         disk.mkdir(exist_ok=True)
         kilobytes, hit = first, True
@@ -78,7 +78,7 @@ class Disks(Tally):
                     disk / "run",
                     heal=lambda: remount(disk, "size=64m"),
                 )
-            kilobytes += step
+            kilobytes = int(kilobytes * factor) + 4
 
     def read_only(self) -> None:
         """A run that is half done on a file system that then is read-only: nothing starts, nothing changes."""
@@ -237,7 +237,7 @@ def work_on(scene, quick: bool) -> list[Row]:  # noqa: ANN001
     disks.programs(2 if quick else 40)
     try:
         if not quick:
-            disks.sizes(40, 4)
+            disks.sizes(1.25, 4)
             disks.read_only()
     except PermissionError as error:
         print(f"not tried: {error}")
