@@ -137,7 +137,9 @@ def run(work: Callable[[], int | None], errors: tuple[type[Exception], ...], fai
     """
     outlive_readers()
     sys.unraisablehook = without_closed_loops
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # one page for every array that Orbax could not read
+    logging.getLogger("asyncio").setLevel(
+        logging.CRITICAL
+    )  # one page for every array that Orbax could not read
     stopping = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
     def stop(number: int, _frame: Any) -> None:
