@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import statistics
 from typing import Any
 
 from benchmarks import environment
-from benchmarks.gpu_sides import TARGETS
+from benchmarks.gpu_sides import TARGETS, configuration_of
 
 Row = dict[str, Any]
 NEAR = 0.98  # of the best images/s: as good, so that of such the one with least memory is taken
@@ -106,7 +105,7 @@ def advice(rows: list[Row], target: str, champion: Row) -> str:
     text = f"c.data.batch_size = {spec['batch']}, c.model.remat = {spec['remat']!r}"
     text += f" ({champion['images_s']:.2f} images/s)"
     try:
-        c = importlib.import_module(f"configs.{config}").get_config()
+        c = configuration_of(TARGETS[target])
     except ImportError as error:
         return f"{target}: best is {text}; configs/{config}.py could not be read to compare ({error})"
     says = (c.data.batch_size, c.model.remat)

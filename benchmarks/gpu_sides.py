@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib
 import json
 import math
 import time
@@ -51,6 +50,13 @@ TARGETS = {
 }
 
 
+def configuration_of(target: Target) -> Any:
+    """The `ConfigDict` of a target's file in configs/. Raises `ImportError` without ml_collections."""
+    from configs import nano, prod
+
+    return {"nano": nano, "prod": prod}[target.config].get_config()
+
+
 def network(target: Target) -> Any:
     """The `ModelConfig` of a target, without ml_collections or a data set."""
     from fluxdit_jax.model import ModelConfig
@@ -72,7 +78,7 @@ def settings(target: Target, spec: dict[str, Any]) -> tuple[Any, tuple[np.ndarra
     from fluxdit_jax.records import EncoderIdentity, Manifest
     from fluxdit_jax.train_step import patch_statistics
 
-    c = importlib.import_module(f"configs.{target.config}").get_config()
+    c = configuration_of(target)
     if spec["target"] == "toy":
         for key in ("width", "depth", "heads", "text_width", "vision_width"):
             c.model[key] = getattr(target, key)

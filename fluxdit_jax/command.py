@@ -15,6 +15,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TextIO
 
+from tqdm import tqdm
+
 _ADVICE = {
     errno.ENOSPC: "the disk is full; make space and give the same command again",
     errno.EDQUOT: "the quota is used up; make space and give the same command again",
@@ -65,7 +67,10 @@ def outlive_readers() -> None:
     """From here on closed outputs disturb nothing: neither a pipe's reader that ends nor descriptors closed from start.
 
     A descriptor 0 to 2 that is closed would be given to the next file that is opened, and get what libraries say.
+    Progress bars get a lock of this process alone: tqdm's own is a semaphore in /dev/shm, which stays there if the
+    process is killed while making it.
     """
+    tqdm.set_lock(threading.RLock())
     for number in (0, 1, 2):
         try:
             os.fstat(number)

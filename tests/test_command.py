@@ -92,3 +92,16 @@ def test_a_closed_event_loop_is_not_told_and_any_other_exception_in_a_callback_i
     )
     err = run(body).stderr
     assert "something else" in err and "Event loop" not in err
+
+
+def test_progress_bars_make_no_semaphore():
+    """tqdm's own lock is one in /dev/shm, and stays there if the process is killed while it is made."""
+    code = (
+        "from tqdm import tqdm; tqdm(range(3), file=sys.stderr); print(hasattr(tqdm.get_lock(), 'mp_lock'))"
+    )
+    for before, expected in (("command.outlive_readers()", "False"), ("", "True")):
+        done = subprocess.run(
+            [sys.executable, "-c", f"import sys; from fluxdit_jax import command; {before or 0}; {code}"],
+            cwd=REPOSITORY, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.stdout.strip() == expected, done.stderr
