@@ -69,7 +69,9 @@ def test_it_goes_on_when_nobody_reads(tmp_path, shell: str):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_removes_what_is_half_written_and_exits_with_its_number(tmp_path, number: int):
     path = tmp_path / "picture.png"
-    body = f"with files.replacing(pathlib.Path({str(path)!r})) as t: t.write_text('x'), print('begun'), time.sleep(60)"
+    # many short sleeps: a signal just before a long one is only handled after it
+    work = "t.write_text('x'), print('begun'), [time.sleep(0.05) for _ in range(1200)]"
+    body = f"with files.replacing(pathlib.Path({str(path)!r})) as t: {work}"
     with subprocess.Popen(
         [sys.executable, "-u", "-c", PROGRAM.format(body=body)],
         cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
