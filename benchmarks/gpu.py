@@ -5,8 +5,8 @@
     python -m benchmarks.gpu --targets prod-512 prod-256 --append                        # 9 more, into the same table
     python -m benchmarks.gpu --smoke                        # on a CPU: every part of it at a toy size, 2 to 4 minutes
 
-(The cuDNN test skips itself without a GPU; a neighbour asserts that there is none, hence `-k`. What only a GPU reaches
-has not been run yet; all else has, on a CPU: Python 3.11 with JAX 0.10, and our side on Python 3.12 with JAX 0.11.)
+(The test of cuDNN's attention skips itself without a GPU. What only a GPU reaches has not been run yet; all else has,
+on a CPU: Python 3.11 with JAX 0.10, and our side on Python 3.12 with JAX 0.11.)
 
 configs/prod.py at 1024, 512 and 256 px and configs/nano.py at 512 px. Each configuration runs in a process of its own
 that may use 24 GB (`--memory-gb`, 0: all), so that a larger card stands in for a 24 GB one in memory, though not in
@@ -109,10 +109,10 @@ def first_gpu() -> tuple[str, float] | None:
 def peak_tflops(name: str) -> float | None:
     """Dense bf16 TFLOP/s of a device by its name; None if it is not known, or without JAX."""
     try:
-        from fluxdit_jax.devices import PEAK_TFLOPS
+        from fluxdit_jax.devices import peak_tflops_of
     except ImportError:
         return None
-    return next((peak for start, peak in PEAK_TFLOPS.items() if name.startswith(start)), None)
+    return peak_tflops_of(name)
 
 
 class Bench:

@@ -27,8 +27,7 @@ def keep_freed_memory(large_too: bool) -> bool:
     except (OSError, AttributeError):
         return False
     mapped = (_M_MMAP_MAX, 0) if large_too else (_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
-    at_once = (
-        64 if large_too else 16
-    ) * 2**20  # what an arena grows by; a block that fits there is not mapped
-    settings = (mapped, (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, at_once))
+    # An arena grows by so much at once, and a block that fits there is not mapped, however large.
+    growth = (_M_TOP_PAD, (64 if large_too else 16) * 2**20)
+    settings = (mapped, (_M_TRIM_THRESHOLD, 2**31 - 1), growth)
     return all(mallopt(option, value) == 1 for option, value in settings)

@@ -113,6 +113,12 @@ def without_closed_loops(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
+def without_pages() -> None:
+    """What Orbax gives up for is told once, and not again by every array that it could not read or write."""
+    sys.unraisablehook = without_closed_loops
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
 def leave(status: int) -> NoReturn:
     """Ends the process without waiting for its threads; all of its work must be done."""
     logging.shutdown()
@@ -141,10 +147,7 @@ def run(work: Callable[[], int | None], errors: tuple[type[Exception], ...], fai
     an exception that a signal raises inside a callback of the garbage collector is swallowed, and JAX has one.
     """
     outlive_readers()
-    sys.unraisablehook = without_closed_loops
-    logging.getLogger("asyncio").setLevel(
-        logging.CRITICAL
-    )  # one page for every array that Orbax could not read
+    without_pages()
     stopping = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
     def stop(number: int, _frame: Any) -> None:

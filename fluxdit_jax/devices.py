@@ -22,7 +22,11 @@ def peak_tflops(override: float | None = None) -> float | None:
     """Peak dense bf16 TFLOP/s of one device of this run; None if it is not known."""
     if override is not None:
         return override
-    kind = jax.devices()[0].device_kind
+    return peak_tflops_of(jax.devices()[0].device_kind)
+
+
+def peak_tflops_of(kind: str) -> float | None:
+    """Peak dense bf16 TFLOP/s of a device by its name; None if it is not known."""
     return next((peak for name, peak in PEAK_TFLOPS.items() if kind.startswith(name)), None)
 
 

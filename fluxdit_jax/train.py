@@ -404,8 +404,7 @@ def main(argv: list[str]) -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax narrates every save at INFO
     absl_logging.get_absl_logger().addFilter(command.without_traceback)  # and a failed one with pages
     threading.excepthook = command.thread_error
-    sys.unraisablehook = command.without_closed_loops
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # one page for every array of a save that failed
+    command.without_pages()
     config = _CONFIG.value
     use_compilation_cache()
     devices.join_processes(config.mesh.coordinator, config.mesh.processes, config.mesh.process)

@@ -133,8 +133,10 @@ def test_a_key_that_is_new_or_gone_is_a_change(config, manifest, workdir):
     raw["flow"]["old"] = 3
     del raw["checksum"]  # as a run of before had none
     (workdir / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(RunError, match=r"(?s)flow.old: 3 -> None.*flow.std: None -> 1.0"):
+    with pytest.raises(RunError) as refusal:
         check_resume(workdir, config, manifest)
+    listed = [line.strip() for line in str(refusal.value).splitlines()[1:-1]]
+    assert listed == ["flow.old: 3 -> None", "flow.std: None -> 1.0"]
     assert load_config(workdir).flow.std == default_config().flow.std  # sampling an older run needs a value
     raw["flow"] = 3
     (workdir / "config.json").write_text(json.dumps(raw))
