@@ -2,7 +2,7 @@
 
     python -m benchmarks.loader                      # 10 minutes, 12 GB of disk for a while
     python -m benchmarks.loader --sides 64 --rounds 3 --no-cold
-    python -m benchmarks.loader --sides 128 --add     # keeps the rows of earlier runs that this one does not make
+    python -m benchmarks.loader --sides 128 --append   # keeps the rows of earlier runs that this one does not make
 
 The same records everywhere (latents of 128 or 512 KiB, 90 to 110 text tokens of width 1024, a vector), shuffled; a
 ready batch is 16 patchified latents and texts padded to 256. Every side is checked to give the same batches, row by
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--no-cold", action="store_true")
     parser.add_argument("--no-hot", action="store_true")
     parser.add_argument(
-        "--add", action="store_true", help="to results/loader.json, instead of writing it anew"
+        "--append", action="store_true", help="to results/loader.json, instead of writing it anew"
     )
     options = parser.parse_args()
     peers, rows = peers_python(), []
@@ -247,7 +247,7 @@ def main() -> None:
             subprocess.run([peers, "-c", clean], capture_output=True)  # MDS's of processes that were killed
     header = ["record, KB", "cache", "side", "samples/s", "ours / it", "from - to"]
     keys = ("record_kb", "cache", "side", "median", "ours_over_it")
-    if options.add:
+    if options.append:
         made = {(row["record_kb"], row["cache"], row["side"]) for row in rows}
         earlier = json.loads((RESULTS / "loader.json").read_text())["rows"]["rows"]
         rows += [row for row in earlier if (row["record_kb"], row["cache"], row["side"]) not in made]

@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt as stop:
         print("\nstopped; finished shards are kept, the same command goes on from there", file=sys.stderr)
-        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+        return 128 + _number(stop)
 
 
 def _stop(number: int, frame: object) -> None:
@@ -46,12 +46,17 @@ def _stop(number: int, frame: object) -> None:
     raise KeyboardInterrupt(number)
 
 
+def _number(stop: KeyboardInterrupt) -> int:
+    """Of the signal that raised it: `_stop` tells, Python's own handler of SIGINT does not."""
+    return stop.args[0] if stop.args else signal.SIGINT
+
+
 def _stop_again(unraisable: Any) -> None:
     """A `sys.unraisablehook`: what a signal raises in a finaliser or while collecting garbage is lost; again."""
     if not isinstance(unraisable.exc_value, KeyboardInterrupt):
         sys.__unraisablehook__(unraisable)
         return
-    number = unraisable.exc_value.args[0] if unraisable.exc_value.args else signal.SIGINT
+    number = _number(unraisable.exc_value)
     if number != signal.SIGINT:
         signal.signal(number, _stop)
     threading.Timer(0.01, os.kill, (os.getpid(), number)).start()  # when that callback is at its end

@@ -236,7 +236,7 @@ class Signalled(Tally):
                 child = forked.start("preprocess", *arguments, **begin)
                 child.wait_until(lambda: False, part * whole.seconds)
                 child.signal(number)
-                wrong = self.sober(child.end(), (130, 128 + number, -number, 0))
+                wrong = self.sober(child.end(), (128 + number, -number, 0))
                 again = forked.run("preprocess", *arguments, **begin)
                 wrong += [again.err[-600:]] if again.status else []
                 wrong += ["other bytes"] if not again.status and contents(output) != expected else []
