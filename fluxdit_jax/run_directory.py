@@ -130,7 +130,7 @@ def check_resume(workdir: Path, config: ConfigDict, manifest: Manifest) -> bool:
                 "a backup, or give --config.resume.allow_changes=True to go on with this configuration"
             )
         return False
-    changes = config_changes(ConfigDict(_recorded(workdir)), config)
+    changes = config_changes(_recorded(workdir), config)
     if _dataset_identity(load_dataset(workdir)) != _dataset_identity(manifest):
         changes.append(f"data.path: {config.data.path} is not the data set of this run ({DATASET})")
     if changes and not config.resume.allow_changes:
@@ -170,7 +170,7 @@ def load_config(workdir: Path) -> ConfigDict:
     Raises:
       RunError: it is missing or damaged.
     """
-    values = _recorded(workdir)
+    values = _recorded(workdir).to_dict()
     try:
         return ConfigDict(_completed(values, default_config().to_dict()))
     except ValueError as error:
@@ -190,7 +190,7 @@ def _completed(values: dict[str, Any], defaults: dict[str, Any], prefix: str = "
     return whole
 
 
-def _recorded(workdir: Path) -> dict[str, Any]:
+def _recorded(workdir: Path) -> ConfigDict:
     """What `record_start` wrote; raises `RunError`."""
     path = workdir / CONFIG
     try:
@@ -203,7 +203,7 @@ def _recorded(workdir: Path) -> dict[str, Any]:
                 "its checksum is not that of its content: it is damaged, or was edited by hand. Bring a backup; "
                 "or mend the value and take the line with the checksum out"
             )
-        return values
+        return ConfigDict(values)
     except FileNotFoundError as error:
         raise RunError(
             f"{path} does not exist: {workdir} is not a run directory of fluxdit_jax.train"

@@ -138,6 +138,11 @@ def test_a_key_that_is_new_or_gone_is_a_change(config, manifest, workdir):
     listed = [line.strip() for line in str(refusal.value).splitlines()[1:-1]]
     assert listed == ["flow.old: 3 -> None", "flow.std: None -> 1.0"]
     assert load_config(workdir).flow.std == default_config().flow.std  # sampling an older run needs a value
+    raw["no.key"] = 1  # ml_collections takes none with a dot
+    (workdir / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(RunError, match=r"config\.json cannot be read"):
+        check_resume(workdir, config, manifest)
+    del raw["no.key"]
     raw["flow"] = 3
     (workdir / "config.json").write_text(json.dumps(raw))
     with pytest.raises(RunError, match=r"config\.json cannot be read: flow is 3, expected a group of keys"):
