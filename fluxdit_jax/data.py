@@ -49,8 +49,9 @@ class RecordSource:
 
     Raises:
       DatasetError: at construction, if a shard is missing, truncated or holds another number of records
-        than the manifest says (see `Shards`); at access, if a record is damaged: its checksum, its encoding, a
-        value that is not finite, a vector that has not unit norm, or a size that the manifest does not know.
+        than the manifest says (see `Shards`); at access, if a record is damaged: its checksum, its encoding, or,
+        looked for when it is first read, a value that is not finite, a vector that has not unit norm, or a size
+        that the manifest does not know.
         The message names shard and row.
     """
 
@@ -70,6 +71,8 @@ class RecordSource:
             raise DatasetError(f"{directory}: split {split!r} has no records")
         self._shards = Shards(directory, shards)
         self._starts = list(itertools.accumulate((shard.records for shard in shards), initial=0))
+        # Whose values were found in order. Their checksum is verified at every read, so once is enough.
+        self._checked = bytearray(len(self))
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -82,8 +85,10 @@ class RecordSource:
         row = index - self._starts[shard]
         try:
             record = decode_record(self._shards.read(shard, row), self.manifest.text.width)
-            check_record(record)
-            check_fit(record, self.manifest)
+            if not self._checked[index]:
+                check_record(record)
+                check_fit(record, self.manifest)
+                self._checked[index] = True
             return record
         except Exception as error:  # ArrayRecord raises bare C++ errors without a file name
             raise DatasetError(f"{self._shards.files[shard]} row {row} (record {index}): {error}") from error

@@ -166,37 +166,12 @@ def decode_record(data: bytes, text_width: int) -> Record:
         if found is None:  # not in the usual form: the library reads it, and writes it in that form
             data = _rewritten(data)
             found = example.spans(data) or {}
-
-        def span(name: str, kind: int) -> tuple[int, int]:
-            of_kind, start, end = found.get(name.encode(), (None, 0, 0))
-            if of_kind != kind:
-                raise ValueError(f"{name} is missing or not one value of its type")
-            return start, end
-
-        def array(name: str, dtype: np.dtype) -> np.ndarray:
-            start, end = span(name, example.BYTES)
-            if (end - start) % dtype.itemsize:
-                raise ValueError(f"{name} has {end - start} bytes, which are not values of {dtype}")
-            values = np.frombuffer(data, np.uint8, end - start, start)
-            typed = values.view(dtype)
-            return typed if typed.flags.aligned else values.copy().view(dtype)
-
-        def text(name: str) -> str:
-            start, end = span(name, example.BYTES)
-            return data[start:end].decode()
-
-        def integers(name: str) -> tuple[int, ...]:
-            try:
-                return example.integers(data, *span(name, example.INTEGERS))
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
-
         shape, original, encoded = (
-            integers("latent/shape"),
-            integers("original_size"),
-            integers("encoded_size"),
+            _integers(data, found, b"latent/shape"),
+            _integers(data, found, b"original_size"),
+            _integers(data, found, b"encoded_size"),
         )
-        latent, tokens = array("latent/value", BF16), array("text", BF16)
+        latent, tokens = _array(data, found, b"latent/value", BF16), _array(data, found, b"text", BF16)
         if len(shape) != 3 or min(shape) < 1 or math.prod(shape) != latent.size:
             raise DatasetError(f"latent has {latent.size} values, which do not fit its shape {list(shape)}")
         if tokens.size == 0 or tokens.size % text_width:
@@ -204,19 +179,50 @@ def decode_record(data: bytes, text_width: int) -> Record:
         if len(original) != 2 or len(encoded) != 2:
             raise DatasetError("original_size and encoded_size must be (height, width)")
         return Record(
-            key=text("key"),
-            caption=text("caption"),
+            key=_bytes(data, found, b"key").decode(),
+            caption=_bytes(data, found, b"caption").decode(),
             latent=latent.reshape(shape),
             text=tokens.reshape(-1, text_width),
-            vision=array("vision", np.dtype(np.float32)),
+            vision=_array(data, found, b"vision", np.dtype(np.float32)),
             original_size=original,
             encoded_size=encoded,
-            content_hash=text("content_hash"),
+            content_hash=_bytes(data, found, b"content_hash").decode(),
         )
     except DatasetError:
         raise
     except Exception as error:  # noqa: BLE001  protobuf raises its own DecodeError, plus Value/ZeroDivision/Unicode
         raise DatasetError(f"not a fluxdit record: {type(error).__name__}: {error}") from error
+
+
+_Spans = dict[bytes, tuple[int, int, int]]  # what `example.spans` finds
+
+
+def _span(found: _Spans, name: bytes, kind: int) -> tuple[int, int]:
+    of_kind, start, end = found.get(name, (None, 0, 0))
+    if of_kind != kind:
+        raise ValueError(f"{name.decode()} is missing or not one value of its type")
+    return start, end
+
+
+def _bytes(data: bytes, found: _Spans, name: bytes) -> bytes:
+    start, end = _span(found, name, example.BYTES)
+    return data[start:end]
+
+
+def _array(data: bytes, found: _Spans, name: bytes, dtype: np.dtype) -> np.ndarray:
+    start, end = _span(found, name, example.BYTES)
+    if (end - start) % dtype.itemsize:
+        raise ValueError(f"{name.decode()} has {end - start} bytes, which are not values of {dtype}")
+    values = np.frombuffer(data, np.uint8, end - start, start)
+    typed = values.view(dtype)
+    return typed if typed.flags.aligned else values.copy().view(dtype)
+
+
+def _integers(data: bytes, found: _Spans, name: bytes) -> tuple[int, ...]:
+    try:
+        return example.integers(data, *_span(found, name, example.INTEGERS))
+    except ValueError as error:
+        raise ValueError(f"{name.decode()}: {error}") from None
 
 
 def _rewritten(data: bytes) -> bytes:

@@ -173,6 +173,21 @@ def test_a_damaged_record_is_named_by_shard_and_row_and_the_others_still_read(da
     assert source[6].key == make_record(6).key and source[8].key == make_record(8).key
 
 
+def test_damage_that_comes_after_the_first_read_is_found(dataset):
+    """Values are looked at once, the checksum of the bytes at every read."""
+    directory, manifest = dataset
+    source = RecordSource(directory, manifest, "train")
+    wanted = source[1].vision.tobytes()
+    assert source[1].vision.tobytes() == wanted
+    path = directory / manifest.shards["train"][0].file
+    at = path.read_bytes().index(wanted)
+    with path.open("r+b") as file:  # in place: the file that the source has open
+        file.seek(at)
+        file.write(bytes([wanted[0] ^ 1]))
+    with pytest.raises(DatasetError, match=rf"{path.name} row 1 \(record 1\)"):
+        source[1]
+
+
 def test_a_record_of_another_text_width_is_named(dataset):
     directory, manifest = dataset
     other = dataclasses.replace(manifest, text=dataclasses.replace(manifest.text, width=TEXT_WIDTH + 3))
@@ -327,8 +342,10 @@ def test_a_record_that_another_program_wrote_wrong_is_damaged_too(dataset, what)
     write_shard(path, [serialize_unchecked(record) for record in written])
     shard = dataclasses.replace(manifest.shards["train"][0], bytes=path.stat().st_size)
     manifest = dataclasses.replace(manifest, shards={"train": (shard, manifest.shards["train"][1])})
-    with pytest.raises(DatasetError, match=rf"row 2 \(record 2\).*{what}"):
-        RecordSource(directory, manifest, "train")[2]
+    source = RecordSource(directory, manifest, "train")
+    for _ in range(2):  # it stays damaged
+        with pytest.raises(DatasetError, match=rf"row 2 \(record 2\).*{what}"):
+            source[2]
     source = RecordSource(directory, manifest, "train", "skip")
     batch = whole(read(source, 5, batch_size=2))
     assert list(source.damaged) == [2] and batch["replaced"].sum() == 1
