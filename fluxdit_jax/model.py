@@ -24,7 +24,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from fluxdit_jax.attention import attend
-from fluxdit_jax.product import matmul, repeat_rows
+from fluxdit_jax.product import matmul, repeat_rows, row_major
 
 # What a block keeps for the backward pass; the rest is computed again.
 #   none     keep everything: fastest, most memory
@@ -273,7 +273,7 @@ class DiT(nnx.Module):
 
         def body(x, block_parameters):
             block = nnx.merge(graph, block_parameters)
-            return block(x, block_modulation, text, text_length_B, cos, sin, length_B), None
+            return block(row_major(x), block_modulation, text, text_length_B, cos, sin, length_B), None
 
         if config.remat != "none":
             body = jax.checkpoint(body, prevent_cse=False, policy=REMAT_POLICIES[config.remat])

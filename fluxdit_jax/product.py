@@ -13,6 +13,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 
 def product_f32(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
@@ -81,3 +82,15 @@ def repeat_rows(x_BxD: jax.Array, rows: int) -> jax.Array:
     backend sums over an axis that is not the last at 1.5 GB/s, which took 7 % of a step.
     """
     return _repeat_rows_cpu(x_BxD, rows) if jax.default_backend() == "cpu" else x_BxD[:, None]
+
+
+def row_major(x: jax.Array) -> jax.Array:
+    """x; on a GPU it and its gradient lie in memory as the shape says, last axis fastest.
+
+    XLA lays out what it sums over an axis with that axis fastest. The gradients of shifts, scales and gates are sums
+    over the tokens, so without this the whole backward loop works on [B, D, N] and turns around every input and
+    output of a product: 13 kernels a block, 10 % of the traffic outside products (compiled for an RTX 4090, not run).
+    """
+    if jax.default_backend() != "gpu":
+        return x
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
