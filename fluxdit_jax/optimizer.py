@@ -117,7 +117,19 @@ def record_norms() -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def build_optimizer(config: OptimizerConfig) -> optax.MultiSteps:
+class MultiSteps(optax.MultiSteps):
+    """`optax.MultiSteps` that tells its parts: `inner_opt` and the micro-batches of a step.
+
+    `train_step` does itself what `update` does, which computes the whole update at every micro-batch and multiplies
+    it by 0 at all but the last.
+    """
+
+    def __init__(self, inner: optax.GradientTransformation, accumulate: int):
+        super().__init__(inner, accumulate)
+        self.accumulate = accumulate
+
+
+def build_optimizer(config: OptimizerConfig) -> MultiSteps:
     """The whole update rule; feed it f32 gradients of one micro-batch at a time.
 
     The state is an `optax.MultiStepsState`: `gradient_step` counts optimizer steps. Gradients that are not
@@ -156,7 +168,7 @@ def build_optimizer(config: OptimizerConfig) -> optax.MultiSteps:
     else:
         raise ValueError(f"optim.name must be one of {NAMES}, got {config.name!r}")
     inner = optax.chain(record_norms(), optax.clip_by_global_norm(config.clip), rule)
-    return optax.MultiSteps(inner, config.accumulate)
+    return MultiSteps(inner, config.accumulate)
 
 
 def gradient_norms(opt_state: optax.MultiStepsState) -> NormsState:

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from fluxdit_jax import flow, model
-from fluxdit_jax.optimizer import ema_decay, gradient_norms, group_norms
+from fluxdit_jax.optimizer import MultiSteps, ema_decay, gradient_norms, group_norms
 from fluxdit_jax.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -67,7 +67,7 @@ def flow_loss(
 def make_train_step(
     graph: Any,
     dtype: str,
-    optimizer: optax.MultiSteps,
+    optimizer: MultiSteps,
     flow_config: flow.FlowConfig,
     statistics: tuple[np.ndarray, np.ndarray],
     seed: int,
@@ -112,32 +112,43 @@ def make_train_step(
         grads, metrics = jax.grad(loss_fn, has_aux=True)(compute, batch)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)]))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        # A micro-batch with a NaN leaves no trace: not in the accumulator, the moments or the counters. Selecting
-        # leaf by leaf lets XLA update the donated buffers in place; `MultiSteps`' own should_skip_update_fn is a
-        # conditional, which at 526 M parameters keeps 6 GB more of copies.
-        opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), opt_state, state.opt_state)
-        # `MultiSteps.has_updated` stays true after a skipped micro-batch; the step counter does not lie.
-        advanced = opt_state.gradient_step > state.opt_state.gradient_step
-        stepped = optax.apply_updates(state.params, updates)
-        params = jax.tree.map(lambda new, old: jnp.where(advanced, new, old), stepped, state.params)
+        before = state.opt_state
+        advanced = finite & (before.mini_step == optimizer.accumulate - 1)
+        # A micro-batch with a NaN leaves no trace: not in the accumulator, the moments or the counters.
+        mean = jax.tree.map(
+            lambda g, acc: jnp.where(finite, acc + (g - acc) / (before.mini_step + 1), acc),
+            grads,
+            before.acc_grads,
+        )
 
-        def averaged(ema, target):
-            decay = ema_decay(opt_state.gradient_step - 1, target)
-            moved = optax.incremental_update(params, ema, 1 - decay)
-            return jax.tree.map(lambda new, old: jnp.where(advanced, new, old), moved, ema)
+        def update(params, inner, mean, ema, short_ema):
+            updates, inner = optimizer.inner_opt.update(mean, inner, params)
+            params = optax.apply_updates(params, updates)
 
-        ema = averaged(state.ema, ema_target)
-        short_ema = None if short_ema_target is None else averaged(state.short_ema, short_ema_target)
+            def averaged(ema, target):
+                return optax.incremental_update(params, ema, 1 - ema_decay(before.gradient_step, target))
 
-        def measure(params, ema, updates):
+            ema = averaged(ema, ema_target)
+            short_ema = None if short_ema_target is None else averaged(short_ema, short_ema_target)
             distance = jax.tree.map(lambda a, b: a - b, params, ema)
-            return group_norms(updates)[0], group_norms(params)[0], group_norms(distance)[0]
+            norms = tuple(group_norms(tree)[0] for tree in (updates, params, distance))
+            return (params, inner, jax.tree.map(jnp.zeros_like, mean), ema, short_ema), norms
 
-        def nothing(*_):
-            return (jnp.zeros((), jnp.float32),) * 3
-
-        update_norm, param_norm, ema_distance = jax.lax.cond(advanced, measure, nothing, params, ema, updates)
+        carried = (state.params, before.inner_opt_state, mean, state.ema, state.short_ema)
+        kept = carried, (jnp.zeros((), jnp.float32),) * 3
+        if optimizer.accumulate == 1:
+            after = jax.tree.map(lambda new, old: jnp.where(advanced, new, old), update(*carried), kept)
+        else:
+            # A loop of one turn or none. A `cond` XLA makes into selects, which read and write the whole state at
+            # every micro-batch; if something in it forbids that, it copies the state (6 GB at 526 M parameters).
+            after = jax.lax.fori_loop(0, advanced.astype(jnp.int32), lambda _, now: update(*now[0]), kept)
+        (params, inner, mean, ema, short_ema), (update_norm, param_norm, ema_distance) = after
+        opt_state = before._replace(
+            mini_step=jnp.where(finite, (before.mini_step + 1) % optimizer.accumulate, before.mini_step),
+            gradient_step=before.gradient_step + advanced,
+            inner_opt_state=inner,
+            acc_grads=mean,
+        )
         skipped = (~finite).astype(jnp.int32)
         norms = gradient_norms(opt_state)
         metrics |= {

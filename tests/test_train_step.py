@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 from training_helpers import (
     CHANNELS,
@@ -22,7 +23,7 @@ from training_helpers import (
 )
 
 from fluxdit_jax import data, flow, model
-from fluxdit_jax.optimizer import build_optimizer, ema_decay, path_name
+from fluxdit_jax.optimizer import MultiSteps, build_optimizer, ema_decay, path_name
 from fluxdit_jax.state import create_state
 from fluxdit_jax.train_step import make_train_step, normalize_latents, patch_statistics, valid_tokens
 
@@ -265,18 +266,17 @@ def test_small_updates_move_the_f32_masters_of_a_bf16_network():
 
 
 def test_the_optimizer_is_fed_f32_gradients_of_a_bf16_network():
-    """`MultiSteps` rounds the mean of the micro-batches to the type of what it is fed."""
     config, optimizer = tiny_model(dtype="bfloat16"), build_optimizer(tiny_optimizer(accumulate=3))
     fed = []
 
-    class Watched:
-        def update(self, gradients, state, params):
-            fed.extend(leaf.dtype for leaf in jax.tree.leaves((gradients, params)))
-            return optimizer.update(gradients, state, params)
+    def update(gradients, state, params):
+        fed.extend(leaf.dtype for leaf in jax.tree.leaves((gradients, params)))
+        return optimizer.inner_opt.update(gradients, state, params)
 
+    watched = MultiSteps(optax.GradientTransformation(optimizer.inner_opt.init, update), 3)
     graph, shapes = model.build(config)
     statistics = patch_statistics(MEAN, STD, 2)
-    step = make_train_step(graph, "bfloat16", Watched(), tiny_flow(), statistics, 0, 12, 0.9999)
+    step = make_train_step(graph, "bfloat16", watched, tiny_flow(), statistics, 0, 12, 0.9999)
     jax.eval_shape(step, create_state(lively(shapes), optimizer), make_batch())
     assert fed and set(fed) == {jnp.dtype("float32")}
 
