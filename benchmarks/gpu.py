@@ -47,7 +47,7 @@ from benchmarks.gpu_sides import TARGETS
 NAME = "gpu"
 # (micro-batch, remat), most promising first; a larger micro-batch is not tried where a smaller one did not fit.
 OURS = {
-    "prod-1024": [(4, "block"), (4, "attention"), (8, "block"), (2, "dots"), (8, "attention"), (1, "none"),
+    "prod-1024": [(4, "attention"), (4, "block"), (8, "block"), (2, "dots"), (8, "attention"), (1, "none"),
                   (16, "block"), (4, "dots"), (2, "none")],
     "prod-512": [(16, "block"), (16, "attention"), (8, "dots"), (32, "block"), (32, "attention"), (4, "none"),
                  (16, "dots"), (8, "none")],

@@ -30,11 +30,11 @@ from benchmarks.step_sides import Size, agree, peak_memory, program, run_jax, ru
 
 TOY = Size(width=64, depth=2, heads=2, side=4, text_tokens=6, batch=2, text_width=32, vision_width=16)
 SIDES = (
-    "jax float32 block",
+    "jax float32 attention",
     "torch float32 eager",
     "torch float32 compile",
     "pixart float32 eager",
-    "jax bfloat16 block",
+    "jax bfloat16 attention",
     "torch bfloat16 eager",
     "torch bfloat16 compile",
 )

@@ -7,11 +7,11 @@ It does not start without a passing report of the gate (configs/nano.py, fluxdit
 same encoders; --config.gate.required=False starts it all the same.
 
 Width 1152, depth 24, 18 heads of 64, patch 2: 4,096 tokens at 1024 px. bfloat16 network, f32 masters,
-moments, accumulator and EMA: 10.5 GB of state, about 5.4 GB of temporaries of the optimizer, and with block
-remat about 1.7 GB of activations for a micro-batch of 4. Effective batch 256 = 64 micro-batches.
-A step is 256 x 22 TFLOP = 5.7 PFLOP (forward, backward, recomputation): about a minute at half of an RTX
-4090's 165 TFLOP/s, so resumable checkpoints are written by time. The memory is XLA's own plan for the
-optimizer and arithmetic for the activations; this has not yet been run on a 4090.
+moments, accumulator and EMA: 10.5 GB of state, and 5.8 GB of temporaries for a micro-batch of 4 that keeps the results
+of attention (4.2 with block remat, which computes them again: 9 % more FLOPs). Effective batch 256 = 64 micro-batches.
+A step is 256 x 21 TFLOP = 5.5 PFLOP (forward, backward, recomputation): about a minute at half of an RTX
+4090's 165 TFLOP/s, so resumable checkpoints are written by time. The memory is XLA's own plan of this step, compiled
+for a 4090 without one (benchmarks/README.md); it has not yet been run on one.
 """
 
 from fluxdit_jax.config import default_config
@@ -22,7 +22,7 @@ def get_config():
     c.model.width = 1152
     c.model.depth = 24
     c.model.heads = 18
-    c.model.remat = "block"
+    c.model.remat = "attention"
     c.data.batch_size = 4
     c.data.threads = 4
     c.data.prefetch = 8

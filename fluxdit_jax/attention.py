@@ -6,15 +6,32 @@ Two implementations of one contract: `cudnn` (flash attention, NVIDIA GPU, bf16)
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from fluxdit_jax.product import product_f32
 
 # Above this many f32 logits (8 MiB) the XLA path takes one head of one sample at a time: on a CPU that is faster for
 # the 1,024 x 120 of cross-attention, too.
 _LOGITS_AT_ONCE = 2 * 2**20
+
+
+_KEPT = "attention"  # the name of what `keep` keeps of the XLA path
+
+
+def keep(primitive: Any, *_: Any, **parameters: Any) -> bool:
+    """A policy for `jax.checkpoint`: keeps what attention's backward pass needs of the forward pass beside q, k, v.
+
+    That is the output and the log-sum-exp of each row: dear to compute and small, since the logits are not among
+    them. cuDNN's attention is one primitive with both as its results; to keep a copy of its output alone would not
+    spare it from being run again, as the backward pass needs the other, too.
+    """
+    return primitive.name.startswith("dot_product_attention_fwd") or (
+        primitive.name == "name" and parameters["name"] == _KEPT
+    )
 
 
 def choose_implementation(dtype: jnp.dtype, head_dim: int) -> str:
@@ -67,7 +84,7 @@ def _attend_at_once(q_BxNxHxd, k_BxMxHxd, v_BxMxHxd, valid_BxM):
     logits = jnp.einsum("bnhd,bmhd->bhnm", q_BxNxHxd, k_BxMxHxd, preferred_element_type=jnp.float32) * scale
     logits = jnp.where(valid_BxM[:, None, None, :], logits, -jnp.inf)
     weights = jax.nn.softmax(logits, axis=-1).astype(v_BxMxHxd.dtype)
-    return jnp.einsum("bhnm,bmhd->bnhd", weights, v_BxMxHxd)
+    return checkpoint_name(jnp.einsum("bhnm,bmhd->bnhd", weights, v_BxMxHxd), _KEPT)
 
 
 # One head of one sample at a time, so that its N x M logits stay in the cache; the backward pass computes them
@@ -95,7 +112,7 @@ def _forward(q_BxNxHxd, k_BxMxHxd, v_BxMxHxd, valid_BxM):
 
     heads = (*map(_by_head, (q_BxNxHxd, k_BxMxHxd, v_BxMxHxd)), jnp.repeat(valid_BxM, H, axis=0))
     out, log_total = jax.lax.map(one, heads)
-    out_BxNxHxd = _by_sample(out, B)
+    out_BxNxHxd, log_total = checkpoint_name(_by_sample(out, B), _KEPT), checkpoint_name(log_total, _KEPT)
     return out_BxNxHxd, (q_BxNxHxd, k_BxMxHxd, v_BxMxHxd, valid_BxM, out_BxNxHxd, log_total)
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import jax
 
+_MEMORY_SHARES = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")  # JAX refuses both at once
+_MEMORY_SHARE = "0.92"  # 23.4 GB of an RTX 4090; the rest is for CUDA itself and a screen
 # Dense bf16 TFLOP/s with f32 accumulation, by the start of the device's name (the makers' data sheets).
 PEAK_TFLOPS = {
     "NVIDIA GeForce RTX 4090": 165.2,
@@ -28,6 +32,21 @@ def peak_tflops(override: float | None = None) -> float | None:
 def peak_tflops_of(kind: str) -> float | None:
     """Peak dense bf16 TFLOP/s of a device by its name; None if it is not known."""
     return next((peak for name, peak in PEAK_TFLOPS.items() if kind.startswith(name)), None)
+
+
+def use_most_memory() -> None:
+    """Lets JAX take 92 % of a GPU's memory, unless the environment says otherwise; its own default is 75 %.
+
+    To be called before JAX first asks for its devices. A machine without a GPU does not notice.
+    """
+    if not any(name in os.environ for name in _MEMORY_SHARES):
+        os.environ[_MEMORY_SHARES[0]] = _MEMORY_SHARE
+
+
+def memory_limit_gb() -> float | None:
+    """What JAX may take of the first device's memory, GB; None where the backend does not say."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats["bytes_limit"] / 1e9 if "bytes_limit" in stats else None
 
 
 def peak_memory_gb() -> float | None:

@@ -58,28 +58,31 @@ def plan(compiled: jax.stages.Compiled, state: Any, batch: Any) -> MemoryPlan:
 def require_fit(
     found: MemoryPlan,
     limit_gb: float,
+    allowed_gb: float | None,
     alternatives: list[tuple[str, Callable[[], MemoryPlan]]],
 ) -> None:
-    """Refuses a plan larger than `limit_gb`, naming the first of the alternatives that fits.
+    """Refuses a plan larger than either limit, naming the first of the alternatives that fits.
 
     Args:
+      limit_gb: config.device_memory_gb. allowed_gb: what JAX may take (`devices.memory_limit_gb`); None: no limit.
       alternatives: (what to set, how to plan it), tried in order; planning one means compiling it.
 
     Raises:
       OutOfMemory: it does not fit.
     """
-    if found.total <= limit_gb * GB:
+    limit, which = limit_gb, f"config.device_memory_gb is {limit_gb:g}"
+    if allowed_gb is not None and allowed_gb < limit_gb:
+        limit, which = allowed_gb, f"JAX may take {allowed_gb:.2f} GB (XLA_PYTHON_CLIENT_MEM_FRACTION)"
+    if found.total <= limit * GB:
         return
     log.info("the step does not fit; looking for a setting that does")
     advice = "no smaller micro-batch or remat policy fits either: the model is too large for this device"
     for what, make in alternatives:
         candidate = make()
-        if candidate.total <= limit_gb * GB:
+        if candidate.total <= limit * GB:
             advice = f"{what} fits, with {candidate.total / GB:.2f} GB"
             break
-    raise OutOfMemory(
-        f"a step needs {found.total / GB:.2f} GB a device ({found}), config.device_memory_gb is {limit_gb:g}. {advice}"
-    )
+    raise OutOfMemory(f"a step needs {found.total / GB:.2f} GB a device ({found}), {which}. {advice}")
 
 
 def _bytes(tree: Any) -> int:

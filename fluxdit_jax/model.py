@@ -23,18 +23,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from fluxdit_jax.attention import attend
+from fluxdit_jax import attention
 from fluxdit_jax.product import matmul, repeat_rows, row_major
 
 # What a block keeps for the backward pass; the rest is computed again.
 #   none     keep everything: fastest, most memory
-#   dots     keep the outputs of dense layers: recomputes norms, activations and attention only
-#   attention keep the attention outputs, which are dear to recompute and small to keep
+#   dots     keep the results of dense layers and of attention: recomputes norms and activations only
+#   attention keep the results of attention, which are dear to recompute and small to keep
 #   block    keep the block's input only: least memory, about a third more compute
 REMAT_POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.save_only_these_names("product"),
-    "attention": jax.checkpoint_policies.save_only_these_names("attention_out"),
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.save_only_these_names("product"), attention.keep
+    ),
+    "attention": attention.keep,
     "block": jax.checkpoint_policies.nothing_saveable,
 }
 TIME_FEATURES = 256
@@ -147,7 +149,7 @@ class SelfAttention(nnx.Module):
         q, k, v = (y.reshape(B, N, self.heads, -1) for y in jnp.split(self.qkv(x_BxNxD), 3, axis=-1))
         q = rotate(rms_norm(q, self.q_scale[...]), cos, sin)
         k = rotate(rms_norm(k, self.k_scale[...]), cos, sin)
-        y = checkpoint_name(attend(q, k, v, length_B, self.implementation), "attention_out")
+        y = attention.attend(q, k, v, length_B, self.implementation)
         return self.out(y.reshape(B, N, D))
 
 
@@ -166,8 +168,7 @@ class CrossAttention(nnx.Module):
         q = rms_norm(self.q(x_BxNxD).reshape(B, N, self.heads, -1), self.q_scale[...])
         k, v = (y.reshape(B, T, self.heads, -1) for y in jnp.split(self.kv(text_BxTxD), 2, axis=-1))
         k = rms_norm(k, self.k_scale[...])
-        y = attend(q, k, v, text_length_B, self.implementation)
-        y = checkpoint_name(y, "attention_out")
+        y = attention.attend(q, k, v, text_length_B, self.implementation)
         return self.out(y.reshape(B, N, D))
 
 

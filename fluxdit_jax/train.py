@@ -87,7 +87,8 @@ def train(config: ConfigDict) -> int:
         compiled = program.compile()
         plan = program.memory(compiled)
         log.info("memory of a device: %.2f GB (%s)", plan.total / 1e9, plan)
-        require_fit(plan, config.device_memory_gb, _smaller(settings, mesh, statistics))
+        alternatives = _smaller(settings, mesh, statistics)
+        require_fit(plan, config.device_memory_gb, devices.memory_limit_gb(), alternatives)
 
         # ------------------------------------------------------------ the state: resumed, continued or new
         checkpoints = closing.enter_context(Checkpoints(workdir, config.checkpoint.keep))
@@ -407,6 +408,7 @@ def main(argv: list[str]) -> None:
     command.without_pages()
     config = _CONFIG.value
     use_compilation_cache()
+    devices.use_most_memory()
     devices.join_processes(config.mesh.coordinator, config.mesh.processes, config.mesh.process)
     keep_freed_memory(large_too=jax.default_backend() == "cpu")
     try:

@@ -63,11 +63,11 @@ def test_the_best_is_one_that_train_would_start_and_among_equals_the_smallest():
 def test_the_report_has_the_ratio_of_each_round_and_the_change_to_make():
     rows = [row(8, "attention", 12.0 + n, turn=f"run/{n}", plan=20.0) for n in range(3)]
     rows += [row(4, "block", 10.0, side="torch", turn=f"run/{n}") for n in range(3)]
-    rows += [row(4, "block", 9.0), row(16, "block", None, status="out of memory")]
+    rows += [row(4, "attention", 9.0), row(16, "block", None, status="out of memory")]
     text = gpu_report.report(rows, 24.0, ["prod-256 jax"])
     assert "1.30 (1.20 to 1.40, 3 rounds) times PyTorch" in text
     assert "c.data.batch_size = 8, c.model.remat = 'attention'" in text
-    assert "configs/prod.py says 4, 'block' (9.00 images/s)" in text
+    assert "configs/prod.py says 4, 'attention' (9.00 images/s)" in text
     assert "| 16 | out of memory |" in text and "left out for want of time (1)" in text
 
 

@@ -19,7 +19,7 @@ from training_helpers import (
     tiny_optimizer,
 )
 
-from fluxdit_jax import model
+from fluxdit_jax import attention, model
 from fluxdit_jax.optimizer import build_optimizer, gradient_norms, path_name
 from fluxdit_jax.state import create_state
 from fluxdit_jax.train_step import make_train_step, patch_statistics
@@ -183,6 +183,24 @@ def test_remat_policies_compute_the_same_and_keep_ever_less():
     assert kept["none"] > kept["dots"] > kept["attention"] > kept["block"], kept
     two_attentions = 2 * 2 * (2 * 16 * 32)  # in each of 2 blocks, for 2 samples of 16 tokens of width 32
     assert kept["attention"] - kept["block"] == two_attentions
+
+
+def test_attention_that_is_kept_is_not_computed_again(monkeypatch):
+    """One head at a time, the forward pass has one exp and the backward pass another."""
+    monkeypatch.setattr(attention, "_LOGITS_AT_ONCE", 0)
+    inputs = network_inputs(tiny_model(), grids=((4, 4), (3, 5)), tokens=16)
+
+    def exponentials(policy):
+        graph, shapes = model.build(tiny_model(remat=policy))
+
+        def loss(params):
+            return jnp.sum(model.apply(graph, params, *inputs.values()))
+
+        return str(jax.make_jaxpr(jax.grad(loss))(lively(shapes))).count("= exp ")
+
+    assert (
+        exponentials("none") == exponentials("dots") == exponentials("attention") == exponentials("block") - 2
+    )
 
 
 # ------------------------------------------------------------------------------------------------ padding and masks

@@ -20,10 +20,10 @@ from training_helpers import (
     write_dataset,
 )
 
-from fluxdit_jax import data
+from fluxdit_jax import data, devices
 from fluxdit_jax.checkpoint import EMA, SHORT_EMA, CheckpointError, ema_steps, restore_ema
 from fluxdit_jax.config import resolve
-from fluxdit_jax.memory_plan import OutOfMemory
+from fluxdit_jax.memory_plan import MemoryPlan, OutOfMemory, require_fit
 from fluxdit_jax.metrics import read_metrics
 from fluxdit_jax.program import Program
 from fluxdit_jax.records import BF16, MANIFEST, load_manifest
@@ -357,6 +357,32 @@ def test_a_step_that_does_not_fit_is_refused_before_it_runs(config):
     for words in ("config.device_memory_gb is 0.0005", "f32 weights", "moments", "EMA", "activations"):
         assert words in str(refusal.value)
     assert not (Path(config.workdir) / "config.json").exists()
+
+
+def test_a_plan_is_held_against_what_jax_may_take_too():
+    found = MemoryPlan({"f32 weights": 10 * 10**9}, 0, 10 * 10**9)
+    require_fit(found, 24.0, None, [])
+    require_fit(found, 24.0, 23.4, [])
+    smaller = ("config.x", lambda: MemoryPlan({}, 0, 18 * 10**9))
+    with pytest.raises(
+        OutOfMemory, match=r"20.00 GB .*JAX may take 19.05 GB \(XLA_PYTHON_CL.*config.x fits, with 18"
+    ):
+        require_fit(found, 24.0, 19.05, [smaller])
+    with pytest.raises(OutOfMemory, match="config.device_memory_gb is 16"):
+        require_fit(found, 16.0, 19.05, [])
+
+
+def test_jax_may_take_most_of_the_memory_unless_told_otherwise(monkeypatch):
+    names = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
+    for told in (None, *names):
+        for name in names:
+            monkeypatch.delenv(name, raising=False)
+        if told:
+            monkeypatch.setenv(told, "0.5")
+        devices.use_most_memory()
+        assert [os.environ.get(name) for name in names] == {
+            None: ["0.92", None], names[0]: ["0.5", None], names[1]: [None, "0.5"],
+        }[told]  # fmt: skip
 
 
 def test_a_damaged_record_stops_the_run_and_names_it(config, tmp_path):
