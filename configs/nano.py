@@ -17,7 +17,7 @@ def get_config():
     c.model.width = 384
     c.model.depth = 12
     c.model.heads = 6
-    c.model.remat = "block"
+    c.model.remat = "attention"
     c.data.batch_size = 8
     c.optim.effective_batch = 8
     c.optim.lr = 1e-3

@@ -1,0 +1,152 @@
+"""What XLA plans for our step on a GPU that is not there: memory and errors, by compiling ahead of time.
+
+    python -m benchmarks.gpu_plan                                   # an RTX 4090: every target, as its config says
+    python -m benchmarks.gpu_plan --gpu h100 prod-1024:8:attention  # target:micro-batch:remat
+
+For an environment of its own with the GPU's compiler, neither GPU nor driver needed (4 GB):
+
+    python3.11 -m venv ENV; grep -v -e torch -e diffusers -e transformers requirements.txt > /tmp/r
+    ENV/bin/pip install -r /tmp/r "jax[cuda12]==$(sed -n 's/^jax==//p' requirements.txt)"
+
+The whole step of `fluxdit_jax.train` is compiled, with cuDNN's attention, against a device described below. Nothing is
+run, so there are no times. Products are cuBLAS's: without a device to tune on, XLA's Triton products fail at shapes
+that tuning would skip. cuDNN's workspace is not in the plan (0.15 GB at prod-1024, micro-batch 4, by cuDNN itself).
+JAX asks the device for its capability and for cuDNN's version; private functions of it are replaced to answer, which
+is why this is a benchmark and not a test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Any
+
+# Public numbers. {name: (compute capability, its features, cores, threads and shared memory of one, shared memory of a
+# block, bytes/s, L2, GHz, memory)}
+DEVICES = {
+    "rtx_4090": ((8, 9), "NONE", 128, 1536, 102400, 101376, 1_008_096_000_000, 75497472, 2.52, 25386352640),
+    "h100": (
+        (9, 0),
+        "ACCELERATED_FEATURES",
+        132,
+        2048,
+        233472,
+        232448,
+        3_352_320_000_000,
+        52428800,
+        1.98,
+        84942979072,
+    ),
+}
+DEFAULT = ("prod-1024:4:attention", "prod-1024:4:block", "prod-1024:8:attention", "prod-1024:8:block",
+           "prod-512:16:attention", "prod-256:64:attention", "nano-512:8:block")  # fmt: skip
+CUDNN = (9, 28, 0)
+
+
+def target_config(gpu: str) -> str:
+    """The device as XLA's `GpuTargetConfigProto`, in text form."""
+    (major, minor), features, cores, threads, shared, shared_block, rate, l2, clock, memory = DEVICES[gpu]
+    name = {"rtx_4090": "NVIDIA GeForce RTX 4090", "h100": "NVIDIA H100 80GB HBM3"}[gpu]
+    return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024  threads_per_warp: 32  shared_memory_per_block: 49152
+  shared_memory_per_core: {shared}  threads_per_core_limit: {threads}  core_count: {cores}  fpus_per_core: 128
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  memory_bandwidth: {rate}  l2_cache_size: {l2}  clock_rate_ghz: {clock}  device_memory_size: {memory}
+  shared_memory_per_block_optin: {shared_block}
+  cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {features} }}
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+  thread_dim_limit_x: 1024  thread_dim_limit_y: 1024  thread_dim_limit_z: 64
+  device_vendor: "NVIDIA Corporation"  device_address_bits: 64  name: "{name}"
+  driver_version: "12.9.0"  runtime_version: "12.9.0"  compile_time_toolkit_version: "12.9.0"
+  dnn_version: "{CUDNN[0]}.{CUDNN[1]}.{CUDNN[2]}"  pcie_bandwidth: 25769803776
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: {CUDNN[0]} minor: {CUDNN[1]} patch: {CUDNN[2]} }}
+runtime_version {{ major: 12 minor: 9 patch: 0 }}
+device_description_str: "{name}"
+"""
+
+
+def pretend(gpu: str) -> Any:
+    """The device that is not there; from here on JAX and our code take it for the one in use."""
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+    }
+    os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+    import jax
+    from jax._src import xla_bridge
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+    from jax.experimental import topologies
+
+    canonical = xla_bridge.canonicalize_platform
+    xla_bridge.canonicalize_platform = lambda name: "cuda" if name == "gpu" else canonical(name)
+    capability = DEVICES[gpu][0]
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="t", topology="1x1x1", target_config=target_config(gpu)
+    )
+    jax.devices()  # the CPU backend, for what is computed on the host
+    jax.default_backend = lambda: "gpu"  # what our code asks
+    cudnn.check_compute_capability = lambda least: capability >= tuple(int(x) for x in least.split("."))
+    cudnn.is_cuda_compute_capability_equal = lambda other: (
+        capability == tuple(int(x) for x in other.split("."))
+    )
+    cudnn.check_cudnn_version = lambda: 10_000 * CUDNN[0] + 100 * CUDNN[1] + CUDNN[2]
+    return topology.devices[0]
+
+
+def compile_step(device: Any, target: str, batch: int, remat: str) -> dict[str, Any]:
+    """The plan of a configuration's compiled step, GB."""
+    import jax
+    import numpy as np
+
+    from benchmarks import gpu, gpu_sides
+    from fluxdit_jax.program import Program
+
+    settings, statistics = gpu_sides.settings(
+        gpu_sides.TARGETS[target], gpu.make(target, "jax", batch, remat)
+    )
+    mesh = jax.sharding.Mesh(np.array([[device]]), ("data", "fsdp"))
+    program = Program(settings, mesh, statistics)
+    plan = program.memory(program.compile())
+    return {"attention": settings.model.attention, "plan_gb": round(plan.total / 1e9, 2), "parts": str(plan)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("configurations", nargs="*", metavar="TARGET:MICRO-BATCH:REMAT", default=DEFAULT)
+    parser.add_argument("--gpu", choices=DEVICES, default="rtx_4090")
+    a = parser.parse_args()
+    device = pretend(a.gpu)
+
+    from benchmarks.environment import table, write
+
+    rows = []
+    for name in a.configurations:
+        target, batch, remat = name.split(":")
+        print(f"compiling {name} ...", file=sys.stderr)
+        row = {"gpu": a.gpu, "target": target, "batch": int(batch), "remat": remat}
+        try:
+            row |= compile_step(device, target, int(batch), remat)
+        except Exception as error:  # noqa: BLE001  whatever the compiler says is a result
+            row["error"] = f"{type(error).__name__}: {error}"[:300]
+        rows.append(row)
+        write(f"gpu_plan_{a.gpu}", rows)
+    header = ["target", "micro-batch", "remat", "attention", "plan, GB", "parts"]
+    print(
+        table(
+            header,
+            [
+                [r["target"], r["batch"], r["remat"], r.get("attention", ""), r.get("plan_gb", "-"),
+                 r.get("parts", r.get("error"))]
+                for r in rows
+            ],
+        )
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
