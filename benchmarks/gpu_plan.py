@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu_plan                                   # an RTX 4090: every target, as its config says
     python -m benchmarks.gpu_plan --gpu h100 prod-1024:8:attention  # target:micro-batch:remat
+    python -m benchmarks.gpu_plan --fsdp 2 prod-1024:8:attention    # the plan of each of two
 
 For an environment of its own with the GPU's compiler, neither GPU nor driver needed (4 GB):
 
@@ -69,8 +70,8 @@ device_description_str: "{name}"
 """
 
 
-def pretend(gpu: str) -> Any:
-    """The device that is not there; from here on JAX and our code take it for the one in use."""
+def pretend(gpu: str, count: int) -> list[Any]:
+    """Devices that are not there; from here on JAX and our code take them for those in use."""
     os.environ |= {
         "JAX_PLATFORMS": "cpu",
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
@@ -86,7 +87,7 @@ def pretend(gpu: str) -> Any:
     xla_bridge.canonicalize_platform = lambda name: "cuda" if name == "gpu" else canonical(name)
     capability = DEVICES[gpu][0]
     topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="t", topology="1x1x1", target_config=target_config(gpu)
+        platform="cuda", topology_name="t", topology=f"1x1x{count}", target_config=target_config(gpu)
     )
     jax.devices()  # the CPU backend, for what is computed on the host
     jax.default_backend = lambda: "gpu"  # what our code asks
@@ -95,10 +96,10 @@ def pretend(gpu: str) -> Any:
         capability == tuple(int(x) for x in other.split("."))
     )
     cudnn.check_cudnn_version = lambda: 10_000 * CUDNN[0] + 100 * CUDNN[1] + CUDNN[2]
-    return topology.devices[0]
+    return topology.devices
 
 
-def compile_step(device: Any, target: str, batch: int, remat: str) -> dict[str, Any]:
+def compile_step(devices: list[Any], target: str, batch: int, remat: str) -> dict[str, Any]:
     """The plan of a configuration's compiled step, GB."""
     import jax
     import numpy as np
@@ -109,7 +110,7 @@ def compile_step(device: Any, target: str, batch: int, remat: str) -> dict[str, 
     settings, statistics = gpu_sides.settings(
         gpu_sides.TARGETS[target], gpu.make(target, "jax", batch, remat)
     )
-    mesh = jax.sharding.Mesh(np.array([[device]]), ("data", "fsdp"))
+    mesh = jax.sharding.Mesh(np.array([devices]), ("data", "fsdp"))
     program = Program(settings, mesh, statistics)
     plan = program.memory(program.compile())
     return {"attention": settings.model.attention, "plan_gb": round(plan.total / 1e9, 2), "parts": str(plan)}
@@ -119,8 +120,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("configurations", nargs="*", metavar="TARGET:MICRO-BATCH:REMAT", default=DEFAULT)
     parser.add_argument("--gpu", choices=DEVICES, default="rtx_4090")
+    parser.add_argument("--fsdp", type=int, default=1, help="devices that the state is split over")
     a = parser.parse_args()
-    device = pretend(a.gpu)
+    devices = pretend(a.gpu, a.fsdp)
 
     from benchmarks.environment import table, write
 
@@ -130,11 +132,11 @@ def main() -> None:
         print(f"compiling {name} ...", file=sys.stderr)
         row = {"gpu": a.gpu, "target": target, "batch": int(batch), "remat": remat}
         try:
-            row |= compile_step(device, target, int(batch), remat)
+            row |= compile_step(devices, target, int(batch), remat)
         except Exception as error:  # noqa: BLE001  whatever the compiler says is a result
             row["error"] = f"{type(error).__name__}: {error}"[:300]
         rows.append(row)
-        write(f"gpu_plan_{a.gpu}", rows)
+        write(f"gpu_plan_{a.gpu}" + (f"_fsdp_{a.fsdp}" if a.fsdp > 1 else ""), rows)
     header = ["target", "micro-batch", "remat", "attention", "plan, GB", "parts"]
     print(
         table(

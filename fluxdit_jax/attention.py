@@ -60,10 +60,11 @@ def attend(
     """
     if implementation == "cudnn":
         B, N = q_BxNxHxd.shape[:2]
+        q, k, v = map(_split_by_sample, (q_BxNxHxd, k_BxMxHxd, v_BxMxHxd))
         return jax.nn.dot_product_attention(
-            q_BxNxHxd,
-            k_BxMxHxd,
-            v_BxMxHxd,
+            q,
+            k,
+            v,
             # every query row is computed: padding rows are thrown away by the loss
             query_seq_lengths=jnp.full((B,), N, jnp.int32),
             key_value_seq_lengths=key_length_B,
@@ -77,6 +78,16 @@ def attend(
     if B * H * N * M <= _LOGITS_AT_ONCE:
         return _attend_at_once(q_BxNxHxd, k_BxMxHxd, v_BxMxHxd, valid_BxM)
     return _attend_one_by_one(q_BxNxHxd, k_BxMxHxd, v_BxMxHxd, valid_BxM)
+
+
+def _split_by_sample(x: jax.Array) -> jax.Array:
+    """x with its samples over all devices of the mesh that is set (`jax.set_mesh`), and nothing else split.
+
+    cuDNN's attention refuses queries, keys and values that are split in different ways, as XLA may do where the weights
+    that make them are split (fsdp).
+    """
+    axes = jax.sharding.get_abstract_mesh().axis_names
+    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(axes)) if axes else x
 
 
 def _attend_at_once(q_BxNxHxd, k_BxMxHxd, v_BxMxHxd, valid_BxM):

@@ -91,11 +91,9 @@ class Program:
             return state, pack(metrics)
 
         places = (self._placed, sharding.replicated(self._mesh))
-        return (
-            jax.jit(step, donate_argnums=0, out_shardings=places)
-            .lower(self.abstract, self.batch_shapes())
-            .compile()
-        )
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=places)
+        with jax.set_mesh(self._mesh):  # `attention` asks for it
+            return jitted.lower(self.abstract, self.batch_shapes()).compile()
 
     def memory(self, compiled: jax.stages.Compiled) -> MemoryPlan:
         """What the compiled step needs on one device."""
