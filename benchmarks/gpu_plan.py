@@ -1,6 +1,6 @@
 """What XLA plans for our step on a GPU that is not there: memory and errors, by compiling ahead of time.
 
-    python -m benchmarks.gpu_plan                                   # an RTX 4090: every target, as its config says
+    python -m benchmarks.gpu_plan                                   # an RTX 4090: as the configs say, and some others
     python -m benchmarks.gpu_plan --gpu h100 prod-1024:8:attention  # target:micro-batch:remat
     python -m benchmarks.gpu_plan --fsdp 2 prod-1024:8:attention    # the plan of each of two
 
@@ -21,52 +21,64 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
-# Public numbers. {name: (compute capability, its features, cores, threads and shared memory of one, shared memory of a
-# block, bytes/s, L2, GHz, memory)}
+
+class Device(NamedTuple):
+    """A GPU by its maker's public numbers; memory in bytes, a core is a streaming multiprocessor."""
+
+    name: str
+    capability: tuple[int, int]
+    features: str
+    cores: int
+    threads_of_core: int
+    shared_of_core: int
+    shared_of_block: int
+    bytes_per_s: int
+    l2: int
+    ghz: float
+    memory: int
+
+
 DEVICES = {
-    "rtx_4090": ((8, 9), "NONE", 128, 1536, 102400, 101376, 1_008_096_000_000, 75497472, 2.52, 25386352640),
-    "h100": (
-        (9, 0),
-        "ACCELERATED_FEATURES",
-        132,
-        2048,
-        233472,
-        232448,
-        3_352_320_000_000,
-        52428800,
-        1.98,
-        84942979072,
+    "rtx_4090": Device(
+        "NVIDIA GeForce RTX 4090", (8, 9), "NONE", 128, 1536, 102400, 101376, 1_008_096_000_000, 75497472, 2.52,
+        25386352640,
     ),
-}
+    "h100": Device(
+        "NVIDIA H100 80GB HBM3", (9, 0), "ACCELERATED_FEATURES", 132, 2048, 233472, 232448, 3_352_320_000_000, 52428800,
+        1.98, 84942979072,
+    ),
+}  # fmt: skip
 DEFAULT = ("prod-1024:4:attention", "prod-1024:4:block", "prod-1024:8:attention", "prod-1024:8:block",
-           "prod-512:16:attention", "prod-256:64:attention", "nano-512:8:block")  # fmt: skip
+           "prod-512:16:attention", "prod-256:64:attention", "nano-512:8:attention", "nano-512:8:block")  # fmt: skip
 CUDNN = (9, 28, 0)
 
 
 def target_config(gpu: str) -> str:
     """The device as XLA's `GpuTargetConfigProto`, in text form."""
-    (major, minor), features, cores, threads, shared, shared_block, rate, l2, clock, memory = DEVICES[gpu]
-    name = {"rtx_4090": "NVIDIA GeForce RTX 4090", "h100": "NVIDIA H100 80GB HBM3"}[gpu]
+    device = DEVICES[gpu]
+    major, minor = device.capability
     return f"""
 gpu_device_info {{
   threads_per_block_limit: 1024  threads_per_warp: 32  shared_memory_per_block: 49152
-  shared_memory_per_core: {shared}  threads_per_core_limit: {threads}  core_count: {cores}  fpus_per_core: 128
+  shared_memory_per_core: {device.shared_of_core}  threads_per_core_limit: {device.threads_of_core}
+  core_count: {device.cores}  fpus_per_core: 128
   block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
-  memory_bandwidth: {rate}  l2_cache_size: {l2}  clock_rate_ghz: {clock}  device_memory_size: {memory}
-  shared_memory_per_block_optin: {shared_block}
-  cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {features} }}
+  memory_bandwidth: {device.bytes_per_s}
+  l2_cache_size: {device.l2}  clock_rate_ghz: {device.ghz}  device_memory_size: {device.memory}
+  shared_memory_per_block_optin: {device.shared_of_block}
+  cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {device.features} }}
   registers_per_core_limit: 65536  registers_per_block_limit: 65536
   thread_dim_limit_x: 1024  thread_dim_limit_y: 1024  thread_dim_limit_z: 64
-  device_vendor: "NVIDIA Corporation"  device_address_bits: 64  name: "{name}"
+  device_vendor: "NVIDIA Corporation"  device_address_bits: 64  name: "{device.name}"
   driver_version: "12.9.0"  runtime_version: "12.9.0"  compile_time_toolkit_version: "12.9.0"
   dnn_version: "{CUDNN[0]}.{CUDNN[1]}.{CUDNN[2]}"  pcie_bandwidth: 25769803776
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: {CUDNN[0]} minor: {CUDNN[1]} patch: {CUDNN[2]} }}
 runtime_version {{ major: 12 minor: 9 patch: 0 }}
-device_description_str: "{name}"
+device_description_str: "{device.name}"
 """
 
 
@@ -85,7 +97,7 @@ def pretend(gpu: str, count: int) -> list[Any]:
 
     canonical = xla_bridge.canonicalize_platform
     xla_bridge.canonicalize_platform = lambda name: "cuda" if name == "gpu" else canonical(name)
-    capability = DEVICES[gpu][0]
+    capability = DEVICES[gpu].capability
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name="t", topology=f"1x1x{count}", target_config=target_config(gpu)
     )
@@ -138,16 +150,8 @@ def main() -> None:
         rows.append(row)
         write(f"gpu_plan_{a.gpu}" + (f"_fsdp_{a.fsdp}" if a.fsdp > 1 else ""), rows)
     header = ["target", "micro-batch", "remat", "attention", "plan, GB", "parts"]
-    print(
-        table(
-            header,
-            [
-                [r["target"], r["batch"], r["remat"], r.get("attention", ""), r.get("plan_gb", "-"),
-                 r.get("parts", r.get("error"))]
-                for r in rows
-            ],
-        )
-    )  # fmt: skip
+    keys = ("target", "batch", "remat", "attention", "plan_gb")
+    print(table(header, [[*(r.get(k, "-") for k in keys), r.get("parts", r.get("error"))] for r in rows]))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m benchmarks.preprocess --images 200               # tiny random encoders of the real classes
     python -m benchmarks.preprocess --images 40 --encoders larger
-    python -m benchmarks.preprocess --images 16 --encoders full --repeats 2   # of real size; half an hour on 2 cores
+    python -m benchmarks.preprocess --images 16 --encoders full --repeats 2   # of real size; 10 minutes on 2 cores
     python -m benchmarks.preprocess --plan 100000
     python -m benchmarks.preprocess --rows 200000
 
@@ -83,22 +83,25 @@ def tiny(folder: Path) -> dict[str, Path]:
 
 def larger(folder: Path) -> dict[str, Path]:
     """A Flux autoencoder of a quarter of its width, a ViT of width 192, and the tests' T5."""
+    import tiny_models
+
     vae, vision = folder / "larger_vae", folder / "larger_dino"
     if not vae.exists():
-        save_flux_vae(vae, (32, 64, 128, 128))
+        tiny_models.save_flux_vae(vae, (32, 64, 128, 128))
     if not vision.exists():
-        save_dino(vision, hidden_size=192, intermediate_size=768, num_hidden_layers=12, num_attention_heads=3)
+        tiny_models.save_dino(vision, 192, 768, 12, 3)
     return tiny(folder) | {"--vae": vae, "--vision-encoder": vision}
 
 
 def full(folder: Path) -> dict[str, Path]:
     """Of the sizes that people use: Flux's autoencoder, T5 v1.1 large and DINOv3 ViT-L/16, with random weights."""
+    import tiny_models
     import torch
     from transformers import T5Config, T5EncoderModel
 
     vae, text, vision = folder / "full_vae", folder / "full_t5", folder / "full_dino"
     if not vae.exists():
-        save_flux_vae(vae, (128, 256, 512, 512))
+        tiny_models.save_flux_vae(vae, (128, 256, 512, 512))
     if not text.exists():
         torch.manual_seed(0)
         tokenizer = tiny(folder)["--text-encoder"]
@@ -109,38 +112,8 @@ def full(folder: Path) -> dict[str, Path]:
         )  # fmt: skip
         T5EncoderModel(config).save_pretrained(text)
     if not vision.exists():
-        save_dino(
-            vision, hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16
-        )
+        tiny_models.save_dino(vision, 1024, 4096, 24, 16)
     return {"--vae": vae, "--text-encoder": text, "--vision-encoder": vision}
-
-
-def save_flux_vae(folder: Path, widths: tuple[int, ...]) -> None:
-    """Flux's autoencoder with random weights; its own `widths` are (128, 256, 512, 512)."""
-    import torch
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=widths,
-        layers_per_block=2,
-        latent_channels=16,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-    ).save_pretrained(folder)
-
-
-def save_dino(folder: Path, **sizes: int) -> None:
-    """A DINOv3 ViT of these sizes with random weights."""
-    import torch
-    from transformers import DINOv3ViTConfig, DINOv3ViTModel
-
-    torch.manual_seed(0)
-    DINOv3ViTModel(DINOv3ViTConfig(patch_size=16, **sizes)).save_pretrained(folder)
 
 
 ENCODERS = {"tiny": tiny, "larger": larger, "full": full}

@@ -17,8 +17,6 @@ from fluxdit_jax.product import product_f32
 # Above this many f32 logits (8 MiB) the XLA path takes one head of one sample at a time: on a CPU that is faster for
 # the 1,024 x 120 of cross-attention, too.
 _LOGITS_AT_ONCE = 2 * 2**20
-
-
 _KEPT = "attention"  # the name of what `keep` keeps of the XLA path
 
 

@@ -45,14 +45,17 @@ def use_most_memory() -> None:
 
 def memory_limit_gb() -> float | None:
     """What JAX may take of the first device's memory, GB; None where the backend does not say."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return stats["bytes_limit"] / 1e9 if "bytes_limit" in stats else None
+    return _memory_gb("bytes_limit")
 
 
 def peak_memory_gb() -> float | None:
     """Largest memory in use on the first device so far, GB; None where the backend does not say."""
+    return _memory_gb("peak_bytes_in_use")
+
+
+def _memory_gb(what: str) -> float | None:
     stats = jax.local_devices()[0].memory_stats() or {}
-    return stats["peak_bytes_in_use"] / 1e9 if "peak_bytes_in_use" in stats else None
+    return stats[what] / 1e9 if what in stats else None
 
 
 def join_processes(coordinator: str | None, processes: int, process: int) -> None:

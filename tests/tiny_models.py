@@ -18,19 +18,18 @@ WORDS = [
 # fmt: on
 
 
-def save_tiny_vae(folder: Path) -> Path:
-    """The Flux autoencoder's class and layout (16 channels, factor 8, shift and scale) at 364 KB."""
+def save_flux_vae(directory: Path, widths: tuple[int, ...], layers: int = 2, groups: int = 32) -> Path:
+    """The Flux autoencoder with random weights; its own widths are (128, 256, 512, 512)."""
     import torch
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
-    directory = folder / "tiny_vae"
     AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 16, 16, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
+        block_out_channels=widths,
+        layers_per_block=layers,
+        norm_num_groups=groups,
         latent_channels=16,
         use_quant_conv=False,
         use_post_quant_conv=False,
@@ -38,6 +37,11 @@ def save_tiny_vae(folder: Path) -> Path:
         shift_factor=0.1159,
     ).save_pretrained(directory)
     return directory
+
+
+def save_tiny_vae(folder: Path) -> Path:
+    """The Flux autoencoder's class and layout (16 channels, factor 8, shift and scale) at 364 KB."""
+    return save_flux_vae(folder / "tiny_vae", (8, 16, 16, 16), layers=1, groups=4)
 
 
 def save_tiny_tiny_vae(folder: Path) -> Path:
@@ -94,18 +98,27 @@ def save_tiny_t5(folder: Path) -> Path:
     return directory
 
 
-def save_tiny_dino(folder: Path) -> Path:
-    """A two-layer DINOv3 ViT of width 32, patch 16, with the real image-processor settings beside it."""
+def save_dino(directory: Path, width: int, hidden: int, layers: int, heads: int) -> Path:
+    """A DINOv3 ViT, patch 16, with random weights."""
     import torch
     from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
     torch.manual_seed(3)
-    directory = folder / "tiny_dino"
     DINOv3ViTModel(
         DINOv3ViTConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, patch_size=16
+            hidden_size=width,
+            intermediate_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            patch_size=16,
         )
     ).save_pretrained(directory)
+    return directory
+
+
+def save_tiny_dino(folder: Path) -> Path:
+    """A two-layer DINOv3 ViT of width 32, patch 16, with the real image-processor settings beside it."""
+    directory = save_dino(folder / "tiny_dino", 32, 64, 2, 2)
     (directory / "preprocessor_config.json").write_text(
         '{"do_normalize": true, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}'
     )
