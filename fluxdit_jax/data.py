@@ -172,7 +172,7 @@ def collate(
     before = filled.tolist()
     filled[:] = tokens, text_tokens  # should this fail half-way, all of it counts as used
     latent, text = batch["latent"].view(np.uint16), batch["text"].view(np.uint16)
-    lengths = []
+    grids, lengths = [], []
     for row, record in enumerate(records):
         _, h, w = record.latent.shape
         rows, columns = h // patch, w // patch
@@ -183,12 +183,13 @@ def collate(
             )
         patchify(record.latent.view(np.uint16), patch, latent[row, :count])
         latent[row, count : before[row][0]] = 0
-        text[row, :length] = record.text[:length].view(np.uint16)
+        _copy(record.text[:length], text[row, :length])
         text[row, length : before[row][1]] = 0
-        batch["vision"][row] = record.vision
-        batch["grid"][row] = rows, columns
+        _copy(record.vision, batch["vision"][row])
+        grids.append((rows, columns))
         lengths.append((count, length))
     filled[:] = lengths
+    batch["grid"][:] = grids
     batch["text_length"][:] = filled[:, 1]
     batch["index"][:] = index
     batch["replaced"][:] = False if replaced is None else replaced
@@ -196,6 +197,16 @@ def collate(
         for array in batch.values():
             array.flags.writeable = False  # what is written into the padding would be in later batches
     return batch
+
+
+def _copy(source: np.ndarray, out: np.ndarray) -> None:
+    """Copies between contiguous arrays of the same bytes without letting go of the interpreter's lock, as numpy does:
+    a reader thread would wait for it longer than the copy takes.
+
+    Raises:
+      ValueError: they have not the same number of bytes.
+    """
+    out.reshape(-1).view(np.uint8).data[:] = source.reshape(-1).view(np.uint8).data
 
 
 def batch_shapes(

@@ -1,9 +1,9 @@
-"""`tf.train.Example` without copies: where in a serialised record each feature's bytes lie.
+"""`tf.train.Example` without copies: where in a serialised record the value of each feature lies.
 
 The protobuf library copies a record twice: once to parse it, and once more for each value that is asked for. A
-record here is three large tensors and a few words, so `spans` finds them in place. It knows only the form that
-every serialiser writes (no field unknown, out of order or split up); for anything else the library is asked. The
-form is https://protobuf.dev/programming-guides/encoding/ of
+record here is three large tensors and a few words, so `spans` finds them in place. It knows only the form in which
+every serialiser writes these features, sorted by name; whatever is in another form is for the library. The form is
+https://protobuf.dev/programming-guides/encoding/ of
 
     Example { Features features = 1; }        Features { map<string, Feature> feature = 1; }
     Feature { BytesList bytes_list = 1; FloatList float_list = 2; Int64List int64_list = 3; }
@@ -12,68 +12,83 @@ form is https://protobuf.dev/programming-guides/encoding/ of
 
 from __future__ import annotations
 
+import functools
+
 _FIRST, _SECOND, _THIRD = 0x0A, 0x12, 0x1A  # tags of fields 1, 2 and 3, length-delimited
 BYTES, INTEGERS = _FIRST, _THIRD  # which list a Feature holds
+# An entry of a file of ours has a few hundred sizes (of captions, of text); a damaged one may claim any.
+_REMEMBERED = 4096
 
 
-def spans(data: bytes) -> dict[bytes, tuple[int, int, int]] | None:
-    """Of every feature of an `Example`: (BYTES, start and end of its one value) or (INTEGERS, of all, packed).
+def spans(data: bytes, features: dict[bytes, int]) -> list[tuple[int, int]] | None:
+    """(start, end) of the value of each feature of an `Example`.
 
-    None if the bytes are not an `Example`, or one in another form: with a list of several byte strings or of
-    floats, or written by other rules. Whatever it returns is what the protobuf library would read.
+    Args:
+      features: of each feature, in the order of their names: BYTES, of which it must have one value, or INTEGERS,
+        whose span is that of all of them, packed.
+
+    Returns:
+      None if the bytes are not an `Example` of these features in the usual form. What it finds is what the protobuf
+      library would read.
     """
-    found = {}
-    size = len(data)
     try:
         if data[0] != _FIRST:
             return None
         position, length = _varint(data, 1)
-        if position + length != size:
+        if position + length != len(data):
             return None
-        while position < size:
-            # an entry of the map: its length, its key and its Feature, which fills the rest of it
-            if data[position] != _FIRST:
+        found = []
+        for name, kind in features.items():
+            length = data[position + 1]
+            if length > 127:
+                _, length = _varint(data, position + 1)
+            # All that stands before the value follows from the size of the entry: one comparison checks it.
+            header, size = _entry(name, kind, length)
+            if header is None or not data.startswith(header, position):
                 return None
-            position, length = _varint(data, position + 1)
-            end = position + length
-            if data[position] != _FIRST:
-                return None
-            position, length = _varint(data, position + 1)
-            key = data[position : position + length]
-            position += length
-            if end > size or data[position] != _SECOND or key in found or not key.isascii():
-                return None
-            position, length = _varint(data, position + 1)
-            if position + length != end:
-                return None
-            # the Feature: one list, which fills it; in the list one value, which fills that
-            kind = data[position]
-            if kind != BYTES and kind != INTEGERS:
-                return None
-            position, length = _varint(data, position + 1)
-            if position + length != end or data[position] != _FIRST:
-                return None
-            position, length = _varint(data, position + 1)
-            if position + length != end:
-                return None
-            found[key] = (kind, position, end)
-            position = end
+            start = position + len(header)
+            position = start + size
+            found.append((start, position))
     except IndexError:  # cut short
         return None
-    return found
+    return found if position == len(data) else None
 
 
-def integers(data: bytes, start: int, end: int) -> tuple[int, ...]:
-    """The packed int64 values between these bytes; raises ValueError if the last is cut short."""
-    values = []
+@functools.lru_cache(_REMEMBERED)
+def _entry(name: bytes, kind: int, length: int) -> tuple[bytes | None, int]:
+    """What stands before the value in a map entry of this length, and the value's size; (None, 0): there is none."""
+    key = _field(_FIRST, len(name)) + name
+    rest = length - len(key)
+    # Three lengths stand before the value: of the Feature, of its list and of the value itself.
+    for size in range(max(0, rest - 3 * 11), rest):
+        value = _field(_FIRST, size)
+        values = _field(kind, len(value) + size)
+        feature = _field(_SECOND, len(values) + len(value) + size)
+        if len(key) + len(feature) + len(values) + len(value) + size == length:
+            return _field(_FIRST, length) + key + feature + values + value, size
+    return None, 0
+
+
+def _field(tag: int, length: int) -> bytes:
+    """The tag and the length of a field."""
+    written = bytearray([tag])
+    while length > 127:
+        written.append(length & 127 | 128)
+        length >>= 7
+    written.append(length)
+    return bytes(written)
+
+
+@functools.lru_cache(_REMEMBERED)
+def integers(packed: bytes) -> tuple[int, ...]:
+    """The packed int64 values; raises ValueError if the last is cut short."""
+    values, position = [], 0
     try:
-        while start < end:
-            start, value = _varint(data, start)
+        while position < len(packed):
+            position, value = _varint(packed, position)
             values.append(value - 2**64 if value >= 2**63 else value)
     except IndexError:
-        start = end + 1
-    if start != end:
-        raise ValueError("a list of integers is cut short")
+        raise ValueError("a list of integers is cut short") from None
     return tuple(values)
 
 
