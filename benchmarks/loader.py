@@ -195,15 +195,15 @@ def drop_cache(root: Path) -> None:
 
 
 def measure(names, root: Path, peers: Path, rounds: int, seconds: float, cold: bool, expected: set[str]):
-    """{side: samples a second, one of every round}. Hot: one process a side; cold: a fresh one every time."""
+    """{side: samples a second, one of every round}, each of a fresh process. Hot: after its first epoch; cold: in it."""
     found = {name: [] for name in names}
     checks = len(expected) // 16
-    for turn in tqdm(range(rounds), desc="cold" if cold else "hot", unit="round"):
+    for _ in tqdm(range(rounds), desc="cold" if cold else "hot", unit="round"):
         for name in names:
             if cold:
                 drop_cache(root / SIDES[name][0])
             side = Side(name, root, peers)
-            if not cold and turn == 0:
+            if not cold:  # an epoch to warm up, which is looked at
                 digest = set(json.loads(side.ask("check", checks)))
                 if not digest or digest - expected:
                     raise SystemExit(f"error: {name} gives other batches than the records")
