@@ -54,7 +54,8 @@ PEERS = ("torch==2.13.0", "mosaicml-streaming==0.13.0", "webdataset==1.0.2", "ml
 VENV = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fluxdit_jax" / "bench-venv"
 SHARED = Path("/dev/shm")
 SIDES = {  # name: (folder, whether it needs the peers' environment)
-    "ours": ("ours", False), "ours_one_thread": ("ours", False), "flat": ("flat", False), "npy": ("npy", False),
+    "ours": ("ours", False), "ours_two_threads": ("ours", False), "ours_one_thread": ("ours", False),
+    "flat": ("flat", False), "npy": ("npy", False),
     "mds": ("mds", True), "mds_workers": ("mds", True), "mds_threads": ("mds", True),
     "wds": ("wds", True), "wds_workers": ("wds", True),
 }  # fmt: skip
@@ -195,7 +196,7 @@ def drop_cache(root: Path) -> None:
 
 
 def measure(names, root: Path, peers: Path, rounds: int, seconds: float, cold: bool, expected: set[str]):
-    """{side: samples a second, one of every round}, each of a fresh process. Hot: after its first epoch; cold: in it."""
+    """{side: samples a second, one of every round}, each a fresh process. Hot: after its first epoch; cold: in it."""
     found = {name: [] for name in names}
     checks = len(expected) // 16
     for _ in tqdm(range(rounds), desc="cold" if cold else "hot", unit="round"):

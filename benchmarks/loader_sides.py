@@ -66,7 +66,8 @@ def threaded(read, count):
             yield ahead.pop(0).result()
 
 
-def ours(directory, threads=2):
+def ours(directory, threads=4):
+    """Threads, and batches ahead, as `configs/prod.py` has them."""
     sys.path.insert(0, str(ROOT))
     from fluxdit_jax.allocator import keep_freed_memory
     from fluxdit_jax.data import RecordSource, batches
@@ -77,7 +78,12 @@ def ours(directory, threads=2):
     source = RecordSource(directory, manifest, "train")
     tokens = (manifest.resolution // 16) ** 2
     yield from batches(source, seed=0, start=0, batch_size=BATCH, patch=2, tokens=tokens, text_tokens=TEXT_TOKENS,
-                       threads=threads, prefetch=4)  # fmt: skip
+                       threads=threads, prefetch=2 * threads)  # fmt: skip
+
+
+def ours_two_threads(directory):
+    """As `default_config` has it, and the demo."""
+    yield from ours(directory, 2)
 
 
 def ours_one_thread(directory):
@@ -168,7 +174,19 @@ def wds_workers(directory):
 
 
 SIDES = {
-    f.__name__: f for f in (ours, ours_one_thread, npy, flat, mds, mds_workers, mds_threads, wds, wds_workers)
+    f.__name__: f
+    for f in (
+        ours,
+        ours_two_threads,
+        ours_one_thread,
+        npy,
+        flat,
+        mds,
+        mds_workers,
+        mds_threads,
+        wds,
+        wds_workers,
+    )
 }
 
 
