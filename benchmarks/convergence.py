@@ -30,7 +30,7 @@ from tqdm import tqdm
 from benchmarks import plain_dit
 from benchmarks.environment import RESULTS, describe, table, write
 from configs import demo
-from fluxdit_jax import data, model, pictures
+from fluxdit_jax import data, devices, model, pictures
 from fluxdit_jax.allocator import keep_freed_memory
 from fluxdit_jax.config import Settings, resolve
 from fluxdit_jax.displacement import displacement
@@ -47,7 +47,6 @@ from fluxdit_jax.optimizer import build_optimizer
 from fluxdit_jax.records import Manifest, load_manifest
 from fluxdit_jax.sample import encode_prompts
 from fluxdit_jax.state import create_state
-from fluxdit_jax.train import use_compilation_cache
 from fluxdit_jax.train_step import make_train_step, patch_statistics
 from fluxdit_jax.vae import load_decoder
 
@@ -299,7 +298,7 @@ def main() -> None:
     if not arguments.show:
         if arguments.data is None:
             parser.error("--data DIR: the demonstration set, made as scripts/quickstart.sh does")
-        use_compilation_cache()
+        devices.use_compilation_cache()
         keep_freed_memory(large_too=True)
         for name in arguments.variants or VARIANTS:
             row = measure(

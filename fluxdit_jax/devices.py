@@ -1,8 +1,9 @@
-"""What is known of the devices: their peak rate, and how to join several processes into one run."""
+"""The devices: their peak rate, their memory, the cache of what was compiled for them, several processes as one run."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import jax
 
@@ -68,3 +69,11 @@ def join_processes(coordinator: str | None, processes: int, process: int) -> Non
         jax.distributed.initialize()
     elif coordinator is not None:
         jax.distributed.initialize(coordinator, num_processes=processes, process_id=process)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs on disk, in $JAX_COMPILATION_CACHE_DIR if set: a second start skips the compiler."""
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fluxdit_jax" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from fluxdit_jax import model, sharding
+from fluxdit_jax import data, model, sharding
 from fluxdit_jax.config import Settings
 from fluxdit_jax.memory_plan import MemoryPlan, plan
 from fluxdit_jax.metrics import pack
@@ -28,7 +29,7 @@ class Program:
     def __init__(
         self, settings: Settings, mesh: jax.sharding.Mesh, statistics: tuple[np.ndarray, np.ndarray]
     ):
-        self._settings, self._mesh = settings, mesh
+        self._settings, self._mesh, self._statistics = settings, mesh, statistics
         graph, shapes = model.build(settings.model)
         self._optimizer = build_optimizer(settings.optimizer)
         abstract = jax.eval_shape(self._state_of, shapes)
@@ -67,19 +68,13 @@ class Program:
 
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """A micro-batch over all devices, as `data.collate` makes it."""
-        s = self._settings
-        shapes = {
-            "latent": ((s.tokens, s.model.token_width), jnp.bfloat16),
-            "grid": ((2,), jnp.int32),
-            "text": ((s.text_tokens, s.model.text_width), jnp.bfloat16),
-            "text_length": ((), jnp.int32),
-            "vision": ((s.model.vision_width,), jnp.float32),
-            "index": ((), jnp.uint32),
-            "replaced": ((), jnp.bool_),
-        }
+        s, m = self._settings, self._settings.model
+        shapes = data.batch_shapes(
+            s.batch_size, m.token_width, s.tokens, s.text_tokens, m.text_width, m.vision_width
+        )
         place = sharding.batch_sharding(self._mesh)
         return {
-            name: jax.ShapeDtypeStruct((s.batch_size, *shape), dtype, sharding=place)
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
             for name, (shape, dtype) in shapes.items()
         }
 
@@ -98,3 +93,27 @@ class Program:
     def memory(self, compiled: jax.stages.Compiled) -> MemoryPlan:
         """What the compiled step needs on one device."""
         return plan(compiled, self.abstract, self.batch_shapes())
+
+    def smaller(self) -> list[tuple[str, Callable[[], MemoryPlan]]]:
+        """What to try, in this order, where the step does not fit: (what to set, how to plan its memory)."""
+        s, devices = self._settings, self._mesh.size
+        choices = [(s.batch_size, "block")] if s.model.remat != "block" else []
+        batch = s.batch_size // 2
+        while batch >= devices and batch % devices == 0:
+            choices.append((batch, "block"))
+            batch //= 2
+
+        def planner(batch: int, remat: str) -> Callable[[], MemoryPlan]:
+            def make() -> MemoryPlan:
+                optimizer = dataclasses.replace(s.optimizer, accumulate=s.effective_batch // batch)
+                network = dataclasses.replace(s.model, remat=remat)
+                settings = dataclasses.replace(s, batch_size=batch, model=network, optimizer=optimizer)
+                program = Program(settings, self._mesh, self._statistics)
+                return program.memory(program.compile())
+
+            return make
+
+        return [
+            (f"--config.data.batch_size={batch} --config.model.remat={remat}", planner(batch, remat))
+            for batch, remat in choices
+        ]

@@ -19,13 +19,12 @@ from absl import logging as absl_logging
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from fluxdit_jax import command, pictures, sampler
+from fluxdit_jax import command, devices, pictures, sampler
 from fluxdit_jax.checkpoint import EMA, SHORT_EMA, CheckpointError, restore_ema
 from fluxdit_jax.config import ConfigError, resolve
 from fluxdit_jax.generation import Generator, conditions
 from fluxdit_jax.records import DatasetError, EncoderIdentity, Manifest
 from fluxdit_jax.run_directory import RunError, RunLock, load_config, load_dataset
-from fluxdit_jax.train import use_compilation_cache
 from fluxdit_jax.train_step import patch_statistics
 from fluxdit_jax.vae import DecoderError, load_decoder
 from preprocess import PreprocessError
@@ -314,7 +313,7 @@ def _recipe(arguments: argparse.Namespace, request: Request, step: int) -> PngIm
 
 def main() -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
-    use_compilation_cache()
+    devices.use_compilation_cache()
 
     def work() -> None:
         sample(parse_arguments(sys.argv[1:]))

@@ -6,9 +6,7 @@ Read `train` from top to bottom: it is the run.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
-import os
 import signal
 import sys
 import threading
@@ -87,8 +85,7 @@ def train(config: ConfigDict) -> int:
         compiled = program.compile()
         plan = program.memory(compiled)
         log.info("memory of a device: %.2f GB (%s)", plan.total / 1e9, plan)
-        alternatives = _smaller(settings, mesh, statistics)
-        require_fit(plan, config.device_memory_gb, devices.memory_limit_gb(), alternatives)
+        require_fit(plan, config.device_memory_gb, devices.memory_limit_gb(), program.smaller())
 
         # ------------------------------------------------------------ the state: resumed, continued or new
         checkpoints = closing.enter_context(Checkpoints(workdir, config.checkpoint.keep))
@@ -269,36 +266,6 @@ def _training_flops(settings: Settings) -> int:
     return 3 * model.flops_per_sample(settings.model, settings.tokens, settings.text_tokens)
 
 
-def _smaller(settings: Settings, mesh: Any, statistics: Any) -> list:
-    """What to try, in this order, where the step does not fit: ("what to set", how to plan its memory)."""
-    remat = settings.model.remat
-    choices = [(settings.batch_size, "block")] if remat != "block" else []
-    batch = settings.batch_size // 2
-    while batch >= mesh.size and batch % mesh.size == 0:
-        choices.append((batch, "block"))
-        batch //= 2
-
-    def planner(batch: int, remat: str):
-        def make():
-            smaller = dataclasses.replace(
-                settings,
-                batch_size=batch,
-                model=dataclasses.replace(settings.model, remat=remat),
-                optimizer=dataclasses.replace(
-                    settings.optimizer, accumulate=settings.effective_batch // batch
-                ),
-            )
-            program = Program(smaller, mesh, statistics)
-            return program.memory(program.compile())
-
-        return make
-
-    return [
-        (f"--config.data.batch_size={batch} --config.model.remat={remat}", planner(batch, remat))
-        for batch, remat in choices
-    ]
-
-
 def _describe(config: ConfigDict, settings: Settings, manifest: Manifest, mesh: Any) -> None:
     m = settings.model
     log.info(
@@ -388,14 +355,6 @@ def _write_preview(preview: Preview, ema: Any, step: int, workdir: Path, writer:
     writer.image(step, "samples", np.asarray(sheet))
 
 
-def use_compilation_cache() -> None:
-    """Keeps compiled programs on disk, in $JAX_COMPILATION_CACHE_DIR if set: a second start skips the compiler."""
-    if jax.config.jax_compilation_cache_dir is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fluxdit_jax" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"error: unexpected argument {argv[1]!r}; overrides are written --config.group.key=value")
@@ -407,7 +366,7 @@ def main(argv: list[str]) -> None:
     threading.excepthook = command.thread_error
     command.without_pages()
     config = _CONFIG.value
-    use_compilation_cache()
+    devices.use_compilation_cache()
     devices.use_most_memory()
     devices.join_processes(config.mesh.coordinator, config.mesh.processes, config.mesh.process)
     keep_freed_memory(large_too=jax.default_backend() == "cpu")

@@ -23,7 +23,7 @@ from absl import logging as absl_logging
 from tqdm import tqdm
 
 from fluxdit_jax import command as programs
-from fluxdit_jax import pictures, sampler
+from fluxdit_jax import devices, pictures, sampler
 from fluxdit_jax.checkpoint import CheckpointError, restore_ema
 from fluxdit_jax.config import ConfigError, Settings, resolve
 from fluxdit_jax.data import RecordSource
@@ -42,7 +42,6 @@ from fluxdit_jax.records import DatasetError, Manifest
 from fluxdit_jax.report import FOLDER, Circumstances, build_report, write_json, write_tensorboard
 from fluxdit_jax.run_directory import RunError, RunLock, load_config, load_dataset
 from fluxdit_jax.sample import SampleError, encode_prompts
-from fluxdit_jax.train import use_compilation_cache
 from fluxdit_jax.train_step import patch_statistics
 from fluxdit_jax.vae import DecoderError, load_decoder
 from preprocess import PreprocessError
@@ -255,7 +254,7 @@ def _locked(arguments: argparse.Namespace) -> int:
 
 def main() -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
-    use_compilation_cache()
+    devices.use_compilation_cache()
     programs.run(lambda: command(sys.argv[1:]), USER_ERRORS, failure=2)
 
 
