@@ -50,7 +50,7 @@ def default_config() -> ConfigDict:
     c.model.text_width = 1024  # width of a text token; must be the dataset's
     c.model.vision_width = 1024  # width of the vision vector; must be the dataset's
     c.model.dtype = (
-        "auto"  # of the network: bfloat16, float32; auto: bfloat16 except on CPU, where it is slower
+        "auto"  # of the network: bfloat16, float32; auto: float32 on a CPU, as few have fast bfloat16
     )
     c.model.remat = "none"  # what is recomputed in the backward pass: none, dots, attention, block
     c.model.attention = "auto"  # cudnn, xla; auto: cudnn (flash) on an NVIDIA GPU in bfloat16
