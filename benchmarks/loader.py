@@ -54,7 +54,7 @@ PEERS = ("torch==2.13.0", "mosaicml-streaming==0.13.0", "webdataset==1.0.2", "ml
 VENV = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fluxdit_jax" / "bench-venv"
 SHARED = Path("/dev/shm")
 SIDES = {  # name: (folder, whether it needs the peers' environment)
-    "ours": ("ours", False), "ours_two_threads": ("ours", False), "ours_one_thread": ("ours", False),
+    "ours": ("ours", False), "ours_four_threads": ("ours", False), "ours_one_thread": ("ours", False),
     "flat": ("flat", False), "npy": ("npy", False),
     "mds": ("mds", True), "mds_workers": ("mds", True), "mds_threads": ("mds", True),
     "wds": ("wds", True), "wds_workers": ("wds", True),

@@ -66,8 +66,8 @@ def threaded(read, count):
             yield ahead.pop(0).result()
 
 
-def ours(directory, threads=4):
-    """Threads, and batches ahead, as `configs/prod.py` has them."""
+def ours(directory, threads=2):
+    """Threads, and batches ahead, as `default_config` has them."""
     sys.path.insert(0, str(ROOT))
     from fluxdit_jax.allocator import keep_freed_memory
     from fluxdit_jax.data import RecordSource, batches
@@ -81,9 +81,9 @@ def ours(directory, threads=4):
                        threads=threads, prefetch=2 * threads)  # fmt: skip
 
 
-def ours_two_threads(directory):
-    """As `default_config` has it, and the demo."""
-    yield from ours(directory, 2)
+def ours_four_threads(directory):
+    """As `configs/prod.py` has it."""
+    yield from ours(directory, 4)
 
 
 def ours_one_thread(directory):
@@ -177,7 +177,7 @@ SIDES = {
     f.__name__: f
     for f in (
         ours,
-        ours_two_threads,
+        ours_four_threads,
         ours_one_thread,
         npy,
         flat,
