@@ -200,8 +200,10 @@ def collate(
 
 
 def _copy(source: np.ndarray, out: np.ndarray) -> None:
-    """Copies between contiguous arrays of the same bytes without letting go of the interpreter's lock, as numpy does:
-    a reader thread would wait for it longer than the copy takes.
+    """Copies between contiguous arrays of as many bytes.
+
+    As plain memory, since numpy lets go of the interpreter's lock, and waiting for it again takes a reader thread
+    longer than the copy.
 
     Raises:
       ValueError: they have not the same number of bytes.
