@@ -214,7 +214,10 @@ def _integers(data: bytes, span: tuple[int, int], name: str, count: int) -> tupl
     start, end = span
     if end - start > 10 * count:  # the most that they can take; only what is short is worth remembering
         raise DatasetError(f"{name} has {end - start} bytes, which are more than {count} integers")
-    values = example.integers(data[start:end])
+    try:
+        values = example.integers(data[start:end])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     if len(values) != count:
         raise DatasetError(f"{name} must be {count} integers, got {list(values)}")
     return values

@@ -35,9 +35,8 @@ def in_place(data, features):
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 FEATURES = st.dictionaries(
-    st.text(
-        "abc/_", min_size=6, max_size=6
-    ),  # of one length: the library puts a prefix of another name behind it
+    # of one length: the library puts a name that another begins with behind that one
+    st.text("abc/_", min_size=6, max_size=6),
     st.one_of(
         st.binary(max_size=300),
         st.integers(0, 2**18).map(bytes),  # lengths of one, two and three bytes
@@ -155,3 +154,10 @@ def test_bytes_where_integers_belong_are_refused():
     message.features.feature["text"].int64_list.value.extend([1] * 2 * TEXT_WIDTH)
     with pytest.raises(DatasetError, match="text is missing or not one value of its type"):
         decode_record(message.SerializeToString(deterministic=True), TEXT_WIDTH)
+
+
+def test_integers_that_are_cut_short_are_refused_by_the_name_of_their_field():
+    data = encode_record(make_record(1))
+    (_, end) = dict(zip(KINDS, spans(data, KINDS), strict=True))[b"original_size"]
+    with pytest.raises(DatasetError, match="original_size: a list of integers is cut short"):
+        decode_record(data[: end - 1] + b"\x80" + data[end:], TEXT_WIDTH)
