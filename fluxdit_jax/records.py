@@ -27,7 +27,7 @@ import ml_dtypes  # registers bfloat16 with numpy; must come before tensorflow_d
 import numpy as np
 from tensorflow_datasets.proto import tf_example_pb2
 
-from fluxdit_jax import example
+from fluxdit_jax import example, other_captions
 from fluxdit_jax.untrusted import plain_name
 
 FORMAT_VERSION = 1
@@ -50,6 +50,7 @@ _FEATURES = {
     b"text": example.BYTES,
     b"vision": example.BYTES,
 }
+_SEVERAL = dict(sorted((_FEATURES | other_captions.FEATURES).items()))  # of a record with several captions
 # Sides, widths and tokens that a manifest may claim: programs and buffers are made to measure.
 _LARGEST = 2**16
 
@@ -71,6 +72,8 @@ class Record:
       original_size: (height, width) of the source image after EXIF orientation, pixels.
       encoded_size: (height, width) that the VAE saw: the bucket, pixels.
       content_hash: sha256 of the source image file, hex.
+      other_captions: the further captions of the image, in order; see `other_captions`.
+      other_texts: bfloat16 [n, text_width] of each of them.
     """
 
     key: str
@@ -81,6 +84,18 @@ class Record:
     original_size: tuple[int, int]
     encoded_size: tuple[int, int]
     content_hash: str
+    other_captions: tuple[str, ...] = ()
+    other_texts: tuple[np.ndarray, ...] = ()
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All captions, at least one."""
+        return self.caption, *self.other_captions
+
+    @property
+    def texts(self) -> tuple[np.ndarray, ...]:
+        """The tokens of all captions."""
+        return self.text, *self.other_texts
 
 
 def check_record(record: Record) -> None:
@@ -94,6 +109,17 @@ def check_record(record: Record) -> None:
         fail(f"latent must be bfloat16 [C, h, w], got {latent.dtype} {list(latent.shape)}")
     if text.ndim != 2 or text.dtype != BF16 or 0 in text.shape:
         fail(f"text must be bfloat16 [n >= 1, width], got {text.dtype} {list(text.shape)}")
+    others, most = record.other_texts, other_captions.MAX_CAPTIONS
+    if len(others) != len(record.other_captions) or len(others) >= most:
+        fail(f"{len(record.captions)} captions with {len(record.texts)} texts; at most {most}, one text each")
+    for number, other in enumerate(others, 2):
+        if other.ndim != 2 or other.dtype != BF16 or 0 in other.shape or other.shape[1] != text.shape[1]:
+            fail(
+                f"text of caption {number} must be bfloat16 [n >= 1, {text.shape[1]}], got {other.dtype} "
+                f"{list(other.shape)}"
+            )
+        if not _all_finite(other):
+            fail(f"text of caption {number} has a value that is not finite")
     if vision.ndim != 1 or vision.dtype != np.float32 or 0 in vision.shape:
         fail(f"vision must be float32 [width], got {vision.dtype} {list(vision.shape)}")
     if not _all_finite(latent):
@@ -132,8 +158,8 @@ def check_fit(record: Record, manifest: Manifest) -> None:
         fail(f"size {height}x{width} is not in the bucket table")
     if record.vision.size != manifest.vision.width:
         fail(f"vision vector of {record.vision.size}, the manifest says {manifest.vision.width}")
-    if len(record.text) > manifest.text_tokens:
-        fail(f"{len(record.text)} text tokens, the manifest says at most {manifest.text_tokens}")
+    if (longest := max(map(len, record.texts))) > manifest.text_tokens:
+        fail(f"{longest} text tokens, the manifest says at most {manifest.text_tokens}")
 
 
 def encode_record(record: Record) -> bytes:
@@ -162,6 +188,10 @@ def serialize_unchecked(record: Record) -> bytes:
     put_bytes("vision", np.ascontiguousarray(record.vision).tobytes())
     put_ints("original_size", record.original_size)
     put_ints("encoded_size", record.encoded_size)
+    if record.other_captions or record.other_texts:
+        put_bytes("other_captions", other_captions.pack(record.other_captions))
+        put_ints("other_lengths", map(len, record.other_texts))
+        put_bytes("other_text", b"".join(np.ascontiguousarray(text).tobytes() for text in record.other_texts))
     return message.SerializeToString(deterministic=True)
 
 
@@ -172,11 +202,11 @@ def decode_record(data: bytes, text_width: int) -> Record:
       DatasetError: the bytes are not such a record (the message names the field).
     """
     try:
-        spans = example.spans(data, _FEATURES)
+        spans = example.spans(data, _FEATURES) or example.spans(data, _SEVERAL)
         if spans is None:  # not in the usual form: the library reads it, and writes it in that form
             data = _rewritten(data)
-            spans = example.spans(data, _FEATURES)
-        caption, content_hash, encoded, key, shape, latent, original, text, vision = spans
+            spans = example.spans(data, _FEATURES) or example.spans(data, _SEVERAL)
+        caption, content_hash, encoded, key, shape, latent, original, *others, text, vision = spans
         shape, encoded = (
             _integers(data, shape, "latent/shape", 3),
             _integers(data, encoded, "encoded_size", 2),
@@ -186,6 +216,7 @@ def decode_record(data: bytes, text_width: int) -> Record:
             raise DatasetError(f"latent has {values.size} values, which do not fit its shape {list(shape)}")
         if tokens.size == 0 or tokens.size % text_width:
             raise DatasetError(f"text has {tokens.size} values, which are not rows of width {text_width}")
+        captions, texts = _others(data, *others, text_width) if others else ((), ())
         return Record(
             key=data[slice(*key)].decode(),
             caption=data[slice(*caption)].decode(),
@@ -195,11 +226,18 @@ def decode_record(data: bytes, text_width: int) -> Record:
             original_size=_integers(data, original, "original_size", 2),
             encoded_size=encoded,
             content_hash=data[slice(*content_hash)].decode(),
+            other_captions=captions,
+            other_texts=texts,
         )
     except DatasetError:
         raise
     except Exception as error:  # noqa: BLE001  protobuf raises its own DecodeError, plus Value/ZeroDivision/Unicode
         raise DatasetError(f"not a fluxdit record: {type(error).__name__}: {error}") from error
+
+
+def _others(data: bytes, captions: tuple, lengths: tuple, text: tuple, width: int) -> tuple[tuple, tuple]:
+    rows = _array(data, text, "other_text", BF16)
+    return other_captions.unpack(data[slice(*captions)], data[slice(*lengths)], rows, width)
 
 
 def _array(data: bytes, span: tuple[int, int], name: str, dtype: np.dtype) -> np.ndarray:
@@ -231,7 +269,8 @@ def _rewritten(data: bytes) -> bytes:
     """
     message = tf_example_pb2.Example.FromString(data)
     features = message.features.feature
-    kinds = {name.decode(): kind for name, kind in _FEATURES.items()}
+    several = any(name.decode() in features for name in other_captions.FEATURES)
+    kinds = {name.decode(): kind for name, kind in (_SEVERAL if several else _FEATURES).items()}
     for name, kind in kinds.items():
         given = features[name]  # an empty one if there is none
         if not (given.int64_list.value if kind == example.INTEGERS else len(given.bytes_list.value) == 1):
@@ -242,7 +281,10 @@ def _rewritten(data: bytes) -> bytes:
 
 
 def tfds_features(channels: int, text_width: int, vision_width: int) -> Any:
-    """The TFDS `FeaturesDict` of these records, for `tfds.folder_dataset.write_metadata`."""
+    """The TFDS `FeaturesDict` of these records, for `tfds.folder_dataset.write_metadata`.
+
+    The same with several captions a picture: a feature that is not declared is passed over.
+    """
     import tensorflow_datasets as tfds
 
     features = tfds.features

@@ -36,10 +36,11 @@ CHANNELS, TEXT_WIDTH, VISION_WIDTH, FACTOR = 4, 8, 6, 8
 
 
 def make_record(
-    number: int, size: tuple[int, int] = (4, 4), seed: int = 0, channels: int = CHANNELS
+    number: int, size: tuple[int, int] = (4, 4), seed: int = 0, channels: int = CHANNELS, captions: int = 1
 ) -> Record:
-    """A valid record of random numbers, its own for every (seed, number)."""
+    """A valid record of random numbers, its own for every (seed, number); further captions change nothing else."""
     rng = np.random.default_rng([seed, number])
+    more = np.random.default_rng([seed, number, 1])
     vision = rng.normal(size=VISION_WIDTH)
     return Record(
         key=f"folder/image_{number:03d}.png",
@@ -50,6 +51,10 @@ def make_record(
         original_size=(size[0] * 16, size[1] * 16),
         encoded_size=(size[0] * FACTOR, size[1] * FACTOR),
         content_hash=hashlib.sha256(str((seed, number)).encode()).hexdigest(),
+        other_captions=tuple(f"caption {number}, {k} „ü“" for k in range(2, captions + 1)),
+        other_texts=tuple(
+            more.normal(size=(1 + (number + k) % 5, TEXT_WIDTH)).astype(BF16) for k in range(1, captions)
+        ),
     )
 
 
@@ -71,13 +76,20 @@ def write_dataset(
     seed: int = 0,
     channels: int = CHANNELS,
     vae: str = "none",
+    captions: tuple[int, ...] = (1,),
 ) -> Manifest:
-    """Writes a dataset directory with the shards and the manifest that training reads."""
+    """Writes a dataset directory with the shards and the manifest that training reads.
+
+    Record i has the size and the number of captions that stand at i, counted round.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     entries: dict[str, tuple[Shard, ...]] = {}
     latents = []
     for split, count, parts, offset in (("train", train, shards, 0), ("holdout", holdout, 1, 1000)):
-        records = [make_record(offset + i, sizes[i % len(sizes)], seed, channels) for i in range(count)]
+        records = [
+            make_record(offset + i, sizes[i % len(sizes)], seed, channels, captions[i % len(captions)])
+            for i in range(count)
+        ]
         if split == "train":
             latents = [record.latent.astype(np.float64).reshape(channels, -1) for record in records]
         written = []

@@ -92,21 +92,22 @@ def load_manifest(content: bytes) -> None:
     records.load_manifest(scratch("data/" + records.MANIFEST, content).parent)
 
 
-RECORD = helpers.make_record(0)
+RECORD, SEVERAL = helpers.make_record(0), helpers.make_record(1, captions=4)
 
 
 def decode_record(data: bytes) -> None:
     record = records.decode_record(data, helpers.TEXT_WIDTH)
-    held = record.latent.nbytes + record.text.nbytes + record.vision.nbytes
+    held = record.latent.nbytes + sum(text.nbytes for text in record.texts) + record.vision.nbytes
     assert held <= len(data), "arrays larger than their bytes"
     records.check_record(record)
     again = records.decode_record(records.encode_record(record), helpers.TEXT_WIDTH)
     assert again.key == record.key and np.array_equal(again.latent, record.latent)
+    assert again.captions == record.captions and all(map(np.array_equal, again.texts, record.texts))
 
 
-def raw_record(**changes: Any) -> bytes:
+def raw_record(record: records.Record, **changes: Any) -> bytes:
     """A record that says other things than `encode_record` would let it."""
-    example = records.tf_example_pb2.Example.FromString(records.encode_record(RECORD))
+    example = records.tf_example_pb2.Example.FromString(records.encode_record(record))
     for name, value in changes.items():
         feature = example.features.feature[name.replace("__", "/")]
         feature.Clear()
@@ -299,11 +300,17 @@ IMAGES = [
 ]  # fmt: skip
 HUGE_IMAGE = bad_inputs.png(100_000, 100_000, b"\0" * 100)
 HOSTILE_RECORDS = (
-    raw_record(latent__shape=[2**40, 2**40, 1]),
-    raw_record(latent__shape=[-4, -4, 4]),
-    raw_record(latent__shape=[2**62] * 5000),
-    raw_record(text=b"x"),
-    raw_record(caption=b"\xff"),
+    raw_record(RECORD, latent__shape=[2**40, 2**40, 1]),
+    raw_record(RECORD, latent__shape=[-4, -4, 4]),
+    raw_record(RECORD, latent__shape=[2**62] * 5000),
+    raw_record(RECORD, text=b"x"),
+    raw_record(RECORD, caption=b"\xff"),
+    raw_record(RECORD, other_text=b"xx"),
+    raw_record(SEVERAL, other_lengths=[2**62, 2**62, 2**63 - 1]),
+    raw_record(SEVERAL, other_lengths=[1] * 5000),
+    raw_record(SEVERAL, other_captions=b"[" * 100_000),
+    raw_record(SEVERAL, other_captions=b'["\\ud800", {}, 1e999]'),
+    raw_record(SEVERAL, other_captions=b"9" * 10_000),
     b"\x0a" * 100_000,
 )
 HOSTILE_MANIFESTS = (
@@ -354,7 +361,7 @@ _TABLE: list[tuple] = [
     (
         "record",
         "records",
-        damaged([records.encode_record(RECORD)]),
+        damaged([records.encode_record(RECORD), records.encode_record(SEVERAL)]),
         decode_record,
         DatasetError,
         HOSTILE_RECORDS,
