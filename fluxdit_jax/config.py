@@ -18,6 +18,7 @@ from ml_collections.config_dict import placeholder
 from fluxdit_jax import flow, model, optimizer
 from fluxdit_jax.attention import choose_implementation
 from fluxdit_jax.data import ON_CORRUPT
+from fluxdit_jax.other_captions import MAX_CAPTIONS
 from fluxdit_jax.records import Manifest
 
 
@@ -37,6 +38,7 @@ def default_config() -> ConfigDict:
     c.data.path = placeholder(str)  # dataset directory made by `python -m preprocess build`
     c.data.batch_size = 16  # samples per micro-batch, over all devices
     c.data.text_tokens = placeholder(int)  # captions are padded or cut to this; None: the longest stored
+    c.data.caption_weights = ()  # relative weights of a picture's 1st, 2nd, ... caption; the last: of all further
     c.data.threads = 2  # reader threads
     c.data.prefetch = 4  # micro-batches read ahead
     c.data.on_corrupt = "stop"  # at a damaged record: stop, or skip: the next sound one stands in, up to 1 %
@@ -174,6 +176,12 @@ def _check_kinds(c: Any, default: ConfigDict, prefix: str = "") -> None:
             _check_kinds(value, default[name], f"{key}.")
         elif value is None and default[name] is None:
             continue
+        elif kind is tuple:
+            expected = "a tuple of numbers from 0 to 1e6, as (1.0, 0.5)"
+            _require(isinstance(value, tuple), key, value, expected)
+            for number in value:
+                counts = isinstance(number, float) or type(number) is int
+                _require(counts and 0 <= number <= 1e6, key, value, expected)
         elif kind is bool:
             _require(isinstance(value, bool), key, value, "True or False")
         elif kind is int:
@@ -291,6 +299,11 @@ def check(c: ConfigDict) -> None:
         profile_steps(c.profile)
     if c.log.peak_tflops is not None:
         _require(0 < c.log.peak_tflops < math.inf, "log.peak_tflops", c.log.peak_tflops, "finite and above 0")
+    weights = c.data.caption_weights
+    _require(len(weights) <= MAX_CAPTIONS, "data.caption_weights", weights, f"at most {MAX_CAPTIONS} weights")
+    _require(
+        not weights or sum(weights) > 0, "data.caption_weights", weights, "not all 0, or () for all alike"
+    )
     if c.data.text_tokens is not None:
         _require(c.data.text_tokens > 0, "data.text_tokens", c.data.text_tokens, "above 0")
     _require(

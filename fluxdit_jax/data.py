@@ -4,6 +4,9 @@ The position is the number of samples drawn since the start of the run. Sample i
 sequence of epochs, each a fresh global shuffle in which every record occurs exactly once. So a run that is
 stopped anywhere, with any number of threads, micro-batch size or processes, goes on with the same samples.
 
+A picture with several captions meets one of them in each sample, drawn by (seed, sample number): see
+`other_captions.draw`. Everything that does not train (held-out loss, previews, the gate) takes the first caption.
+
 A damaged record stops the run, or, if asked to, the next sound record in the order of its epoch takes its place:
 then a batch is a pure function of seed, position and which records are damaged.
 """
@@ -11,15 +14,17 @@ then a batch is a pure function of seed, position and which records are damaged.
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import itertools
 import logging
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import grain
 import numpy as np
 
+from fluxdit_jax import other_captions
 from fluxdit_jax.batch_memory import BatchMemory
 from fluxdit_jax.patches import patchify
 from fluxdit_jax.records import (
@@ -155,8 +160,8 @@ def collate(
 
     Returns:
       latent bf16 [B, tokens, P], grid int32 [B, 2], text bf16 [B, text_tokens, E], text_length int32 [B],
-      vision f32 [B, V], index uint32 [B], replaced bool [B]. Padding is zero. Captions longer than text_tokens
-      are cut.
+      vision f32 [B, V], index uint32 [B], replaced bool [B]. Padding is zero. The text is that of the first caption
+      (`with_drawn_caption` makes another the first). Captions longer than text_tokens are cut.
     """
     B = len(index)
     if memory is None:
@@ -199,6 +204,15 @@ def collate(
     return batch
 
 
+def with_drawn_caption(record: Record, seed: int, number: int, weights: Sequence[float]) -> Record:
+    """The record with the one caption that sample `number` is trained on; see `other_captions.draw`."""
+    if not record.other_captions:
+        return record
+    chosen = other_captions.draw(seed, number, len(record.captions), weights)
+    caption, text = record.captions[chosen], record.texts[chosen]
+    return dataclasses.replace(record, caption=caption, text=text, other_captions=(), other_texts=())
+
+
 def _copy(source: np.ndarray, out: np.ndarray) -> None:
     """Copies between contiguous arrays of as many bytes.
 
@@ -238,6 +252,7 @@ def batches(
     text_tokens: int,
     threads: int,
     prefetch: int,
+    caption_weights: Sequence[float] = (),
     process: int = 0,
     processes: int = 1,
 ) -> Iterator[dict]:
@@ -248,6 +263,7 @@ def batches(
     Args:
       batch_size: samples of the micro-batch over all processes; each process reads its own equal part.
       threads, prefetch: reader threads, and batches read ahead; neither changes what is read.
+      caption_weights: of a picture's first, second, ... caption; see `other_captions.draw`.
     """
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     local = batch_size // processes
@@ -278,7 +294,7 @@ def batches(
             for position, asked in zip(index, wanted, strict=True):
                 found, record = next(source.sound(rest_of_epoch(position, asked)))
                 replaced.append(found != asked)
-                yield record
+                yield with_drawn_caption(record, seed, position, caption_weights)
 
         return collate(records(), index, patch, tokens, text_tokens, replaced, memory)
 

@@ -2,6 +2,7 @@
 
 The training loss is measured on other pictures at other noise levels in every step; its wiggle is larger than
 months of progress. This one moves only when the weights do.
+Of a picture with several captions it takes the first, whatever `data.caption_weights` says.
 """
 
 from __future__ import annotations

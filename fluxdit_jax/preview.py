@@ -1,4 +1,7 @@
-"""Pictures of a run: the same few records, drawn by the EMA from the same noise at every visit."""
+"""Pictures of a run: the same few records, drawn by the EMA from the same noise at every visit.
+
+Of a record with several captions the first is drawn.
+"""
 
 from __future__ import annotations
 

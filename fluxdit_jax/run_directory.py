@@ -152,8 +152,11 @@ def record_start(workdir: Path, config: ConfigDict, manifest: Manifest) -> None:
 
 
 def config_changes(old: ConfigDict, new: ConfigDict) -> list[str]:
-    """`key: old -> new` for every key that decides the mathematics and differs."""
-    before, after = flatten(old.to_dict()), flatten(new.to_dict())
+    """`key: old -> new` for every key that decides the mathematics and differs.
+
+    A key that the run's version did not have had the effect of its default.
+    """
+    before, after = flatten(default_config().to_dict()) | flatten(old.to_dict()), flatten(new.to_dict())
     free = FREE_KEYS + (("train.steps",) if new.optim.schedule == "constant" else ())
     changes = []
     for key in sorted(before.keys() | after.keys()):
@@ -190,6 +193,13 @@ def _completed(values: dict[str, Any], defaults: dict[str, Any], prefix: str = "
     return whole
 
 
+def _with_tuples(value: Any) -> Any:
+    """JSON as a configuration: its lists are tuples."""
+    if isinstance(value, dict):
+        return {name: _with_tuples(member) for name, member in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
 def _recorded(workdir: Path) -> ConfigDict:
     """What `record_start` wrote; raises `RunError`."""
     path = workdir / CONFIG
@@ -203,7 +213,7 @@ def _recorded(workdir: Path) -> ConfigDict:
                 "its checksum is not that of its content: it is damaged, or was edited by hand. Bring a backup; "
                 "or mend the value and take the line with the checksum out"
             )
-        return ConfigDict(values)
+        return ConfigDict(_with_tuples(values))
     except FileNotFoundError as error:
         raise RunError(
             f"{path} does not exist: {workdir} is not a run directory of fluxdit_jax.train"

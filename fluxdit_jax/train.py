@@ -107,6 +107,7 @@ def train(config: ConfigDict) -> int:
             text_tokens=settings.text_tokens,
             threads=config.data.threads,
             prefetch=config.data.prefetch,
+            caption_weights=config.data.caption_weights,
             process=jax.process_index(),
             processes=jax.process_count(),
         )

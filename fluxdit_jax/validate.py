@@ -1,6 +1,7 @@
 """The gate: `python -m fluxdit_jax.validate --workdir=RUN` measures whether a trained run does what it must.
 
-Three tests with their controls, on the run's own training pictures, drawn by its EMA weights:
+Three tests with their controls, on the run's own training pictures, drawn by its EMA weights. Of a picture with
+several captions the first is asked for.
 
 1. memorisation: every picture again from its own caption and vector;
 2. vision swap: the caption of one with the vector of another gives the one's composition in the other's light;

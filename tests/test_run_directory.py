@@ -64,6 +64,7 @@ def test_a_start_records_everything_and_a_second_one_resumes(config, manifest, w
     [
         ("seed", 1),
         ("data.text_tokens", 4),
+        ("data.caption_weights", (1.0, 0.5)),
         ("model.width", 64),
         ("model.depth", 3),
         ("model.dtype", "bfloat16"),
@@ -97,6 +98,18 @@ def test_a_change_of_the_mathematics_is_refused_by_key_with_both_values(
     assert load_config(workdir)[group][last] == value if group else load_config(workdir)[last] == value
 
 
+def test_a_tuple_is_the_same_when_it_is_read_again(config, manifest, workdir):
+    """JSON has lists only."""
+    config.data.caption_weights = (1, 0.5)
+    record_start(workdir, config, manifest)
+    assert load_config(workdir).data.caption_weights == (1, 0.5)
+    config.data.caption_weights = (1.0, 0.5)
+    assert check_resume(workdir, config, manifest) is True
+    config.data.caption_weights = (1.0, 0.25)
+    with pytest.raises(RunError, match=r"data.caption_weights: \(1, 0.5\) -> \(1.0, 0.25\)"):
+        check_resume(workdir, config, manifest)
+
+
 def test_all_changes_are_listed(config, manifest, workdir):
     record_start(workdir, config, manifest)
     config.model.width, config.optim.lr, config.seed = 64, 0.5, 7
@@ -127,16 +140,18 @@ def test_the_length_of_a_run_may_not_change_where_the_schedule_reads_it(config, 
 
 
 def test_a_key_that_is_new_or_gone_is_a_change(config, manifest, workdir):
+    """A new key at its default is none: that is how a run of before it went."""
     record_start(workdir, config, manifest)
+    config.flow.mean = 0.5
     raw = json.loads((workdir / "config.json").read_text())
-    del raw["flow"]["std"]
+    del raw["flow"]["std"], raw["flow"]["mean"], raw["data"]["caption_weights"]
     raw["flow"]["old"] = 3
     del raw["checksum"]  # as a run of before had none
     (workdir / "config.json").write_text(json.dumps(raw))
     with pytest.raises(RunError) as refusal:
         check_resume(workdir, config, manifest)
     listed = [line.strip() for line in str(refusal.value).splitlines()[1:-1]]
-    assert listed == ["flow.old: 3 -> None", "flow.std: None -> 1.0"]
+    assert listed == ["flow.mean: 0.0 -> 0.5", "flow.old: 3 -> None"]
     assert load_config(workdir).flow.std == default_config().flow.std  # sampling an older run needs a value
     raw["no.key"] = 1  # ml_collections takes none with a dot
     (workdir / "config.json").write_text(json.dumps(raw))

@@ -13,5 +13,6 @@
     requirement.py   what training asks of a report before it starts
 
 A test is a plan (what to draw) and a measure (what the drawings show). Both are independent of the model: the
-measure takes any `Draw`, a function from `Wanted`s to pictures.
+measure takes any `Draw`, a function from `Wanted`s to pictures. Of a record with several captions it is the first
+that all tests ask for.
 """
