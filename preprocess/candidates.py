@@ -2,6 +2,7 @@
 
 Of a dataset the captions, text features and vision vectors come from its records, and the pictures from the
 folder that it was built from, as long as they are still those. Of a folder everything is computed.
+A picture with several captions is judged by its first.
 """
 
 from __future__ import annotations
@@ -107,8 +108,9 @@ class Pool:
 
 @dataclasses.dataclass
 class _Known:
-    """What a dataset's records say of a picture: text f64 [D], vision f32 [D]."""
+    """What a dataset's records say of a picture: its captions, text f64 [D] of the first, vision f32 [D]."""
 
+    captions: tuple[str, ...]
     text: np.ndarray
     vision: np.ndarray
 
@@ -176,18 +178,19 @@ def _of_dataset(options: SubsetOptions, directory: Path, journal: Journal) -> Po
             left_out.append(
                 _left_out(item.key, item.image.path, "picture changed since the dataset was built")
             )
-        elif item.caption != captions[position]:
-            left_out.append(
-                _left_out(item.key, item.image.path, "caption changed since the dataset was built")
-            )
         else:
             same.append(item)
     known = _read_records(dataset, [positions[item.key] for item in same], journal)
+    sound = []
     for item in same:
-        if isinstance(known[item.key], DatasetError):
-            left_out.append(_left_out(item.key, directory, "damaged record", str(known[item.key])))
-    same = [item for item in same if not isinstance(known[item.key], DatasetError)]
-    items, looks, rejects = _look_at(same, options, None, journal)
+        record, path = known[item.key], item.image.path
+        if isinstance(record, DatasetError):
+            left_out.append(_left_out(item.key, directory, "damaged record", str(record)))
+        elif item.captions != record.captions:
+            left_out.append(_left_out(item.key, path, "caption changed since the dataset was built"))
+        else:
+            sound.append(item)
+    items, looks, rejects = _look_at(sound, options, None, journal)
     vision = np.array([known[item.key].vision for item in items], np.float64)
     features = _features(
         items, np.array([known[item.key].text for item in items]), vision, looks, dataset.manifest.vision
@@ -272,7 +275,7 @@ def _read_records(
                     records.check_record(record)
                     if record.key != key:
                         raise DatasetError(f"it is of {record.key!r}")
-                    known[key] = _Known(_pooled(record.text), record.vision.copy())
+                    known[key] = _Known(record.captions, _pooled(record.text), record.vision.copy())
                 except DatasetError as error:
                     known[key] = DatasetError(f"{shard} row {row}: {error}")
                 bar.update()

@@ -16,6 +16,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import queue
 import threading
 import time
@@ -88,12 +89,17 @@ class Counts:
 
 @dataclasses.dataclass
 class _Job:
-    """A unit being made. `tensors[i]` is [latent, text, vision] of item i, None where still to be made."""
+    """A unit being made.
+
+    Attributes:
+      tensors: of each item [latent, texts, vision], None where still to be made; the texts are a tuple with those
+        of all its captions.
+    """
 
     unit: Unit
     uid: str
     ids: list[tuple[str, str, str]]
-    tensors: list[list[np.ndarray | None]]
+    tensors: list[list[Any]]
     batches: list[list[int]]
     rejects: dict[int, Rejected] = dataclasses.field(default_factory=dict)
 
@@ -105,7 +111,7 @@ class _Loaded:
     profile_ignored: bool
 
 
-def _batches(unit: Unit, tensors: list[list[np.ndarray | None]], size: int) -> list[list[int]]:
+def _batches(unit: Unit, tensors: list[list[Any]], size: int) -> list[list[int]]:
     """Items whose picture is needed, in batches of one bucket and one kind of need."""
     groups: dict[tuple, list[int]] = collections.defaultdict(list)
     for index, (item, (latent, _, vision)) in enumerate(zip(unit.items, tensors)):
@@ -249,17 +255,20 @@ class Encoding:
     # ----------------------------------------------------------------------------------- caller's thread
 
     def _encode_texts(self, job: _Job) -> None:
-        missing = [i for i, (_, text, _) in enumerate(job.tensors) if text is None]
-        self.counts.reused += sum(t is not None for three in job.tensors for t in three)
+        missing = [i for i, (_, texts, _) in enumerate(job.tensors) if texts is None]
+        for latent, texts, vision in job.tensors:
+            self.counts.reused += (latent is not None) + len(texts or ()) + (vision is not None)
         if not missing:
             return
         before = self._encoders.text.truncated
+        captions = [caption for i in missing for caption in job.unit.items[i].captions]
         with self.watch("text"):
-            texts = self._encoders.text.encode([job.unit.items[i].caption for i in missing])
+            encoded = iter(self._encoders.text.encode(captions))
         self.counts.truncated += self._encoders.text.truncated - before
-        self.counts.texts += len(missing)
-        for index, text in zip(missing, texts):
-            self._take(job, index, 1, text, "text encoder")
+        self.counts.texts += len(captions)
+        for index in missing:
+            texts = tuple(itertools.islice(encoded, len(job.unit.items[index].captions)))
+            self._take(job, index, 1, texts, "text encoder")
 
     def _encode_batch(self, job: _Job, batch: list[int], loads: list[Future]) -> None:
         with self.watch("waiting for pictures"):
@@ -305,12 +314,13 @@ class Encoding:
             job.rejects[index] = rejected
 
     @staticmethod
-    def _take(job: _Job, index: int, kind: int, tensor: np.ndarray, name: str) -> None:
-        if np.isfinite(tensor).all():
-            job.tensors[index][kind] = tensor
+    def _take(job: _Job, index: int, kind: int, made: np.ndarray | tuple[np.ndarray, ...], name: str) -> None:
+        parts = made if isinstance(made, tuple) else (made,)
+        if all(np.isfinite(part).all() for part in parts):
+            job.tensors[index][kind] = made
         elif index not in job.rejects:
-            count = int((~np.isfinite(tensor)).sum())
-            job.rejects[index] = Rejected(f"the {name} returned NaN", f"{count} of {tensor.size} values")
+            count, size = sum(int((~np.isfinite(p)).sum()) for p in parts), sum(p.size for p in parts)
+            job.rejects[index] = Rejected(f"the {name} returned NaN", f"{count} of {size} values")
 
     # ------------------------------------------------------------------------------------- writer thread
 
@@ -336,20 +346,22 @@ class Encoding:
         return info
 
 
-def _record(item: Item, latent: np.ndarray, text: np.ndarray, vision: np.ndarray) -> Record:
+def _record(item: Item, latent: np.ndarray, texts: tuple[np.ndarray, ...], vision: np.ndarray) -> Record:
     return Record(
         key=item.key,
         caption=item.caption,
         latent=latent,
-        text=text,
+        text=texts[0],
         vision=vision,
         original_size=(item.header.height, item.header.width),
         encoded_size=item.bucket,
         content_hash=item.content,
+        other_captions=item.captions[1:],
+        other_texts=texts[1:],
     )
 
 
-def _row(item: Item, ids: tuple[str, str, str], text: np.ndarray) -> dict[str, Any]:
+def _row(item: Item, ids: tuple[str, str, str], texts: tuple[np.ndarray, ...]) -> dict[str, Any]:
     return {
         "key": item.key,
         "caption": item.caption,
@@ -357,7 +369,7 @@ def _row(item: Item, ids: tuple[str, str, str], text: np.ndarray) -> dict[str, A
         "bucket_width": item.bucket[1],
         "height": item.header.height,
         "width": item.header.width,
-        "tokens": len(text),
+        "tokens": max(map(len, texts)),
         "content_hash": item.content,
         "source": item.key if item.image.size < 0 else item.image.path.rpartition("/")[2],
         "latent_id": ids[0],

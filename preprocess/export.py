@@ -7,6 +7,7 @@ import json
 import tarfile
 from pathlib import Path
 
+import numpy as np
 from safetensors.numpy import save
 
 from fluxdit_jax import records
@@ -23,7 +24,8 @@ def export(directory: str | Path, output: str | Path, format: str = "webdataset"
 
     A sample is `NNNNNNNNN.json` (key, caption, sizes, content hash) and `NNNNNNNNN.safetensors` (latent and text
     in bfloat16, vision in float32: .npy has no bfloat16). The number counts the records of a split, so a
-    member's name never comes from the data.
+    member's name never comes from the data. A record with several captions has `other_captions` in the .json, and
+    `other_text` (bfloat16 [sum of n, width]) and `other_lengths` (int64, n of each) in the .safetensors.
 
     Raises:
       DatasetError: a record is damaged.
@@ -70,6 +72,10 @@ def _members(record: Record) -> list[tuple[str, bytes]]:
         "encoded_size": list(record.encoded_size),
     }
     tensors = {"latent": record.latent.copy(), "text": record.text.copy(), "vision": record.vision.copy()}
+    if record.other_captions:
+        about["other_captions"] = list(record.other_captions)
+        tensors["other_text"] = np.concatenate(record.other_texts)
+        tensors["other_lengths"] = np.array([len(text) for text in record.other_texts], np.int64)
     return [("json", json.dumps(about, ensure_ascii=False).encode()), ("safetensors", save(tensors))]
 
 

@@ -34,6 +34,7 @@ class Forecast:
         relative change of aspect ratio, for "crop" the share cut off, for "pad" the share that is noise.
       padding: share of a run's image tokens that are padding.
       tokens: estimated text tokens a caption.
+      captions: captions an image, mean.
       record_bytes: estimated size of a record, mean.
     """
 
@@ -41,6 +42,7 @@ class Forecast:
     bends: np.ndarray
     padding: float
     tokens: float
+    captions: float
     record_bytes: float
 
 
@@ -49,15 +51,17 @@ def forecast(plan: Plan) -> Forecast:
     options = plan.options
     counts = collections.Counter(item.bucket for item in plan.items)
     table = {size: counts.get(size, 0) for size in options.buckets()}
-    tokens = np.array([min(options.max_tokens, len(i.caption) / _CHARACTERS_A_TOKEN + 1) for i in plan.items])
+    texts = [caption for item in plan.items for caption in item.captions]
+    tokens = np.array([min(options.max_tokens, len(text) / _CHARACTERS_A_TOKEN + 1) for text in texts])
     pixels = np.array([item.bucket[0] * item.bucket[1] for item in plan.items])
-    record = 2 * _CHANNELS * pixels.mean() / _FACTOR**2 + 2 * _TEXT_WIDTH * tokens.mean() + 4 * _VISION_WIDTH
-    record += np.mean([len(item.caption.encode()) for item in plan.items]) + _RECORD_OVERHEAD
+    record = 2 * _CHANNELS * pixels.mean() / _FACTOR**2 + 4 * _VISION_WIDTH + _RECORD_OVERHEAD
+    record += (2 * _TEXT_WIDTH * tokens.sum() + sum(len(text.encode()) for text in texts)) / len(plan.items)
     return Forecast(
         counts=table,
         bends=np.array([_bend(item, options.fit) for item in plan.items]),
         padding=padding(table, _FACTOR),
         tokens=float(tokens.mean()),
+        captions=len(texts) / len(plan.items),
         record_bytes=float(record),
     )
 
@@ -91,10 +95,11 @@ def tell(plan: Plan, say: Callable[[str], None]) -> None:
     _tell_bends(plan, figures, say)
     _tell_rejects(plan, say)
     need = total * figures.record_bytes
+    several = f", {figures.captions:.2f} captions an image" if figures.captions > 1 else ""
     say(
         f"disk: about {figures.record_bytes / 1e3:,.0f} KB a record, {need / 1e9:,.1f} GB in all (with 16 channels "
-        f"at 1/8 and 1,024-wide tokens, {figures.tokens:.0f} a caption); while an existing dataset is made anew "
-        "with other encoders, twice that"
+        f"at 1/8 and 1,024-wide tokens, {figures.tokens:.0f} a caption{several}); while an existing dataset is made "
+        "anew with other encoders, twice that"
     )
     _tell_time(plan, figures, say)
     from preprocess.plots import draw_aspects
@@ -142,7 +147,7 @@ def _tell_time(plan: Plan, figures: Forecast, say: Callable[[str], None]) -> Non
         )
         return
     pixels = np.mean([item.bucket[0] * item.bucket[1] for item in plan.items])
-    work = _VAE_AT_1024 * pixels / 1024**2 + _VISION + _TEXT_A_TOKEN * figures.tokens
+    work = _VAE_AT_1024 * pixels / 1024**2 + _VISION + _TEXT_A_TOKEN * figures.tokens * figures.captions
     rates = {"20 TFLOP/s (an APU)": 20, "60 (an RTX 4090)": 60, "0.5 (8 CPU cores)": 0.5}
     times = ", ".join(f"{_duration(total * work / rate)} at {name}" for name, rate in rates.items())
     say(
@@ -156,20 +161,21 @@ def _is_here(spec: str) -> bool:
 
 
 def _trial(plan: Plan) -> float:
-    """Seconds an image: one picture of the commonest bucket and one caption, after one for warming up."""
+    """Seconds an image: one picture of the commonest bucket and its captions, after one for warming up."""
     options = plan.options
     vae = load_vae(options.vae, options.device, options.dtype, options.latent, options.seed)
     text = load_text_encoder(options.text_encoder, options.device, options.dtype, options.max_tokens)
     vision = load_vision_encoder(options.vision_encoder, options.device, options.dtype)
     ((height, width), _), *_ = collections.Counter(item.bucket for item in plan.items).most_common(1)
     picture = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), np.uint8)
-    caption = sorted((item.caption for item in plan.items), key=len)[len(plan.items) // 2]
+    by_length = sorted((item.captions for item in plan.items), key=lambda texts: sum(map(len, texts)))
+    captions = list(by_length[len(plan.items) // 2])
     try:
         for _ in range(2):
             start = time.perf_counter()
             vae.encode(picture)
             vision.encode(picture)
-            text.encode([caption])
+            text.encode(captions)
             seconds = time.perf_counter() - start
     except ValueError as error:
         raise PreprocessError(f"the encoders cannot take a picture of {height}x{width}: {error}") from error

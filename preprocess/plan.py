@@ -13,10 +13,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from fluxdit_jax.other_captions import MAX_CAPTIONS
 from fluxdit_jax.records import SPLITS, WRITER_OPTIONS, EncoderIdentity, json_checksum
 from preprocess import PreprocessError, captions
 from preprocess.buckets import Size, nearest
@@ -34,6 +36,7 @@ class Item:
     """One image that is to become a record.
 
     Attributes:
+      captions: at least one, all different, in the order in which they are stored.
       content: sha256 of the image file, hex.
       header: size of the upright picture.
       bucket: (height, width), pixels.
@@ -42,16 +45,21 @@ class Item:
 
     key: str
     image: Place
-    caption: str
+    captions: tuple[str, ...]
     content: str
     header: Header
     bucket: Size
     vector: str = ""
 
+    @property
+    def caption(self) -> str:
+        """The first caption."""
+        return self.captions[0]
+
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprints:
-    """What the three tensors of a record depend on, beside the image and the caption; short hashes."""
+    """What the three tensors of a record depend on, beside the image and the captions; short hashes."""
 
     latent: str
     text: str
@@ -67,14 +75,16 @@ class Fingerprints:
         )
 
     def ids(self, item: Item) -> tuple[str, str, str]:
-        """Names of the latent, the text and the vision vector of an item, by what they are made from."""
-        return self.ids_of(item.content, item.bucket, item.caption, item.vector)
+        """Names of the latent, the texts and the vision vector of an item, by what they are made from."""
+        return self.ids_of(item.content, item.bucket, item.captions, item.vector)
 
-    def ids_of(self, content: str, bucket: Size, caption: str, vector: str = "") -> tuple[str, str, str]:
+    def ids_of(
+        self, content: str, bucket: Size, captions: tuple[str, ...], vector: str = ""
+    ) -> tuple[str, str, str]:
         """The same of a record."""
         return (
             digest(self.latent, content, bucket),
-            digest(self.text, caption),
+            digest(self.text, *captions),
             digest(self.vision, *([vector] if vector else [content, bucket])),
         )
 
@@ -171,14 +181,16 @@ def make_plan(
 
 def _examine(found: Found, options: Options, vectors: Vectors | None) -> tuple[Item, int] | Reject:
     try:
-        caption = _caption(found, captions.fields(options.caption_field))
+        texts = _captions(found, captions.fields(options.caption_field))
+        if len(texts) > MAX_CAPTIONS:
+            raise Rejected("too many captions", f"{len(texts)}, the limit is {MAX_CAPTIONS}")
         data = found.image.read(MAX_FILE_BYTES)
         header = read_header(data, options.limits())
         vector = hashlib.sha256(vectors.read(found.key)[0]).hexdigest() if vectors else ""
         item = Item(
             key=found.key,
             image=found.image,
-            caption=caption,
+            captions=texts,
             content=hashlib.sha256(data).hexdigest(),
             header=header,
             bucket=nearest(options.buckets(), header.height, header.width),
@@ -187,6 +199,19 @@ def _examine(found: Found, options: Options, vectors: Vectors | None) -> tuple[I
     except Rejected as rejected:
         return Reject.of(found.key, found.image.path, rejected)
     return item, len(data)
+
+
+def _captions(found: Found, names: tuple[str, ...]) -> tuple[str, ...]:
+    """All captions of an image: several where the field of its .json is a list."""
+    if found.caption_file is not None and found.caption_type == ".json":
+        try:
+            raw = json.loads(found.caption_file.read(captions.MAX_BYTES))
+            field = next(raw[name] for name in names if raw.get(name) is not None)
+        except (ValueError, RecursionError, AttributeError, StopIteration):
+            field = None  # `_caption` says what is wrong
+        if isinstance(field, list) and field:
+            return tuple(dict.fromkeys(captions.clean(caption) for caption in field))
+    return (_caption(found, names),)
 
 
 def _caption(found: Found, names: tuple[str, ...]) -> str:

@@ -22,18 +22,27 @@ SAMPLED = 256  # records behind the histograms
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A finished dataset: its directory, manifest and index."""
+    """A finished dataset: its directory, manifest and index.
+
+    Attributes:
+      several: records with more than one caption.
+      others: captions beyond the first of each record.
+    """
 
     directory: Path
     manifest: Manifest
     index: pa.Table
+    several: int = 0
+    others: int = 0
 
     @classmethod
     def load(cls, directory: str | Path) -> Dataset:
         """Raises `DatasetError` if the directory is not a finished dataset or its index is damaged."""
         directory = Path(directory)
         manifest = records.load_manifest(directory)
-        return cls(directory, manifest, Rows.load(directory / records.INDEX).table)
+        rows = Rows.load(directory / records.INDEX)
+        several, others = sum(u.several for u in rows.units), sum(u.others for u in rows.units)
+        return cls(directory, manifest, rows.table, several, others)
 
     def record(self, position: int) -> Record:
         """The record of a row of the index; raises `DatasetError` naming shard and row."""
@@ -142,10 +151,16 @@ def _text_lines(dataset: Dataset) -> list[str]:
     limit = dataset.manifest.text.options.get("max_tokens")
     cut = int((tokens >= limit).sum()) if limit else 0
     quantiles = " ".join(f"{name} {np.quantile(tokens, q):.0f}" for name, q in _QUANTILES)
-    return [
+    lines = [
         f"captions, tokens: {quantiles} mean {tokens.mean():.1f}; {cut:,} at the limit of {limit}",
         f"  text tokens that are padding in a run that keeps all ({longest}): {1 - tokens.mean() / longest:.1%}",
     ]
+    if dataset.several:
+        lines.append(
+            f"  {dataset.several:,} records have several captions; {len(tokens) + dataset.others:,} captions in all. "
+            "The tokens are those of a record's longest caption"
+        )
+    return lines
 
 
 _QUANTILES = (("min", 0), ("p5", 0.05), ("median", 0.5), ("p95", 0.95), ("p99", 0.99), ("max", 1))

@@ -150,6 +150,7 @@ def _choose(options: SubsetOptions, pool: Pool) -> tuple[list[_Chosen], Choice, 
         "enlarged": sum(enlargement(*pair) > _ENLARGED for pair in sizes),
         "chosen": [
             {"file": c.name, "key": c.item.key, "sha256": c.item.content, "caption": c.item.caption, "why": c.why}
+            | ({"other_captions": list(c.item.captions[1:])} if c.item.captions[1:] else {})
             for c in chosen
         ],
         "left_out": [
@@ -227,16 +228,17 @@ def _write(
 
 
 def _caption(item: Item, found: Found, root: str) -> dict[str, Any]:
-    """The fields of the source's `.json`, with the caption where `build` looks, and the source."""
+    """The fields of the source's `.json`, with the caption, or a list of all, where `build` looks, and the source."""
     raw: dict[str, Any] = {}
     if found.caption_file is not None and found.caption_type == ".json":
         raw = json.loads(found.caption_file.read(captions.MAX_BYTES).decode("utf-8-sig"))
     source: dict[str, Any] = {"folder": root, "key": item.key, "sha256": item.content}
-    if raw.get("caption", item.caption) != item.caption:
+    caption = list(item.captions) if len(item.captions) > 1 else item.caption
+    if raw.get("caption", caption) != caption:
         source["caption"] = raw["caption"]  # the one used stood in another field
     if "subset_of" in raw:
         source["subset_of"] = raw["subset_of"]
-    return raw | {"caption": item.caption, "subset_of": source}
+    return raw | {"caption": caption, "subset_of": source}
 
 
 def _check_output(output: Path) -> None:
@@ -333,6 +335,8 @@ def _tell(options: SubsetOptions, pool: Pool, choice: Choice, result: Result, jo
     )
     if about["pictures"] > options.candidates:
         say(f"  {options.candidates:,} of the pictures were looked at (--candidates)")
+    if several := sum("other_captions" in one for one in about["chosen"]):
+        say(f"  {several} of them have several captions: all are kept, the first one is judged and framed")
     couples = about["couples"]
     say(
         f"  {couples['all']} couples for the gate's edit, {couples['twins']} of them with captions that it turns "

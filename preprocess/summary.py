@@ -28,6 +28,9 @@ def tell_plan(journal: Journal, plan: Plan, listing: Scan) -> None:
         f"{len(plan.items):,} images to encode in {len(plan.units)} shards, {len(plan.rejects):,} rejected so far, "
         f"{len(options.buckets())} buckets of modulus {options.modulus} at {options.resolution} px"
     )
+    several, captions = sum(len(i.captions) > 1 for i in plan.items), sum(len(i.captions) for i in plan.items)
+    if several:
+        journal.say(f"  {several:,} images have several captions; {captions:,} captions in all")
     if listing.ignored:
         others = ", ".join(f"{shown(name)} {count}" for name, count in listing.ignored.most_common(6))
         journal.say(f"  other files, not looked at: {others}")
@@ -56,6 +59,8 @@ def tell_plan(journal: Journal, plan: Plan, listing: Scan) -> None:
         duplicates=plan.duplicates,
         enlarged=len(enlarged),
         wrong_extension=plan.wrong_extension,
+        several_captions=several,
+        captions=captions,
     )
     for reject in plan.rejects:
         journal.event("reject", key=reject.key, reason=reject.reason, detail=reject.detail)
@@ -103,6 +108,9 @@ def tell_result(
         f"  encoded {counts.latents:,} latents, {counts.texts:,} captions, {counts.visions:,} vision vectors; "
         f"{counts.reused:,} tensors taken over from before"
     )
+    if several := sum(info.several for _, info, _ in finished):
+        captions = total + sum(info.others for _, info, _ in finished)
+        journal.say(f"  {several:,} records have several captions; {captions:,} captions in all")
     if counts.truncated:
         journal.say(
             f"  {counts.truncated:,} captions were longer than {plan.options.max_tokens} tokens and were cut"

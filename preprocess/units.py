@@ -17,8 +17,8 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -65,6 +65,8 @@ class UnitInfo:
       moments: of its latents, None without records.
       rejects: images of the unit that failed after planning.
       file: name of the shard in the dataset; "" while it is in `.build`.
+      several: records with more than one caption.
+      others: captions beyond the first of each record.
     """
 
     uid: str
@@ -76,6 +78,8 @@ class UnitInfo:
     moments: Moments | None
     rejects: tuple[Reject, ...]
     file: str = ""
+    several: int = 0
+    others: int = 0
 
     @property
     def final(self) -> bool:
@@ -86,6 +90,8 @@ class UnitInfo:
         raw = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         raw["moments"] = self.moments.to_dict() if self.moments else None
         raw["rejects"] = [dataclasses.asdict(reject) for reject in self.rejects]
+        if not self.several:  # an index without such records says nothing of them
+            del raw["several"], raw["others"]
         return raw
 
     @classmethod
@@ -196,7 +202,7 @@ def write_unit(
       PreprocessError: the disk is full or cannot be written.
     """
     shard = folder / (uid + SHARD_SUFFIX)
-    moments = []
+    moments, others = [], []
     digest, size = "", 0
     with disk_errors(shard):
         if rows:
@@ -206,6 +212,7 @@ def write_unit(
                     for record in members:
                         writer.write(records.encode_record(record))
                         moments.append(Moments.of(record.latent))
+                        others.append(len(record.other_captions))
                 finally:
                     writer.close()
                 digest, size = records.sha256_file(temporary), temporary.stat().st_size
@@ -218,6 +225,8 @@ def write_unit(
             text_width=text_width,
             moments=Moments.merged(moments),
             rejects=rejects,
+            several=sum(map(bool, others)),
+            others=sum(others),
         )
         Rows(pa.Table.from_pylist(rows, ROWS), [info]).save(folder / f"{uid}.parquet")
     return info
@@ -277,9 +286,9 @@ class Archive:
                     if (path.name, row) not in distrusted:
                         self._where.setdefault(names[row].as_py(), (path, row, info.text_width))
 
-    def fetch(self, names: list[tuple[str, str, str]]) -> list[list[np.ndarray | None]]:
-        """For each (latent, text, vision) id the three tensors, None where they are not known."""
-        found: list[list[np.ndarray | None]] = [[None, None, None] for _ in names]
+    def fetch(self, names: list[tuple[str, str, str]]) -> list[list[Any]]:
+        """For each (latent, text, vision) id the latent, the texts of all captions and the vector; None: not known."""
+        found: list[list[Any]] = [[None, None, None] for _ in names]
         wanted: dict[tuple[Path, int], dict[int, list[tuple[int, int]]]] = {}
         for index, triple in enumerate(names):
             for kind, name in enumerate(triple):
@@ -288,7 +297,7 @@ class Archive:
                     wanted.setdefault((path, width), {}).setdefault(row, []).append((index, kind))
         for (path, width), by_row in wanted.items():
             for row, record in self._read(path, sorted(by_row), width):
-                tensors = (record.latent, record.text, record.vision)
+                tensors = (record.latent, record.texts, record.vision)
                 for index, kind in by_row[row]:
                     found[index][kind] = tensors[kind]
         return found

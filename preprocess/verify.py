@@ -189,7 +189,7 @@ def _compare(record: records.Record, row: dict | None, manifest: Manifest) -> No
         "key": record.key,
         "caption": record.caption,
         "content_hash": record.content_hash,
-        "tokens": len(record.text),
+        "tokens": max(map(len, record.texts)),
         "bucket_height": height,
         "bucket_width": width,
         "height": record.original_size[0],
@@ -255,13 +255,14 @@ def salvage_index(directory: Path, options: Options) -> None:
     tables, infos = [], []
     for split, shards in manifest.shards.items():
         for shard in shards:
-            rows, moments = [], []
+            rows, moments, others = [], [], []
             for row, data in read_rows(directory / shard.file, list(range(shard.records))):
                 with contextlib.suppress(DatasetError):
                     if isinstance(data, DatasetError):
                         raise data
                     record = records.decode_record(data, manifest.text.width)
                     moments.append(Moments.of(record.latent))
+                    others.append(len(record.other_captions))
                     rows.append(
                         {"split": split, "shard": shard.file, "row": row, **_index_row(record, prints)}
                     )
@@ -280,6 +281,8 @@ def salvage_index(directory: Path, options: Options) -> None:
                     moments=Moments.merged(moments),
                     rejects=(),
                     file=shard.file,
+                    several=sum(map(bool, others)),
+                    others=sum(others),
                 )
             )
             tables.append(pa.Table.from_pylist(rows, INDEX))
@@ -289,7 +292,7 @@ def salvage_index(directory: Path, options: Options) -> None:
 
 
 def _index_row(record: records.Record, prints: Fingerprints) -> dict:
-    latent, text, vision = prints.ids_of(record.content_hash, record.encoded_size, record.caption)
+    latent, text, vision = prints.ids_of(record.content_hash, record.encoded_size, record.captions)
     return {
         "key": record.key,
         "caption": record.caption,
@@ -297,7 +300,7 @@ def _index_row(record: records.Record, prints: Fingerprints) -> dict:
         "bucket_width": record.encoded_size[1],
         "height": record.original_size[0],
         "width": record.original_size[1],
-        "tokens": len(record.text),
+        "tokens": max(map(len, record.texts)),
         "content_hash": record.content_hash,
         "source": record.key,
         "latent_id": latent,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fluxdit_jax.records import EncoderIdentity
 from preprocess.images import Header
 from preprocess.options import Options
-from preprocess.plan import Fingerprints, Item, Unit, make_units, split_of
+from preprocess.plan import Fingerprints, Item, Unit, digest, make_units, split_of
 from preprocess.scan import Place
 
 IDENTITY = EncoderIdentity("owner/model", "abc", "f" * 64, "bfloat16", 16, {"factor": 8})
@@ -22,7 +22,7 @@ OPTIONS = Options("in", "out")
 def item(number: int) -> Item:
     content = hashlib.sha256(b"%d" % number).hexdigest()
     return Item(
-        f"{number:06}.jpg", Place("x"), f"caption {number}", content, Header(64, 64, 1, "JPEG"), (64, 64)
+        f"{number:06}.jpg", Place("x"), (f"caption {number}",), content, Header(64, 64, 1, "JPEG"), (64, 64)
     )
 
 
@@ -80,7 +80,7 @@ def test_what_each_name_depends_on() -> None:
         return dataclasses.replace(IDENTITY, **changes)
 
     assert differs(prints().ids(dataclasses.replace(one, key="other.jpg"))) == [False, False, False]
-    assert differs(prints().ids(dataclasses.replace(one, caption="x"))) == [False, True, False]
+    assert differs(prints().ids(dataclasses.replace(one, captions=("x",)))) == [False, True, False]
     assert differs(prints().ids(dataclasses.replace(one, content="x"))) == [True, False, True]
     assert differs(prints().ids(dataclasses.replace(one, bucket=(32, 64)))) == [True, False, True]
     assert differs(prints(dataclasses.replace(OPTIONS, fit="crop")).ids(one)) == [True, False, True]
@@ -93,6 +93,18 @@ def test_what_each_name_depends_on() -> None:
     assert prints().ids(dataclasses.replace(vector, content="x"))[2] == prints().ids(vector)[2]
 
 
+def test_the_captions_of_an_image_name_its_texts_together() -> None:
+    def text(*captions: str) -> str:
+        return prints().ids(dataclasses.replace(item(1), captions=captions))[1]
+
+    assert text("a") == digest(prints().text, "a")  # the name that datasets of one caption have
+    names = [text("a"), text("a", "b"), text("b", "a"), text("a", "b", "c"), text("a", "bc"), text("ab")]
+    assert len(set(names)) == len(names)
+    several = dataclasses.replace(item(1), captions=("a", "b"))
+    assert several.caption == "a"
+    assert prints().ids(several)[::2] == prints().ids(item(1))[::2]
+
+
 def test_a_unit_is_named_by_its_records() -> None:
     items = (item(1), item(2))
     name = Unit("train", items).uid(prints())
@@ -100,7 +112,7 @@ def test_a_unit_is_named_by_its_records() -> None:
     for other in (
         Unit("holdout", items),
         Unit("train", items[:1]),
-        Unit("train", (items[0], dataclasses.replace(items[1], caption="x"))),
+        Unit("train", (items[0], dataclasses.replace(items[1], captions=("x",)))),
         Unit("train", (items[0], dataclasses.replace(items[1], key="x"))),
     ):
         assert other.uid(prints()) != name
