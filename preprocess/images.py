@@ -304,3 +304,17 @@ def _describe(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "none of the formats jpg, png, webp, avif, bmp, tiff"
     return _ADDRESS.sub("", f"{type(error).__name__}: {error}"[:300].replace("\n", " "))
+
+
+def format_of(head: bytes) -> str | None:
+    return (
+        "JPEG"
+        if head.startswith(b"\xff\xd8\xff")
+        else "PNG"
+        if head.startswith(b"\x89PNG\r\n\x1a\n")
+        else None
+    )
+
+
+def not_read(extension: str) -> str:
+    return f"{extension}: convert it to png or jpg"

@@ -14,7 +14,7 @@ import numpy as np
 from fluxdit_jax.records import EncoderIdentity
 from preprocess import PreprocessError
 from preprocess.images import Rejected
-from preprocess.scan import Place
+from preprocess.place import Place
 
 WIDTH = 1024
 _MAX_BYTES = 1_000_000
