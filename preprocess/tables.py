@@ -78,7 +78,8 @@ def _lines(file: BinaryIO, newline: str) -> Iterator[tuple[int, str | Rejected]]
             else:
                 yield number, line
     finally:
-        text.detach()  # the file is its owner's to close
+        if not file.closed:
+            text.detach()  # the file is its owner's to close
 
 
 def _utf8(text: str) -> bool:
