@@ -96,10 +96,11 @@ class _Folder:
         folders = [self._result.root]
         while folders:
             folders += self._look_into(folders.pop())
-        rows = _Rows(self._result, self._names, self._outside)
-        for path in sorted(self._tables, key=_table_order):
-            rows.read(path)
-        rows.give()
+        if self._tables:
+            rows = _Rows(self._result, self._names, self._outside)
+            for path in sorted(self._tables, key=_table_order):
+                rows.read(path)
+            rows.give()
 
     def _look_into(self, folder: Path) -> list[Path]:
         """The files of one folder; returns the folders in it."""
@@ -220,10 +221,10 @@ class _Rows:
         self._result, self._names, self._outside = result, names, outside
         self._known = {found.key for found in result.found}
         self._listed = self._known | {reject.key for reject in result.rejects}
-        spellings: dict[str, list[str]] = collections.defaultdict(list)
+        self._spellings: dict[str, str | None] = {}  # None: of several pictures
         for key in self._known:
-            spellings[normal(key)].append(key)
-        self._spellings = {at: keys[0] for at, keys in spellings.items() if len(keys) == 1}
+            at = normal(key)
+            self._spellings[at] = None if at in self._spellings else key
         self._of_key: dict[str, list[Source]] = collections.defaultdict(list)
 
     def read(self, path: Path) -> None:
@@ -348,7 +349,7 @@ def _inside(root: Path, folder: Path, name: str, outside: bool) -> tuple[str, Pa
 
 def _key(root: Path, path: Path) -> str:
     """Path below the root with forward slashes; raises `Rejected` if it is not UTF-8."""
-    key = path.relative_to(root).as_posix()
+    key = str(path)[len(str(root).rstrip("/")) + 1 :]  # `relative_to` takes longer than all else
     if not utf8(key):
         raise Rejected("file name is not UTF-8", "rename the file")
     return key

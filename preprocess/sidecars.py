@@ -7,7 +7,6 @@ import dataclasses
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
-from pathlib import PurePosixPath
 
 from preprocess.captions import Source
 from preprocess.images import EXTENSIONS, Rejected
@@ -20,13 +19,21 @@ _NUMBER = re.compile(r"(.+)\.(0|[1-9][0-9]{0,3})")
 
 def extension(name: str) -> str:
     """The extension of a file's name in lower case, "" if it has none."""
-    return PurePosixPath(name).suffix.lower()
+    return _suffix(name).lower()
+
+
+def _suffix(path: str) -> str:
+    """As `PurePath.suffix`, which takes longer than all else of a scan of many files."""
+    name = path[path.rfind("/") + 1 :]
+    dot = name.rfind(".")
+    return name[dot:] if 0 < dot < len(name) - 1 else ""
 
 
 def normal(path: str) -> str:
     """A path by which it is looked for: NFC, and the extension in lower case, as file systems and people differ."""
-    path = unicodedata.normalize("NFC", path)
-    suffix = PurePosixPath(path).suffix
+    if not path.isascii():
+        path = unicodedata.normalize("NFC", path)
+    suffix = _suffix(path)
     return path[: len(path) - len(suffix)] + suffix.lower() if suffix else path
 
 
@@ -94,7 +101,7 @@ class Sidecars:
 
     def _of(self, base: str, picture: str) -> Iterator[tuple[str, Source]]:
         """(kind, source) of the caption files `base.*`."""
-        exact = picture.removesuffix(PurePosixPath(picture).suffix), picture
+        exact = picture.removesuffix(_suffix(picture)), picture
         for suffix in TYPES:
             names = [base + suffix]
             numbers = self._numbered.get((base, suffix), {})
@@ -107,12 +114,13 @@ class Sidecars:
                     yield base + suffix, self._source(files, at, suffix, exact)
 
     def _source(self, files: list[_File], at: str, suffix: str, exact: tuple[str, ...]) -> Source:
-        best = min(
-            files,
-            key=lambda file: (not file.name.startswith(exact), not file.name.endswith(suffix), file.name),
-        )
+        best = files[0]
+        if len(files) > 1:
+            best = min(
+                files, key=lambda f: (not f.name.startswith(exact), not f.name.endswith(suffix), f.name)
+            )
         self._used.setdefault(at, set()).add(best.name)
-        return Source(PurePosixPath(best.name).name, 0, best.place, TYPES[suffix])
+        return Source(best.name[best.name.rfind("/") + 1 :], 0, best.place, TYPES[suffix])
 
     def _group(self, pictures: Iterable[str]) -> None:
         for name in pictures:
@@ -129,7 +137,7 @@ class Sidecars:
             why = Rejected(
                 "several pictures of one name",
                 f"{len(members)} pictures and {len(stems)} captions are called {_sample(picture)!r} up to the first "
-                f"dot; call its caption {PurePosixPath(_stem(picture)).name}.txt",
+                f"dot; call its caption {_stem(picture).rpartition('/')[2]}.txt",
             )
             return [("", Source(_sample(picture), 0, texts=why))]
         return list(self._of(next(iter(stems)), picture))
