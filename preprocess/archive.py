@@ -8,7 +8,8 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from preprocess.findings import Found, Reject, Scan, utf8
-from preprocess.images import EXTENSIONS, OTHER_IMAGES, Rejected, format_of, not_read
+from preprocess.formats import EXTENSIONS, OTHER_IMAGES, format_of, not_read
+from preprocess.images import Rejected
 from preprocess.place import Place
 from preprocess.sidecars import TYPES, Sidecars, extension
 from preprocess.system_folders import hidden, names_an_image, of_a_system

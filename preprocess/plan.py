@@ -15,12 +15,12 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from fluxdit_jax.records import SPLITS, WRITER_OPTIONS, EncoderIdentity, json_checksum
 from preprocess import PreprocessError, captions
 from preprocess.buckets import Size, nearest
 from preprocess.findings import Found, Reject, Scan
+from preprocess.formats import has_other_extension
 from preprocess.images import Header, Rejected, read_header
 from preprocess.options import Options
 from preprocess.place import Place
@@ -258,12 +258,8 @@ def _duplicates(items: list[Item]) -> list[tuple[str, ...]]:
     return [tuple(keys) for keys in groups.values() if len(keys) > 1]
 
 
-_NAMES = {"JPEG": ".jpg .jpeg", "MPO": ".jpg .jpeg", "PNG": ".png", "WEBP": ".webp", "AVIF": ".avif"}
-_NAMES |= {"BMP": ".bmp", "DIB": ".bmp", "TIFF": ".tif .tiff"}
-
-
 def _wrong_extension(item: Item) -> bool:
-    return Path(item.key).suffix.lower() not in _NAMES.get(item.header.format, "")
+    return has_other_extension(item.key, item.header.format)
 
 
 def _nothing(

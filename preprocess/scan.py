@@ -19,7 +19,8 @@ from preprocess import PreprocessError, captions, tables
 from preprocess.archive import COMPRESSED, scan_tar
 from preprocess.captions import Source
 from preprocess.findings import Found, Reject, Scan, utf8
-from preprocess.images import EXTENSIONS, OTHER_IMAGES, Rejected, format_of, not_read
+from preprocess.formats import EXTENSIONS, OTHER_IMAGES, format_of, not_read
+from preprocess.images import Rejected
 from preprocess.place import Place
 from preprocess.sidecars import TYPES, Sidecars, extension, normal
 from preprocess.system_folders import hidden, is_plot, names_an_image, of_a_system, of_this_project

@@ -9,7 +9,8 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 
 from preprocess.captions import Source
-from preprocess.images import EXTENSIONS, Rejected
+from preprocess.formats import EXTENSIONS
+from preprocess.images import Rejected
 from preprocess.place import Place
 
 # Extension to how the file is read, in order of preference.

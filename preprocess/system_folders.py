@@ -6,7 +6,7 @@ import re
 from pathlib import Path, PurePosixPath
 
 from fluxdit_jax import records
-from preprocess.images import EXTENSIONS
+from preprocess.formats import EXTENSIONS
 
 # Archives of macOS; thumbnails and bins of NAS boxes and Windows; what a file system's check found.
 _SYSTEM = {"__macosx", "@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "$recycle.bin"}

@@ -11,7 +11,8 @@ from pathlib import PurePosixPath
 from typing import BinaryIO
 
 from preprocess.captions import MAX_BYTES, NUL_HINT, UTF8_HINT, encoding_of
-from preprocess.images import EXTENSIONS, Rejected
+from preprocess.formats import EXTENSIONS
+from preprocess.images import Rejected
 
 TYPES = (".jsonl", ".csv", ".tsv", ".parquet")
 PATH_FIELDS = ("file_name", "image_path", "filename", "image", "path", "file")

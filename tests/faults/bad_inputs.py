@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageCms
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
@@ -112,6 +112,16 @@ MILLIONS = coded(Image.fromarray(np.full((80, 90), 10**6, np.int32)), "TIFF")
 TEXT_BOMB = png(90, 80, b"", chunk(b"zTXt", b"k\0\0" + zlib.compress(b"a" * 10**8)))
 ORIENTATION_99 = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x63\0\0\0\0\0\0"
 BROKEN_EXIF = b"Exif\0\0MM\0*\xff\xff\xff\xff"
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+STATEMENTS = png(
+    90,
+    80,
+    b"\0" * 21_680,
+    chunk(b"cICP", b"\x09\x10\0\1") + chunk(b"gAMA", b"\0\1\x86\xa0") + chunk(b"cHRM", bytes(range(32))),
+    chunk(b"iCCP", b"sRGB\0\0" + zlib.compress(SRGB)),
+    chunk(b"tEXt", b"Raw profile type exif\0\nexif\n      12\n" + ORIENTATION_99.hex().encode()),
+    chunk(b"iTXt", b'XML:com.adobe.xmp\0\0\0\0\0<r tiff:Orientation="6"/>'),
+)
 LEAVING_ROW = json.dumps({"file_name": "../../etc/passwd", "caption": "x"})
 
 CASES: list[Case] = [

@@ -298,6 +298,8 @@ IMAGES = [
     bad_inputs.PNG, bad_inputs.JPEG, bad_inputs.TEXT_BOMB[:2000], bad_inputs.FLOATS, bad_inputs.MILLIONS,
     *(bad_inputs.coded(bad_inputs.picture(), name) for name in ("WEBP", "AVIF", "TIFF", "BMP")),
     bad_inputs.coded(bad_inputs.picture(), "JPEG", exif=bad_inputs.ORIENTATION_99),
+    bad_inputs.STATEMENTS, bad_inputs.JPEG[:-2], bad_inputs.coded(bad_inputs.picture(), "JPEG", progressive=True)[:-2],
+    bad_inputs.coded(bad_inputs.picture(), "WEBP", exif=bad_inputs.ORIENTATION_99, icc_profile=bad_inputs.SRGB),
 ]  # fmt: skip
 HUGE_IMAGE = bad_inputs.png(100_000, 100_000, b"\0" * 100)
 HOSTILE_RECORDS = (
