@@ -42,7 +42,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks import environment
-from benchmarks.gpu_sides import TARGETS
+from benchmarks.gpu_sides import PROGRAM, TARGETS
 
 NAME = "gpu"
 # (micro-batch, remat), most promising first; a larger micro-batch is not tried where a smaller one did not fit.
@@ -262,26 +262,35 @@ class Bench:
             temporary.replace(directory / f"{NAME}.json")
 
 
-def run_target(bench: Bench, target: str, sides: list[str], share_s: float) -> None:
-    """All of a target: configurations, the best without cuDNN, rounds of the best in turn, a profile."""
-    from benchmarks.gpu_report import best, pairs
+def configurations(target: str, sides: list[str], only: list[str] | None) -> list[dict[str, Any]]:
+    """What is measured of a target, in this order; with `only` what that names as target:micro-batch:remat."""
 
-    a, ends = bench.a, min(bench.ends, time.monotonic() + share_s)
-    search_ends = time.monotonic() + SEARCH_SHARE * (ends - time.monotonic())
-    ours = [make(target, "jax", *choice) for choice in OURS[target]] if "jax" in sides else []
-    theirs = [make(target, "torch", *choice) for choice in THEIRS[target]] if "torch" in sides else []
+    def chosen(side: str, choices: list[tuple[int, str]]) -> list[dict[str, Any]]:
+        specs = [make(target, side, *choice) for choice in choices] if side in sides else []
+        return [spec for spec in specs if not only or f"{target}:{spec['batch']}:{spec['remat']}" in only]
+
+    ours, theirs = chosen("jax", OURS[target]), chosen("torch", THEIRS[target])
     # PyTorch's first after our first, then one for every two of ours, so that a short time has both
     queue = []
     for position, spec in enumerate(ours or [None] * (2 * len(theirs))):
         queue += [spec] if spec else []
         if position % 2 == 0 and position // 2 < len(theirs):
             queue.append(theirs[position // 2])
-    for spec in queue:
+    return queue + theirs[(len(ours) + 1) // 2 :] if ours else queue
+
+
+def run_target(bench: Bench, target: str, sides: list[str], share_s: float) -> None:
+    """All of a target: configurations, the best without cuDNN, rounds of the best in turn, a profile."""
+    from benchmarks.gpu_report import best, pairs
+
+    a, ends = bench.a, min(bench.ends, time.monotonic() + share_s)
+    search_ends = time.monotonic() + SEARCH_SHARE * (ends - time.monotonic())
+    for spec in configurations(target, sides, a.only):
         if not bench.done(spec) and not bench.hopeless(spec):
             bench.measure(spec, "0", search_ends)
     champion = best(bench.rows, target, "jax", a.memory_gb)
     rival = best(bench.rows, target, "torch")
-    if champion and champion["attention"] == "cudnn":
+    if champion and champion["attention"] == "cudnn" and not a.only:
         plain = champion["spec"] | {"attention": "xla"}
         if not bench.done(plain):
             bench.measure(plain, "0", ends)
@@ -292,15 +301,20 @@ def run_target(bench: Bench, target: str, sides: list[str], share_s: float) -> N
     if champion and a.profile:
         directory = Path(tempfile.mkdtemp(prefix="fluxdit_jax_trace_"))
         if bench.measure(champion["spec"], "profile", bench.ends, directory):
-            keep_trace(bench.rows[-1].get("profile", {}), target)
+            keep_trace(directory, bench.rows[-1].get("profile", {}), target)
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def keep_trace(profile: dict[str, Any], target: str) -> None:
-    """Copies a trace into $OUT, if that is set and the trace has at most 15 MB."""
-    source = Path(profile.get("file", ""))
-    if os.environ.get("OUT") and source.is_file() and source.stat().st_size < 15e6:
-        shutil.copyfile(source, Path(os.environ["OUT"]) / f"{target}.trace.json.gz")
+def keep_trace(directory: Path, profile: dict[str, Any], target: str) -> None:
+    """Copies a trace and the text of its program into $OUT, if that is set; not what has more than 15 MB."""
+    if not os.environ.get("OUT"):
+        return
+    out = Path(os.environ["OUT"])
+    out.mkdir(parents=True, exist_ok=True)
+    found = {"trace.json.gz": Path(profile.get("file", "")), "hlo.txt.gz": directory / PROGRAM}
+    for name, source in found.items():
+        if source.is_file() and source.stat().st_size < 15e6:
+            shutil.copyfile(source, out / f"{target}.{name}")
 
 
 def parse() -> argparse.Namespace:
@@ -311,6 +325,7 @@ def parse() -> argparse.Namespace:
     order = ["prod-1024", "nano-512", "prod-512", "prod-256"]
     parser.add_argument("--targets", nargs="+", choices=real, default=order)
     parser.add_argument("--sides", nargs="+", choices=list(NEEDED), default=list(NEEDED))
+    parser.add_argument("--only", nargs="+", metavar="TARGET:MICRO-BATCH:REMAT", help="these and no other")
     parser.add_argument("--rounds", type=int, default=3, help="of the two best in turn, for the ratio")
     parser.add_argument("--repeats", type=int, default=10, help="timed micro-batches of a process")
     parser.add_argument("--memory-gb", type=float, default=24.0, help="of the device (1e9 bytes); 0: all")

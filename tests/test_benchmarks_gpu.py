@@ -47,6 +47,30 @@ def test_a_configuration_file_that_has_moved_on_is_noticed():
         gpu_sides.settings(moved, gpu.make("prod-1024", "jax", 4, "block"))
 
 
+def test_what_is_measured_begins_with_both_sides_and_can_be_chosen():
+    specs = gpu.configurations("prod-1024", ["jax", "torch"], None)
+    assert [spec["side"] for spec in specs[:4]] == ["jax", "torch", "jax", "jax"]
+    assert len(specs) == len(gpu.OURS["prod-1024"]) + len(gpu.THEIRS["prod-1024"])
+    only = ["prod-1024:4:block", "nano-512:8:none", "prod-1024:2:none"]
+    specs = gpu.configurations("prod-1024", ["jax", "torch"], only)
+    assert [(spec["side"], spec["batch"]) for spec in specs] == [
+        ("jax", 4), ("torch", 4), ("jax", 2), ("torch", 2)
+    ]  # fmt: skip
+    assert gpu.configurations("prod-512", ["jax"], only) == []
+    assert [spec["side"] for spec in gpu.configurations("toy", ["torch"], None)] == ["torch"]
+
+
+def test_a_trace_and_its_program_are_kept_where_out_says(tmp_path, monkeypatch):
+    trace = tmp_path / "host.trace.json.gz"
+    for path in (trace, tmp_path / gpu_sides.PROGRAM):
+        path.write_bytes(path.name.encode())
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))  # made if it is not there
+    gpu.keep_trace(tmp_path, {"file": str(trace)}, "toy")
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert kept == {"toy.trace.json.gz": b"host.trace.json.gz", "toy.hlo.txt.gz": b"program.hlo.txt.gz"}
+    gpu.keep_trace(tmp_path, {"error": "no trace"}, "other")
+
+
 def test_the_best_is_one_that_train_would_start_and_among_equals_the_smallest():
     rows = [
         row(4, "block", 10.0, peak=9.0),
