@@ -117,6 +117,26 @@ def test_out_of_memory_is_told_from_other_errors(error, full):
     assert gpu_sides.is_out_of_memory(error) is full
 
 
+@pytest.mark.parametrize(
+    ("name", "line", "expected"),
+    [
+        # kept from the program of nano on an H200, shortened
+        ("fusion.9", 'bf16[8,384]{1,0} fusion(%gemm_fusion_dot_general.56), kind=kInput, calls=%fused, '
+         'metadata={op_name="jit(step)/transpose(jvp())/while/body/reduce_sum"}', "norms and elementwise"),
+        ("loop_add_fusion.6", 'bf16[8]{0} fusion(%gemm_fusion_dot_general.6, %dot_product_attention_fwd.0), '
+         'kind=kLoop, metadata={op_name="jit(step)/jvp()/while/body/add"}', "norms and elementwise"),
+        ("gemm_fusion_dot_general.56", 'bf16[8192,384]{1,0} fusion(%bitcast.1, %bitcast.2), kind=kCustom, '
+         'metadata={op_name="jit(step)/transpose(jvp())/dot_general"}', "products"),
+        ("custom-call.1", 'bf16[8]{0} custom-call(%fmha.1, %b), custom_call_target="__cublas$lt$matmul"', "products"),
+        ("dot_product_attention_bwd.24", "(bf16[8]{0}) custom-call(%copy.1), "
+         'custom_call_target="__cudnn$fmhaSoftmaxBackward"', "attention"),
+        ("copy.3", 'bf16[8]{0} copy(%gemm_fusion.1), metadata={op_name="jit(step)/jvp()/dot"}', "copies"),
+    ],
+)  # fmt: skip
+def test_what_an_operation_reads_does_not_name_its_group(name, line, expected):
+    assert gpu_trace.group(name, line) == expected
+
+
 def test_a_profile_is_grouped_by_the_streams_of_the_device_alone(tmp_path):
     def kernel(tid, name, start, duration, **arguments):
         return {
