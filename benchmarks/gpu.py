@@ -5,8 +5,8 @@
     python -m benchmarks.gpu --targets prod-512 prod-256 --append                        # 9 more, into the same table
     python -m benchmarks.gpu --smoke                        # on a CPU: every part of it at a toy size, 2 to 4 minutes
 
-(The test of cuDNN's attention skips itself without a GPU. What only a GPU reaches has not been run yet; all else has,
-on a CPU: Python 3.11 with JAX 0.10, and our side on Python 3.12 with JAX 0.11.)
+(The test of cuDNN's attention skips itself without a GPU. Run on an H200 on Python 3.12 with JAX 0.11, and on CPUs with
+both that and Python 3.11 with JAX 0.10; not yet on a 24 GB card.)
 
 configs/prod.py at 1024, 512 and 256 px and configs/nano.py at 512 px. Each configuration runs in a process of its own
 that may use 24 GB (`--memory-gb`, 0: all), so that a larger card stands in for a 24 GB one in memory, though not in
@@ -125,6 +125,7 @@ class Bench:
         self.run = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.ends = time.monotonic() + 60 * a.minutes
         self.same: dict[str, Any] | None = None
+        self.earlier: list[dict[str, str]] = []  # the calls that an --append goes on from
         self.rows: list[dict[str, Any]] = []
         self.left: list[str] = []
         self._longest = {"jax": 40.0, "torch": 60.0} if gpu else {"jax": 0.0, "torch": 0.0}
@@ -138,13 +139,15 @@ class Bench:
           SystemExit: they are not there or of another device.
         """
         try:
-            earlier = json.loads(path.read_text())["rows"]
+            made, earlier = (json.loads(path.read_text())[part] for part in ("environment", "rows"))
             device, rows = earlier["device"], earlier["configurations"]
+            call = {name: made[name] for name in ("command", "made", "commit")}
         except (OSError, ValueError, KeyError, TypeError) as error:
             sys.exit(f"error: --append: {path} holds no earlier rows ({error!r}); run once without --append")
         if device != self.device:
             sys.exit(f"error: --append: {path} is of {device!r}, this is {self.device!r}; do not mix cards")
         self.rows = [row for row in rows if row["status"] in ("ok", "out of memory")]
+        self.same, self.earlier = earlier.get("agreement"), [*earlier.get("earlier", []), call]
 
     def done(self, spec: dict[str, Any]) -> bool:
         return any(row["spec"] == spec for row in self.rows)
@@ -254,7 +257,12 @@ class Bench:
     def save(self) -> None:
         """Writes everything so far, whole, into each of the directories."""
         rows = {"device": self.device, "memory_gb": self.a.memory_gb, "peak_tflops": self.peak}
-        rows |= {"agreement": self.same, "left": self.left, "configurations": self.rows}
+        rows |= {
+            "earlier": self.earlier,
+            "agreement": self.same,
+            "left": self.left,
+            "configurations": self.rows,
+        }
         text = json.dumps({"environment": environment.describe(), "rows": rows}, indent=1) + "\n"
         for directory in self._directories:
             temporary = directory / f"{NAME}.tmp"

@@ -95,6 +95,27 @@ def test_the_report_has_the_ratio_of_each_round_and_the_change_to_make():
     assert "| 16 | out of memory |" in text and "left out for want of time (1)" in text
 
 
+def test_an_append_keeps_what_was_measured_and_by_which_call(tmp_path):
+    a = argparse.Namespace(peak_tflops=None, minutes=1, memory_gb=24.0)
+    first, card = tmp_path / "gpu.json", ("NVIDIA H200", 150.8)
+    bench = gpu.Bench(a, card, [tmp_path])
+    bench.rows, bench.same = (
+        [row(4, "block", 10.0), row(8, "block", None, status="failed")],
+        {"loss_jax": 1.0},
+    )
+    bench.save()
+    made = json.loads(first.read_text())["environment"]
+    for calls in (1, 2):  # what failed is tried again
+        bench = gpu.Bench(a, card, [tmp_path])
+        bench.append_to(first)
+        assert [r["spec"]["batch"] for r in bench.rows] == [4] and bench.same == {"loss_jax": 1.0}
+        assert len(bench.earlier) == calls
+        assert bench.earlier[0] == {name: made[name] for name in ("command", "made", "commit")}
+        bench.save()
+    with pytest.raises(SystemExit, match="do not mix cards"):
+        gpu.Bench(a, ("NVIDIA A100", 80.0), []).append_to(first)
+
+
 def test_a_larger_micro_batch_is_not_tried_where_a_smaller_one_did_not_fit():
     a = argparse.Namespace(peak_tflops=None, minutes=1, memory_gb=24.0)
     bench = gpu.Bench(a, ("NVIDIA H100 80GB HBM3", 85.5), [])
