@@ -265,8 +265,8 @@ def rows_of_plan(count: int) -> None:
 
     from preprocess.images import Header
     from preprocess.options import Options
+    from preprocess.place import Place
     from preprocess.plan import Item, make_units
-    from preprocess.scan import Place
 
     buckets = Options("in", "out").checked().buckets()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -276,7 +276,9 @@ def rows_of_plan(count: int) -> None:
         header = Header(1000 + number % 500, 1200, 1, "JPEG")
         path = f"/data/photos/{number // 1000:05}/{number:08}.jpg"
         caption = f"{number:08} " + "word " * 58
-        items.append(Item(path[13:], Place(path), caption, content, header, buckets[number % len(buckets)]))
+        items.append(
+            Item(path[13:], Place(path), (caption,), content, header, buckets[number % len(buckets)])
+        )
     make_units(items, 0.02, 1000)
     used = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     print(

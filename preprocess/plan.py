@@ -19,10 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from fluxdit_jax.records import SPLITS, WRITER_OPTIONS, EncoderIdentity, json_checksum
 from preprocess import PreprocessError, captions
 from preprocess.buckets import Size, nearest
+from preprocess.findings import Found, Reject, Scan
 from preprocess.formats import has_other_extension
 from preprocess.images import Header, Rejected, read_header
 from preprocess.options import Options
-from preprocess.scan import Found, Place, Reject, Scan
+from preprocess.place import Place
 from preprocess.vectors import Vectors
 
 MAX_FILE_BYTES = 512_000_000
@@ -34,6 +35,7 @@ class Item:
     """One image that is to become a record.
 
     Attributes:
+      captions: at least one, all different.
       content: sha256 of the image file, hex.
       header: size of the upright picture.
       bucket: (height, width), pixels.
@@ -42,11 +44,16 @@ class Item:
 
     key: str
     image: Place
-    caption: str
+    captions: tuple[str, ...]
     content: str
     header: Header
     bucket: Size
     vector: str = ""
+
+    @property
+    def caption(self) -> str:
+        """The first caption."""
+        return self.captions[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,12 +114,21 @@ class Unit:
         return digest(WRITER_OPTIONS, self.split, rows)
 
 
+class NothingToBuild(PreprocessError):
+    """No input can become a record to train on; `rejects` says of each why."""
+
+    def __init__(self, message: str, rejects: list[Reject]) -> None:
+        super().__init__(message)
+        self.rejects = rejects
+
+
 @dataclasses.dataclass
 class Plan:
     """All items by key, their division into units, and the inputs that were refused so far.
 
     Attributes:
       duplicates: groups of keys whose image files are equal, byte by byte.
+      passed_over: captions that were not taken because another one was, counted by reason.
       wrong_extension: images whose extension names another format than they have.
       bytes_read: of images.
     """
@@ -122,6 +138,7 @@ class Plan:
     units: list[Unit]
     rejects: list[Reject]
     duplicates: list[tuple[str, ...]]
+    passed_over: collections.Counter[str]
     wrong_extension: int
     bytes_read: int
 
@@ -141,44 +158,49 @@ def make_plan(
       progress: called with the number of inputs done since the last call.
 
     Raises:
-      PreprocessError: nothing is left to train on.
+      NothingToBuild: nothing is left to train on.
     """
     found = scan.found[: options.limit or None]
     items: list[Item] = []
     rejects = list(scan.rejects)
+    passed_over = scan.passed_over.copy()
     size = 0
     for result in _in_threads(lambda f: _examine(f, options, vectors), found, options.workers):
         if isinstance(result, Reject):
             rejects.append(result)
         else:
-            item, bytes_read = result
+            item, bytes_read, not_taken = result
             items.append(item)
+            passed_over += not_taken
             size += bytes_read
         progress(1)
     units = make_units(items, options.holdout, options.shard_size)
     if not any(unit.split == "train" for unit in units):
-        raise PreprocessError(_nothing(scan, found, items, rejects, options))
+        raise NothingToBuild(_nothing(scan, found, items, rejects, options), rejects)
     return Plan(
         options=options,
         items=items,
         units=units,
         rejects=rejects,
         duplicates=_duplicates(items),
+        passed_over=passed_over,
         wrong_extension=sum(_wrong_extension(item) for item in items),
         bytes_read=size,
     )
 
 
-def _examine(found: Found, options: Options, vectors: Vectors | None) -> tuple[Item, int] | Reject:
+def _examine(
+    found: Found, options: Options, vectors: Vectors | None
+) -> tuple[Item, int, collections.Counter[str]] | Reject:
     try:
-        caption = _caption(found, captions.fields(options.caption_field))
+        texts, passed_over = captions.choose(found.captions, captions.fields(options.caption_field))
         data = found.image.read(MAX_FILE_BYTES)
         header = read_header(data, options.limits())
         vector = hashlib.sha256(vectors.read(found.key)[0]).hexdigest() if vectors else ""
         item = Item(
             key=found.key,
             image=found.image,
-            caption=caption,
+            captions=texts,
             content=hashlib.sha256(data).hexdigest(),
             header=header,
             bucket=nearest(options.buckets(), header.height, header.width),
@@ -186,18 +208,7 @@ def _examine(found: Found, options: Options, vectors: Vectors | None) -> tuple[I
         )
     except Rejected as rejected:
         return Reject.of(found.key, found.image.path, rejected)
-    return item, len(data)
-
-
-def _caption(found: Found, names: tuple[str, ...]) -> str:
-    if found.caption_file is not None:
-        data = found.caption_file.read(captions.MAX_BYTES)
-        return captions.from_json(data, names) if found.caption_type == ".json" else captions.from_text(data)
-    if isinstance(found.caption, Rejected):
-        raise found.caption
-    if found.caption is None:
-        raise Rejected("no caption", "no .json or .txt beside the image and no row in a metadata table")
-    return found.caption
+    return item, len(data), passed_over
 
 
 def _in_threads(work: Callable, jobs: list, threads: int) -> Iterator:
@@ -259,12 +270,15 @@ def _nothing(
             f"--holdout {options.holdout} puts all {len(items)} images into the holdout split and leaves none to "
             "train on; use --holdout 0"
         )
-    if not found:
-        return f"--input {options.input}: no image in {scan.root} ({sum(scan.ignored.values())} other files)"
-    reasons = collections.Counter(reject.reason for reject in rejects).most_common(3)
+    others = ", ".join(f"{name} {count}" for name, count in scan.ignored.most_common(6))
+    ignored = f"; not looked at: {others}" if others else ""
+    what = f"none of {len(found)} images" if found else f"no image in {scan.root}"
+    if not rejects:
+        return f"--input {options.input}: {what}{ignored}"
+    reasons = collections.Counter(reject.reason for reject in rejects).most_common(6)
     told = "; ".join(f"{reason}: {count}" for reason, count in reasons)
     example = next(reject for reject in rejects if reject.reason == reasons[0][0])
     return (
-        f"--input {options.input}: none of {len(found)} images can be used ({told}; for example {example.file}: "
-        f"{example.detail or example.reason})"
+        f"--input {options.input}: {what} can be used ({told}{ignored}). For example {example.file}: "
+        f"{example.detail or example.reason}"
     )

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from fluxdit_jax.records import EncoderIdentity
 from preprocess.images import Header
 from preprocess.options import Options
+from preprocess.place import Place
 from preprocess.plan import Fingerprints, Item, Unit, make_units, split_of
-from preprocess.scan import Place
 
 IDENTITY = EncoderIdentity("owner/model", "abc", "f" * 64, "bfloat16", 16, {"factor": 8})
 OPTIONS = Options("in", "out")
@@ -22,7 +22,7 @@ OPTIONS = Options("in", "out")
 def item(number: int) -> Item:
     content = hashlib.sha256(b"%d" % number).hexdigest()
     return Item(
-        f"{number:06}.jpg", Place("x"), f"caption {number}", content, Header(64, 64, 1, "JPEG"), (64, 64)
+        f"{number:06}.jpg", Place("x"), (f"caption {number}",), content, Header(64, 64, 1, "JPEG"), (64, 64)
     )
 
 
@@ -80,7 +80,7 @@ def test_what_each_name_depends_on() -> None:
         return dataclasses.replace(IDENTITY, **changes)
 
     assert differs(prints().ids(dataclasses.replace(one, key="other.jpg"))) == [False, False, False]
-    assert differs(prints().ids(dataclasses.replace(one, caption="x"))) == [False, True, False]
+    assert differs(prints().ids(dataclasses.replace(one, captions=("x",)))) == [False, True, False]
     assert differs(prints().ids(dataclasses.replace(one, content="x"))) == [True, False, True]
     assert differs(prints().ids(dataclasses.replace(one, bucket=(32, 64)))) == [True, False, True]
     assert differs(prints(dataclasses.replace(OPTIONS, fit="crop")).ids(one)) == [True, False, True]
@@ -100,7 +100,7 @@ def test_a_unit_is_named_by_its_records() -> None:
     for other in (
         Unit("holdout", items),
         Unit("train", items[:1]),
-        Unit("train", (items[0], dataclasses.replace(items[1], caption="x"))),
+        Unit("train", (items[0], dataclasses.replace(items[1], captions=("x",)))),
         Unit("train", (items[0], dataclasses.replace(items[1], key="x"))),
     ):
         assert other.uid(prints()) != name
