@@ -27,7 +27,7 @@ from preprocess.place import Place
 from preprocess.vectors import Vectors
 
 MAX_FILE_BYTES = 512_000_000
-PIXELS_VERSION = 1  # raised when `images.decode` gives other pixels for the same file and bucket
+PIXELS_VERSION = 1  # raised when `images.decode` gives other pixels for all files; for some, `Header.version`
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,14 +75,17 @@ class Fingerprints:
 
     def ids(self, item: Item) -> tuple[str, str, str]:
         """Names of the latent, the text and the vision vector of an item, by what they are made from."""
-        return self.ids_of(item.content, item.bucket, item.caption, item.vector)
+        return self.ids_of(item.content, item.bucket, item.caption, item.vector, item.header.version)
 
-    def ids_of(self, content: str, bucket: Size, caption: str, vector: str = "") -> tuple[str, str, str]:
-        """The same of a record."""
+    def ids_of(
+        self, content: str, bucket: Size, caption: str, vector: str = "", version: int = 1
+    ) -> tuple[str, str, str]:
+        """The same of a record; `version` is its header's, so that only files of a new reading get new names."""
+        pixels = [content, bucket] if version == 1 else [content, bucket, version]
         return (
-            digest(self.latent, content, bucket),
+            digest(self.latent, *pixels),
             digest(self.text, caption),
-            digest(self.vision, *([vector] if vector else [content, bucket])),
+            digest(self.vision, *([vector] if vector else pixels)),
         )
 
 
