@@ -5,8 +5,8 @@
     python -m benchmarks.gpu --targets prod-512 prod-256 --append                        # 9 more, into the same table
     python -m benchmarks.gpu --smoke                        # on a CPU: every part of it at a toy size, 2 to 4 minutes
 
-(The test of cuDNN's attention skips itself without a GPU. What only a GPU reaches has not been run yet; all else has,
-on a CPU: Python 3.11 with JAX 0.10, and our side on Python 3.12 with JAX 0.11.)
+(The test of cuDNN's attention skips itself without a GPU. Run on an H200 on Python 3.12 with JAX 0.11, and on CPUs with
+both that and Python 3.11 with JAX 0.10; not yet on a 24 GB card.)
 
 configs/prod.py at 1024, 512 and 256 px and configs/nano.py at 512 px. Each configuration runs in a process of its own
 that may use 24 GB (`--memory-gb`, 0: all), so that a larger card stands in for a 24 GB one in memory, though not in
@@ -42,7 +42,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks import environment
-from benchmarks.gpu_sides import TARGETS
+from benchmarks.gpu_sides import PROGRAM, TARGETS
 
 NAME = "gpu"
 # (micro-batch, remat), most promising first; a larger micro-batch is not tried where a smaller one did not fit.
@@ -125,6 +125,7 @@ class Bench:
         self.run = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.ends = time.monotonic() + 60 * a.minutes
         self.same: dict[str, Any] | None = None
+        self.earlier: list[dict[str, str]] = []  # the calls that an --append goes on from
         self.rows: list[dict[str, Any]] = []
         self.left: list[str] = []
         self._longest = {"jax": 40.0, "torch": 60.0} if gpu else {"jax": 0.0, "torch": 0.0}
@@ -138,13 +139,15 @@ class Bench:
           SystemExit: they are not there or of another device.
         """
         try:
-            earlier = json.loads(path.read_text())["rows"]
+            made, earlier = (json.loads(path.read_text())[part] for part in ("environment", "rows"))
             device, rows = earlier["device"], earlier["configurations"]
+            call = {name: made[name] for name in ("command", "made", "commit")}
         except (OSError, ValueError, KeyError, TypeError) as error:
             sys.exit(f"error: --append: {path} holds no earlier rows ({error!r}); run once without --append")
         if device != self.device:
             sys.exit(f"error: --append: {path} is of {device!r}, this is {self.device!r}; do not mix cards")
         self.rows = [row for row in rows if row["status"] in ("ok", "out of memory")]
+        self.same, self.earlier = earlier.get("agreement"), [*earlier.get("earlier", []), call]
 
     def done(self, spec: dict[str, Any]) -> bool:
         return any(row["spec"] == spec for row in self.rows)
@@ -254,12 +257,34 @@ class Bench:
     def save(self) -> None:
         """Writes everything so far, whole, into each of the directories."""
         rows = {"device": self.device, "memory_gb": self.a.memory_gb, "peak_tflops": self.peak}
-        rows |= {"agreement": self.same, "left": self.left, "configurations": self.rows}
+        rows |= {
+            "earlier": self.earlier,
+            "agreement": self.same,
+            "left": self.left,
+            "configurations": self.rows,
+        }
         text = json.dumps({"environment": environment.describe(), "rows": rows}, indent=1) + "\n"
         for directory in self._directories:
             temporary = directory / f"{NAME}.tmp"
             temporary.write_text(text)
             temporary.replace(directory / f"{NAME}.json")
+
+
+def configurations(target: str, sides: list[str], only: list[str] | None) -> list[dict[str, Any]]:
+    """What is measured of a target, in this order; with `only` what that names as target:micro-batch:remat."""
+
+    def chosen(side: str, choices: list[tuple[int, str]]) -> list[dict[str, Any]]:
+        specs = [make(target, side, *choice) for choice in choices] if side in sides else []
+        return [spec for spec in specs if not only or f"{target}:{spec['batch']}:{spec['remat']}" in only]
+
+    ours, theirs = chosen("jax", OURS[target]), chosen("torch", THEIRS[target])
+    # PyTorch's first after our first, then one for every two of ours, so that a short time has both
+    queue = []
+    for position, spec in enumerate(ours or [None] * (2 * len(theirs))):
+        queue += [spec] if spec else []
+        if position % 2 == 0 and position // 2 < len(theirs):
+            queue.append(theirs[position // 2])
+    return queue + theirs[(len(ours) + 1) // 2 :] if ours else queue
 
 
 def run_target(bench: Bench, target: str, sides: list[str], share_s: float) -> None:
@@ -268,20 +293,12 @@ def run_target(bench: Bench, target: str, sides: list[str], share_s: float) -> N
 
     a, ends = bench.a, min(bench.ends, time.monotonic() + share_s)
     search_ends = time.monotonic() + SEARCH_SHARE * (ends - time.monotonic())
-    ours = [make(target, "jax", *choice) for choice in OURS[target]] if "jax" in sides else []
-    theirs = [make(target, "torch", *choice) for choice in THEIRS[target]] if "torch" in sides else []
-    # PyTorch's first after our first, then one for every two of ours, so that a short time has both
-    queue = []
-    for position, spec in enumerate(ours or [None] * (2 * len(theirs))):
-        queue += [spec] if spec else []
-        if position % 2 == 0 and position // 2 < len(theirs):
-            queue.append(theirs[position // 2])
-    for spec in queue:
+    for spec in configurations(target, sides, a.only):
         if not bench.done(spec) and not bench.hopeless(spec):
             bench.measure(spec, "0", search_ends)
     champion = best(bench.rows, target, "jax", a.memory_gb)
     rival = best(bench.rows, target, "torch")
-    if champion and champion["attention"] == "cudnn":
+    if champion and champion["attention"] == "cudnn" and not a.only:
         plain = champion["spec"] | {"attention": "xla"}
         if not bench.done(plain):
             bench.measure(plain, "0", ends)
@@ -292,15 +309,20 @@ def run_target(bench: Bench, target: str, sides: list[str], share_s: float) -> N
     if champion and a.profile:
         directory = Path(tempfile.mkdtemp(prefix="fluxdit_jax_trace_"))
         if bench.measure(champion["spec"], "profile", bench.ends, directory):
-            keep_trace(bench.rows[-1].get("profile", {}), target)
+            keep_trace(directory, bench.rows[-1].get("profile", {}), target)
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def keep_trace(profile: dict[str, Any], target: str) -> None:
-    """Copies a trace into $OUT, if that is set and the trace has at most 15 MB."""
-    source = Path(profile.get("file", ""))
-    if os.environ.get("OUT") and source.is_file() and source.stat().st_size < 15e6:
-        shutil.copyfile(source, Path(os.environ["OUT"]) / f"{target}.trace.json.gz")
+def keep_trace(directory: Path, profile: dict[str, Any], target: str) -> None:
+    """Copies a trace and the text of its program into $OUT, if that is set; not what has more than 15 MB."""
+    if not os.environ.get("OUT"):
+        return
+    out = Path(os.environ["OUT"])
+    out.mkdir(parents=True, exist_ok=True)
+    found = {"trace.json.gz": Path(profile.get("file", "")), "hlo.txt.gz": directory / PROGRAM}
+    for name, source in found.items():
+        if source.is_file() and source.stat().st_size < 15e6:
+            shutil.copyfile(source, out / f"{target}.{name}")
 
 
 def parse() -> argparse.Namespace:
@@ -311,6 +333,7 @@ def parse() -> argparse.Namespace:
     order = ["prod-1024", "nano-512", "prod-512", "prod-256"]
     parser.add_argument("--targets", nargs="+", choices=real, default=order)
     parser.add_argument("--sides", nargs="+", choices=list(NEEDED), default=list(NEEDED))
+    parser.add_argument("--only", nargs="+", metavar="TARGET:MICRO-BATCH:REMAT", help="these and no other")
     parser.add_argument("--rounds", type=int, default=3, help="of the two best in turn, for the ratio")
     parser.add_argument("--repeats", type=int, default=10, help="timed micro-batches of a process")
     parser.add_argument("--memory-gb", type=float, default=24.0, help="of the device (1e9 bytes); 0: all")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import gzip
 import json
 import math
 import time
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 TEXT_TOKENS = 120
+PROGRAM = "program.hlo.txt.gz"  # the compiled program's text, beside a trace of it
 WARM_UP = 3  # micro-batches before the clock starts
 
 
@@ -185,7 +187,10 @@ def run_jax(spec: dict[str, Any], a: argparse.Namespace, result: dict[str, Any])
 
         with jax.profiler.trace(a.trace):
             turns(a.repeats)
-        result["profile"] = summary(Path(a.trace), compiled.as_text(), a.repeats)
+        text = compiled.as_text()
+        with gzip.open(Path(a.trace) / PROGRAM, "wt", encoding="utf-8") as file:
+            file.write(text)
+        result["profile"] = summary(Path(a.trace), text, a.repeats)
     else:
         result["seconds"] = intervals(turns(a.repeats + 2))
     result["peak_gb"] = devices.peak_memory_gb()

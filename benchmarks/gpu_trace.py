@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 _LINE = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$", re.MULTILINE)
+_OPERANDS = re.compile(r"(?<=[\w\-])\(%[^()]*\)")
 _CONTAINERS = (" while(", " conditional(", " call(")  # their time is that of the operations in them
 # In this order: the first whose word occurs in the kernel's name or its line of HLO.
 _GROUPS = (
     ("attention", ("fmha", "sdpa", "flash")),
-    ("products", ("matmul", "gemm", "cublas", "nvjet", "cutlass", "dot_general", " dot(", "convolution")),
+    ("products", ("matmul", "gemm", "cublas", "nvjet", "cutlass", "dot_general", " dot(", "convolution(")),
     ("copies", ("memcpy", "memset", " copy(", " copy-start(", "copy_fusion", "transpose_fusion")),
 )
 
@@ -32,9 +33,10 @@ def group(name: str, line: str) -> str:
     """What an operation is for, by its kernel's name and its line of HLO ("" where it has none).
 
     Beyond products, attention and copies: what stands outside the loss (whose operations JAX calls jvp) is the
-    optimizer's, and the EMA's and the metrics'; the rest is norms and other elementwise work.
+    optimizer's, and the EMA's and the metrics'; the rest is norms and other elementwise work. What an operation reads
+    does not count: a norm of a product's result is no product.
     """
-    text = f"{name} {line}".lower()
+    text = f"{name} {_OPERANDS.sub('()', line)}".lower()
     for label, words in _GROUPS:
         if any(word in text for word in words):
             return label

@@ -265,8 +265,8 @@ def rows_of_plan(count: int) -> None:
 
     from preprocess.images import Header
     from preprocess.options import Options
+    from preprocess.place import Place
     from preprocess.plan import Item, make_units
-    from preprocess.scan import Place
 
     buckets = Options("in", "out").checked().buckets()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

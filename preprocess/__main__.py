@@ -189,6 +189,7 @@ def _add_subset(parser: argparse.ArgumentParser) -> None:
     add("--candidates", type=int, default=4000, help="look at this many pictures at most (default: 4000)")
     add("--allow-fewer", action="store_true", help="take what there is if it is less than --count")
     add("--caption-field", default="", help="for a folder: field looked for before 'caption' and 'text'")
+    add("--allow-outside", action="store_true", help="for a folder: as of build")
     add("--device", default="auto", help="for the encoders: auto, cpu, cuda, mps (default: auto)")
     add("--workers", type=int, default=0, help="threads that decode images (default: one a core)")
     parser.set_defaults(run=_subset)
@@ -210,7 +211,9 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(name, help=(help + shown).replace("%", "%%"), **more)
 
     parser.add_argument(
-        "--input", required=True, help="folder of images, or a .jsonl of image_path and caption, or a .tar"
+        "--input",
+        required=True,
+        help="folder of images, or a table of image_path and caption (.jsonl, .csv, .parquet), or a .tar",
     )
     parser.add_argument("--output", required=True, help="the dataset directory")
     option("--vae", "Hugging Face id, directory, or builtin:dct")
@@ -226,7 +229,9 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     option("--min-side", "reject images with a shorter side than this, pixels")
     option("--max-pixels", "reject images with more pixels than this, before decoding them")
     option("--max-upscale", "warn about images that are enlarged more than this")
-    option("--caption-field", "field of the .json looked for before 'caption' and 'text'")
+    option("--caption-field", "field of the .json or column looked for before 'caption', 'text', 'captions'")
+    parser.add_argument("--allow-outside", action="store_true", help="follow links to folders, and take links and "
+        "paths in tables that lead out of the input (default: they are rejects)")  # fmt: skip
     option("--holdout", "share of the images kept out of training, by content")
     option("--shard-size", "records in a shard at most")
     option("--limit", "use only the first N images by name (default: all)")

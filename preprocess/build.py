@@ -16,13 +16,14 @@ from preprocess import PreprocessError
 from preprocess.encode import Counts, Encoders, Encoding
 from preprocess.encoders import load_text_encoder, load_vae, load_vision_encoder
 from preprocess.encoders.device import choose_device
+from preprocess.findings import Reject, Scan, counted
 from preprocess.forecast import tell
 from preprocess.journal import Journal
 from preprocess.lock import locked
 from preprocess.options import Options
-from preprocess.plan import Fingerprints, Plan, Unit, make_plan
-from preprocess.publish import LOG_FILE, Identities, publish, roll_forward
-from preprocess.scan import Scan, scan
+from preprocess.plan import Fingerprints, NothingToBuild, Plan, Unit, make_plan
+from preprocess.publish import LOG_FILE, Identities, publish, roll_forward, save_rejects
+from preprocess.scan import scan
 from preprocess.summary import tell_encoders, tell_gone, tell_plan, tell_result
 from preprocess.units import SHARD_SUFFIX, WORK, Archive, Rows, UnitInfo, disk_errors, load_work
 from preprocess.vectors import Vectors
@@ -87,7 +88,7 @@ def dry_run(options: Options) -> Plan:
 
 
 def _list(options: Options, output: Path) -> tuple[Scan, Vectors | None]:
-    listing = scan(options.input, options.caption_field, exclude=output)
+    listing = scan(options.input, options.caption_field, output, options.allow_outside)
     if not options.vision_embeddings:
         return listing, None
     return listing, Vectors(options.vision_embeddings, (f.key for f in listing.found), options.vision_encoder)
@@ -95,9 +96,22 @@ def _list(options: Options, output: Path) -> tuple[Scan, Vectors | None]:
 
 def _plan(options: Options, listing: Scan, vectors: Vectors | None, journal: Journal) -> Plan:
     with journal.bar(len(listing.found[: options.limit or None]), "plan") as bar:
-        plan = make_plan(listing, options, vectors, bar.update)
+        try:
+            plan = make_plan(listing, options, vectors, bar.update)
+        except NothingToBuild as error:
+            raise PreprocessError(f"{error}{_keep(Path(options.output), error.rejects)}") from error
     tell_plan(journal, plan, listing)
     return plan
+
+
+def _keep(output: Path, rejects: list[Reject]) -> str:
+    """Writes the rejects of a build that makes no dataset, and says where; an existing dataset keeps its own."""
+    path = output / records.REJECTS
+    if not rejects or (output / records.MANIFEST).exists():
+        return ""
+    with disk_errors(path):
+        save_rejects(path, rejects)
+    return f". Each with its reason: {path}"
 
 
 def _build(
@@ -145,7 +159,7 @@ def _build(
     encoding = Encoding(encoders, options, prints, archive, work, journal.event)
     if todo:
         with journal.bar(sum(len(unit.items) for _, unit in todo), "encode") as bar:
-            for info in encoding.run(todo, _Progress(bar, encoding, journal, len(plan.rejects))):
+            for info in encoding.run(todo, _Progress(bar, encoding, journal, counted(plan.rejects))):
                 done.add(Rows.load(work / f"{info.uid}.parquet"))
                 journal.event("unit", uid=info.uid, split=info.split, records=info.records, bytes=info.bytes)
     seconds["encode"] = time.perf_counter() - start

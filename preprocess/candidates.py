@@ -24,13 +24,14 @@ from preprocess import PreprocessError
 from preprocess.buckets import TOKEN_SIDE, Size
 from preprocess.choice import THUMBNAIL, Candidates, side_of
 from preprocess.encoders import load_text_encoder, load_vision_encoder
+from preprocess.findings import Found, Reject, Scan
 from preprocess.images import Rejected, decode
 from preprocess.journal import Journal
 from preprocess.options import Options
 from preprocess.plan import MAX_FILE_BYTES, Item, digest, make_plan
 from preprocess.publish import load_options
 from preprocess.report import Dataset
-from preprocess.scan import Found, Reject, Scan, scan
+from preprocess.scan import scan
 from preprocess.units import read_rows, replacing
 
 TONE = "builtin:tone"
@@ -54,6 +55,7 @@ class SubsetOptions:
     candidates: int = 4000
     allow_fewer: bool = False
     caption_field: str = ""
+    allow_outside: bool = False
     device: str = "auto"
     workers: int = 0
 
@@ -156,7 +158,7 @@ def _of_dataset(options: SubsetOptions, directory: Path, journal: Journal) -> Po
     ).checked()
     keys, captions = dataset.index["key"].to_pylist(), dataset.index["caption"].to_pylist()
     chosen = _sample(keys, captions, options)
-    listing = scan(root, built.caption_field, exclude=Path(options.output))
+    listing = scan(root, built.caption_field, Path(options.output), built.allow_outside)
     by_key = {found.key: found for found in listing.found if found.key in chosen}
     if not by_key:
         raise PreprocessError(
@@ -207,12 +209,13 @@ def _of_folder(options: SubsetOptions, cache: Path, journal: Journal) -> Pool:
         resolution=options.resolution,
         holdout=0.0,
         caption_field=options.caption_field,
+        allow_outside=options.allow_outside,
         device=options.device,
         workers=options.workers,
     ).checked()
     text_encoder = load_text_encoder(options.text_encoder, options.device)
     vision_encoder = load_vision_encoder(options.vision_encoder, options.device)
-    listing = scan(options.input, options.caption_field, exclude=Path(options.output))
+    listing = scan(options.input, options.caption_field, Path(options.output), options.allow_outside)
     with journal.bar(len(listing.found), "read") as bar:
         plan = make_plan(listing, build, None, bar.update)
     chosen = _sample([item.key for item in plan.items], [item.caption for item in plan.items], options)

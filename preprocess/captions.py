@@ -1,19 +1,123 @@
-"""Captions: from a .json or .txt beside the image, or from a table of many."""
+"""Captions: texts from files beside an image and from rows of tables, and which of them a picture gets.
+
+A picture's sources are looked at in order (`Source.group`), and all usable captions of the first group that has any
+are taken. A source without a usable caption hides none behind it; it is counted.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
+import codecs
+import collections
+import dataclasses
+import itertools
 import json
-from collections.abc import Iterator
-from typing import Any, BinaryIO
+import unicodedata
+from typing import Any
 
 from preprocess.images import Rejected
+from preprocess.place import Place
 
-FIELDS = ("caption", "text")
-PATH_FIELDS = ("file_name", "image_path")
+FIELDS = ("caption", "text", "captions")
 MAX_CHARACTERS = 20_000  # about 8 times what 512 tokens hold
 MAX_BYTES = 4_000_000  # of one caption file
+MAX_CAPTIONS = 100  # of one picture
+# Longest first: the mark of UTF-16 is the beginning of that of UTF-32.
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+# Letters and symbols by their category that show nothing: Hangul fillers, the empty Braille pattern, and what stands
+# for a character that could not be decoded.
+_BLANK = frozenset("\u115f\u1160\u3164\uffa0\u2800\ufffd\ufffc")
+NUL_HINT = "it has NUL characters, as UTF-16 without a byte order mark does: save it as UTF-8"
+UTF8_HINT = "save it as UTF-8, for example by `iconv -f WINDOWS-1252 -t UTF-8`"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Source:
+    """One place where captions of a picture may stand.
+
+    Attributes:
+      name: of the file below its folder, or the table and the line.
+      group: sources of one group hold different captions of one picture; a lower group is looked at first.
+      place: the file; None for a row of a table.
+      type: of the file: ".json" or ".txt".
+      texts: of a row: its captions, or why it has none.
+    """
+
+    name: str
+    group: int
+    place: Place | None = None
+    type: str = ""
+    texts: tuple[str, ...] | Rejected = ()
+
+    def read(self, names: tuple[str, ...], passed_over: collections.Counter[str]) -> tuple[str, ...]:
+        """The captions; raises `Rejected` if there is no usable one."""
+        if self.place is not None:
+            data = self.place.read(MAX_BYTES)
+            return from_json(data, names, passed_over) if self.type == ".json" else (from_text(data),)
+        if isinstance(self.texts, Rejected):
+            raise self.texts
+        return self.texts
+
+
+def choose(
+    sources: tuple[Source, ...], names: tuple[str, ...]
+) -> tuple[tuple[str, ...], collections.Counter[str]]:
+    """The captions of a picture, all different, in order; and what was passed over, counted by reason.
+
+    Args:
+      sources: in order of preference.
+      names: fields of a JSON object that hold captions, in order.
+
+    Raises:
+      Rejected: no source has a usable caption; the detail names each. Or one could not be read (`transient`): another
+        one in its place would be a caption that the next build takes back.
+    """
+    passed_over: collections.Counter[str] = collections.Counter()
+    failures: list[tuple[str, Rejected]] = []
+    looked_at = 0
+    for _, group in itertools.groupby(sources, key=lambda source: source.group):
+        found: dict[str, None] = {}
+        for source in group:
+            looked_at += 1
+            try:
+                texts = source.read(names, passed_over)
+            except Rejected as rejected:
+                if rejected.transient:
+                    raise
+                failures.append((source.name, rejected))
+                continue
+            for text in texts:
+                if text in found or len(found) == MAX_CAPTIONS:
+                    what = (
+                        f"more than {MAX_CAPTIONS} captions"
+                        if text not in found
+                        else "the same caption again"
+                    )
+                    passed_over[what] += 1
+                else:
+                    found[text] = None
+        if found:
+            passed_over.update(rejected.reason for _, rejected in failures)
+            if rows := sum(source.place is None for source in sources[looked_at:]):
+                passed_over["a row for a picture that has a caption"] += rows
+            return tuple(found), passed_over
+    raise _none_usable(failures)
+
+
+def _none_usable(failures: list[tuple[str, Rejected]]) -> Rejected:
+    if not failures:
+        return Rejected(
+            "no caption",
+            "no .json, .txt or .caption file of its name beside it and no row in a metadata table",
+        )
+    # A source that should have been one says more than a file of other metadata.
+    told = next((r for _, r in failures if r.reason != "no caption"), failures[0][1])
+    return Rejected(told.reason, "; ".join(f"{name}: {r.detail or r.reason}" for name, r in failures[:10]))
 
 
 def fields(first: str = "") -> tuple[str, ...]:
@@ -21,28 +125,54 @@ def fields(first: str = "") -> tuple[str, ...]:
     return (first, *FIELDS) if first else FIELDS
 
 
-def from_json(data: bytes, names: tuple[str, ...]) -> str:
-    """The caption in a JSON object; raises `Rejected`."""
+def from_json(
+    data: bytes, names: tuple[str, ...], passed_over: collections.Counter[str] | None = None
+) -> tuple[str, ...]:
+    """The captions in a JSON object; raises `Rejected`."""
     try:
-        raw = json.loads(_decode(data))
+        raw = json.loads(decode(data))
     except (ValueError, RecursionError) as error:
         raise Rejected("broken JSON", str(error)[:200]) from error
-    return from_mapping(raw, names)
+    return from_mapping(raw, names, passed_over)
 
 
 def from_text(data: bytes) -> str:
     """The caption that is a whole text file; raises `Rejected`."""
-    return clean(_decode(data))
+    return clean(decode(data))
 
 
-def from_mapping(raw: Any, names: tuple[str, ...]) -> str:
-    """The first of the named fields that is there; raises `Rejected`."""
+def from_mapping(
+    raw: Any, names: tuple[str, ...], passed_over: collections.Counter[str] | None = None
+) -> tuple[str, ...]:
+    """The captions in the first of the named fields that has a usable one: a text, or a list of texts.
+
+    Args:
+      passed_over: counts the unusable ones beside a usable one.
+
+    Raises:
+      Rejected: there is none.
+    """
     if not isinstance(raw, dict):
         raise Rejected("no caption", f"expected a JSON object, got {type(raw).__name__}")
+    failures: list[Rejected] = []
     for name in names:
-        if raw.get(name) is not None:
-            return clean(raw[name])
-    raise Rejected("no caption", f"none of the fields {', '.join(names)}")
+        value = raw.get(name)
+        if value is None:
+            continue
+        found = []
+        for text in value if isinstance(value, list) and value else [value]:
+            try:
+                found.append(clean(text))
+            except Rejected as rejected:
+                failures.append(rejected)
+        if found:
+            if passed_over is not None:
+                passed_over.update(rejected.reason for rejected in failures)
+            return tuple(found)
+    if failures:
+        raise failures[0]
+    there = ", ".join(repr(name)[:40] for name in list(raw)[:8]) or "no field at all"
+    raise Rejected("no caption", f"none of the fields {', '.join(names)}; it has {there}")
 
 
 def clean(caption: Any) -> str:
@@ -54,74 +184,37 @@ def clean(caption: Any) -> str:
         raise Rejected("empty caption")
     if len(caption) > MAX_CHARACTERS:
         raise Rejected("caption too long", f"{len(caption):,} characters, the limit is {MAX_CHARACTERS:,}")
+    if "\0" in caption:
+        raise Rejected("NUL in the caption", NUL_HINT)
     try:
         caption.encode("utf-8")
     except UnicodeEncodeError as error:
         raise Rejected("invalid UTF-8", f"half of a surrogate pair at character {error.start}") from error
+    if not any(map(_shows, caption)):
+        raise Rejected("empty caption", f"nothing in it shows: {ascii(caption[:20])}")
     return caption
 
 
-def _decode(data: bytes) -> str:
+def _shows(character: str) -> bool:
+    """Whether a character is one to read; white space, controls, format characters and marks alone are not."""
+    return unicodedata.category(character)[0] not in "CMZ" and character not in _BLANK
+
+
+def encoding_of(head: bytes) -> str:
+    """The encoding that a byte order mark at the beginning names; UTF-8 without one."""
+    return next((encoding for mark, encoding in _MARKS if head.startswith(mark)), "utf-8")
+
+
+def decode(data: bytes) -> str:
+    """The text of a caption file: UTF-8, or UTF-16 or UTF-32 with a byte order mark; raises `Rejected`."""
     if len(data) > MAX_BYTES:
         raise Rejected("caption too long", f"a file of {len(data):,} bytes")
+    encoding = encoding_of(data)
     try:
-        return data.decode("utf-8-sig")
+        text = data.decode(encoding)
     except UnicodeDecodeError as error:
-        raise Rejected("invalid UTF-8", f"byte {error.start} of the caption file") from error
-
-
-def read_table(file: BinaryIO, suffix: str) -> Iterator[tuple[int, dict | Rejected]]:
-    """Rows of a metadata file, `.jsonl` or `.csv`, with their line numbers from 1, one at a time."""
-    yield from _read_csv(file) if suffix == ".csv" else _read_jsonl(file)
-
-
-def _read_jsonl(file: BinaryIO) -> Iterator[tuple[int, dict | Rejected]]:
-    number = 0
-    while line := file.readline(MAX_BYTES + 1):  # a bound on memory for a file that is one endless line
-        number += 1
-        if not line.strip():
-            continue
-        if len(line) > MAX_BYTES:
-            while line and not line.endswith(b"\n"):
-                line = file.readline(MAX_BYTES)
-            yield number, Rejected("caption too long", f"a row of more than {MAX_BYTES:,} bytes")
-            continue
-        try:
-            row = json.loads(_decode(line))
-            if not isinstance(row, dict):
-                raise Rejected("broken JSON", f"expected an object, got {type(row).__name__}")
-            yield number, row
-        except Rejected as rejected:
-            yield number, rejected
-        except (ValueError, RecursionError) as error:
-            yield number, Rejected("broken JSON", str(error)[:200])
-
-
-def _read_csv(file: BinaryIO) -> Iterator[tuple[int, dict | Rejected]]:
-    reader = csv.DictReader(_csv_lines(file))
-    try:
-        for row in reader:
-            yield reader.line_num, row
-    except UnicodeDecodeError:
-        yield reader.line_num + 1, Rejected("invalid UTF-8", "in the table: the rows after it were not read")
-    except csv.Error as error:
-        yield max(1, reader.line_num), Rejected("broken CSV", f"{error}: the rows after it were not read")
-
-
-def _csv_lines(file: BinaryIO) -> Iterator[str]:
-    """The lines of a .csv, whatever ends them; raises `csv.Error` for one that is too long for memory."""
-    encoding = "utf-8-sig"
-    while line := file.readline(MAX_BYTES + 1):
-        if len(line) > MAX_BYTES:
-            raise csv.Error(f"a line of more than {MAX_BYTES:,} bytes")
-        yield from io.StringIO(line.decode(encoding), newline="")
-        encoding = "utf-8"
-
-
-def path_in(row: dict) -> str:
-    """The image's path in a row of a table; raises `Rejected`."""
-    for name in PATH_FIELDS:
-        value = row.get(name)
-        if isinstance(value, str) and value:
-            return value
-    raise Rejected("no image path", f"none of the fields {', '.join(PATH_FIELDS)} is a text")
+        name = encoding.removesuffix("-sig").upper()
+        raise Rejected(f"invalid {name}", f"byte {error.start} of the caption: {UTF8_HINT}") from error
+    if "\0" in text:
+        raise Rejected("NUL in the caption", NUL_HINT)
+    return text

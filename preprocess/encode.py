@@ -29,10 +29,10 @@ import numpy as np
 
 from fluxdit_jax.records import Record
 from preprocess.encoders import TextEncoder, Vae, VisionEncoder
+from preprocess.findings import Reject
 from preprocess.images import Rejected, decode
 from preprocess.options import Options
 from preprocess.plan import MAX_FILE_BYTES, Fingerprints, Item, Unit
-from preprocess.scan import Reject
 from preprocess.units import Archive, UnitInfo, write_unit
 from preprocess.vectors import Vectors
 

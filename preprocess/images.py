@@ -8,74 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
-import io
 import re
-import struct
 import threading
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import (  # the plugins register the formats when they are imported
-    AvifImagePlugin,
-    BmpImagePlugin,
-    Image,
-    ImageCms,
-    JpegImagePlugin,
-    MpoImagePlugin,
-    PngImagePlugin,
-    TiffImagePlugin,
-    UnidentifiedImageError,
-    WebPImagePlugin,
-)
+from PIL import Image, UnidentifiedImageError
 
+from preprocess import colour, formats, jpeg
 from preprocess.buckets import Size, geometry
+from preprocess.orientation import TURNS, is_size_turned, orientation, read_exif
+from preprocess.png import Png
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff")
-OTHER_IMAGES = (
-    ".gif",
-    ".heic",
-    ".heif",
-    ".jxl",
-    ".jp2",
-    ".psd",
-    ".svg",
-    ".ico",
-    ".tga",
-    ".exr",
-    ".hdr",
-    ".apng",
-)
-OTHER_IMAGES += (
-    ".ppm",
-    ".pgm",
-    ".raw",
-    ".dng",
-    ".cr2",
-    ".cr3",
-    ".nef",
-    ".arw",
-    ".orf",
-    ".rw2",
-    ".jfif",
-    ".eps",
-)
-_PLUGINS = (AvifImagePlugin, BmpImagePlugin, JpegImagePlugin, MpoImagePlugin, PngImagePlugin)
-_PLUGINS += (TiffImagePlugin, WebPImagePlugin)
-_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "TIFF")
-_ORIENTATION = 0x0112
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_SRGB = ImageCms.createProfile("sRGB")
 _PAPER = (255, 255, 255, 255)  # what shows through transparent pixels
 
 
@@ -104,69 +50,71 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Header:
-    """Size of the upright picture (pixels), the EXIF orientation 1 to 8 that makes it so, and the format."""
+    """What a file says of its picture.
+
+    Attributes:
+      height: of the upright picture, pixels.
+      width: likewise.
+      orientation: 1 to 8 as in EXIF, what makes the decoded pixels upright.
+      format: Pillow's name of the file's format.
+      version: of `decode`, the one since which the file gives the pixels that it gives. 2: orientation or
+        colours come from where version 1 does not look.
+    """
 
     height: int
     width: int
     orientation: int
     format: str
+    version: int = 1
 
 
 def read_header(data: bytes, limits: Limits) -> Header:
     """Size and orientation, without decoding a pixel.
+
+    JPEG XL is the exception: its plugin decodes a file that it opens.
 
     Raises:
       Rejected: empty, not an image, animated, too large, too small or too narrow.
     """
     if not data:
         raise Rejected("zero bytes")
+    if missing := formats.without_reader(data[:64]):
+        raise Rejected("image type is not read", missing)
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            width, height = image.size
-            if width * height > limits.max_pixels:
-                raise Rejected("too many pixels", f"{width}x{height}, the limit is {limits.max_pixels:,}")
-            frames = getattr(image, "n_frames", 1)
-            if frames > 1 and image.format != "MPO":  # MPO: a camera's JPEG with a second view behind it
+        _check_size(formats.stated_size(data), limits)
+        image, png = formats.open_image(data)
+        with image:
+            _check_size(image.size, limits)
+            if (frames := formats.frames(image, data)) > 1:
                 raise Rejected("animated or several pages", f"{frames} frames")
-            orientation = _orientation(image, data)
-            name = image.format or "?"
+            width, height = image.size[::-1] if is_size_turned(image) else image.size
+            turn, name = orientation(image, png), image.format or "?"
+            version = _version(image, png, data, turn)
     except Rejected:
         raise
-    except Image.DecompressionBombError as error:
-        raise Rejected("too many pixels", str(error)) from error
     except Exception as error:  # noqa: BLE001  the plugins raise whatever their parser met
         raise Rejected("not an image", _describe(error)) from error
-    if orientation >= 5:
+    if turn >= 5:
         width, height = height, width
     if min(width, height) < limits.min_side:
         raise Rejected("too small", f"{width}x{height}, the shorter side must have {limits.min_side} pixels")
     if max(width, height) > limits.max_aspect * min(width, height):
         raise Rejected("absurd aspect ratio", f"{width}x{height}, more than {limits.max_aspect:g} to 1")
-    return Header(height, width, orientation, name)
+    return Header(height, width, turn, name, version)
 
 
-def _orientation(image: Image.Image, data: bytes) -> int:
-    if image.format == "TIFF":
-        return 1  # Pillow turns TIFFs itself
-    if image.format == "PNG":
-        # Pillow would decode the whole picture to find an eXIf chunk behind the pixels.
-        exif = Image.Exif()
-        exif.load(image.info.get("exif") or _png_chunk(data, b"eXIf"))
-    else:
-        exif = image.getexif()
-    value = exif.get(_ORIENTATION, 1)
-    return value if value in _UPRIGHT else 1
+def _check_size(size: tuple[int, int] | None, limits: Limits) -> None:
+    if size and size[0] * size[1] > limits.max_pixels:
+        raise Rejected("too many pixels", f"{size[0]}x{size[1]}, the limit is {limits.max_pixels:,}")
 
 
-def _png_chunk(data: bytes, wanted: bytes) -> bytes:
-    """The first chunk of this type, or b"" (also if the file is cut short)."""
-    position = 8
-    while position + 8 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, position)
-        if kind == wanted:
-            return data[position + 8 : position + 8 + length]
-        position += length + 12
-    return b""
+def _version(image: Image.Image, png: Png | None, data: bytes, turn: int) -> int:
+    if png and turn != orientation(image, dataclasses.replace(png, texts={})):
+        return 2
+    profile = colour.profile_of(image, png, read_exif(image, png), data)
+    mode = "L" if image.mode in ("1", "L", "I") or image.mode.startswith("I;16") else image.mode
+    mode = mode if mode in ("L", "CMYK") and "transparency" not in image.info else "RGB"
+    return 1 if colour.is_version_1(colour.icc_profile(image, png), profile, mode) else 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,10 +169,14 @@ def decode(data: bytes, header: Header, bucket: Size, fit: str, noise_key: str =
 
 def _decode(data: bytes, header: Header, bucket: Size, fit: str, noise_key: str) -> Picture:
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            image.load()
-            profile = image.info.get("icc_profile") or b""
-            plain = _without_alpha(image)
+        image, png = formats.open_image(data)
+        with image:
+            if sorted(image.size) != sorted((header.width, header.height)):
+                raise Rejected(
+                    "damaged image", f"the header says {header.width}x{header.height}, not so the file"
+                )
+            profile = colour.profile_of(image, png, read_exif(image, png), data)
+            plain = _without_alpha(_loaded(image, data))
     except Rejected:
         raise
     except Exception as error:  # noqa: BLE001  the plugins raise whatever their decoder met
@@ -237,9 +189,9 @@ def _decode(data: bytes, header: Header, bucket: Size, fit: str, noise_key: str)
     plan = geometry((header.height, header.width), bucket, fit)
     box, (rows, columns) = _lying_box(plan.box, header), plan.size
     plain = plain.resize((rows, columns) if turned else (columns, rows), Image.Resampling.LANCZOS, box=box)
-    plain, ignored = _to_srgb(plain, profile)
-    if header.orientation in _UPRIGHT:
-        plain = plain.transpose(_UPRIGHT[header.orientation])
+    plain, ignored = colour.to_srgb(plain, profile)
+    if header.orientation in TURNS:
+        plain = plain.transpose(TURNS[header.orientation])
     pixels = np.asarray(plain)
     if plan.size != bucket:
         seed = int.from_bytes(hashlib.sha256(b"padding " + noise_key.encode()).digest()[:16], "little")
@@ -248,6 +200,17 @@ def _decode(data: bytes, header: Header, bucket: Size, fit: str, noise_key: str)
         canvas[top : top + rows, left : left + columns] = pixels
         pixels = canvas
     return Picture(pixels, ignored)
+
+
+def _loaded(image: Image.Image, data: bytes) -> Image.Image:
+    """The image with its pixels; a JPEG may lack its end, but no pixel."""
+    if image.format in ("JPEG", "MPO") and not jpeg.has_end(data):
+        whole = jpeg.completed(data)
+        if whole is None:
+            raise Rejected("damaged image", "the end of the file is missing, and pixels with it")
+        image, _ = formats.open_image(whole)
+    image.load()
+    return image
 
 
 def _lying_box(box: tuple[float, float, float, float], header: Header) -> tuple[float, float, float, float]:
@@ -274,29 +237,6 @@ def _without_alpha(image: Image.Image) -> Image.Image:
     if mode in ("L", "RGB", "CMYK"):
         return image
     return image.convert("L" if mode == "1" else "RGB")
-
-
-def _to_srgb(image: Image.Image, profile: bytes) -> tuple[Image.Image, bool]:
-    """The picture in sRGB, and whether its profile could not be used."""
-    ignored = False
-    if profile:
-        transform = _transform(profile, image.mode)
-        if isinstance(transform, ImageCms.ImageCmsTransform):
-            return ImageCms.applyTransform(image, transform), False
-        ignored = not transform
-    return image.convert("RGB"), ignored
-
-
-@functools.lru_cache(maxsize=64)
-def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | bool:
-    """The transform to sRGB; True if none is needed, False if the profile is unusable."""
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if mode == "RGB" and "srgb" in ImageCms.getProfileDescription(source).lower():
-            return True
-        return ImageCms.buildTransform(source, _SRGB, mode, "RGB")
-    except Exception:  # noqa: BLE001  a profile is data from a stranger; the picture is worth more
-        return False
 
 
 def _describe(error: Exception) -> str:

@@ -35,6 +35,7 @@ class Options:
     max_pixels: int = 150_000_000
     max_upscale: float = 1.5
     caption_field: str = ""
+    allow_outside: bool = False
     holdout: float = 0.02
     shard_size: int = 1000
     limit: int = 0
@@ -69,6 +70,11 @@ class Options:
                 raise PreprocessError(f"--{name.replace('_', '-')} must be from {low} to {high}, got {value}")
         if self.fit not in FITS:
             raise PreprocessError(f"--fit must be one of {', '.join(FITS)}, got {self.fit!r}")
+        if Path(self.input).expanduser().resolve() == Path(self.output).expanduser().resolve():
+            raise PreprocessError(
+                f"--output {self.output} is the input itself: give another folder, for example "
+                f"{Path(self.output).with_name(Path(self.output).name + '-dataset')}"
+            )
         result = dataclasses.replace(
             self,
             modulus=self.modulus or default_modulus(self.resolution),

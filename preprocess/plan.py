@@ -13,22 +13,21 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-from fluxdit_jax.other_captions import MAX_CAPTIONS
 from fluxdit_jax.records import SPLITS, WRITER_OPTIONS, EncoderIdentity, json_checksum
 from preprocess import PreprocessError, captions
 from preprocess.buckets import Size, nearest
+from preprocess.findings import Found, Reject, Scan
+from preprocess.formats import has_other_extension
 from preprocess.images import Header, Rejected, read_header
 from preprocess.options import Options
-from preprocess.scan import Found, Place, Reject, Scan
+from preprocess.place import Place
 from preprocess.vectors import Vectors
 
 MAX_FILE_BYTES = 512_000_000
-PIXELS_VERSION = 1  # raised when `images.decode` gives other pixels for the same file and bucket
+PIXELS_VERSION = 1  # raised when `images.decode` gives other pixels for all files; for some, `Header.version`
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,7 +35,7 @@ class Item:
     """One image that is to become a record.
 
     Attributes:
-      captions: at least one, all different, in the order in which they are stored.
+      captions: at least one, all different.
       content: sha256 of the image file, hex.
       header: size of the upright picture.
       bucket: (height, width), pixels.
@@ -76,16 +75,17 @@ class Fingerprints:
 
     def ids(self, item: Item) -> tuple[str, str, str]:
         """Names of the latent, the texts and the vision vector of an item, by what they are made from."""
-        return self.ids_of(item.content, item.bucket, item.captions, item.vector)
+        return self.ids_of(item.content, item.bucket, item.captions, item.vector, item.header.version)
 
     def ids_of(
-        self, content: str, bucket: Size, captions: tuple[str, ...], vector: str = ""
+        self, content: str, bucket: Size, captions: tuple[str, ...], vector: str = "", version: int = 1
     ) -> tuple[str, str, str]:
-        """The same of a record."""
+        """The same of a record; `version` is its header's, so that only files of a new reading get new names."""
+        pixels = [content, bucket] if version == 1 else [content, bucket, version]
         return (
-            digest(self.latent, content, bucket),
+            digest(self.latent, *pixels),
             digest(self.text, *captions),
-            digest(self.vision, *([vector] if vector else [content, bucket])),
+            digest(self.vision, *([vector] if vector else pixels)),
         )
 
 
@@ -117,12 +117,21 @@ class Unit:
         return digest(WRITER_OPTIONS, self.split, rows)
 
 
+class NothingToBuild(PreprocessError):
+    """No input can become a record to train on; `rejects` says of each why."""
+
+    def __init__(self, message: str, rejects: list[Reject]) -> None:
+        super().__init__(message)
+        self.rejects = rejects
+
+
 @dataclasses.dataclass
 class Plan:
     """All items by key, their division into units, and the inputs that were refused so far.
 
     Attributes:
       duplicates: groups of keys whose image files are equal, byte by byte.
+      passed_over: captions that were not taken because another one was, counted by reason.
       wrong_extension: images whose extension names another format than they have.
       bytes_read: of images.
     """
@@ -132,6 +141,7 @@ class Plan:
     units: list[Unit]
     rejects: list[Reject]
     duplicates: list[tuple[str, ...]]
+    passed_over: collections.Counter[str]
     wrong_extension: int
     bytes_read: int
 
@@ -151,39 +161,42 @@ def make_plan(
       progress: called with the number of inputs done since the last call.
 
     Raises:
-      PreprocessError: nothing is left to train on.
+      NothingToBuild: nothing is left to train on.
     """
     found = scan.found[: options.limit or None]
     items: list[Item] = []
     rejects = list(scan.rejects)
+    passed_over = scan.passed_over.copy()
     size = 0
     for result in _in_threads(lambda f: _examine(f, options, vectors), found, options.workers):
         if isinstance(result, Reject):
             rejects.append(result)
         else:
-            item, bytes_read = result
+            item, bytes_read, not_taken = result
             items.append(item)
+            passed_over += not_taken
             size += bytes_read
         progress(1)
     units = make_units(items, options.holdout, options.shard_size)
     if not any(unit.split == "train" for unit in units):
-        raise PreprocessError(_nothing(scan, found, items, rejects, options))
+        raise NothingToBuild(_nothing(scan, found, items, rejects, options), rejects)
     return Plan(
         options=options,
         items=items,
         units=units,
         rejects=rejects,
         duplicates=_duplicates(items),
+        passed_over=passed_over,
         wrong_extension=sum(_wrong_extension(item) for item in items),
         bytes_read=size,
     )
 
 
-def _examine(found: Found, options: Options, vectors: Vectors | None) -> tuple[Item, int] | Reject:
+def _examine(
+    found: Found, options: Options, vectors: Vectors | None
+) -> tuple[Item, int, collections.Counter[str]] | Reject:
     try:
-        texts = _captions(found, captions.fields(options.caption_field))
-        if len(texts) > MAX_CAPTIONS:
-            raise Rejected("too many captions", f"{len(texts)}, the limit is {MAX_CAPTIONS}")
+        texts, passed_over = captions.choose(found.captions, captions.fields(options.caption_field))
         data = found.image.read(MAX_FILE_BYTES)
         header = read_header(data, options.limits())
         vector = hashlib.sha256(vectors.read(found.key)[0]).hexdigest() if vectors else ""
@@ -198,31 +211,7 @@ def _examine(found: Found, options: Options, vectors: Vectors | None) -> tuple[I
         )
     except Rejected as rejected:
         return Reject.of(found.key, found.image.path, rejected)
-    return item, len(data)
-
-
-def _captions(found: Found, names: tuple[str, ...]) -> tuple[str, ...]:
-    """All captions of an image: several where the field of its .json is a list."""
-    if found.caption_file is not None and found.caption_type == ".json":
-        try:
-            raw = json.loads(found.caption_file.read(captions.MAX_BYTES))
-            field = next(raw[name] for name in names if raw.get(name) is not None)
-        except (ValueError, RecursionError, AttributeError, StopIteration):
-            field = None  # `_caption` says what is wrong
-        if isinstance(field, list) and field:
-            return tuple(dict.fromkeys(captions.clean(caption) for caption in field))
-    return (_caption(found, names),)
-
-
-def _caption(found: Found, names: tuple[str, ...]) -> str:
-    if found.caption_file is not None:
-        data = found.caption_file.read(captions.MAX_BYTES)
-        return captions.from_json(data, names) if found.caption_type == ".json" else captions.from_text(data)
-    if isinstance(found.caption, Rejected):
-        raise found.caption
-    if found.caption is None:
-        raise Rejected("no caption", "no .json or .txt beside the image and no row in a metadata table")
-    return found.caption
+    return item, len(data), passed_over
 
 
 def _in_threads(work: Callable, jobs: list, threads: int) -> Iterator:
@@ -272,12 +261,8 @@ def _duplicates(items: list[Item]) -> list[tuple[str, ...]]:
     return [tuple(keys) for keys in groups.values() if len(keys) > 1]
 
 
-_NAMES = {"JPEG": ".jpg .jpeg", "MPO": ".jpg .jpeg", "PNG": ".png", "WEBP": ".webp", "AVIF": ".avif"}
-_NAMES |= {"BMP": ".bmp", "DIB": ".bmp", "TIFF": ".tif .tiff"}
-
-
 def _wrong_extension(item: Item) -> bool:
-    return Path(item.key).suffix.lower() not in _NAMES.get(item.header.format, "")
+    return has_other_extension(item.key, item.header.format)
 
 
 def _nothing(
@@ -288,12 +273,15 @@ def _nothing(
             f"--holdout {options.holdout} puts all {len(items)} images into the holdout split and leaves none to "
             "train on; use --holdout 0"
         )
-    if not found:
-        return f"--input {options.input}: no image in {scan.root} ({sum(scan.ignored.values())} other files)"
-    reasons = collections.Counter(reject.reason for reject in rejects).most_common(3)
+    others = ", ".join(f"{name} {count}" for name, count in scan.ignored.most_common(6))
+    ignored = f"; not looked at: {others}" if others else ""
+    what = f"none of {len(found)} images" if found else f"no image in {scan.root}"
+    if not rejects:
+        return f"--input {options.input}: {what}{ignored}"
+    reasons = collections.Counter(reject.reason for reject in rejects).most_common(6)
     told = "; ".join(f"{reason}: {count}" for reason, count in reasons)
     example = next(reject for reject in rejects if reject.reason == reasons[0][0])
     return (
-        f"--input {options.input}: none of {len(found)} images can be used ({told}; for example {example.file}: "
-        f"{example.detail or example.reason})"
+        f"--input {options.input}: {what} can be used ({told}{ignored}). For example {example.file}: "
+        f"{example.detail or example.reason}"
     )

@@ -14,9 +14,9 @@ from fluxdit_jax.records import Manifest, Record
 from preprocess import PreprocessError, buckets
 from preprocess.encoders import Vae, load_vae
 from preprocess.images import Limits, Rejected, decode, read_header
+from preprocess.place import Place
 from preprocess.plan import MAX_FILE_BYTES
 from preprocess.publish import load_options
-from preprocess.scan import Place
 
 matplotlib.use("agg")
 _RATIOS = ((1, 4), (1, 3), (1, 2), (2, 3), (1, 1), (3, 2), (2, 1), (3, 1), (4, 1))

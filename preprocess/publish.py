@@ -20,9 +20,9 @@ from fluxdit_jax import records
 from fluxdit_jax.records import EncoderIdentity, Manifest, Shard
 from fluxdit_jax.untrusted import plain_name
 from preprocess import PreprocessError
+from preprocess.findings import Reject, counted
 from preprocess.options import Options
 from preprocess.plan import Plan, Unit
-from preprocess.scan import Reject
 from preprocess.statistics import Moments
 from preprocess.units import (
     INDEX,
@@ -74,16 +74,13 @@ def publish(
     name = dataset_name(directory)
     placed = _place(name, done)
     manifest = _manifest(name, plan, placed, identities)
-    rejects = sorted(
-        [*plan.rejects, *(reject for info, _, _ in placed for reject in info.rejects)],
-        key=lambda reject: (reject.key, reject.reason, reject.detail),
-    )
+    rejects = [*plan.rejects, *(reject for info, _, _ in placed for reject in info.rejects)]
     work = directory / WORK
     next_folder = work / _NEXT
     shutil.rmtree(next_folder, ignore_errors=True)
     next_folder.mkdir(parents=True)
     with disk_errors(next_folder):
-        _save_text(next_folder / records.REJECTS, "".join(_reject_line(reject) for reject in rejects))
+        save_rejects(next_folder / records.REJECTS, rejects)
         rejects_sha256 = records.sha256_file(next_folder / records.REJECTS)
         index = pa.concat_tables([_index_part(info, table) for info, table, _ in placed]).cast(INDEX)
         Rows(index, [info for info, _, _ in placed], rejects_sha256).save(next_folder / records.INDEX)
@@ -162,14 +159,18 @@ def _manifest(
         latent_count=moments.count,
         text_tokens=max(max(table["tokens"].to_pylist()) for info, table, _ in placed if info.records),
         shards={split: tuple(of_split) for split, of_split in shards.items()},
-        rejects=len(plan.rejects) + sum(len(info.rejects) for info, _, _ in placed),
+        rejects=counted(plan.rejects) + sum(len(info.rejects) for info, _, _ in placed),
     )
 
 
-def _reject_line(reject: Reject) -> str:
-    raw = dataclasses.asdict(reject)
-    raw.pop("transient")
-    return json.dumps(raw, ensure_ascii=False) + "\n"
+def save_rejects(path: Path, rejects: list[Reject]) -> None:
+    """Writes `rejects.jsonl`, sorted by key."""
+    lines = []
+    for reject in sorted(rejects, key=lambda reject: (reject.key, reject.reason, reject.detail)):
+        raw = reject.to_dict()
+        del raw["transient"]
+        lines.append(json.dumps(raw, ensure_ascii=False) + "\n")
+    _save_text(path, "".join(lines))
 
 
 def _to_json(raw: Any) -> str:

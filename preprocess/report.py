@@ -179,18 +179,22 @@ def _latent_lines(dataset: Dataset) -> list[str]:
 
 
 def _reject_lines(dataset: Dataset) -> list[str]:
-    if not dataset.manifest.rejects:
-        return ["rejects: none"]
     path = dataset.directory / records.REJECTS
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-        reasons = collections.Counter(str(json.loads(line)["reason"]) for line in lines)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raw = [json.loads(line) for line in lines]
+        counted = [line for line in raw if line.get("counted", True)]
+        reasons = collections.Counter(str(line["reason"]) for line in counted)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DatasetError(f"{path} is damaged: {error}; `python -m preprocess verify` tells more") from error
-    if len(lines) != dataset.manifest.rejects:
-        raise DatasetError(f"{path} has {len(lines)} lines, the manifest says {dataset.manifest.rejects}")
+    if len(counted) != dataset.manifest.rejects:
+        raise DatasetError(f"{path} has {len(counted)} rejects, the manifest says {dataset.manifest.rejects}")
+    listed = len(raw) - len(counted)
+    also = f"; {listed:,} captions and rows without a picture are listed there" if listed else ""
+    if not counted:
+        return [f"rejects: none{also}"]
     return [
-        f"rejects: {len(lines):,}, in {dataset.directory / records.REJECTS}",
+        f"rejects: {len(counted):,}{also}, in {dataset.directory / records.REJECTS}",
         *(f"  {count:7,}  {reason}" for reason, count in reasons.most_common()),
     ]
 

@@ -24,11 +24,11 @@ from preprocess import PreprocessError, captions
 from preprocess.buckets import distortion, enlargement
 from preprocess.candidates import Pool, SubsetOptions, gather, read_pixels
 from preprocess.choice import Choice, choose, distinct, figures
+from preprocess.findings import Found
 from preprocess.images import Rejected
 from preprocess.journal import Journal
 from preprocess.lock import locked
 from preprocess.plan import Item
-from preprocess.scan import Found
 from preprocess.units import disk_errors, replacing, sync_folder
 
 ABOUT = ".subset/subset.json"
@@ -230,8 +230,13 @@ def _write(
 def _caption(item: Item, found: Found, root: str) -> dict[str, Any]:
     """The fields of the source's `.json`, with the caption, or a list of all, where `build` looks, and the source."""
     raw: dict[str, Any] = {}
-    if found.caption_file is not None and found.caption_type == ".json":
-        raw = json.loads(found.caption_file.read(captions.MAX_BYTES).decode("utf-8-sig"))
+    file = next((source.place for source in found.captions if source.type == ".json"), None)
+    if file is not None:
+        with contextlib.suppress(
+            ValueError, RecursionError, Rejected
+        ):  # its caption was in another source then
+            raw = json.loads(captions.decode(file.read(captions.MAX_BYTES)))
+    raw = raw if isinstance(raw, dict) else {}
     source: dict[str, Any] = {"folder": root, "key": item.key, "sha256": item.content}
     caption = list(item.captions) if len(item.captions) > 1 else item.caption
     if raw.get("caption", caption) != caption:

@@ -13,10 +13,10 @@ from fluxdit_jax.records import Manifest
 from fluxdit_jax.untrusted import shown
 from preprocess import buckets
 from preprocess.encode import Counts
+from preprocess.findings import Scan, counted
 from preprocess.journal import Journal
 from preprocess.plan import Item, Plan, Unit
 from preprocess.publish import LOG_FILE, Identities
-from preprocess.scan import Scan
 from preprocess.units import UnitInfo
 
 MANY_REJECTS = 3  # exit status
@@ -25,7 +25,7 @@ MANY_REJECTS = 3  # exit status
 def tell_plan(journal: Journal, plan: Plan, listing: Scan) -> None:
     options = plan.options
     journal.say(
-        f"{len(plan.items):,} images to encode in {len(plan.units)} shards, {len(plan.rejects):,} rejected so far, "
+        f"{len(plan.items):,} images to encode in {len(plan.units)} shards, {counted(plan.rejects):,} rejected so far, "
         f"{len(options.buckets())} buckets of modulus {options.modulus} at {options.resolution} px"
     )
     several, captions = sum(len(i.captions) > 1 for i in plan.items), sum(len(i.captions) for i in plan.items)
@@ -34,6 +34,9 @@ def tell_plan(journal: Journal, plan: Plan, listing: Scan) -> None:
     if listing.ignored:
         others = ", ".join(f"{shown(name)} {count}" for name, count in listing.ignored.most_common(6))
         journal.say(f"  other files, not looked at: {others}")
+    if plan.passed_over:
+        what = ", ".join(f"{shown(reason)} {count:,}" for reason, count in plan.passed_over.most_common(8))
+        journal.say(f"  captions passed over, as another one was taken: {what}")
     if plan.duplicates:
         group = plan.duplicates[0]
         journal.say(
@@ -55,7 +58,8 @@ def tell_plan(journal: Journal, plan: Plan, listing: Scan) -> None:
         "plan",
         items=len(plan.items),
         units=len(plan.units),
-        rejects=len(plan.rejects),
+        rejects=counted(plan.rejects),
+        passed_over=dict(plan.passed_over),
         duplicates=plan.duplicates,
         enlarged=len(enlarged),
         wrong_extension=plan.wrong_extension,
@@ -101,7 +105,8 @@ def tell_result(
 ) -> int:
     splits = ", ".join(f"{split} {manifest.records(split):,}" for split in manifest.shards)
     total = sum(manifest.records(split) for split in manifest.shards)
-    reasons = collections.Counter(reject.reason for reject in plan.rejects)
+    reasons = collections.Counter(reject.reason for reject in plan.rejects if reject.counted)
+    listed = collections.Counter(reject.reason for reject in plan.rejects if not reject.counted)
     reasons.update(reject.reason for _, info, _ in finished for reject in info.rejects)
     journal.say(f"\n{'Done' if changed else 'Up to date'}: {total:,} records ({splits}) in {output}")
     journal.say(
@@ -124,6 +129,9 @@ def tell_result(
         journal.say(f"  {manifest.rejects:,} rejected, each with its reason in {output / records.REJECTS}:")
         for reason, count in reasons.most_common():
             journal.say(f"    {count:7,}  {reason}")
+    if listed:
+        told = ", ".join(f"{reason} {count:,}" for reason, count in listed.most_common())
+        journal.say(f"  listed there too, and not counted, as no picture is missing for it: {told}")
     busy = sum(seconds.get(f"encode: {what}", 0.0) for what in ("text", "vae", "vision"))
     parts = ", ".join(f"{what.removeprefix('encode: ')} {value:.1f} s" for what, value in seconds.items())
     journal.say(f"  time: {parts}")

@@ -27,7 +27,7 @@ from array_record.python import array_record_module
 from fluxdit_jax import records
 from fluxdit_jax.records import DatasetError, Record
 from preprocess import PreprocessError
-from preprocess.scan import Reject
+from preprocess.findings import Reject
 from preprocess.statistics import Moments
 
 WORK = ".build"
@@ -89,7 +89,7 @@ class UnitInfo:
     def to_dict(self) -> dict:
         raw = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         raw["moments"] = self.moments.to_dict() if self.moments else None
-        raw["rejects"] = [dataclasses.asdict(reject) for reject in self.rejects]
+        raw["rejects"] = [reject.to_dict() for reject in self.rejects]
         if not self.several:  # an index without such records says nothing of them
             del raw["several"], raw["others"]
         return raw

@@ -6,6 +6,7 @@ import collections
 import io
 import math
 import os
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
@@ -14,7 +15,7 @@ import numpy as np
 from fluxdit_jax.records import EncoderIdentity
 from preprocess import PreprocessError
 from preprocess.images import Rejected
-from preprocess.scan import Place
+from preprocess.place import Place
 
 WIDTH = 1024
 _MAX_BYTES = 1_000_000
@@ -52,15 +53,23 @@ class Vectors:
 
     def read(self, key: str) -> tuple[bytes, np.ndarray]:
         """The file's bytes and the vector in it, float32 [1024] of unit L2 norm; raises `Rejected`."""
-        path = self.directory / f"{key}.npy"
-        if not os.path.lexists(path):
-            path = self.directory / f"{_stem(key)}.npy"
-            if not os.path.lexists(path):
+        path = self._file(key)
+        if path is None:
+            path = self._file(_stem(key))
+            if path is None:
                 raise Rejected("no vector", f"neither {key}.npy nor {_stem(key)}.npy")
             if _stem(key) in self._shared:
                 raise Rejected("no vector", f"several images are called {_stem(key)}: name it {key}.npy")
         data = Place(str(path)).read(_MAX_BYTES)
         return data, parse(data)
+
+    def _file(self, name: str) -> Path | None:
+        """The file of this name, or of the same with its accents composed in another way, as a Mac writes them."""
+        for spelt in dict.fromkeys((name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")))):
+            path = self.directory / f"{spelt}.npy"
+            if os.path.lexists(path):
+                return path
+        return None
 
 
 def _stem(key: str) -> str:

@@ -47,6 +47,30 @@ def test_a_configuration_file_that_has_moved_on_is_noticed():
         gpu_sides.settings(moved, gpu.make("prod-1024", "jax", 4, "block"))
 
 
+def test_what_is_measured_begins_with_both_sides_and_can_be_chosen():
+    specs = gpu.configurations("prod-1024", ["jax", "torch"], None)
+    assert [spec["side"] for spec in specs[:4]] == ["jax", "torch", "jax", "jax"]
+    assert len(specs) == len(gpu.OURS["prod-1024"]) + len(gpu.THEIRS["prod-1024"])
+    only = ["prod-1024:4:block", "nano-512:8:none", "prod-1024:2:none"]
+    specs = gpu.configurations("prod-1024", ["jax", "torch"], only)
+    assert [(spec["side"], spec["batch"]) for spec in specs] == [
+        ("jax", 4), ("torch", 4), ("jax", 2), ("torch", 2)
+    ]  # fmt: skip
+    assert gpu.configurations("prod-512", ["jax"], only) == []
+    assert [spec["side"] for spec in gpu.configurations("toy", ["torch"], None)] == ["torch"]
+
+
+def test_a_trace_and_its_program_are_kept_where_out_says(tmp_path, monkeypatch):
+    trace = tmp_path / "host.trace.json.gz"
+    for path in (trace, tmp_path / gpu_sides.PROGRAM):
+        path.write_bytes(path.name.encode())
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))  # made if it is not there
+    gpu.keep_trace(tmp_path, {"file": str(trace)}, "toy")
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert kept == {"toy.trace.json.gz": b"host.trace.json.gz", "toy.hlo.txt.gz": b"program.hlo.txt.gz"}
+    gpu.keep_trace(tmp_path, {"error": "no trace"}, "other")
+
+
 def test_the_best_is_one_that_train_would_start_and_among_equals_the_smallest():
     rows = [
         row(4, "block", 10.0, peak=9.0),
@@ -71,6 +95,27 @@ def test_the_report_has_the_ratio_of_each_round_and_the_change_to_make():
     assert "| 16 | out of memory |" in text and "left out for want of time (1)" in text
 
 
+def test_an_append_keeps_what_was_measured_and_by_which_call(tmp_path):
+    a = argparse.Namespace(peak_tflops=None, minutes=1, memory_gb=24.0)
+    first, card = tmp_path / "gpu.json", ("NVIDIA H200", 150.8)
+    bench = gpu.Bench(a, card, [tmp_path])
+    bench.rows, bench.same = (
+        [row(4, "block", 10.0), row(8, "block", None, status="failed")],
+        {"loss_jax": 1.0},
+    )
+    bench.save()
+    made = json.loads(first.read_text())["environment"]
+    for calls in (1, 2):  # what failed is tried again
+        bench = gpu.Bench(a, card, [tmp_path])
+        bench.append_to(first)
+        assert [r["spec"]["batch"] for r in bench.rows] == [4] and bench.same == {"loss_jax": 1.0}
+        assert len(bench.earlier) == calls
+        assert bench.earlier[0] == {name: made[name] for name in ("command", "made", "commit")}
+        bench.save()
+    with pytest.raises(SystemExit, match="do not mix cards"):
+        gpu.Bench(a, ("NVIDIA A100", 80.0), []).append_to(first)
+
+
 def test_a_larger_micro_batch_is_not_tried_where_a_smaller_one_did_not_fit():
     a = argparse.Namespace(peak_tflops=None, minutes=1, memory_gb=24.0)
     bench = gpu.Bench(a, ("NVIDIA H100 80GB HBM3", 85.5), [])
@@ -91,6 +136,26 @@ def test_a_larger_micro_batch_is_not_tried_where_a_smaller_one_did_not_fit():
 )
 def test_out_of_memory_is_told_from_other_errors(error, full):
     assert gpu_sides.is_out_of_memory(error) is full
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "expected"),
+    [
+        # kept from the program of nano on an H200, shortened
+        ("fusion.9", 'bf16[8,384]{1,0} fusion(%gemm_fusion_dot_general.56), kind=kInput, calls=%fused, '
+         'metadata={op_name="jit(step)/transpose(jvp())/while/body/reduce_sum"}', "norms and elementwise"),
+        ("loop_add_fusion.6", 'bf16[8]{0} fusion(%gemm_fusion_dot_general.6, %dot_product_attention_fwd.0), '
+         'kind=kLoop, metadata={op_name="jit(step)/jvp()/while/body/add"}', "norms and elementwise"),
+        ("gemm_fusion_dot_general.56", 'bf16[8192,384]{1,0} fusion(%bitcast.1, %bitcast.2), kind=kCustom, '
+         'metadata={op_name="jit(step)/transpose(jvp())/dot_general"}', "products"),
+        ("custom-call.1", 'bf16[8]{0} custom-call(%fmha.1, %b), custom_call_target="__cublas$lt$matmul"', "products"),
+        ("dot_product_attention_bwd.24", "(bf16[8]{0}) custom-call(%copy.1), "
+         'custom_call_target="__cudnn$fmhaSoftmaxBackward"', "attention"),
+        ("copy.3", 'bf16[8]{0} copy(%gemm_fusion.1), metadata={op_name="jit(step)/jvp()/dot"}', "copies"),
+    ],
+)  # fmt: skip
+def test_what_an_operation_reads_does_not_name_its_group(name, line, expected):
+    assert gpu_trace.group(name, line) == expected
 
 
 def test_a_profile_is_grouped_by_the_streams_of_the_device_alone(tmp_path):

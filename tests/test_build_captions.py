@@ -20,8 +20,9 @@ import torch
 from build_fixtures import FLAGS, assert_as_fresh, contents, index, options, read, write_photos
 from safetensors.torch import load
 
-from fluxdit_jax import records
+from fluxdit_jax import other_captions, records
 from fluxdit_jax.records import load_manifest
+from preprocess import captions
 from preprocess.build import build, dry_run
 from preprocess.candidates import SubsetOptions
 from preprocess.encoders import load_text_encoder
@@ -42,9 +43,9 @@ SEVERAL = {
 ALL = 20 + sum(map(len, SEVERAL.values()))
 
 
-def caption(photos: Path, key: str, captions: list[str] | str) -> None:
+def caption(photos: Path, key: str, texts: list[str] | str) -> None:
     """Gives a photograph other captions."""
-    (photos / key).with_suffix(".json").write_text(json.dumps({"caption": captions}))
+    (photos / key).with_suffix(".json").write_text(json.dumps({"caption": texts}))
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +53,8 @@ def built(tmp_path_factory: pytest.TempPathFactory, draw_photo) -> Path:
     """24 photographs, 4 of them with 2 to 12 captions, and their dataset; read only."""
     folder = tmp_path_factory.mktemp("captions")
     write_photos(folder / "photos", 24, draw_photo)
-    for key, captions in SEVERAL.items():
-        caption(folder / "photos", key, captions)
+    for key, texts in SEVERAL.items():
+        caption(folder / "photos", key, texts)
     build(options(folder / "photos", folder / "data"))
     return folder
 
@@ -109,16 +110,35 @@ def test_a_list_of_one_caption_is_one_caption(built: Path, tmp_path: Path, draw_
     assert contents(tmp_path / "a" / "data") == contents(tmp_path / "b" / "data")
 
 
-def test_more_captions_than_a_record_holds_are_a_reject(copied: tuple[Path, Path]) -> None:
+def test_more_captions_than_a_record_holds_are_counted(
+    copied: tuple[Path, Path], capsys: pytest.CaptureFixture
+) -> None:
+    assert captions.MAX_CAPTIONS == other_captions.MAX_CAPTIONS
     photos, data = copied
-    caption(photos, "set0/p02.png", [f"caption {k}" for k in range(101)])
-    caption(photos, "set0/p04.png", [f"caption {k}" for k in range(100)])
-    build(options(photos, data, max_rejects=0.5))
-    (line,) = map(json.loads, (data / records.REJECTS).read_text().splitlines())
-    assert (line["key"], line["reason"]) == ("set0/p02.png", "too many captions")
-    assert "101" in line["detail"] and "100" in line["detail"]
-    assert len(read(data)["set0/p04.png"].captions) == 100
+    caption(photos, "set0/p02.png", [f"caption {k}" for k in range(103)])
+    build(options(photos, data))
+    assert "more than 100 captions 3" in capsys.readouterr().out
+    assert read(data)["set0/p02.png"].captions == tuple(f"caption {k}" for k in range(100))
     assert verify(data) == []
+
+
+@pytest.mark.parametrize("source", ["rows", "numbered"])
+def test_captions_of_other_sources_make_the_same_dataset(
+    source: str, built: Path, copied: tuple[Path, Path], tmp_path: Path
+) -> None:
+    photos, _ = copied
+    rows = []
+    for key, texts in SEVERAL.items():
+        path = photos / key
+        path.with_suffix(".json").unlink()
+        rows += [json.dumps({"file_name": key, "caption": text}) for text in texts]
+        if source == "numbered":
+            for number, text in enumerate(texts):
+                path.with_name(f"{path.stem}.{number}.txt").write_text(text, encoding="utf-8")
+    if source == "rows":
+        (photos / "metadata.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    build(options(photos, tmp_path / "other" / "data"))
+    assert contents(tmp_path / "other" / "data") == contents(built / "data")
 
 
 def test_plain_tfds_reads_the_first_caption(built: Path) -> None:
@@ -145,7 +165,7 @@ def test_plain_tfds_reads_the_first_caption(built: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "captions",
+    "texts",
     [
         ["a dog", "EDITED", SEVERAL["set0/p00.png"][2]],
         [*SEVERAL["set0/p00.png"], "one more"],
@@ -156,13 +176,13 @@ def test_plain_tfds_reads_the_first_caption(built: Path) -> None:
     ids=["changed", "added", "removed", "another order", "one left"],
 )
 def test_a_change_of_captions_encodes_the_texts_of_one_record(
-    captions: list[str], copied: tuple[Path, Path], tmp_path: Path
+    texts: list[str], copied: tuple[Path, Path], tmp_path: Path
 ) -> None:
     photos, data = copied
-    caption(photos, "set0/p00.png", captions)
+    caption(photos, "set0/p00.png", texts)
     counts = build(options(photos, data)).counts
-    assert (counts.pictures, counts.latents, counts.texts, counts.visions) == (0, 0, len(captions), 0)
-    assert read(data)["set0/p00.png"].captions == tuple(captions)
+    assert (counts.pictures, counts.latents, counts.texts, counts.visions) == (0, 0, len(texts), 0)
+    assert read(data)["set0/p00.png"].captions == tuple(texts)
     assert_as_fresh(photos, data, tmp_path)
 
 
@@ -173,8 +193,8 @@ def test_the_first_further_caption_and_the_last(copied: tuple[Path, Path], tmp_p
     counts = build(options(photos, data)).counts
     assert (counts.pictures, counts.texts) == (0, 2)
     assert_as_fresh(photos, data, tmp_path)
-    for key, captions in SEVERAL.items():
-        caption(photos, key, captions[0])
+    for key, texts in SEVERAL.items():
+        caption(photos, key, texts[0])
     caption(photos, "set0/p02.png", before)
     assert build(options(photos, data)).counts.pictures == 0
     assert b"several" not in (data / records.INDEX).read_bytes()

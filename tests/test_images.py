@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import struct
 import threading
 import time
@@ -12,59 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from image_fixtures import LIMITS, TURNED, UPRIGHT, animated, corners, encode, four_quarters, png_chunk, whole
 from PIL import Image, ImageCms
 
 from preprocess import images
-from preprocess.images import Limits, Rejected, decode, read_header
-
-LIMITS = Limits(min_side=8)
-COLOURS = {"red": (200, 30, 40), "green": (40, 180, 60), "blue": (30, 60, 190), "grey": (128, 128, 128)}
-
-
-def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:  # noqa: A002
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
-
-
-def four_quarters() -> Image.Image:
-    """48 wide, 32 high: red | green over blue | grey."""
-    image = Image.new("RGB", (48, 32))
-    for i, colour in enumerate(COLOURS.values()):
-        image.paste(colour, ((i % 2) * 24, (i // 2) * 16, (i % 2) * 24 + 24, (i // 2) * 16 + 16))
-    return image
-
-
-def corners(pixels: np.ndarray) -> list[str]:
-    """Names of the colours in the middle of the four quarters, row by row."""
-    height, width = pixels.shape[:2]
-    names = []
-    for y in (height // 4, 3 * height // 4):
-        for x in (width // 4, 3 * width // 4):
-            distance = {n: np.abs(pixels[y, x].astype(int) - c).max() for n, c in COLOURS.items()}
-            name = min(distance, key=distance.get)
-            assert distance[name] < 12, (pixels[y, x], distance)
-            names.append(name)
-    return names
-
-
-def whole(data: bytes, fit: str = "resize", bucket: tuple[int, int] | None = None) -> np.ndarray:
-    header = read_header(data, LIMITS)
-    return decode(data, header, bucket or (header.height, header.width), fit).pixels
-
-
-UPRIGHT = ["red", "green", "blue", "grey"]
-# What the eight EXIF orientations make of the file's quarters, from the EXIF 2.3 table.
-TURNED = {
-    1: UPRIGHT,
-    2: ["green", "red", "grey", "blue"],
-    3: ["grey", "blue", "green", "red"],
-    4: ["blue", "grey", "red", "green"],
-    5: ["red", "blue", "green", "grey"],
-    6: ["blue", "red", "grey", "green"],
-    7: ["grey", "green", "blue", "red"],
-    8: ["green", "grey", "red", "blue"],
-}
+from preprocess.images import Rejected, decode, read_header
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
@@ -83,10 +34,6 @@ def test_exif_orientation(format: str, orientation: int) -> None:  # noqa: A002
         pixels = decode(data, header, (header.height, header.width), fit).pixels
         assert pixels.shape == (header.height, header.width, 3)
         assert corners(pixels) == TURNED[orientation]
-
-
-def png_chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def test_png_orientation_behind_the_pixels() -> None:
@@ -216,11 +163,6 @@ def test_crop_keeps_the_middle_and_pad_keeps_all() -> None:
     assert above.std() > 60 and abs(above.mean() - 127.5) < 5
     np.testing.assert_array_equal(padded, decode(data, header, (64, 64), "pad", "key").pixels)
     assert (padded != decode(data, header, (64, 64), "pad", "other").pixels).any()
-
-
-def animated(format: str) -> bytes:  # noqa: A002
-    frames = [Image.new("RGB", (32, 32), (i * 60, 0, 0)) for i in range(3)]
-    return encode(frames[0], format, save_all=True, append_images=frames[1:])
 
 
 def bomb() -> bytes:

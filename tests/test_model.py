@@ -6,6 +6,7 @@ import math
 import time
 
 import jax
+import jax.extend.core  # of its own: `import jax` alone does not bring it
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -453,7 +454,9 @@ def product_flops(jaxpr) -> int:
             inner = math.prod(left[axis] for axis in contracted)
             total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
         repeats = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        total += repeats * sum(product_flops(inner) for inner in jax.core.jaxprs_in_params(equation.params))
+        total += repeats * sum(
+            product_flops(inner) for inner in jax.extend.core.jaxprs_in_params(equation.params)
+        )
     return total
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from fluxdit_jax.records import EncoderIdentity
 from preprocess.images import Header
 from preprocess.options import Options
+from preprocess.place import Place
 from preprocess.plan import Fingerprints, Item, Unit, digest, make_units, split_of
-from preprocess.scan import Place
 
 IDENTITY = EncoderIdentity("owner/model", "abc", "f" * 64, "bfloat16", 16, {"factor": 8})
 OPTIONS = Options("in", "out")
@@ -83,6 +83,8 @@ def test_what_each_name_depends_on() -> None:
     assert differs(prints().ids(dataclasses.replace(one, captions=("x",)))) == [False, True, False]
     assert differs(prints().ids(dataclasses.replace(one, content="x"))) == [True, False, True]
     assert differs(prints().ids(dataclasses.replace(one, bucket=(32, 64)))) == [True, False, True]
+    newer = dataclasses.replace(one, header=dataclasses.replace(one.header, version=2))
+    assert differs(prints().ids(newer)) == [True, False, True]
     assert differs(prints(dataclasses.replace(OPTIONS, fit="crop")).ids(one)) == [True, False, True]
     assert differs(prints(vae=other(sha256="0")).ids(one)) == [True, False, False]
     assert differs(prints(text=other(dtype="float32")).ids(one)) == [False, True, False]

@@ -14,8 +14,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from preprocess import PreprocessError
+from preprocess.findings import Found, Scan
 from preprocess.images import Rejected
-from preprocess.scan import Scan, scan
+from preprocess.place import Place
+from preprocess.scan import scan
 
 
 def touch(folder: Path, *names: str | bytes) -> None:
@@ -27,6 +29,17 @@ def touch(folder: Path, *names: str | bytes) -> None:
 
 def keys(result: Scan) -> list[str]:
     return [found.key for found in result.found]
+
+
+def texts(result: Scan) -> dict[str, object]:
+    """What the rows of tables say of each picture: one value, or all of them."""
+    rows = {found.key: [source.texts for source in found.captions] for found in result.found}
+    return {key: of[0] if len(of) == 1 else tuple(of) or None for key, of in rows.items()}
+
+
+def caption_file(found: Found) -> Place | None:
+    """The file that is looked at first for a picture's caption."""
+    return found.captions[0].place if found.captions else None
 
 
 def reasons(result: Scan) -> dict[str, str]:
@@ -48,10 +61,13 @@ def test_a_tree(tmp_path: Path) -> None:
     touch(tmp_path, "notes.md", "README", ".hidden.png", ".git/x.png", "film.mp4", "old.gif", "lonely.json")
     result = scan(tmp_path)
     assert keys(result) == ["a.jpg", "a.png", "b.JPG", "deep/er/c.webp"]
-    captions = {
-        found.key: found.caption_file and Path(found.caption_file.path).name for found in result.found
+    captions = {found.key: [source.name for source in found.captions] for found in result.found}
+    assert captions == {
+        "a.jpg": ["a.txt"],
+        "a.png": ["a.txt"],
+        "b.JPG": ["b.json"],
+        "deep/er/c.webp": ["c.json", "c.txt"],
     }
-    assert captions == {"a.jpg": "a.txt", "a.png": "a.txt", "b.JPG": "b.json", "deep/er/c.webp": "c.json"}
     assert reasons(result) == {"old.gif": "image type is not read", "lonely.json": "caption without an image"}
     assert dict(result.ignored) == {"hidden": 2, ".md": 1, "no extension": 1, ".mp4": 1}
 
@@ -122,10 +138,16 @@ def test_metadata_jsonl(tmp_path: Path) -> None:
     lines = [json.dumps(row) for row in rows] + ["{broken", "", "\udcff"]
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines), errors="surrogateescape")
     result = scan(tmp_path)
-    captions = {found.key: found.caption for found in result.found}
+    captions = texts(result)
     assert captions.pop("e.png").reason == "caption is not a string"
-    expected = {"a.png": "an a", "b.png": "a b", "c.png": None, "sub/d.png": "from above", "f.png": None}
-    assert captions == expected
+    assert captions == {
+        "a.png": ("an a",),
+        "b.png": ("a b",),
+        "c.png": ((), ("its own file wins",)),
+        "sub/d.png": ("from above",),
+        "f.png": None,
+    }
+    assert caption_file(result.found[2]) is not None
     assert reasons(result) == {
         "missing.png": "missing file",
         "metadata.jsonl:7": "path leaves the input",
@@ -143,16 +165,23 @@ def test_metadata_csv_and_the_deepest_table_wins(tmp_path: Path) -> None:
         'file_name,text\na.png,"one, two"\nsub/b.png,from above\nsub/c.png,c\n'
     )
     (tmp_path / "sub" / "metadata.csv").write_text("file_name,caption\nb.png,from beside\n")
-    captions = {found.key: found.caption for found in scan(tmp_path).found}
-    assert captions == {"a.png": "one, two", "sub/b.png": "from beside", "sub/c.png": "c"}
+    assert texts(scan(tmp_path)) == {
+        "a.png": ("one, two",),
+        "sub/b.png": (("from beside",), ("from above",)),
+        "sub/c.png": ("c",),
+    }
 
 
-def test_csv_that_cannot_be_read(tmp_path: Path) -> None:
-    touch(tmp_path, "a.png")
-    (tmp_path / "metadata.csv").write_bytes(b"file_name,text\na.png,\xff\xff\n")
-    assert reasons(scan(tmp_path)) == {"metadata.csv:2": "invalid UTF-8"}
-    (tmp_path / "metadata.csv").write_text("file_name,text\na.png," + "x" * 200_000 + "\n")
-    assert reasons(scan(tmp_path)) == {"metadata.csv:1": "broken CSV"}
+def test_a_row_of_a_csv_that_cannot_be_read(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "b.png")
+    (tmp_path / "metadata.csv").write_bytes(b"file_name,text\na.png,\xff\xff\nb.png,b\n")
+    result = scan(tmp_path)
+    assert reasons(result) == {"metadata.csv:2": "invalid UTF-8"}
+    assert texts(result) == {"a.png": None, "b.png": ("b",)}
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png," + "x" * 200_000 + "\nb.png,b\n")
+    result = scan(tmp_path)
+    assert reasons(result) == {} and texts(result)["b.png"] == ("b",)
+    assert texts(result)["a.png"].reason == "caption too long"
 
 
 def test_one_jsonl(tmp_path: Path) -> None:
@@ -166,9 +195,12 @@ def test_one_jsonl(tmp_path: Path) -> None:
     ]
     (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     result = scan(tmp_path / "list.jsonl", caption_field="mine")
-    captions = {found.key: found.caption for found in result.found}
-    assert captions == {"images/a.png": "an a", "images/b.png": "a b", "images/none.png": "none"}
-    assert reasons(result) == {"images/a.png": "name used twice", "list.jsonl:4": "path leaves the input"}
+    assert texts(result) == {
+        "images/a.png": (("an a",), ("again",)),
+        "images/b.png": ("a b",),
+        "images/none.png": ("none",),
+    }
+    assert reasons(result) == {"list.jsonl:4": "path leaves the input"}
     with pytest.raises(Rejected, match="missing file"):
         result.found[2].image.read(100)
 
@@ -197,7 +229,9 @@ def test_webdataset_tar(tmp_path: Path) -> None:
         add(archive, "0001.jpg", b"twice")
     for source, prefix in ((tmp_path, "s-0.tar"), (tmp_path / "s-0.tar", "s-0.tar")):
         result = scan(source)
-        data = {f.key: (f.image.read(100), f.caption_file and f.caption_file.read(100)) for f in result.found}
+        data = {
+            f.key: (f.image.read(100), caption_file(f) and caption_file(f).read(100)) for f in result.found
+        }
         assert data == {
             f"{prefix}/0001.jpg": (b"first", b'{"caption": "one"}'),
             f"{prefix}/0002.png": (b"second picture", b"{two}"),
@@ -211,7 +245,8 @@ def test_webdataset_tar(tmp_path: Path) -> None:
             f"{prefix}/0001.jpg": "name used twice",
         }
         assert dict(result.ignored) == {".cls": 1}
-        assert [found.caption_type for found in result.found] == [".json", ".txt", ".json", ""]
+        types = [[source.type for source in found.captions] for found in result.found]
+        assert types == [[".json"], [".txt"], [".json"], []]
 
 
 def test_a_tar_that_is_cut_short_or_none(tmp_path: Path) -> None:
@@ -275,6 +310,5 @@ def test_whatever_a_file_is_called(names: set[str], folder: str) -> None:
         prefix = f"{folder}/" if folder else ""
         assert sorted(keys(result)) == sorted(f"{prefix}{name}.png" for name in names)
         for found in result.found:
-            assert found.caption_file.read(1000).decode() == found.key.removeprefix(prefix).removesuffix(
-                ".png"
-            )
+            name = found.key.removeprefix(prefix).removesuffix(".png")
+            assert caption_file(found).read(1000).decode() == name

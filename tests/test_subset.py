@@ -258,22 +258,22 @@ def test_names_that_would_meet(tmp_path, draw_photo):
         write_image(photos / name, seed, "the same caption for both", draw_photo)
     with tarfile.open(photos / "more.tar", "w") as archive:
         for name, data in (
-            (".hidden/c.png", (photos / "a.png").read_bytes() + b"trailing"),
-            (".hidden/c.json", b'{"text": "from an archive", "caption": null, "n": 3}'),
+            ("deep/c.png", (photos / "a.png").read_bytes() + b"trailing"),
+            ("deep/c.json", b'{"text": "from an archive", "caption": null, "n": 3}'),
         ):
             member = tarfile.TarInfo(name)
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
     write_image(photos / "more.png", 9, "more", draw_photo)
     about = subset(small(photos, tmp_path / "out", count=4)).about
-    assert {e["key"] for e in about["left_out"]} == {"more.tar/.hidden/c.png"}  # it looks like a.png
+    assert {e["key"] for e in about["left_out"]} == {"more.tar/deep/c.png"}  # it looks like a.png
     (photos / "a.png").unlink()
     subset(small(photos, tmp_path / "out", count=4))
     build(options(tmp_path / "out", tmp_path / "ds", holdout=0.0))
     found = read(tmp_path / "ds")
-    assert set(found) == {"a.png", "b.v2.png", "more.png", "more.tar/hidden/c.png"}
-    assert found["more.tar/hidden/c.png"].caption == "from an archive"
-    assert json.loads((tmp_path / "out" / "more.tar/hidden/c.json").read_text())["n"] == 3
+    assert set(found) == {"a.png", "b.v2.png", "more.png", "more.tar/deep/c.png"}
+    assert found["more.tar/deep/c.png"].caption == "from an archive"
+    assert json.loads((tmp_path / "out" / "more.tar/deep/c.json").read_text())["n"] == 3
 
 
 def test_two_pictures_of_one_name(tmp_path, draw_photo):

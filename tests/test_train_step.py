@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.extend.core  # of its own: `import jax` alone does not bring it
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -286,7 +287,7 @@ def operand_types(jaxpr):
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             yield {str(operand.aval.dtype) for operand in equation.invars}
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
             yield from operand_types(inner)
 
 

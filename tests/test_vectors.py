@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -98,3 +99,13 @@ def test_names(tmp_path: Path) -> None:
             vectors.read(key)
     with pytest.raises(PreprocessError, match="there is no such folder"):
         Vectors(str(tmp_path / "nowhere"), [])
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("suffix", ["", ".jpg"])
+def test_a_vector_whose_name_composes_accents_in_another_way(tmp_path: Path, form: str, suffix: str) -> None:
+    other = {"NFC": "NFD", "NFD": "NFC"}[form]
+    np.save(tmp_path / (unicodedata.normalize(other, "Café") + suffix + ".npy"), GOOD)
+    key = unicodedata.normalize(form, "Café") + ".jpg"
+    _, vector = Vectors(str(tmp_path), [key]).read(key)
+    np.testing.assert_allclose(vector, GOOD / np.linalg.norm(GOOD), atol=1e-6)

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageCms
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
@@ -112,6 +112,16 @@ MILLIONS = coded(Image.fromarray(np.full((80, 90), 10**6, np.int32)), "TIFF")
 TEXT_BOMB = png(90, 80, b"", chunk(b"zTXt", b"k\0\0" + zlib.compress(b"a" * 10**8)))
 ORIENTATION_99 = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x63\0\0\0\0\0\0"
 BROKEN_EXIF = b"Exif\0\0MM\0*\xff\xff\xff\xff"
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+STATEMENTS = png(
+    90,
+    80,
+    b"\0" * 21_680,
+    chunk(b"cICP", b"\x09\x10\0\1") + chunk(b"gAMA", b"\0\1\x86\xa0") + chunk(b"cHRM", bytes(range(32))),
+    chunk(b"iCCP", b"sRGB\0\0" + zlib.compress(SRGB)),
+    chunk(b"tEXt", b"Raw profile type exif\0\nexif\n      12\n" + ORIENTATION_99.hex().encode()),
+    chunk(b"iTXt", b'XML:com.adobe.xmp\0\0\0\0\0<r tiff:Orientation="6"/>'),
+)
 LEAVING_ROW = json.dumps({"file_name": "../../etc/passwd", "caption": "x"})
 
 CASES: list[Case] = [
@@ -147,7 +157,7 @@ CASES: list[Case] = [
     ("empty .txt", "cb.png", caption(b"", ".txt"), "empty caption"),
     ("white space only", "cc.png", caption(b'{"caption": " \\n "}'), "empty caption"),
     ("caption is a number", "cd.png", caption(b'{"caption": 7}'), "caption is not a string"),
-    ("caption is a list", "ce.png", caption(b'{"caption": ["a", "b"]}'), "caption is not a string"),
+    ("caption is a list of numbers", "ce.png", caption(b'{"caption": [1, 2]}'), "caption is not a string"),
     ("caption is null", "cf.png", caption(b'{"caption": null}'), "no caption"),
     ("JSON without the field", "cg.png", caption(b'{"title": "x"}'), "no caption"),
     ("JSON that is a list", "ch.png", caption(b'["a dog"]'), "no caption"),
@@ -155,13 +165,16 @@ CASES: list[Case] = [
     ("JSON nested 100,000 deep", "cj.png", caption(b"[" * 100_000), "broken JSON"),
     ("empty .json", "ck.png", caption(b""), "broken JSON"),
     ("invalid UTF-8 in JSON", "cl.png", caption(b'{"caption": "\xff\xfe"}'), "invalid UTF-8"),
-    ("invalid UTF-8 in .txt", "cm.png", caption(b"\xff\xfe\xfd", ".txt"), "invalid UTF-8"),
+    ("invalid UTF-8 in .txt", "cm.png", caption(b"\xff\xfd", ".txt"), "invalid UTF-8"),
+    ("UTF-16 cut in a character", "cv.png", caption(b"\xff\xfe\xfd", ".txt"), "invalid UTF-16"),
     ("half a surrogate pair", "cn.png", caption(b'{"caption": "\\ud800"}'), "invalid UTF-8"),
     ("caption of 30,000 characters", "co.png", caption(b"word " * 6000, ".txt"), "caption too long"),
     ("caption file of 5 MB", "cp.png", caption(b" " * 5_000_000, ".txt"), "file too large"),
     ("caption of 3,000 words", "cq.png", caption(b"dog " * 3000, ".txt"), ""),
     ("caption with a script tag", "cr.png", caption(b"<script>alert(1)</script>", ".txt"), ""),
-    ("caption with NUL and control characters", "cs.png", caption(b"a \0 dog \x1b[31m", ".txt"), ""),
+    ("caption with control characters", "cs.png", caption(b"a dog \x1b[31m", ".txt"), ""),
+    ("caption with NUL", "ct.png", caption(b"a \0 dog", ".txt"), "NUL in the caption"),
+    ("caption of format characters", "cu.png", caption(b"\xe2\x80\x8b", ".txt"), "empty caption"),
     ("link to nothing", "la.png", link("nowhere.png"), "broken link"),
     ("link to itself", "lb.png", link("lb.png"), "broken link"),
     ("link out of the input", "lc.png", link("/etc/passwd"), "path leaves the input"),

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from fluxdit_jax import metrics, records, run_directory, sample, vae_files
 from fluxdit_jax.gate.requirement import GateError, encoder_summary, family, require_report
 from fluxdit_jax.records import DatasetError, Manifest
-from preprocess import PreprocessError, captions, images, options, scan, units, vectors
+from preprocess import PreprocessError, captions, images, options, scan, tables, units, vectors
 from preprocess.images import Rejected
 
 SCRATCH = Path(tempfile.gettempdir()) / "unset"  # a folder of its own for each target, while it is fed
@@ -120,13 +120,14 @@ def raw_record(record: records.Record, **changes: Any) -> bytes:
 
 def read_table(suffix: str) -> Callable[[bytes], None]:
     def call(content: bytes) -> None:
-        for number, row in captions.read_table(io.BytesIO(content), suffix):
-            assert number >= 1
-            if isinstance(row, dict):
-                with contextlib.suppress(Rejected):
-                    captions.path_in(row)
-                with contextlib.suppress(Rejected):
-                    assert captions.from_mapping(row, captions.fields()).encode()
+        with contextlib.suppress(Rejected):  # no column of paths
+            for number, row in tables.read_table(io.BytesIO(content), suffix, captions.fields()):
+                assert number >= 1
+                if isinstance(row, dict):
+                    with contextlib.suppress(Rejected):
+                        tables.path_in(row)
+                    with contextlib.suppress(Rejected):
+                        assert all(text.encode() for text in captions.from_mapping(row, captions.fields()))
 
     return call
 
@@ -142,7 +143,8 @@ def read_image(content: bytes) -> None:
 def read_archive(content: bytes) -> None:
     path = scratch("in/a.tar", content)
     found = scan.scan(path.parent)
-    for place in [p for each in found.found for p in (each.image, each.caption_file) if p]:
+    sources = [source.place for each in found.found for source in each.captions]
+    for place in [p for p in (*(each.image for each in found.found), *sources) if p]:
         assert Path(place.path) == path.resolve()
         with contextlib.suppress(Rejected):
             assert len(place.read(100_000)) <= 100_000
@@ -297,6 +299,8 @@ IMAGES = [
     bad_inputs.PNG, bad_inputs.JPEG, bad_inputs.TEXT_BOMB[:2000], bad_inputs.FLOATS, bad_inputs.MILLIONS,
     *(bad_inputs.coded(bad_inputs.picture(), name) for name in ("WEBP", "AVIF", "TIFF", "BMP")),
     bad_inputs.coded(bad_inputs.picture(), "JPEG", exif=bad_inputs.ORIENTATION_99),
+    bad_inputs.STATEMENTS, bad_inputs.JPEG[:-2], bad_inputs.coded(bad_inputs.picture(), "JPEG", progressive=True)[:-2],
+    bad_inputs.coded(bad_inputs.picture(), "WEBP", exif=bad_inputs.ORIENTATION_99, icc_profile=bad_inputs.SRGB),
 ]  # fmt: skip
 HUGE_IMAGE = bad_inputs.png(100_000, 100_000, b"\0" * 100)
 HOSTILE_RECORDS = (

@@ -169,6 +169,9 @@ def bombs(side: int) -> dict[str, bytes]:
     profile = bad_inputs.chunk(b"iCCP", b"k\0\0" + large)
     text = bad_inputs.chunk(b"zTXt", b"k\0\0" + large)
     international = bad_inputs.chunk(b"iTXt", b"k\0\1\0\0\0" + large)
+    orientation = bad_inputs.chunk(b"zTXt", b"Raw profile type exif\0\0" + large)
+    webp = bytearray(bad_inputs.coded(bad_inputs.picture(), "WEBP", exif=bad_inputs.ORIENTATION_99))
+    webp[24:30] = b"\xff" * 6
     jpeg = bytearray(bad_inputs.JPEG)
     at = jpeg.index(b"\xff\xc0") + 5
     jpeg[at : at + 4] = b"\xff\xdc\xff\xdc"  # 65,500 x 65,500
@@ -186,6 +189,9 @@ def bombs(side: int) -> dict[str, bytes]:
         "PNG with a profile of 250 MB": bad_inputs.png(90, 80, b"\0" * 100, profile),
         "PNG with a text of 250 MB": bad_inputs.png(90, 80, b"\0" * 100, text),
         "PNG with an international text of 250 MB": bad_inputs.png(90, 80, b"\0" * 100, international),
+        "PNG with EXIF of 250 MB": bad_inputs.png(90, 80, b"\0" * 100, orientation),
+        "WebP of 2^24 x 2^24": bytes(webp),
+        "JPEG XL of 2^30 x 2^30": b"\xff\x0a" + b"\xff" * 60,
         "JPEG of 65,500 x 65,500": bytes(jpeg),
         "BMP of 2^31 x 2^31": bytes(bmp),
         "AVIF of 2^31 x 2^31": bytes(avif),
