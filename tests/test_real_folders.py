@@ -69,7 +69,7 @@ class Folder:
         if not (self.output / records.MANIFEST).exists():
             return {}
         return {
-            key: (record.caption, *getattr(record, "other_captions", ()))
+            key: (record.caption, *record.other_captions)
             for key, record in read(self.output).items()
         }
 
