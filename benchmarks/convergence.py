@@ -45,6 +45,7 @@ from fluxdit_jax.gate.swap import Swap
 from fluxdit_jax.generation import Generator
 from fluxdit_jax.likeness import psnr
 from fluxdit_jax.optimizer import build_optimizer
+from fluxdit_jax.paths import expanded
 from fluxdit_jax.records import Manifest, load_manifest
 from fluxdit_jax.sample import encode_prompts
 from fluxdit_jax.state import create_state
@@ -290,7 +291,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("variants", nargs="*", metavar="VARIANT", help=", ".join(VARIANTS))
-    parser.add_argument("--data", help="the demonstration set, preprocessed")
+    parser.add_argument("--data", type=expanded, help="the demonstration set, preprocessed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--probe", type=int, default=PROBE, help="steps between looks at the gate")
     parser.add_argument("--limit", type=int, help="last step of a run; its schedule stays what it is")

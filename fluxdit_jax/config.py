@@ -18,7 +18,11 @@ from ml_collections.config_dict import placeholder
 from fluxdit_jax import flow, model, optimizer
 from fluxdit_jax.attention import choose_implementation
 from fluxdit_jax.data import ON_CORRUPT
+from fluxdit_jax.paths import HomeError, expand_keys
 from fluxdit_jax.records import Manifest
+
+# Keys in which a leading `~` is a home directory.
+PATHS = ("workdir", "data.path", "log.vae", "gate.report", "resume.from_run")
 
 
 class ConfigError(Exception):
@@ -186,8 +190,12 @@ def _check_kinds(c: Any, default: ConfigDict, prefix: str = "") -> None:
 
 
 def check(c: ConfigDict) -> None:
-    """Raises `ConfigError`, naming the key, for a value that cannot be."""
+    """Expands `~` in the keys that are paths. Raises `ConfigError`, naming the key, for a value that cannot be."""
     _check_kinds(c, default_config())
+    try:
+        expand_keys(c, PATHS)
+    except HomeError as error:
+        raise ConfigError(f"config.{error}") from error
     for key, text in (("workdir", "the run directory"), ("data.path", "a dataset directory")):
         value = c.data.path if key == "data.path" else c.workdir
         _require(bool(value), key, value, f"given: {text} (--config.{key}=DIR)")

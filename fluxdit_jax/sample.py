@@ -23,6 +23,7 @@ from fluxdit_jax import command, devices, pictures, sampler
 from fluxdit_jax.checkpoint import EMA, SHORT_EMA, CheckpointError, restore_ema
 from fluxdit_jax.config import ConfigError, resolve
 from fluxdit_jax.generation import Generator, conditions
+from fluxdit_jax.paths import expanded, given_path
 from fluxdit_jax.records import DatasetError, EncoderIdentity, Manifest
 from fluxdit_jax.run_directory import RunError, RunLock, load_config, load_dataset
 from fluxdit_jax.train_step import patch_statistics
@@ -53,10 +54,10 @@ class Request:
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m fluxdit_jax.sample", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--workdir", type=Path, required=True, help="run directory of fluxdit_jax.train")
+    add("--workdir", type=given_path, required=True, help="run directory of fluxdit_jax.train")
     add("--prompt", action="append", default=[], help="what to draw; may be given several times")
-    add("--prompts", type=Path, help="text file with one prompt per line")
-    add("--reference", type=Path, help="picture whose light and mood (vision vector) to take")
+    add("--prompts", type=given_path, help="text file with one prompt per line")
+    add("--reference", type=given_path, help="picture whose light and mood (vision vector) to take")
     add("--guidance-text", type=float, default=1.0, help="1: the model itself; above: closer to the prompt")
     add("--guidance-vision", type=float, default=1.0, help="the same for the reference")
     add("--rescale", type=float, default=0.0, help="0 to 1: undoes the over-saturation of strong guidance")
@@ -72,12 +73,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     add("--step", type=int, help="which EMA weights; default: the newest")
     add("--weights", choices=(EMA, SHORT_EMA), default=EMA, help="short_ema: of a run with ema.short_decay")
-    add("--vae", help="directory of the VAE, if it is not where the data set says")
-    add("--text-encoder", help="directory or id of the text encoder, likewise")
-    add("--vision-encoder", help="directory or id of the vision encoder, likewise")
+    add("--vae", type=expanded, help="directory of the VAE, if it is not where the data set says")
+    add("--text-encoder", type=expanded, help="directory or id of the text encoder, likewise")
+    add("--vision-encoder", type=expanded, help="directory or id of the vision encoder, likewise")
     add(
         "--out",
-        type=Path,
+        type=given_path,
         required=True,
         help="PNG file; with several pictures their sheet, each one beside it",
     )

@@ -37,6 +37,7 @@ from fluxdit_jax.gate.rules import EditError, Rule, choose_rules, choose_unrelat
 from fluxdit_jax.gate.swap import Swap
 from fluxdit_jax.generation import Generator
 from fluxdit_jax.metrics import LogError, read_metrics
+from fluxdit_jax.paths import expanded, given_path
 from fluxdit_jax.preview import spread
 from fluxdit_jax.records import DatasetError, Manifest
 from fluxdit_jax.report import FOLDER, Circumstances, build_report, write_json, write_tensorboard
@@ -60,8 +61,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--workdir", type=Path, required=True, help="run directory of fluxdit_jax.train")
-    add("--data", type=Path, help="dataset directory, if it is not where it was when the run was trained")
+    add("--workdir", type=given_path, required=True, help="run directory of fluxdit_jax.train")
+    add(
+        "--data",
+        type=given_path,
+        help="dataset directory, if it is not where it was when the run was trained",
+    )
     add("--step", type=int, help="which EMA weights; default: the newest")
     add("--limit", type=int, default=200, help="records at most, spread evenly (default 200)")
     add("--pairs", type=int, default=60, help="pairs of the vision swap; at least 50 are needed to pass")
@@ -90,8 +95,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     add("--seed", type=int, default=0, help="of the noise and of who is paired with whom")
     add("--batch-size", type=int, default=20, help="pictures computed at once")
-    add("--vae", help="directory of the VAE, if it is not where the data set says")
-    add("--text-encoder", help="directory or id of the text encoder, likewise")
+    add("--vae", type=expanded, help="directory of the VAE, if it is not where the data set says")
+    add("--text-encoder", type=expanded, help="directory or id of the text encoder, likewise")
     arguments = parser.parse_args(argv)
     for name in ("limit", "pairs", "edits", "steps", "batch_size"):
         if getattr(arguments, name) < 1:

@@ -16,6 +16,7 @@ from fluxdit_jax import data, pictures
 from fluxdit_jax.checkpoint import restore_ema
 from fluxdit_jax.config import resolve
 from fluxdit_jax.generation import Generator, conditions
+from fluxdit_jax.paths import given_path
 from fluxdit_jax.run_directory import load_config, load_dataset
 from fluxdit_jax.sample import encode_prompts
 from fluxdit_jax.train_step import patch_statistics
@@ -74,4 +75,4 @@ def main(workdir: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(given_path(sys.argv[1]), given_path(sys.argv[2]))
