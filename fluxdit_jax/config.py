@@ -143,6 +143,7 @@ class Settings:
       model, flow, optimizer: see there.
       tokens: image tokens a sequence is padded to (the largest bucket).
       text_tokens: text tokens a caption is padded to.
+      text_limit: text tokens a longer caption is cut to; None: none of the data set is that long.
       batch_size: samples of a micro-batch over all devices; effective_batch: of an optimizer step.
     """
 
@@ -151,6 +152,7 @@ class Settings:
     optimizer: optimizer.OptimizerConfig
     tokens: int
     text_tokens: int
+    text_limit: int | None
     batch_size: int
     effective_batch: int
     ema_decay: float
@@ -386,6 +388,7 @@ def resolve(c: ConfigDict, manifest: Manifest) -> Settings:
         ),
         tokens=tokens,
         text_tokens=text_tokens,
+        text_limit=text_tokens if text_tokens < manifest.text_tokens else None,
         batch_size=c.data.batch_size,
         effective_batch=o.effective_batch,
         ema_decay=c.ema.decay,

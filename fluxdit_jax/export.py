@@ -42,6 +42,7 @@ USER_ERRORS = (RunError, CheckpointError, ConfigError, DatasetError, ExportError
 
 def export(workdir: Path, out: Path, step: int | None = None, folder: str = EMA) -> Path:
     """Writes the EMA of `step` (None: the newest) from `folder`; returns the path of the weights."""
+    files.require_writable(out)
     config, manifest = load_config(workdir), load_dataset(workdir)
     settings = resolve(config, manifest)
     step, ema = restore_ema(workdir, step, folder=folder)
