@@ -40,6 +40,7 @@ from fluxdit_jax.config import default_config
 from fluxdit_jax.digest import tree_digest
 from fluxdit_jax.flow import FlowConfig
 from fluxdit_jax.optimizer import OptimizerConfig, build_optimizer
+from fluxdit_jax.paths import given_path
 from fluxdit_jax.state import TrainState, create_state
 from fluxdit_jax.train_step import make_train_step
 
@@ -283,7 +284,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["demo", "nano"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
-        "--work", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure"
+        "--work", type=given_path, default=Path(tempfile.gettempdir()), help="on the disk to measure"
     )
     parser.add_argument("--name", default="checkpoint", help="of the result")
     arguments = parser.parse_args()

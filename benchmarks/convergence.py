@@ -45,8 +45,9 @@ from fluxdit_jax.gate.swap import Swap
 from fluxdit_jax.generation import Generator
 from fluxdit_jax.likeness import psnr
 from fluxdit_jax.optimizer import build_optimizer
+from fluxdit_jax.paths import expanded
+from fluxdit_jax.prompts import encode_prompts
 from fluxdit_jax.records import Manifest, load_manifest
-from fluxdit_jax.sample import encode_prompts
 from fluxdit_jax.state import create_state
 from fluxdit_jax.train_step import make_train_step, patch_statistics
 from fluxdit_jax.vae import load_decoder
@@ -98,10 +99,10 @@ class Gate:
         self._edit = Edit.plan(
             album, rules, unrelated, 40, lambda texts: encode_prompts(texts, manifest, None)
         )
-        self._text_tokens = settings.text_tokens
         self._generator = Generator(
             settings.model,
             tokens=settings.tokens,
+            text_tokens=settings.text_tokens,
             shift=settings.flow.shift,
             statistics=patch_statistics(manifest.latent_mean, manifest.latent_std, settings.model.patch),
             graph=graph,
@@ -110,7 +111,7 @@ class Gate:
 
     def painter(self, params: Any) -> Painter:
         cast = self._generator.cast(params)
-        return Painter(self._generator, cast, self._decoder, self._text_tokens, SAMPLER["batch_size"])
+        return Painter(self._generator, cast, self._decoder, SAMPLER["batch_size"])
 
     def part(self, painter: Painter) -> dict[str, float]:
         """Shares that pass in a part of each test, and the median PSNR in dB."""
@@ -290,7 +291,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("variants", nargs="*", metavar="VARIANT", help=", ".join(VARIANTS))
-    parser.add_argument("--data", help="the demonstration set, preprocessed")
+    parser.add_argument("--data", type=expanded, help="the demonstration set, preprocessed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--probe", type=int, default=PROBE, help="steps between looks at the gate")
     parser.add_argument("--limit", type=int, help="last step of a run; its schedule stays what it is")

@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from benchmarks.environment import ROOT, table, write
 from fluxdit_jax.allocator import keep_freed_memory
+from fluxdit_jax.paths import expanded
 
 sys.path.append(str(ROOT / "tests"))
 BATCH = 8  # `build`'s default
@@ -295,7 +296,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="builds of each")
     parser.add_argument("--plan", type=int, default=0, help="plan so many files")
     parser.add_argument("--rows", type=int, default=0, help="memory of so many planned items")
-    parser.add_argument("--work", default=str(Path(tempfile.gettempdir()) / "bench_preprocess"))
+    parser.add_argument(
+        "--work", type=expanded, default=str(Path(tempfile.gettempdir()) / "bench_preprocess")
+    )
     parser.add_argument(
         "--plain-bare", action="store_true", help="leave glibc as it is for the encoders alone"
     )

@@ -27,6 +27,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.environment import ROOT, table, write
+from fluxdit_jax.paths import given_path
 
 UNWANTED = (
     "torch",
@@ -142,7 +143,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--configs", nargs="+", choices=SIDE, default=["demo", "nano"])
-    parser.add_argument("--against", type=Path, help="another checkout, to be started in turn with this one")
+    parser.add_argument(
+        "--against", type=given_path, help="another checkout, to be started in turn with this one"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--name", default="startup", help="of the result")
     arguments = parser.parse_args()

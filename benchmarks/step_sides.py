@@ -83,6 +83,7 @@ def settings(size: Size, dtype: str, remat: str, attention: str = "xla"):
         ),
         tokens=size.tokens,
         text_tokens=size.text_tokens,
+        text_limit=None,
         batch_size=size.batch,
         effective_batch=size.batch,
         ema_decay=0.9999,

@@ -19,7 +19,11 @@ from fluxdit_jax import flow, model, optimizer
 from fluxdit_jax.attention import choose_implementation
 from fluxdit_jax.data import ON_CORRUPT
 from fluxdit_jax.other_captions import MAX_CAPTIONS
+from fluxdit_jax.paths import HomeError, expand_keys
 from fluxdit_jax.records import Manifest
+
+# Keys in which a leading `~` is a home directory.
+PATHS = ("workdir", "data.path", "log.vae", "gate.report", "resume.from_run")
 
 
 class ConfigError(Exception):
@@ -141,6 +145,7 @@ class Settings:
       model, flow, optimizer: see there.
       tokens: image tokens a sequence is padded to (the largest bucket).
       text_tokens: text tokens a caption is padded to.
+      text_limit: text tokens a longer caption is cut to; None: none of the data set is that long.
       batch_size: samples of a micro-batch over all devices; effective_batch: of an optimizer step.
     """
 
@@ -149,6 +154,7 @@ class Settings:
     optimizer: optimizer.OptimizerConfig
     tokens: int
     text_tokens: int
+    text_limit: int | None
     batch_size: int
     effective_batch: int
     ema_decay: float
@@ -194,8 +200,12 @@ def _check_kinds(c: Any, default: ConfigDict, prefix: str = "") -> None:
 
 
 def check(c: ConfigDict) -> None:
-    """Raises `ConfigError`, naming the key, for a value that cannot be."""
+    """Expands `~` in the keys that are paths. Raises `ConfigError`, naming the key, for a value that cannot be."""
     _check_kinds(c, default_config())
+    try:
+        expand_keys(c, PATHS)
+    except HomeError as error:
+        raise ConfigError(f"config.{error}") from error
     for key, text in (("workdir", "the run directory"), ("data.path", "a dataset directory")):
         value = c.data.path if key == "data.path" else c.workdir
         _require(bool(value), key, value, f"given: {text} (--config.{key}=DIR)")
@@ -391,6 +401,7 @@ def resolve(c: ConfigDict, manifest: Manifest) -> Settings:
         ),
         tokens=tokens,
         text_tokens=text_tokens,
+        text_limit=text_tokens if text_tokens < manifest.text_tokens else None,
         batch_size=c.data.batch_size,
         effective_batch=o.effective_batch,
         ema_decay=c.ema.decay,

@@ -24,6 +24,7 @@ from safetensors.numpy import save_file
 from fluxdit_jax import command, files
 from fluxdit_jax.checkpoint import EMA, SHORT_EMA, CheckpointError, restore_ema
 from fluxdit_jax.config import ConfigError, Settings, resolve
+from fluxdit_jax.paths import given_path
 from fluxdit_jax.records import DatasetError, Manifest
 from fluxdit_jax.run_directory import RunError, RunLock, load_config, load_dataset
 
@@ -41,6 +42,7 @@ USER_ERRORS = (RunError, CheckpointError, ConfigError, DatasetError, ExportError
 
 def export(workdir: Path, out: Path, step: int | None = None, folder: str = EMA) -> Path:
     """Writes the EMA of `step` (None: the newest) from `folder`; returns the path of the weights."""
+    files.require_writable(out)
     config, manifest = load_config(workdir), load_dataset(workdir)
     settings = resolve(config, manifest)
     step, ema = restore_ema(workdir, step, folder=folder)
@@ -162,8 +164,10 @@ def _verdict(workdir: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m fluxdit_jax.export", description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", type=Path, required=True, help="run directory of fluxdit_jax.train")
-    parser.add_argument("--out", type=Path, required=True, help="directory to write")
+    parser.add_argument(
+        "--workdir", type=given_path, required=True, help="run directory of fluxdit_jax.train"
+    )
+    parser.add_argument("--out", type=given_path, required=True, help="directory to write")
     parser.add_argument("--step", type=int, help="which EMA weights; default: the newest")
     parser.add_argument("--weights", choices=(EMA, SHORT_EMA), default=EMA, help="which average")
     arguments = parser.parse_args()

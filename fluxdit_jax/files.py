@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import time
@@ -37,6 +38,31 @@ def replacing(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.filename is None:  # a write does not know its file
             error.filename = str(path)
         raise
+
+
+def require_writable(folder: Path, longest: str = "") -> None:
+    """Checks, before hours of work, that files can be made in a folder, which may not be there yet. Makes nothing.
+
+    Args:
+      longest: name of a file that will be made there.
+
+    Raises:
+      OSError: it is no folder, or lies in none; it cannot be written; or the name is too long.
+    """
+    nearest = folder
+    while not os.path.lexists(nearest) and nearest != nearest.parent:
+        nearest = nearest.parent
+    number = 0
+    if not nearest.is_dir():
+        number = errno.ENOTDIR
+    elif os.statvfs(nearest).f_flag & os.ST_RDONLY:
+        number = errno.EROFS
+    elif not os.access(nearest, os.W_OK | os.X_OK):
+        number = errno.EACCES
+    elif len(f".{longest}.lock".encode()) > os.pathconf(nearest, "PC_NAME_MAX"):
+        nearest, number = nearest / longest, errno.ENAMETOOLONG
+    if number:
+        raise OSError(number, os.strerror(number), str(nearest))
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -21,10 +21,9 @@ def conditions(
     text: list[np.ndarray],
     vision: list[np.ndarray | None],
     grids: list[tuple[int, int]],
-    text_tokens: int,
     vision_width: int,
 ) -> Conditions:
-    """Stacks what a picture is asked to be.
+    """Stacks what a picture is asked to be. No text is cut: T is the longest.
 
     Args:
       text: per picture its text tokens bf16 [n, E]; empty means no caption.
@@ -34,14 +33,13 @@ def conditions(
     Returns:
       text bf16 [B, T, E], text_length int32, vision f32 [B, V], keep_text bool, keep_vision bool, grid int32 [B, 2].
     """
-    B = len(text)
-    padded = np.zeros((B, text_tokens, text[0].shape[1]), BF16)
+    padded = np.zeros((len(text), max(1, *map(len, text)), text[0].shape[1]), BF16)
     for row, tokens in enumerate(text):
-        padded[row, : len(tokens[:text_tokens])] = tokens[:text_tokens]
+        padded[row, : len(tokens)] = tokens
     zero = np.zeros(vision_width, np.float32)
     return {
         "text": padded,
-        "text_length": np.asarray([max(1, min(len(tokens), text_tokens)) for tokens in text], np.int32),
+        "text_length": np.asarray([max(1, len(tokens)) for tokens in text], np.int32),
         "vision": np.stack([zero if vector is None else vector for vector in vision]),
         "keep_text": np.asarray([len(tokens) > 0 for tokens in text]),
         "keep_vision": np.asarray([vector is not None for vector in vision]),
@@ -49,13 +47,12 @@ def conditions(
     }
 
 
-def record_conditions(records: list[Record], patch: int, text_tokens: int) -> Conditions:
-    """The conditions that describe stored records."""
+def record_conditions(records: list[Record], patch: int, text_limit: int | None) -> Conditions:
+    """The conditions that describe stored records, their captions cut where training cuts them."""
     return conditions(
-        [record.text for record in records],
+        [record.text[:text_limit] for record in records],
         [record.vision for record in records],
         [(record.latent.shape[1] // patch, record.latent.shape[2] // patch) for record in records],
-        text_tokens,
         len(records[0].vision),
     )
 
@@ -71,6 +68,7 @@ class Generator:
         config: model.ModelConfig,
         *,
         tokens: int,
+        text_tokens: int,
         shift: float,
         statistics: tuple[np.ndarray, np.ndarray],
         steps: int,
@@ -81,6 +79,8 @@ class Generator:
         """
         Args:
           tokens: sequence length; the largest rows * columns that will be asked for.
+          text_tokens: text tokens that a caption is padded to in training. A longer text is padded to twice as
+            many, four times as many and so on: each of these lengths is a program of its own.
           statistics: `train_step.patch_statistics` of the training data set.
           steps, method: see `sampler.integrate`.
           batch_size: pictures computed at once.
@@ -88,7 +88,7 @@ class Generator:
         """
         graph = model.build(config)[0] if graph is None else graph
         self._config = config
-        self._tokens = tokens
+        self._tokens, self._text_tokens = tokens, text_tokens
         self._batch_size = batch_size
         self._statistics = statistics
         self._run = jax.jit(_make_sampler(graph, shift, steps, method), static_argnames="plain")
@@ -119,23 +119,40 @@ class Generator:
           guidance: other scales need no new compilation.
         """
         mean_P, std_P = self._statistics
-        count = len(noise_BxNxP)
-        result = []
-        for start in range(0, count, self._batch_size):
-            rows = np.arange(start, start + self._batch_size).clip(
-                max=count - 1
-            )  # the last batch is filled up
+        result: list[np.ndarray] = [None] * len(noise_BxNxP)  # type: ignore[list-item]
+        for rows, text_tokens in self._batches(wanted["text_length"]):
+            done = len(rows)
+            rows = rows[np.arange(self._batch_size).clip(max=done - 1)]  # the last batch is filled up
             part = {name: array[rows] for name, array in wanted.items()}
+            part["text"] = _padded(part["text"], text_tokens)
             scales = np.float32([guidance.text, guidance.vision, guidance.rescale])
             tokens = np.asarray(self._run(params, part, noise_BxNxP[rows], scales, plain=guidance.plain))
             tokens = tokens * std_P + mean_P
-            done = min(self._batch_size, count - start)
             for row in range(done):
                 grid = tuple(int(side) for side in part["grid"][row])
-                result.append(unpatchify(tokens[row], grid, self._config.patch))
+                result[rows[row]] = unpatchify(tokens[row], grid, self._config.patch)
             if progress is not None:
                 progress(done)
         return result
+
+    def _batches(self, text_length_B: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+        """Rows of a batch and the text tokens that all of them are padded to.
+
+        A long text never shares its batch with a short one: padding may round differently, and a picture must not
+        depend on what is drawn beside it.
+        """
+        times = np.maximum(1, -(-text_length_B // self._text_tokens))
+        lengths = self._text_tokens * 2 ** np.ceil(np.log2(times)).astype(int)
+        for length in np.unique(lengths):
+            rows = np.flatnonzero(lengths == length)
+            for start in range(0, len(rows), self._batch_size):
+                yield rows[start : start + self._batch_size], int(length)
+
+
+def _padded(text_BxTxE: np.ndarray, length: int) -> np.ndarray:
+    """[B, length, E]: zeros after the text, or without the padding beyond `length`."""
+    missing = max(0, length - text_BxTxE.shape[1])
+    return np.pad(text_BxTxE[:, :length], ((0, 0), (0, missing), (0, 0)))
 
 
 def _make_sampler(graph: Any, shift: float, steps: int, method: str):

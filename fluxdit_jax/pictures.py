@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, PngImagePlugin
 
+from fluxdit_jax import labels
 from fluxdit_jax.files import replacing
 
 _MARGIN = 6
 _BACKGROUND = (250, 250, 248)
 _INK = (40, 40, 44)
+_TEXT_SIZE = 12
 
 
 class Decoder(Protocol):
@@ -46,10 +48,9 @@ def grid(
     """Arranges uint8 [H, W, 3] pictures in rows and columns, each fitted into a square cell.
 
     Args:
-      column_titles: above the columns. row_titles: to the left of the rows, wrapped.
+      column_titles: above the columns. row_titles: to the left of the rows, wrapped. In any script, see `labels`.
       cell: side of a cell, pixels; smaller pictures are enlarged, larger ones reduced.
     """
-    font = ImageFont.load_default(size=12)
     left = 170 if row_titles else 0
     top = 22 if column_titles else 0
     columns = max(len(row) for row in rows)
@@ -57,15 +58,10 @@ def grid(
     sheet = Image.new("RGB", (left + columns * step + _MARGIN, top + len(rows) * step + _MARGIN), _BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(column_titles):
-        draw.text((left + _MARGIN + column * step, 6), title, fill=_INK, font=font)
+        _write(draw, (left + _MARGIN + column * step, 6), title, step, 1)
     for y, row in enumerate(rows):
         if row_titles:
-            draw.multiline_text(
-                (_MARGIN, top + _MARGIN + y * step),
-                _wrap(row_titles[y], 26, cell // 16),
-                fill=_INK,
-                font=font,
-            )
+            _write(draw, (_MARGIN, top + _MARGIN + y * step), row_titles[y], left - _MARGIN, cell // 16)
         for x, pixels in enumerate(row):
             picture = Image.fromarray(pixels)
             scale = cell / max(picture.size)
@@ -79,15 +75,10 @@ def grid(
     return sheet
 
 
-def _wrap(text: str, width: int, lines: int) -> str:
-    words, wrapped = text.split(), [""]
-    for word in words:
-        if len(wrapped[-1]) + len(word) + 1 > width and wrapped[-1]:
-            wrapped.append("")
-        wrapped[-1] = f"{wrapped[-1]} {word}".strip()
-    if len(wrapped) > lines:
-        wrapped = [*wrapped[: lines - 1], wrapped[lines - 1] + " ..."]
-    return "\n".join(wrapped)
+def _write(draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, width: int, lines: int) -> None:
+    text, face = labels.drawable(text)
+    font = face.font(_TEXT_SIZE)
+    draw.multiline_text(corner, labels.wrapped(text, font, width, lines), fill=_INK, font=font)
 
 
 def save(picture: Image.Image, path: Path, notes: PngImagePlugin.PngInfo | None = None) -> None:

@@ -31,12 +31,13 @@ class Preview:
         generator: Generator,
         decoder: pictures.Decoder,
         patch: int,
-        text_tokens: int,
+        text_limit: int | None,
         guidance: float = 1.0,
         caption_alone: bool = False,
     ):
         """
         Args:
+          text_limit: text tokens that longer captions are cut to, as in training.
           guidance: text scale of all pictures.
           caption_alone: also draws each caption without a vision vector.
         """
@@ -44,7 +45,7 @@ class Preview:
         self._records = records
         self._generator = generator
         self._decoder = decoder
-        described = record_conditions(records, patch, text_tokens)
+        described = record_conditions(records, patch, text_limit)
         self._columns = {"EMA": described}
         if caption_alone:
             no_vector = np.zeros(len(records), bool)
@@ -99,6 +100,7 @@ def make_preview(
     generator = Generator(
         settings.model,
         tokens=settings.tokens,
+        text_tokens=settings.text_tokens,
         shift=settings.flow.shift,
         statistics=statistics,
         steps=steps,
@@ -106,7 +108,7 @@ def make_preview(
     )
     records = [record for _, record in source.sound(spread(len(source), count))]
     trained = settings.flow.drop_vision > 0  # without a vector; otherwise such a picture means nothing
-    return Preview(records, generator, decoder, settings.model.patch, settings.text_tokens, guidance, trained)
+    return Preview(records, generator, decoder, settings.model.patch, settings.text_limit, guidance, trained)
 
 
 def spread(count: int, wanted: int) -> list[int]:

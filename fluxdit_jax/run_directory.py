@@ -7,20 +7,16 @@ checkpoints/ ema/ tensorboard/ metrics.jsonl samples/ validation/ train.log
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import logging
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from fluxdit_jax.command import explain, undoing
 from fluxdit_jax.config import default_config
 from fluxdit_jax.files import write_whole
+from fluxdit_jax.lock import Lock
 from fluxdit_jax.records import Manifest, json_checksum
 
 log = logging.getLogger(__name__)
@@ -52,68 +48,10 @@ class RunError(Exception):
     """The run directory cannot be used; the message says why and what to do."""
 
 
-class RunLock:
-    """One process per folder. The kernel releases the lock when its owner dies, however it dies.
+class RunLock(Lock):
+    """The lock of a run directory, or of a folder that a program writes its results to; raises `RunError`."""
 
-    So there is no stale lock to judge: what the file says of its owner (a pid that is another process's by now, a
-    host that is gone) is only told to whom the kernel refuses the lock.
-    """
-
-    def __init__(self, folder: Path, name: str = ".lock", temporary: bool = False, option: str = "workdir"):
-        """
-        Args:
-          folder: is made if it is not there. name: of the lock's file in it.
-          temporary: the file is removed by `release`. option: what another folder is given by.
-
-        Raises:
-          RunError: another process has the lock, or the folder cannot be made or written.
-        """
-        self._path, self._temporary, self._option = folder / name, temporary, option
-        while True:
-            try:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._descriptor: int | None = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-            except OSError as error:
-                raise RunError(f"{folder} cannot be made or written: {explain(error)}") from error
-            self._take(folder)
-            with contextlib.suppress(FileNotFoundError):
-                if self._path.stat().st_ino == os.fstat(self._descriptor).st_ino:
-                    break
-            os.close(self._descriptor)  # the owner before has removed the file: it locks nobody out
-        self._undoing = contextlib.ExitStack()
-        self._undoing.enter_context(undoing(self._unlink))
-        with contextlib.suppress(OSError):  # a full disk does not keep the lock from being held
-            os.ftruncate(self._descriptor, 0)
-            os.write(self._descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode())
-
-    def _take(self, folder: Path) -> None:
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            owner = os.read(self._descriptor, 200).decode("utf-8", "replace").strip() or "another process"
-            os.close(self._descriptor)
-            raise RunError(
-                f"{folder} is in use by {owner}; wait for it to end, stop it, or give another {self._option}"
-            ) from error
-        except OSError as error:
-            log.warning(
-                "%s: this file system knows no locks (%s): take care that nothing else writes there",
-                folder,
-                error.strerror,
-            )
-
-    def release(self) -> None:
-        """May be called twice."""
-        if self._descriptor is None:
-            return
-        self._unlink()
-        self._undoing.close()
-        os.close(self._descriptor)
-        self._descriptor = None
-
-    def _unlink(self) -> None:
-        if self._temporary:
-            self._path.unlink(missing_ok=True)
+    error = RunError
 
 
 def check_resume(workdir: Path, config: ConfigDict, manifest: Manifest) -> bool:

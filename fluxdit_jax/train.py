@@ -32,6 +32,7 @@ from fluxdit_jax.heldout import HeldOut
 from fluxdit_jax.memory_plan import OutOfMemory, require_fit
 from fluxdit_jax.metrics import LogError, MetricsWriter
 from fluxdit_jax.optimizer import learning_rate
+from fluxdit_jax.paths import expanded
 from fluxdit_jax.preview import Preview, make_preview
 from fluxdit_jax.program import Program
 from fluxdit_jax.records import DatasetError, Manifest, load_manifest
@@ -397,10 +398,16 @@ _CONFIG_FAULTS = (
 )
 
 
+def _with_home(argument: str) -> str:
+    """`--config=~/experiment.py` with the home directory; the keys in the file have theirs from `config.check`."""
+    name, equals, file = argument.partition("=")
+    return f"{name}={expanded(file)}" if equals and name in ("--config", "-config") else argument
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """absl's flag parsing, with one line instead of a traceback for an unknown key or a wrong type."""
     try:
-        left_over = flags.FLAGS(argv)
+        left_over = flags.FLAGS([_with_home(argument) for argument in argv])
         getattr(flags.FLAGS.config, "workdir", None)  # a file that is not there is only told when it is used
         return left_over
     except _CONFIG_FAULTS as error:

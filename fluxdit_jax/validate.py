@@ -13,6 +13,7 @@ Writes RUN/validation/report.json and report.html. Exit status: 0 passed, 1 fail
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import re
 import sys
@@ -24,7 +25,7 @@ from absl import logging as absl_logging
 from tqdm import tqdm
 
 from fluxdit_jax import command as programs
-from fluxdit_jax import devices, pictures, sampler
+from fluxdit_jax import devices, files, pictures, sampler
 from fluxdit_jax.checkpoint import CheckpointError, restore_ema
 from fluxdit_jax.config import ConfigError, Settings, resolve
 from fluxdit_jax.data import RecordSource
@@ -38,11 +39,12 @@ from fluxdit_jax.gate.rules import EditError, Rule, choose_rules, choose_unrelat
 from fluxdit_jax.gate.swap import Swap
 from fluxdit_jax.generation import Generator
 from fluxdit_jax.metrics import LogError, read_metrics
+from fluxdit_jax.paths import expanded, given_path
 from fluxdit_jax.preview import spread
+from fluxdit_jax.prompts import SampleError, encode_prompts
 from fluxdit_jax.records import DatasetError, Manifest
 from fluxdit_jax.report import FOLDER, Circumstances, build_report, write_json, write_tensorboard
 from fluxdit_jax.run_directory import RunError, RunLock, load_config, load_dataset
-from fluxdit_jax.sample import SampleError, encode_prompts
 from fluxdit_jax.train_step import patch_statistics
 from fluxdit_jax.vae import DecoderError, load_decoder
 from preprocess import PreprocessError
@@ -61,8 +63,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--workdir", type=Path, required=True, help="run directory of fluxdit_jax.train")
-    add("--data", type=Path, help="dataset directory, if it is not where it was when the run was trained")
+    add("--workdir", type=given_path, required=True, help="run directory of fluxdit_jax.train")
+    add(
+        "--data",
+        type=given_path,
+        help="dataset directory, if it is not where it was when the run was trained",
+    )
     add("--step", type=int, help="which EMA weights; default: the newest")
     add("--limit", type=int, default=200, help="records at most, spread evenly (default 200)")
     add("--pairs", type=int, default=60, help="pairs of the vision swap; at least 50 are needed to pass")
@@ -91,8 +97,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     add("--seed", type=int, default=0, help="of the noise and of who is paired with whom")
     add("--batch-size", type=int, default=20, help="pictures computed at once")
-    add("--vae", help="directory of the VAE, if it is not where the data set says")
-    add("--text-encoder", help="directory or id of the text encoder, likewise")
+    add("--vae", type=expanded, help="directory of the VAE, if it is not where the data set says")
+    add("--text-encoder", type=expanded, help="directory or id of the text encoder, likewise")
     arguments = parser.parse_args(argv)
     for name in ("limit", "pairs", "edits", "steps", "batch_size"):
         if getattr(arguments, name) < 1:
@@ -123,7 +129,10 @@ def validate(arguments: argparse.Namespace) -> bool:
     step, ema = restore_ema(arguments.workdir, arguments.step)
     directory = arguments.data or Path(config.data.path)
     source = RecordSource(directory, manifest, "train", config.data.get("on_corrupt", "stop"))
-    records = [record for _, record in source.sound(spread(len(source), arguments.limit))]
+    records = [
+        dataclasses.replace(record, text=record.text[: settings.text_limit])  # as in training
+        for _, record in source.sound(spread(len(source), arguments.limit))
+    ]
     captions = [record.caption for record in records]
     rules = choose_rules(captions, [Rule.parse(text) for text in arguments.edit])
     unrelated = choose_unrelated(captions, arguments.unrelated)
@@ -145,7 +154,7 @@ def validate(arguments: argparse.Namespace) -> bool:
             rules,
             unrelated,
             arguments.edits,
-            lambda captions: encode_prompts(captions, manifest, arguments.text_encoder),
+            lambda captions: encode_prompts(captions, manifest, arguments.text_encoder, settings.text_limit),
         ),
     ]
 
@@ -195,13 +204,14 @@ def make_painter(
     generator = Generator(
         settings.model,
         tokens=settings.tokens,
+        text_tokens=settings.text_tokens,
         shift=settings.flow.shift,
         statistics=patch_statistics(manifest.latent_mean, manifest.latent_std, settings.model.patch),
         steps=arguments.steps,
         method=arguments.method,
         batch_size=arguments.batch_size,
     )
-    return Painter(generator, generator.cast(ema), decoder, settings.text_tokens, arguments.batch_size)
+    return Painter(generator, generator.cast(ema), decoder, arguments.batch_size)
 
 
 def paint(painter: Painter, wanted: list[Wanted]) -> int:
@@ -246,6 +256,7 @@ def command(argv: list[str]) -> int:
 def _locked(arguments: argparse.Namespace) -> int:
     if not arguments.workdir.is_dir():
         raise RunError(f"--workdir {arguments.workdir} does not exist")
+    files.require_writable(arguments.workdir / FOLDER)
     lock = RunLock(arguments.workdir, ".validation.lock", temporary=True, option="--workdir")
     try:
         return 0 if validate(arguments) else 1

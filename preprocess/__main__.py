@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxdit_jax.command import outlive_readers
+from fluxdit_jax.paths import expanded
 from fluxdit_jax.untrusted import shown
 from preprocess import PreprocessError
 from preprocess.options import Options
@@ -133,25 +134,25 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser("build", help="encode a folder of images and captions", description=_BUILD)
     )
     inspect = commands.add_parser("inspect", help="print and draw what is in a dataset")
-    inspect.add_argument("dataset", help="the dataset directory")
-    inspect.add_argument("--output", help="folder for the pictures (default: DATASET/inspect)")
+    inspect.add_argument("dataset", type=expanded, help="the dataset directory")
+    inspect.add_argument("--output", type=expanded, help="folder for the pictures (default: DATASET/inspect)")
     inspect.add_argument("--cells", type=int, default=24, help="records on the contact sheet (default: 24)")
     inspect.add_argument("--device", default="auto", help="for the VAE's decoder (default: auto)")
     inspect.set_defaults(run=_inspect)
     verify = commands.add_parser("verify", help="read everything and name what is damaged")
-    verify.add_argument("dataset", help="the dataset directory")
+    verify.add_argument("dataset", type=expanded, help="the dataset directory")
     verify.add_argument("--workers", type=int, default=2, help="shards read at a time (default: 2)")
     verify.add_argument(
         "--repair", action="store_true", help="encode again what is damaged, and nothing else"
     )
     verify.set_defaults(run=_verify)
     export = commands.add_parser("export", help="write the records as WebDataset tar files")
-    export.add_argument("dataset", help="the dataset directory")
-    export.add_argument("--output", required=True, help="folder for the tar files")
+    export.add_argument("dataset", type=expanded, help="the dataset directory")
+    export.add_argument("--output", type=expanded, required=True, help="folder for the tar files")
     export.add_argument("--format", default="webdataset", choices=("webdataset",))
     export.set_defaults(run=_export)
     demo = commands.add_parser("demo", help="draw the demonstration pictures with their captions")
-    demo.add_argument("--output", required=True, help="folder to write them to")
+    demo.add_argument("--output", type=expanded, required=True, help="folder to write them to")
     demo.set_defaults(run=_demo)
     _add_subset(
         commands.add_parser("subset", help="choose the pictures that the gate overfits", description=_SUBSET)
@@ -167,15 +168,28 @@ _SUBSET = (
 
 def _add_subset(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--input", required=True, help="a dataset made by build, or a folder of images with captions")
-    add("--output", required=True, help="the new folder of PNG files with .json captions")
+    add(
+        "--input",
+        type=expanded,
+        required=True,
+        help="a dataset made by build, or a folder of images with captions",
+    )
+    add("--output", type=expanded, required=True, help="the new folder of PNG files with .json captions")
     add("--count", type=int, default=100, help="pictures to choose (default: 100)")
     add("--resolution", type=int, default=512, help="side of the square with the pixel budget (default: 512)")
     add("--square", action="store_true", help="resize to exactly RESOLUTION x RESOLUTION, without cropping")
-    add("--images", default="", help="where the dataset's pictures are, if they have moved")
-    add("--text-encoder", default="builtin:hash", help="for a folder: id, directory (default: builtin:hash)")
+    add("--images", type=expanded, default="", help="where the dataset's pictures are, if they have moved")
     add(
-        "--vision-encoder", default="builtin:tone", help="for a folder: id, directory (default: builtin:tone)"
+        "--text-encoder",
+        type=expanded,
+        default="builtin:hash",
+        help="for a folder: id, directory (default: builtin:hash)",
+    )
+    add(
+        "--vision-encoder",
+        type=expanded,
+        default="builtin:tone",
+        help="for a folder: id, directory (default: builtin:tone)",
     )
     add(
         "--edit",
@@ -212,14 +226,17 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument(
         "--input",
+        type=expanded,
         required=True,
         help="folder of images, or a table of image_path and caption (.jsonl, .csv, .parquet), or a .tar",
     )
-    parser.add_argument("--output", required=True, help="the dataset directory")
-    option("--vae", "Hugging Face id, directory, or builtin:dct")
-    option("--text-encoder", "Hugging Face id, directory, or builtin:hash")
-    option("--vision-encoder", "Hugging Face id, directory, or builtin:tone")
-    option("--vision-embeddings", "folder of KEY.npy (float32 [1024]) instead of a vision encoder")
+    parser.add_argument("--output", type=expanded, required=True, help="the dataset directory")
+    option("--vae", "Hugging Face id, directory, or builtin:dct", type=expanded)
+    option("--text-encoder", "Hugging Face id, directory, or builtin:hash", type=expanded)
+    option("--vision-encoder", "Hugging Face id, directory, or builtin:tone", type=expanded)
+    option(
+        "--vision-embeddings", "folder of KEY.npy (float32 [1024]) instead of a vision encoder", type=expanded
+    )
     option("--resolution", "side of the square with the pixel budget")
     option(
         "--modulus", "bucket sides are multiples of this; a multiple of 16 (default: 64, less below 1024 px)"

@@ -128,7 +128,7 @@ def gather(options: SubsetOptions, cache: Path, journal: Journal) -> Pool:
       PreprocessError: there is no such input, or nothing in it can be used.
       DatasetError: the dataset is damaged as a whole.
     """
-    source = Path(options.input).expanduser()
+    source = Path(options.input)
     if (source / records.MANIFEST).is_file():
         return _of_dataset(options, source, journal)
     if options.images:
@@ -141,7 +141,7 @@ def gather(options: SubsetOptions, cache: Path, journal: Journal) -> Pool:
 
 def _of_dataset(options: SubsetOptions, directory: Path, journal: Journal) -> Pool:
     dataset, built = Dataset.load(directory), load_options(directory)
-    root = Path(options.images or built.input).expanduser()
+    root = Path(options.images or built.input)
     if not root.exists():
         raise PreprocessError(
             f"the pictures that {directory} was built from are not in {root}: say where they are with --images DIR"

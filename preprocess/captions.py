@@ -14,13 +14,13 @@ import json
 import unicodedata
 from typing import Any
 
+from fluxdit_jax.other_captions import MAX_CAPTIONS
 from preprocess.images import Rejected
 from preprocess.place import Place
 
 FIELDS = ("caption", "text", "captions")
 MAX_CHARACTERS = 20_000  # about 8 times what 512 tokens hold
 MAX_BYTES = 4_000_000  # of one caption file
-MAX_CAPTIONS = 100  # of one picture
 # Longest first: the mark of UTF-16 is the beginning of that of UTF-32.
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),

@@ -157,7 +157,7 @@ def _tell_time(plan: Plan, figures: Forecast, say: Callable[[str], None]) -> Non
 
 
 def _is_here(spec: str) -> bool:
-    return spec.startswith("builtin:") or Path(spec).expanduser().is_dir()
+    return spec.startswith("builtin:") or Path(spec).is_dir()
 
 
 def _trial(plan: Plan) -> float:

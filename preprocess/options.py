@@ -97,10 +97,10 @@ class Options:
         """For `build.json`; paths are made absolute, so that the build can be repeated from anywhere."""
         raw = dataclasses.asdict(self)
         for name in ("input", "output", "vision_embeddings"):
-            raw[name] = str(Path(raw[name]).expanduser().resolve()) if raw[name] else ""
+            raw[name] = str(Path(raw[name]).resolve()) if raw[name] else ""
         for name in ("vae", "text_encoder", "vision_encoder"):
-            if Path(raw[name]).expanduser().is_dir():
-                raw[name] = str(Path(raw[name]).expanduser().resolve())
+            if Path(raw[name]).is_dir():
+                raw[name] = str(Path(raw[name]).resolve())
         return raw
 
     @classmethod

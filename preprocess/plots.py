@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from fluxdit_jax.labels import drawable
 from fluxdit_jax.records import Manifest, Record
 from preprocess import PreprocessError, buckets
 from preprocess.encoders import Vae, load_vae
@@ -102,9 +103,12 @@ def draw_contact(dataset, cells: int, device: str, path: Path) -> str:  # noqa: 
         height, width = record.encoded_size
         original_height, original_width = record.original_size
         title = f"{record.key[-40:]}   {original_width}x{original_height} to {width}x{height}"
-        axes.set_title(title, fontsize=7, parse_math=False)
-        caption = textwrap.shorten(record.caption, 150, placeholder=" ...")
-        axes.set_xlabel("\n".join(textwrap.wrap(caption, 62)), fontsize=6.5, parse_math=False)
+        title, face = drawable(title)
+        axes.set_title(title, font=Path(face.file) if face.file else None, fontsize=7, parse_math=False)
+        caption, face = drawable(record.caption)
+        caption = textwrap.shorten(caption, 150, placeholder=" ...")
+        lines = "\n".join(textwrap.wrap(caption, 62))
+        axes.set_xlabel(lines, font=Path(face.file) if face.file else None, fontsize=6.5, parse_math=False)
         axes.set_xticks([])
         axes.set_yticks([])
     for axes in figure.axes[len(positions) :]:

@@ -66,8 +66,8 @@ def subset(options: SubsetOptions) -> Result:
       DatasetError: the dataset is damaged as a whole.
     """
     options = options.checked()
-    output = Path(options.output).expanduser().resolve()
-    source = Path(options.input).expanduser().resolve()
+    output = Path(options.output).resolve()
+    source = Path(options.input).resolve()
     if source.is_relative_to(output):
         raise PreprocessError(f"--output {options.output} must not be the input or a folder that holds it")
     journal = Journal(None)
@@ -131,8 +131,8 @@ def _choose(options: SubsetOptions, pool: Pool) -> tuple[list[_Chosen], Choice, 
         chosen.append(_Chosen(items[row], name, why))
     sizes = [((c.item.header.height, c.item.header.width), options.target(c.item)) for c in chosen]
     about = {
-        "input": str(Path(options.input).expanduser().resolve()),
-        "images": str(Path(pool.build.input).expanduser().resolve()),
+        "input": str(Path(options.input).resolve()),
+        "images": str(Path(pool.build.input).resolve()),
         "options": _told_options(options, pool),
         "pictures": pool.total,
         "candidates": len(kept),

@@ -37,7 +37,7 @@ class Vectors:
     """
 
     def __init__(self, directory: str, keys: Iterable[str], source: str = "") -> None:
-        self.directory = Path(directory).expanduser()
+        self.directory = Path(directory)
         if not self.directory.is_dir():
             raise PreprocessError(f"--vision-embeddings {directory}: there is no such folder")
         stems = collections.Counter(_stem(key) for key in keys)

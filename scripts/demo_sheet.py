@@ -16,8 +16,9 @@ from fluxdit_jax import data, pictures
 from fluxdit_jax.checkpoint import restore_ema
 from fluxdit_jax.config import resolve
 from fluxdit_jax.generation import Generator, conditions
+from fluxdit_jax.paths import given_path
+from fluxdit_jax.prompts import encode_prompts
 from fluxdit_jax.run_directory import load_config, load_dataset
-from fluxdit_jax.sample import encode_prompts
 from fluxdit_jax.train_step import patch_statistics
 from fluxdit_jax.vae import load_decoder
 
@@ -54,12 +55,12 @@ def main(workdir: Path, out: Path) -> None:
         [*captions, *captions, *encode_prompts([turn(record.caption) for record in own], manifest, None)],
         [*vectors, *(record.vision for record in other), *vectors],
         grids * 3,
-        settings.text_tokens,
         settings.model.vision_width,
     )
     generator = Generator(
         settings.model,
         tokens=settings.tokens,
+        text_tokens=settings.text_tokens,
         shift=settings.flow.shift,
         statistics=patch_statistics(manifest.latent_mean, manifest.latent_std, patch),
         steps=16,
@@ -74,4 +75,4 @@ def main(workdir: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(given_path(sys.argv[1]), given_path(sys.argv[2]))

@@ -65,3 +65,46 @@ def test_many_at_once_one_wins(tmp_path: Path) -> None:
     assert all(b"is being written by pid" in r.communicate()[1] for r in racers if r.poll() is not None)
     alive[0].kill()
     alive[0].communicate()
+
+
+def test_the_refused_name_the_winner_in_two_hundred_rounds_beside_a_load(tmp_path: Path) -> None:
+    """Neither an empty line, while the winner has not written yet, nor that of the owner before."""
+    load = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    try:
+        race = Path(__file__).with_name("lock_race.py")
+        done = subprocess.run(
+            [sys.executable, str(race), str(tmp_path), "200", "6"],
+            capture_output=True, text=True, timeout=300, cwd=race.parent.parent, env=os.environ | {"PYTHONPATH": "."},
+        )  # fmt: skip
+    finally:
+        for process in load:
+            process.kill()
+            process.wait()
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_an_owner_that_could_not_write_its_line_is_another_process(tmp_path: Path) -> None:
+    with locked(tmp_path / ".build" / "lock"):
+        (tmp_path / ".build" / "lock").write_text("")
+        with pytest.raises(PreprocessError, match="another process"), locked(tmp_path / ".build" / "lock"):
+            pass
+
+
+def test_a_suspended_process_at_the_gate_keeps_nobody_out(tmp_path: Path) -> None:
+    """Its lock of the folder itself is waited for, and then gone without."""
+    code = (
+        "import fcntl, os, sys, time; f = os.open(sys.argv[1], os.O_RDONLY); fcntl.flock(f, fcntl.LOCK_EX)\n"
+    )
+    code += "print('held', flush=True); time.sleep(600)"
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with (
+            locked(tmp_path / ".build" / "lock"),
+            pytest.raises(PreprocessError, match=f"pid {os.getpid()}"),
+            locked(tmp_path / ".build" / "lock"),
+        ):
+            pass
+    finally:
+        holder.kill()
+        holder.wait()

@@ -68,10 +68,7 @@ class Folder:
         assert status is None or found == status, self.said
         if not (self.output / records.MANIFEST).exists():
             return {}
-        return {
-            key: (record.caption, *record.other_captions)
-            for key, record in read(self.output).items()
-        }
+        return {key: (record.caption, *record.other_captions) for key, record in read(self.output).items()}
 
     def rejects(self, counted: bool = True) -> dict[str, str]:
         lines = [json.loads(line) for line in (self.output / records.REJECTS).read_text().splitlines()]

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from gate_fixtures import failed, gate, scene_config, write_dataset
 from gate_scenes import album
+from training_helpers import lively
 
 from fluxdit_jax import model, validate
 from fluxdit_jax.checkpoint import Checkpoints, restore_ema
 from fluxdit_jax.config import resolve
 from fluxdit_jax.gate.painter import Painter, Wanted
 from fluxdit_jax.gate.requirement import GateError, require_report
+from fluxdit_jax.prompts import encode_prompts
 from fluxdit_jax.records import load_manifest
 from fluxdit_jax.run_directory import load_config, load_dataset, record_start
 from fluxdit_jax.vae import load_decoder
@@ -140,3 +142,19 @@ def test_the_painter_draws_each_picture_once_and_the_same_in_any_company(untrain
     assert np.abs(together[4].astype(int) - alone).max() <= 1
     assert np.abs(together[4].astype(int) - together[3]).max() > 20
     assert together[0].shape == (64, 64, 3) and together[0].dtype == np.uint8
+
+
+def test_an_edit_beyond_the_longest_caption_of_the_set_is_seen(untrained):
+    """Weights without zeros, as an untrained network draws the same of every caption."""
+    settings, manifest = resolve(load_config(untrained), load_dataset(untrained)), load_dataset(untrained)
+    arguments = validate.parse_arguments(["--workdir", str(untrained), *QUICK, "--batch-size=3"])
+    ema = lively(restore_ema(untrained)[1], scale=0.05)
+    painter = validate.make_painter(arguments, settings, manifest, ema, load_decoder(manifest.vae))
+    scenes = album(("fox", "teapot"))
+    long = scenes.caption(0) + " in a room" * 10
+    texts = encode_prompts([f"{long} left", f"{long} right"], manifest, None, settings.text_limit)
+    assert all(len(text) > settings.text_tokens for text in texts)
+    left, right, plain = painter(
+        [scenes.wanted(0, 0, 0, caption=c, text=t) for c, t in zip("lr", texts)] + [scenes.wanted(0, 0, 0)]
+    )
+    assert (left != right).any() and (left != plain).any()

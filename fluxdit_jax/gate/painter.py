@@ -43,16 +43,14 @@ Draw = Callable[[Sequence[Wanted]], list[np.ndarray]]
 class Painter:
     """The model as a `Draw`. It remembers what it drew: tests that want the same picture share it."""
 
-    def __init__(
-        self, generator: Generator, params: Any, decoder: pictures.Decoder, text_tokens: int, batch_size: int
-    ):
+    def __init__(self, generator: Generator, params: Any, decoder: pictures.Decoder, batch_size: int):
         """
         Args:
           params: of `generator.cast`.
           batch_size: the generator's.
         """
         self._generator, self._params, self._decoder = generator, params, decoder
-        self._text_tokens, self._batch_size = text_tokens, batch_size
+        self._batch_size = batch_size
         self._drawn: dict[tuple, np.ndarray] = {}
 
     def __call__(self, wanted: Sequence[Wanted]) -> list[np.ndarray]:
@@ -74,7 +72,6 @@ class Painter:
                     [one.text for one in part],
                     [one.vision for one in part],
                     [one.grid for one in part],
-                    self._text_tokens,
                     len(part[0].vision),
                 ),
                 self._generator.noise([one.seed for one in part]),

@@ -54,6 +54,9 @@ class TextEncoder(Protocol):
     def encode(self, captions: list[str]) -> list[np.ndarray]:
         """One bfloat16 [n, width] per caption: its valid tokens with the end token, so n >= 1."""
 
+    def count(self, captions: list[str]) -> list[int]:
+        """Tokens of each caption with the end token, before any is cut."""
+
 
 class VisionEncoder(Protocol):
     """Images to one vector each. A torch encoder also has `prepare`, see `vision.TorchVision`.

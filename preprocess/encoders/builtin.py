@@ -209,8 +209,16 @@ class HashText:
         """
         return [self._encode_one(caption) for caption in captions]
 
+    def count(self, captions: list[str]) -> list[int]:
+        """Tokens of each caption with the end token, before any is cut."""
+        return [len(self._words(caption)) + 1 for caption in captions]
+
+    @staticmethod
+    def _words(caption: str) -> list[str]:
+        return _WORD.findall(unicodedata.normalize("NFKC", caption).lower())
+
     def _encode_one(self, caption: str) -> np.ndarray:
-        words = _WORD.findall(unicodedata.normalize("NFKC", caption).lower())
+        words = self._words(caption)
         if len(words) > self.max_tokens - 1:
             self.truncated += 1
             words = words[: self.max_tokens - 1]

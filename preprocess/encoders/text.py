@@ -96,6 +96,10 @@ class T5Text:
             start = stop
         return encoded
 
+    def count(self, captions: list[str]) -> list[int]:
+        """Tokens of each caption with the end token, before any is cut."""
+        return [len(ids) for ids in self._tokenizer(captions, verbose=False).input_ids] if captions else []
+
     def _tokenize(self, captions: list[str]) -> list[list[int]]:
         tokens = self._tokenizer(captions, verbose=False).input_ids
         for i, ids in enumerate(tokens):

@@ -1,0 +1,351 @@
+"""`python -m fluxdit_jax.sample` on a real run: long prompts, sizes, recipes, and what is refused before drawing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from build_fixtures import options, write_photos
+from PIL import Image, PngImagePlugin
+from training_helpers import REPOSITORY, tiny_config
+
+from fluxdit_jax import recipe
+from fluxdit_jax.checkpoint import CheckpointError
+from fluxdit_jax.prompts import SampleError
+from fluxdit_jax.records import load_manifest
+from fluxdit_jax.sample import parse_arguments, sample
+from fluxdit_jax.train import train
+from preprocess.build import build
+
+pytest_plugins = ("training_fixtures",)
+pytestmark = pytest.mark.usefixtures("quick_compile")
+SHORT = "photo number 3 of a dog"  # 7 tokens, as the captions have
+LONG = "photo number 3 of a dog by the red sea in the blue light of an evening with"  # 19
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory, draw_photo, quick_compile) -> Path:
+    """A folder with photos/, ds/ and the trained run/."""
+    root = tmp_path_factory.mktemp("sample")
+    write_photos(root / "photos", 8, draw_photo)
+    build(options(root / "photos", root / "ds", resolution=64, holdout=0.0))
+    assert train(config(root / "ds", root / "run")) == 0
+    return root
+
+
+def config(dataset: Path, workdir: Path):
+    c = tiny_config(dataset, workdir)
+    c.model.channels, c.model.text_width, c.model.vision_width = 16, 1024, 1024
+    c.train.steps, c.checkpoint.ema_every = 8, 4
+    return c
+
+
+def draw(scene: Path, *arguments: str, run: str = "run") -> np.ndarray:
+    """The first picture of a command with a small number of steps."""
+    given = ["--workdir", str(scene / run)] if run else []
+    return sample(parse_arguments([*given, "--out", str(scene / "x.png"), *arguments]))[0]
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+# --------------------------------------------------------------------------------------------- long prompts
+
+
+def test_words_beyond_the_longest_caption_count(scene: Path, capsys: pytest.CaptureFixture) -> None:
+    one = draw(scene, "--prompt", f"{LONG} a castle", "--steps", "2")
+    told = capsys.readouterr().out
+    assert "prompt 1 has 21 tokens" in told and "at most 7" in told
+    other = draw(scene, "--prompt", f"{LONG} boats", "--steps", "2")
+    assert (one != other).any()
+    capsys.readouterr()
+    draw(scene, "--prompt", SHORT, "--steps", "2")
+    assert "tokens" not in capsys.readouterr().out
+
+
+def test_a_picture_does_not_depend_on_a_long_prompt_beside_it(scene: Path) -> None:
+    def together(*prompts: str) -> list[np.ndarray]:
+        given = [text for prompt in prompts for text in ("--prompt", prompt)]
+        common = ["--workdir", str(scene / "run"), "--out", str(scene / "x.png"), "--steps", "2"]
+        return sample(parse_arguments([*common, *given]))
+
+    short = ["photo number 4 of a dog", SHORT, "photo number 5 of a dog", "a dog"]
+    long = [short[0], f"{LONG} a castle", short[2], f"{LONG} boats" * 3]
+    for number, (one, other) in enumerate(zip(together(*short), together(*long))):
+        assert (one == other).all() == (number in (0, 2))
+
+
+def test_what_the_encoder_cuts_is_told(scene: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text(f"{SHORT}\n{'word ' * 600}\n")
+    draw(scene, "--prompts", str(path), "--steps", "1")
+    assert "prompt 2 has 601 tokens, of which 512 are kept" in capsys.readouterr().out
+
+
+def test_a_run_that_cuts_its_captions_cuts_prompts_and_tells(
+    scene: Path, capsys: pytest.CaptureFixture
+) -> None:
+    c = config(scene / "ds", scene / "cutting")
+    c.data.text_tokens, c.train.steps = 4, 2
+    assert train(c) == 0
+    capsys.readouterr()
+    draw(scene, "--prompt", SHORT, "--steps", "1", run="cutting")
+    told = capsys.readouterr().out
+    assert "prompt 1 has 7 tokens, of which 4 are kept" in told and "config.data.text_tokens=4" in told
+
+
+# ---------------------------------------------------------------------------------------------------- sizes
+
+
+def test_sizes_are_width_x_height_in_and_out(scene: Path, capsys: pytest.CaptureFixture) -> None:
+    height, width = next((h, w) for h, w in load_manifest(scene / "ds").buckets if w > h)
+    drawn = draw(scene, "--prompt", SHORT, "--size", f"{width}x{height}", "--steps", "1")
+    assert drawn.shape == (height, width, 3)
+    assert f"  {width}x{height}  " in capsys.readouterr().out
+    assert Image.open(scene / "x.png").text["size"] == f"{width}x{height}"
+    with pytest.raises(SampleError, match=f"--size 8x16 .*{width}x{height}"):
+        draw(scene, "--prompt", SHORT, "--size", "8x16")
+
+
+def test_the_height_first_is_named(tmp_path: Path) -> None:
+    import dataclasses
+
+    from training_helpers import write_dataset
+
+    from fluxdit_jax.sample import choose_size
+
+    manifest = dataclasses.replace(write_dataset(tmp_path / "d"), buckets=((64, 64), (48, 80)))
+    assert choose_size("80x48", manifest) == (48, 80)
+    with pytest.raises(SampleError, match="48x80 .*the width comes first: 80x48 is one"):
+        choose_size("48x80", manifest)
+
+
+# -------------------------------------------------------------------------------------------------- recipes
+
+
+def test_a_picture_is_drawn_again_from_its_file_alone(scene: Path, xla_cache: Path, tmp_path: Path) -> None:
+    """One of several, with everything that can be given, by the real command in another folder."""
+    photo = tmp_path / "photo.png"
+    photo.write_bytes((scene / "photos" / "set0" / "p00.png").read_bytes())
+    first = tmp_path / "first.png"
+    common = {
+        "cwd": tmp_path, "capture_output": True, "text": True,
+        "env": os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(xla_cache)},
+    }  # fmt: skip
+    program = [sys.executable, "-m", "fluxdit_jax.sample"]
+    done = subprocess.run(
+        [*program, "--workdir", str(scene / "run"), "--out", str(first), "--prompt", SHORT, "--prompt", f"{LONG} 山",
+         "--reference", "photo.png", "--guidance-text", "3", "--guidance-vision", "1.5", "--rescale", "0.4",
+         "--steps", "2", "--seed", "5", "--method", "euler", "--step", "4"],
+        **common,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    photo.unlink()  # the recipe has its vector
+    for name in ("first-001", "first"):
+        done = subprocess.run([*program, "--recipe", f"{name}.png", "--out", "again.png"], **common)
+        assert done.returncode == 0, done.stderr
+        np.testing.assert_array_equal(pixels(tmp_path / "again.png"), pixels(tmp_path / f"{name}.png"))
+        again, before = (Image.open(tmp_path / f"{n}.png").text for n in ("again", name))
+        assert again == before
+    assert json.loads(before["recipe"])["reference"]["sha256"] and before["rescale"] == "0.4"
+    assert before["weights"] == f"{scene / 'run'}/ema/4"
+
+
+def test_a_sweep_sheet_is_drawn_again(scene: Path) -> None:
+    draw(
+        scene,
+        "--prompt",
+        SHORT,
+        "--sweep-text",
+        "1,3",
+        "--sweep-vision",
+        "0,2",
+        "--rescale",
+        "0.5",
+        "--steps",
+        "1",
+    )
+    sheet = scene / "sheet.png"
+    (scene / "x.png").rename(sheet)
+    draw(scene, "--recipe", str(sheet), run="")
+    np.testing.assert_array_equal(pixels(scene / "x.png"), pixels(sheet))
+    draw(scene, "--recipe", str(sheet), "--sweep-text", "2", "--sweep-vision", "1", run="")
+    text = Image.open(scene / "x.png").text
+    assert text["guidance_text"] == "2.0" and "sweep_text" not in text
+
+
+def test_what_is_given_beside_a_recipe_counts(scene: Path) -> None:
+    one = draw(scene, "--prompt", SHORT, "--steps", "2", "--seed", "7")
+    (scene / "x.png").rename(scene / "seven.png")
+    recipe_of = ["--recipe", str(scene / "seven.png")]
+    assert (draw(scene, *recipe_of, run="") == one).all()
+    for more in (["--seed", "8"], ["--prompt", "a red dog"], ["--steps", "1"]):
+        assert (draw(scene, *recipe_of, *more, run="") != one).any()
+
+
+def test_other_weights_than_the_recipes(scene: Path, capsys: pytest.CaptureFixture) -> None:
+    draw(scene, "--prompt", SHORT, "--steps", "1")
+    path = scene / "weights.png"
+    (scene / "x.png").rename(path)
+    assert train(config(scene / "ds", scene / "other")) == 0  # the same run: the same weights, moved
+    draw(scene, "--recipe", str(path), run="other")
+    c = config(scene / "ds", scene / "third")
+    c.seed = 1
+    assert train(c) == 0
+    with pytest.raises(SampleError, match="weights are not those of the recipe"):
+        draw(scene, "--recipe", str(path), run="third")
+    capsys.readouterr()
+    draw(scene, "--recipe", str(path), "--step", "8", run="third")
+    assert "weights are not those of the recipe" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match="no step 3"):
+        draw(scene, "--recipe", str(path), "--step", "3", run="third")
+    with pytest.raises(SampleError, match=f"{scene / 'gone'} is not here.*--workdir"):
+        draw(scene, "--recipe", str(edited(path, scene / "moved.png", workdir=str(scene / "gone"))), run="")
+
+
+def edited(source: Path, target: Path, **arguments: object) -> Path:
+    """The picture with other arguments in its recipe."""
+    with Image.open(source) as picture:
+        raw = json.loads(picture.text["recipe"])
+        raw["arguments"] |= arguments
+        return with_text(picture, target, recipe=json.dumps(raw))
+
+
+def with_text(picture: Image.Image, target: Path, **texts: str) -> Path:
+    info = PngImagePlugin.PngInfo()
+    for name, text in texts.items():
+        info.add_itxt(name, text)
+    picture.save(target, pnginfo=info)
+    return target
+
+
+def test_a_recipe_of_an_older_version(scene: Path, capsys: pytest.CaptureFixture) -> None:
+    one = draw(scene, "--prompt", SHORT, "--steps", "2", "--seed", "3")
+    old = {
+        "prompt": SHORT, "seed": "3", "steps": "2", "method": "heun", "guidance_text": "1.0", "guidance_vision": "1.0",
+        "weights": f"{scene / 'run'}/ema/8", "reference": "",
+    }  # fmt: skip
+    with Image.open(scene / "x.png") as picture:
+        path = with_text(picture, scene / "old.png", **old)
+        with_reference = with_text(
+            picture, scene / "old_reference.png", **old | {"reference": "/photos/a.jpg"}
+        )
+    capsys.readouterr()
+    assert (draw(scene, "--recipe", str(path), run="") == one).all()
+    assert "older version" in capsys.readouterr().out
+    with pytest.raises(SampleError, match="/photos/a.jpg; give it with --reference"):
+        draw(scene, "--recipe", str(with_reference), run="")
+
+
+GOOD = {
+    "prompt": ["x"], "count": 1, "seed": 0, "size": "64x64", "steps": 2, "method": "heun", "guidance_text": 1.0,
+    "guidance_vision": 1.0, "rescale": 0.0, "sweep_text": None, "sweep_vision": None, "workdir": "/run",
+    "weights": "ema", "step": 8, "vae": None, "text_encoder": None,
+}  # fmt: skip
+WHOLE = {"format": 1, "arguments": GOOD, "digest": "ab", "batch_size": 1, "vector": None, "reference": None,
+         "circumstances": {}}  # fmt: skip
+
+
+def test_the_hostile_recipes_are_changed_from_one_that_is_read(tmp_path: Path) -> None:
+    path = with_text(Image.new("RGB", (8, 8)), tmp_path / "r.png", recipe=json.dumps(WHOLE))
+    assert recipe.read(path).arguments == GOOD
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("{", "Expecting"),
+        ("[" * 100_000, ""),
+        ("null", "format"),
+        (json.dumps(WHOLE | {"format": 2}), "format 2"),
+        (json.dumps(WHOLE | {"digest": 7}), "digest"),
+        (json.dumps(WHOLE | {"batch_size": 10**9}), "batch_size"),
+        (json.dumps(WHOLE | {"vector": "!"}), "vector"),
+        (json.dumps(WHOLE | {"vector": "AAAAAA=="}), "vector"),
+        *(
+            (json.dumps(WHOLE | {"arguments": GOOD | {name: value}}), name)
+            for name, value in {
+                "prompt": [], "count": 10**8, "seed": True, "steps": 10**7, "guidance_text": float("nan"),
+                "sweep_text": ["1"], "workdir": "/run\x1b[31m", "step": -1, "size": 7, "vae": ["/etc"],
+            }.items()
+        ),
+        (json.dumps(WHOLE | {"arguments": GOOD | {"prompt": ["\ud800"]}}), "prompt"),
+        (json.dumps(WHOLE | {"arguments": {"prompt": ["x"]}}), "lacks count"),
+        ("9" * 5000, ""),
+        (" " * (17 << 20), "characters"),
+    ],
+)  # fmt: skip
+def test_hostile_recipes_are_refused_by_name(tmp_path: Path, text: str, named: str) -> None:
+    path = with_text(Image.new("RGB", (8, 8)), tmp_path / "r.png", recipe=text)
+    with pytest.raises(SampleError, match=rf"r\.png.*{named}") as refusal:
+        recipe.read(path)
+    assert "\x1b" not in str(refusal.value) and len(str(refusal.value)) < 1000
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"{}"])
+def test_files_that_are_no_png(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "r.png").write_bytes(content)
+    with pytest.raises(SampleError, match="cannot be read as a PNG"):
+        recipe.read(tmp_path / "r.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    with pytest.raises(SampleError, match="no recipe"):
+        recipe.read(tmp_path / "plain.png")
+
+
+def test_a_recipes_encoder_is_not_fetched(scene: Path) -> None:
+    draw(scene, "--prompt", SHORT, "--steps", "1")
+    path = edited(scene / "x.png", scene / "foreign.png", text_encoder="somebody/model")
+    with pytest.raises(SampleError, match=r"somebody/model.*--text-encoder"):
+        draw(scene, "--recipe", str(path), run="")
+
+
+# ---------------------------------------------------------------------------------- refused before drawing
+
+
+@pytest.mark.parametrize(
+    "kind", ["folder", "file above", "one of several", "name too long", "no folder's name"]
+)
+def test_an_output_that_cannot_be_is_refused_first(scene: Path, tmp_path: Path, kind: str) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "d.png").mkdir()
+    (tmp_path / "s-001.png").mkdir()
+    out = {
+        "folder": "d.png", "file above": "file/x.png", "one of several": "s.png", "name too long": "n" * 250 + ".png",
+        "no folder's name": "file/a/b/x.png",
+    }[kind]  # fmt: skip
+    several = ["--count", "2"] if kind == "one of several" else []
+    # the weights that are asked for do not exist: they are not looked at before
+    with pytest.raises(SampleError, match="--out .*(d.png|file|s-001.png|nnn)"):
+        draw(scene, "--prompt", SHORT, "--step", "999", "--out", str(tmp_path / out), *several)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d.png", "file", "s-001.png"]
+
+
+def test_inputs_that_are_not_there_are_refused_first(scene: Path, tmp_path: Path) -> None:
+    with pytest.raises(SampleError, match="--reference .*none.png"):
+        draw(scene, "--prompt", SHORT, "--step", "999", "--reference", str(tmp_path / "none.png"))
+    with pytest.raises(OSError, match=r"none\.txt"):
+        draw(scene, "--prompts", str(tmp_path / "none.txt"))
+    with pytest.raises(SampleError, match=r"none\.png"):
+        draw(scene, "--recipe", str(tmp_path / "none.png"))
+
+
+def test_outputs_of_export_and_validate_are_refused_first(scene: Path, tmp_path: Path) -> None:
+    from fluxdit_jax import validate
+    from fluxdit_jax.export import export
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="file"):
+        export(scene / "run", tmp_path / "file" / "out", step=999)
+    (scene / "run" / "validation").write_text("")
+    try:
+        assert validate.command(["--workdir", str(scene / "run"), "--step", "999"]) == 2
+        with pytest.raises(NotADirectoryError, match="validation"):
+            validate._locked(validate.parse_arguments(["--workdir", str(scene / "run"), "--step", "999"]))
+    finally:
+        (scene / "run" / "validation").unlink()
