@@ -4,7 +4,8 @@
     ema/<step>           one Orbax PyTree of nested dicts of f32 arrays, restorable without this project
     short_ema/<step>     the same of the second average, where there is one
 
-Both carry a digest of their numbers, which is checked when they are read.
+Both carry a digest of their numbers, which is checked when they are read. Weights that are not finite, or absurdly
+large, are never written, and never read as if they were good (see `soundness`).
 
 Both are written in the background to a temporary name and renamed when complete, so a killed process leaves
 either a whole checkpoint or none.
@@ -13,6 +14,7 @@ either a whole checkpoint or none.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import shutil
@@ -23,13 +25,16 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from fluxdit_jax import history
 from fluxdit_jax.digest import tree_digest
+from fluxdit_jax.soundness import BrokenRun, state_fault, weights_fault
 from fluxdit_jax.state import TrainState
 
 log = logging.getLogger(__name__)
 _TEMPORARY = "orbax-checkpoint-tmp"
 _DIGEST = "digest"
-CHECKPOINTS, EMA, SHORT_EMA = "checkpoints", "ema", "short_ema"  # the folders
+CHECKPOINTS, EMA, SHORT_EMA, DAMAGED = "checkpoints", "ema", "short_ema", "damaged"  # the folders
+_LOWER_RATE = "The learning rate is too high: lower optim.lr with --config.resume.allow_changes=True"
 _copy = jax.jit(lambda leaf: leaf.copy())
 
 
@@ -37,10 +42,7 @@ _any_failed = False
 
 
 def leaves_threads() -> bool:
-    """Whether a save has failed in this process: Orbax's threads wait for its parts for five minutes then.
-
-    They are no daemons, so Python waits for them at the end of the process.
-    """
+    """Whether a save has failed in this process: Orbax's threads, no daemons, wait five minutes for its parts then."""
     return _any_failed
 
 
@@ -59,6 +61,8 @@ class Checkpoints:
         self._root = workdir.absolute()
         self._keep, self._read_only = keep, read_only
         self._pending: dict[str, int] = {}  # folder that is being written to, and the step
+        self._own: set[int] = set()  # steps of checkpoints that this object wrote or restored
+        self._noted = read_only  # whether the history says that a checkpoint is complete
         self.failures = 0
         if not read_only:
             (self._root / EMA).mkdir(parents=True, exist_ok=True)
@@ -94,10 +98,24 @@ class Checkpoints:
         The arrays are copied to the host before this returns, so that the state may be donated; the rest is
         done in the background. A failure, then or later, is logged and counted in `failures`: the run goes
         on with the last good checkpoint, and the next save is tried.
+
+        A step that this object has saved or restored stays as it is: a state from within the next step adds nothing.
+
+        Raises:
+          BrokenRun: the state cannot be used.
+          CheckpointError: there is a checkpoint of this step, which is not of this object's run.
         """
         self.poll(wait=True)
         if step in self._manager.all_steps():
+            if step not in self._own:
+                raise CheckpointError(
+                    f"{self._root / CHECKPOINTS / str(step)} is there already: move it away"
+                )
             return True
+        fault = state_fault(state)
+        if fault:
+            raise BrokenRun(f"the state of step {step} is not saved: {fault}. {_LOWER_RATE}")
+        self._own.add(step)
         meta = json.loads(json.dumps(meta))  # the caller's lists grow while it is being written
         meta |= {_DIGEST: tree_digest(state, meta)}
         return self._start(
@@ -110,14 +128,30 @@ class Checkpoints:
         )
 
     def save_ema(self, step: int, ema: Any, folder: str = EMA) -> bool:
-        """Starts writing `ema/<step>` (or of another `folder`), in the way of `save`."""
+        """Starts writing `ema/<step>` (or of another `folder`), in the way of `save`.
+
+        Raises:
+          BrokenRun: the weights cannot be used.
+          CheckpointError: there are other weights of this step.
+        """
         self.poll(wait=True)
-        path = self._root / folder / str(step)
+        path, digest = self._root / folder / str(step), tree_digest(ema)
         if path.exists():
+            if ema_digest(self._root, step, folder) != digest:
+                raise CheckpointError(f"{path} is there already, with other numbers: move it away")
             return True
+        fault = weights_fault(ema)
+        if fault:
+            raise BrokenRun(f"the EMA weights of step {step} are not saved: {fault}. {_LOWER_RATE}")
         path.parent.mkdir(exist_ok=True)
-        digest = {_DIGEST: tree_digest(ema)}
-        return self._start(folder, step, lambda: self._ema_saver.save(path, ema, custom_metadata=digest))
+        metadata = {_DIGEST: digest}
+        return self._start(folder, step, lambda: self._ema_saver.save(path, ema, custom_metadata=metadata))
+
+    def save_averages(self, step: int, state: TrainState) -> None:
+        """`save_ema` of each average that the state holds."""
+        self.save_ema(step, state.ema)
+        if state.short_ema is not None:
+            self.save_ema(step, state.short_ema, SHORT_EMA)
 
     def _start(self, folder: str, step: int, save) -> bool:
         try:
@@ -144,6 +178,19 @@ class Checkpoints:
                 writer.wait_until_finished()
             except Exception as error:  # noqa: BLE001  see above
                 self._failed(folder, step, error)
+                continue
+            if folder == CHECKPOINTS:
+                self._note(step)
+
+    def _note(self, step: int) -> None:
+        """Says once in the run's history that a checkpoint is complete: from then on one must be there."""
+        if self._noted or jax.process_index():
+            return
+        try:
+            history.append(self._root, {"saved": step})
+            self._noted = True
+        except OSError as error:
+            log.warning("cannot write to %s: %s", self._root / history.HISTORY, error.strerror)
 
     def _failed(self, folder: str, step: int, error: Exception) -> None:
         global _any_failed
@@ -176,7 +223,8 @@ class Checkpoints:
           abstract: the state as `jax.ShapeDtypeStruct` with shardings; the checkpoint may have been written
             on another mesh.
 
-        A damaged checkpoint is moved to `damaged/<step>` and the one before it is taken, with a warning.
+        A checkpoint that is damaged, or holds broken weights, is moved to `damaged/<step>`; the one before it is taken,
+        with an error in the log.
 
         Raises:
           CheckpointError: there are checkpoints and none can be restored, or one has other shapes.
@@ -198,6 +246,9 @@ class Checkpoints:
                     raise OSError("it carries no digest of its numbers")
                 if meta.pop(_DIGEST) != tree_digest(state, meta):
                     raise OSError("its numbers are not those that were written")
+                fault = state_fault(state)
+                if fault:
+                    raise OSError(fault)
             except CheckpointError:
                 raise
             except Exception as error:  # noqa: BLE001  whatever reading a damaged file raises
@@ -207,6 +258,7 @@ class Checkpoints:
                 damaged.append((step, error))
                 continue
             self._set_aside([step for step, _ in damaged])
+            self._own.add(step)
             # Restored buffers may not be donatable; a copy made by XLA is (jax#18617). One leaf at a time, so
             # that a card never holds the state twice.
             leaves, structure = jax.tree.flatten(state)
@@ -218,7 +270,7 @@ class Checkpoints:
             listed = "; ".join(f"{step}: {_first_line(error)}" for step, error in damaged)
             raise CheckpointError(
                 f"none of the checkpoints in {self._root / 'checkpoints'} can be restored ({listed}). "
-                "Move that folder away to start the run from the beginning, or bring a backup of it"
+                + ways_on(self._root)
             )
         return None
 
@@ -230,10 +282,12 @@ class Checkpoints:
 
     def _set_aside(self, steps: list[int]) -> None:
         for step in steps:
-            target = self._root / "damaged" / str(step)
+            target = self._root / DAMAGED / str(step)
             target.parent.mkdir(exist_ok=True)
-            if target.exists():
-                shutil.rmtree(target)
+            for number in itertools.count(2):
+                if not target.exists():
+                    break
+                target = target.with_name(f"{step}.{number}")
             (self._root / "checkpoints" / str(step)).rename(target)
             log.error("moved the damaged checkpoints/%d to %s", step, target)
         if steps:
@@ -244,6 +298,33 @@ class Checkpoints:
         self.poll(wait=True)
         self._manager.close()
         self._ema_saver.close()
+
+
+def ways_on(workdir: Path) -> str:
+    """What to do where a run has no checkpoint to go on from."""
+    return (
+        f"Bring back a backup of {workdir / CHECKPOINTS}; or start from the run's EMA weights in another directory "
+        f"(--config.workdir=NEW --config.resume.from_run={workdir}); or start anew, in another one or with {workdir} "
+        "moved away"
+    )
+
+
+def checkpoint_steps(workdir: Path) -> list[int]:
+    """Steps with a complete resumable checkpoint in a run directory, ascending. Raises `OSError`."""
+    folder = workdir / CHECKPOINTS
+    return (
+        sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
+    )
+
+
+def ema_digest(workdir: Path, step: int, folder: str = EMA) -> str | None:
+    """The digest that was written beside EMA weights; None if they carry none, or their description is damaged."""
+    try:
+        with ocp.PyTreeCheckpointer() as reader:
+            metadata = reader.metadata((workdir / folder / str(step)).absolute())
+        return (metadata.custom_metadata or {}).get(_DIGEST)
+    except Exception:  # noqa: BLE001  whatever reading a damaged file raises
+        return None
 
 
 def ema_steps(workdir: Path, folder: str = EMA) -> list[int]:
@@ -262,7 +343,7 @@ def restore_ema(
       folder: `EMA`, or `SHORT_EMA` for those with the shorter memory (config.ema.short_decay).
 
     Raises:
-      CheckpointError: there are none, or not of that step, or of other shapes, or they cannot be read.
+      CheckpointError: there are none, or not of that step, or of other shapes, or they cannot be read or used.
     """
     steps = ema_steps(workdir, folder)
     if not steps:
@@ -281,6 +362,9 @@ def restore_ema(
         written = (metadata.custom_metadata or {}).get(_DIGEST)
         if written is not None and written != tree_digest(ema):
             raise OSError("its numbers are not those that were written")
+        fault = weights_fault(ema)
+        if fault:
+            raise OSError(f"its weights are broken: {fault}")
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read: {_first_line(error)}") from error
     if like is not None:

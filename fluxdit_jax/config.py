@@ -99,6 +99,9 @@ def default_config() -> ConfigDict:
 
     c.health = ConfigDict()
     c.health.action = "warn"  # what a diagnosis does: warn, stop
+    c.health.max_skipped = (
+        100  # micro-batches in a row without a finite gradient that end the run, whatever the action
+    )
 
     c.log = ConfigDict()
     c.log.every = 50  # steps between logged scalars
@@ -231,6 +234,7 @@ def check(c: ConfigDict) -> None:
         "checkpoint.minutes": c.checkpoint.minutes,
         "checkpoint.keep": c.checkpoint.keep,
         "checkpoint.ema_every": c.checkpoint.ema_every,
+        "health.max_skipped": c.health.max_skipped,
         "log.every": c.log.every,
         "log.preview_count": c.log.preview_count,
         "log.preview_steps": c.log.preview_steps,

@@ -24,6 +24,8 @@ from safetensors.numpy import save_file
 from fluxdit_jax import command, files
 from fluxdit_jax.checkpoint import EMA, SHORT_EMA, CheckpointError, restore_ema
 from fluxdit_jax.config import ConfigError, Settings, resolve
+from fluxdit_jax.digest import tree_digest
+from fluxdit_jax.gate.requirement import is_of
 from fluxdit_jax.paths import given_path
 from fluxdit_jax.records import DatasetError, Manifest
 from fluxdit_jax.run_directory import RunError, RunLock, load_config, load_dataset
@@ -48,7 +50,7 @@ def export(workdir: Path, out: Path, step: int | None = None, folder: str = EMA)
     step, ema = restore_ema(workdir, step, folder=folder)
     tensors = flatten(ema)
     texts = {
-        "README.md": card(settings, manifest, step, tensors, workdir),
+        "README.md": card(settings, manifest, step, tensors, workdir, _verdict(workdir, step, ema, folder)),
         "config.json": json.dumps(describe(settings, manifest, step), indent=1) + "\n",
     }
     lock, work = RunLock(out, f"{WORK}/lock", temporary=True, option="--out"), out / WORK
@@ -114,12 +116,16 @@ def describe(settings: Settings, manifest: Manifest, step: int) -> dict[str, Any
 
 
 def card(
-    settings: Settings, manifest: Manifest, step: int, tensors: dict[str, np.ndarray], workdir: Path
+    settings: Settings,
+    manifest: Manifest,
+    step: int,
+    tensors: dict[str, np.ndarray],
+    workdir: Path,
+    verdict: str,
 ) -> str:
-    """The model card, Markdown."""
+    """The model card, Markdown; `verdict` is what it says of the validation."""
     m = settings.model
     parameters = sum(tensor.size for tensor in tensors.values())
-    verdict = _verdict(workdir)
     f = settings.flow
     dropout = f"text {f.drop_text:g}, vision {f.drop_vision:g}, both {f.drop_both:g}"
     return f"""---
@@ -149,17 +155,25 @@ training images, which this card does not know, decide what the model may be use
 """
 
 
-def _verdict(workdir: Path) -> str:
+def _verdict(workdir: Path, step: int, ema: Any, folder: str) -> str:
+    """What the run's validation says of these weights; a report of others of its weights says nothing of them."""
     path = workdir / "validation" / "report.json"
     if not path.exists():
         log.warning("%s does not exist: the card says that the model was not validated", path)
         return "not validated"
     try:
-        return "passed" if json.loads(path.read_text(encoding="utf-8"))["passed"] else "failed"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if is_of(report, step, tree_digest(ema), folder):
+            return "passed" if report["passed"] else "failed"
+        measured = report.get("weights")
+        other = measured.get("ema_step") if isinstance(measured, dict) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ExportError(
             f"{path} cannot be read: {error}; validate the run again, or move it away"
         ) from error
+    whose = f"those of step {other:,}" if type(other) is int else "which is not known"
+    log.warning("%s is of other weights, %s: the card says that these were not validated", path, whose)
+    return f"not validated (other weights of this run were: {whose})"
 
 
 def main() -> None:

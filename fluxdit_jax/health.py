@@ -39,7 +39,8 @@ class Observation:
     """One optimizer step as the monitor sees it.
 
     Attributes:
-      gradient_groups: gradient norm by parameter group.
+      gradient_norm: NaN where no step was completed.
+      gradient_groups: gradient norm by parameter group; empty where no step was completed.
       rms_ratio: RMS of the predicted over that of the target velocity; 1.0 is ideal.
       skipped: micro-batches skipped for non-finite gradients since the last observation.
       data_wait: share of the step's time spent waiting for data, 0 to 1.
@@ -92,10 +93,10 @@ class Monitor:
 
     def observe(self, seen: Observation) -> list[Diagnosis]:
         """Takes one step; returns diagnoses that begin or end with it (usually none)."""
-        self._seen += 1
         self._skips.append(seen.skipped)
         self._waits.append(seen.data_wait)
         if math.isfinite(seen.gradient_norm):
+            self._seen += 1
             self._norms.append(seen.gradient_norm)
         if math.isfinite(seen.rms_ratio):
             self._ratios.append(seen.rms_ratio)
@@ -150,9 +151,11 @@ class Monitor:
         return self._change(
             "non-finite again and again",
             bad >= BROKEN or ("non-finite again and again" in self._active and bad > 0),
-            f"step {seen.step}: {bad} of the last {len(self._skips)} steps had micro-batches with NaN or infinity: a "
-            f"weight is broken, or the learning rate ({self._learning_rate:g}) is too high, or many records are bad "
-            "(`python -m preprocess verify` tells). Go back to a checkpoint from before, and lower optim.lr by 3",
+            f"step {seen.step}: {bad} of the last {len(self._skips)} steps had micro-batches with NaN or infinity. The "
+            "weights are finite: many records are bad (`python -m preprocess verify` tells), or the weights have grown "
+            f"so far that products overflow. Then the learning rate ({self._learning_rate:g}) is too high: go "
+            "back to a checkpoint from before, and lower optim.lr by 3. health.max_skipped such micro-batches in a row "
+            "end the run",
             f"step {seen.step}: gradients have been finite for {WINDOW} steps",
         )
 

@@ -18,6 +18,7 @@ from fluxdit_jax.board import Board
 from fluxdit_jax.files import Appended, write_whole
 
 log = logging.getLogger(__name__)
+METRICS = "metrics.jsonl"
 
 # TensorBoard's "custom scalars" page: what to look at first, side by side.
 LAYOUT = {
@@ -67,8 +68,8 @@ class MetricsWriter:
         Args:
           step: the run's step now. enabled: False writes nothing (all processes of a run but one).
         """
-        path = workdir / "metrics.jsonl" if enabled else Path(os.devnull)
-        first = step + 1 if step else 0  # a run that starts says something before its first step
+        path = workdir / METRICS if enabled else Path(os.devnull)
+        first = _first(step)
         if enabled and path.exists():
             _drop_from(path, first)
         self._file = Appended(path)
@@ -107,6 +108,22 @@ class MetricsWriter:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def _first(step: int) -> int:
+    """The first step whose lines a run writes that goes on from `step`: a new one says something before its first."""
+    return step + 1 if step else 0
+
+
+def beyond(path: Path, step: int) -> list[dict[str, Any]]:
+    """The lines that a run drops which goes on from `step`; those that cannot be read are not among them."""
+    entries = _read(path)[0] if path.exists() else []
+    return [entry for entry in entries if entry["step"] >= _first(step)]
+
+
+def last_step(path: Path) -> int:
+    """The last step of which a line of `metrics.jsonl` tells; 0 if there is none."""
+    return max((entry["step"] for entry in _read(path)[0]), default=0) if path.exists() else 0
 
 
 class LogError(ValueError):

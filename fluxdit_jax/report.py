@@ -12,6 +12,7 @@ import numpy as np
 
 from fluxdit_jax import pictures
 from fluxdit_jax.board import Board
+from fluxdit_jax.checkpoint import EMA
 from fluxdit_jax.files import write_whole
 from fluxdit_jax.gate.requirement import ENCODERS, encoder_summary, family
 from fluxdit_jax.gate.verdict import Case, Verdict
@@ -31,6 +32,7 @@ class Circumstances:
       steps, method, seed: of the solver.
       device: in words. made: ISO 8601 time. seconds: by part, and `total`.
       networks: network evaluations, one for each picture and solver stage.
+      digest: of the numbers of the EMA weights.
     """
 
     workdir: str
@@ -43,6 +45,7 @@ class Circumstances:
     made: str
     seconds: dict[str, float]
     networks: int
+    digest: str = ""
 
 
 def build_report(
@@ -55,7 +58,12 @@ def build_report(
         "passed": passed,
         "verdict": "PASS: all three tests" if passed else f"FAIL: {', '.join(failed)}",
         "metrics": {verdict.name: verdict.to_json() for verdict in verdicts},
-        "weights": {"ema_step": circumstances.step, "workdir": circumstances.workdir},
+        "weights": {
+            "ema_step": circumstances.step,
+            "folder": EMA,
+            "digest": circumstances.digest,
+            "workdir": circumstances.workdir,
+        },
         "model": {
             "family": family(config),
             "width": config.width,

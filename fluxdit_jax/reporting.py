@@ -20,6 +20,7 @@ from fluxdit_jax.files import Appended
 from fluxdit_jax.flow import TIME_BINS
 from fluxdit_jax.health import Diagnosis, Monitor, Observation
 from fluxdit_jax.metrics import MetricsWriter, unpack
+from fluxdit_jax.soundness import SUSPECT, BrokenRun, Watchdog
 from fluxdit_jax.untrusted import shown
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Reporter:
         *,
         writer: MetricsWriter,
         monitor: Monitor,
+        watchdog: Watchdog,
         schedule: optax.Schedule,
         metric_shapes: dict[str, Any],
         batch_size: int,
@@ -59,7 +61,7 @@ class Reporter:
           every: steps between logged scalars.
           unfinished: what `unfinished` gave when the checkpoint was written that the run goes on from.
         """
-        self._writer, self._monitor, self._schedule = writer, monitor, schedule
+        self._writer, self._monitor, self._watchdog, self._schedule = writer, monitor, watchdog, schedule
         self._shapes, self._batch_size, self._every = metric_shapes, batch_size, every
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._total = total_steps
@@ -89,6 +91,8 @@ class Reporter:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if isinstance(exception[1], BrokenRun):  # what ends a run by itself stands in its log too
+            log.error("%s", exception[1])
         self.close()
         if self._redirect:
             self._redirect.__exit__(*exception)
@@ -97,6 +101,11 @@ class Reporter:
         """Ends the progress bar and closes the files; may be called twice."""
         self._bar.close()
         self._writer.close()
+
+    @property
+    def suspect(self) -> bool:
+        """Whether the last micro-batches give reason not to save the state."""
+        return self._watchdog.in_a_row >= SUSPECT
 
     def unfinished(self) -> dict[str, Any]:
         """What has been read since the last logged line, as JSON: a resumed run logs the same losses."""
@@ -139,9 +148,17 @@ class Reporter:
 
         Returns:
           (optimizer steps done, micro-batches accumulated towards the next), as the device counts them.
+
+        Raises:
+          BrokenRun: see `Watchdog.observe`.
         """
         micro = unpack(np.asarray(values), self._shapes)
         step, mini = int(micro["step"]), int(micro["mini_step"])
+        try:
+            self._watchdog.observe(micro)
+        except BrokenRun as error:
+            self._writer.text(step, "health/broken", str(error))
+            raise
         self._window_samples += self._batch_size
         self._window_tokens += int(micro["tokens"])
         self._window_replaced += int(micro["replaced"])
@@ -157,14 +174,16 @@ class Reporter:
 
     def _finish_step(self, step: int, micro: dict[str, Any], completed: bool) -> None:
         elapsed = max(1e-9, time.monotonic() - self._step_started)
-        loss = float(np.mean(self._step_losses)) if self._step_losses else float("nan")
+        # A micro-batch that was skipped leaves the norms of the last whole step there: they are no news.
+        loss = float(np.mean(self._step_losses)) if completed else float("nan")
+        norms = micro["grad_norm_groups"].items() if completed else ()
         for diagnosis in self._monitor.observe(
             Observation(
                 step=step,
                 loss=loss,
-                gradient_norm=float(micro["grad_norm"]),
-                gradient_groups={name: float(norm) for name, norm in micro["grad_norm_groups"].items()},
-                rms_ratio=float(micro["prediction_rms"] / micro["target_rms"]),
+                gradient_norm=float(micro["grad_norm"]) if completed else float("nan"),
+                gradient_groups={name: float(norm) for name, norm in norms},
+                rms_ratio=float(micro["prediction_rms"] / micro["target_rms"]) if completed else float("nan"),
                 skipped=self._step_skipped,
                 data_wait=self._step_waited / elapsed,
             )

@@ -2,6 +2,8 @@
 
 config.json       the configuration, every key
 dataset.json      the manifest of the data set it was trained on, as it was
+history.jsonl     its starts: from which step, with which changes, what was set aside
+abandoned/        what was beyond the step that a start began with
 checkpoints/ ema/ tensorboard/ metrics.jsonl samples/ validation/ train.log
 """
 
@@ -68,15 +70,25 @@ def check_resume(workdir: Path, config: ConfigDict, manifest: Manifest) -> bool:
                 "a backup, or give --config.resume.allow_changes=True to go on with this configuration"
             )
         return False
-    changes = config_changes(_recorded(workdir), config)
-    if _dataset_identity(load_dataset(workdir)) != _dataset_identity(manifest):
-        changes.append(f"data.path: {config.data.path} is not the data set of this run ({DATASET})")
+    changes, _ = all_changes(workdir, config, manifest)
     if changes and not config.resume.allow_changes:
         raise RunError(
             f"{workdir} holds a run with another configuration:\n  " + "\n  ".join(changes) + "\n"
             "Give the old values, another workdir, or --config.resume.allow_changes=True to go on all the same"
         )
     return True
+
+
+def all_changes(workdir: Path, config: ConfigDict, manifest: Manifest) -> tuple[list[str], list[str]]:
+    """What differs from the run's last start, in words: what decides the mathematics, and keys that may change."""
+    if not (workdir / CONFIG).exists():
+        unknown = any((workdir / "checkpoints").glob("[0-9]*"))
+        return [f"{CONFIG} is missing: what the run was started with is not known"] if unknown else [], []
+    recorded = _recorded(workdir)
+    changes, free = config_changes(recorded, config), config_changes(recorded, config, of_free_keys=True)
+    if _dataset_identity(load_dataset(workdir)) != _dataset_identity(manifest):
+        changes.append(f"data.path: {config.data.path} is not the data set of this run ({DATASET})")
+    return changes, free
 
 
 def record_start(workdir: Path, config: ConfigDict, manifest: Manifest) -> None:
@@ -89,8 +101,8 @@ def record_start(workdir: Path, config: ConfigDict, manifest: Manifest) -> None:
     write_whole(workdir / CONFIG, json.dumps(values, indent=1) + "\n")
 
 
-def config_changes(old: ConfigDict, new: ConfigDict) -> list[str]:
-    """`key: old -> new` for every key that decides the mathematics and differs.
+def config_changes(old: ConfigDict, new: ConfigDict, of_free_keys: bool = False) -> list[str]:
+    """`key: old -> new` for every key that decides the mathematics and differs; or of the others.
 
     A key that the run's version did not have had the effect of its default.
     """
@@ -98,9 +110,8 @@ def config_changes(old: ConfigDict, new: ConfigDict) -> list[str]:
     free = FREE_KEYS + (("train.steps",) if new.optim.schedule == "constant" else ())
     changes = []
     for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key) and not any(
-            key == f or (f[-1] == "." and key.startswith(f)) for f in free
-        ):
+        is_free = any(key == f or (f[-1] == "." and key.startswith(f)) for f in free)
+        if before.get(key) != after.get(key) and is_free == of_free_keys:
             changes.append(f"{key}: {before.get(key)!r} -> {after.get(key)!r}")
     return changes
 

@@ -20,10 +20,10 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from fluxdit_jax import command, data, devices, model, pictures, reporting, sharding
+from fluxdit_jax import command, continuation, data, devices, model, pictures, reporting, sharding
 from fluxdit_jax import config as configuration
 from fluxdit_jax.allocator import keep_freed_memory
-from fluxdit_jax.checkpoint import SHORT_EMA, CheckpointError, Checkpoints, leaves_threads, restore_ema
+from fluxdit_jax.checkpoint import CheckpointError, Checkpoints, leaves_threads, restore_ema
 from fluxdit_jax.config import Settings
 from fluxdit_jax.flow import FlowConfig
 from fluxdit_jax.gate.requirement import GateError, require_report
@@ -36,8 +36,9 @@ from fluxdit_jax.paths import expanded
 from fluxdit_jax.preview import Preview, make_preview
 from fluxdit_jax.program import Program
 from fluxdit_jax.records import DatasetError, Manifest, load_manifest
-from fluxdit_jax.run_directory import RunError, RunLock, check_resume, flatten, record_start
+from fluxdit_jax.run_directory import RunError, RunLock, check_resume, flatten
 from fluxdit_jax.sharding import MeshError
+from fluxdit_jax.soundness import BrokenRun, Watchdog
 from fluxdit_jax.state import TrainState
 from fluxdit_jax.stopping import Signals, any_process
 from fluxdit_jax.trace import Trace
@@ -79,6 +80,7 @@ def train(config: ConfigDict) -> int:
             closing.callback(RunLock(workdir).release)
             closing.callback(reporting.log_to(workdir / "train.log"))
             check_resume(workdir, config, manifest)
+            continuation.require_checkpoints(workdir)
 
         # ------------------------------------------------------------ the compiled step, if it fits the device
         program = Program(settings, mesh, statistics)
@@ -92,9 +94,8 @@ def train(config: ConfigDict) -> int:
         checkpoints = closing.enter_context(Checkpoints(workdir, config.checkpoint.keep))
         state, meta = _first_state(config, program, checkpoints)
         samples = meta["samples"]  # drawn so far
-        if primary:
-            record_start(workdir, config, manifest)
         step, mini = int(state.step), int(state.opt_state.mini_step)
+        continuation.begin(workdir, config, manifest, checkpoints, state)
         log.info("step %d of %d", step, config.train.steps)
 
         # ------------------------------------------------------------ data, and what is written and shown
@@ -122,6 +123,9 @@ def train(config: ConfigDict) -> int:
             reporting.Reporter(
                 writer=writer,
                 monitor=Monitor(config.optim.lr, config.optim.warmup_steps, _without_gradient(settings.flow)),
+                watchdog=Watchdog(
+                    config.health.max_skipped, model.count_parameters(settings.model), config.optim.lr
+                ),
                 schedule=learning_rate(settings.optimizer, config.optim.lr),
                 metric_shapes=program.metric_shapes,
                 batch_size=config.data.batch_size,
@@ -191,10 +195,10 @@ def train(config: ConfigDict) -> int:
             if complete and preview_due:
                 _write_preview(preview, state.ema, step, workdir, writer)
             if complete and ema_due:
-                checkpoints.save_ema(step, state.ema)
-                if state.short_ema is not None:
-                    checkpoints.save_ema(step, state.short_ema, SHORT_EMA)
-            if stopping or (complete and save_due):
+                checkpoints.save_averages(step, state)
+            if stopping and reporter.suspect:
+                log.warning("the last micro-batches had no finite gradient: this state is not saved")
+            elif stopping or (complete and save_due):
                 meta = {
                     "samples": samples,
                     "batch_size": config.data.batch_size,
@@ -223,7 +227,7 @@ def train(config: ConfigDict) -> int:
             log.info("stopped at step %d (%s), state saved. The same command goes on from there.", step, why)
         else:
             log.error(
-                "stopped at step %d (%s); its state could not be saved. The same command goes on from step %d.",
+                "stopped at step %d (%s); its state is not saved. The same command goes on from step %d.",
                 step,
                 why,
                 checkpoints.latest_step() or 0,
@@ -376,6 +380,8 @@ def main(argv: list[str]) -> None:
         code = train(config)
     except USER_ERRORS as error:
         print(f"error: {command.explain(error)}", file=sys.stderr)
+        code = 1
+    except BrokenRun:  # the reporter has told it
         code = 1
     except KeyboardInterrupt:
         print("stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)

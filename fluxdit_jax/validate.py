@@ -29,6 +29,7 @@ from fluxdit_jax import devices, files, pictures, sampler
 from fluxdit_jax.checkpoint import CheckpointError, restore_ema
 from fluxdit_jax.config import ConfigError, Settings, resolve
 from fluxdit_jax.data import RecordSource
+from fluxdit_jax.digest import tree_digest
 from fluxdit_jax.gate.advice import advise
 from fluxdit_jax.gate.album import DEMO_KEYS, Album
 from fluxdit_jax.gate.edit import Edit
@@ -183,6 +184,7 @@ def validate(arguments: argparse.Namespace) -> bool:
         made=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         seconds={name: round(value, 2) for name, value in seconds.items()},
         networks=count * arguments.steps * EVALUATIONS[arguments.method],
+        digest=tree_digest(ema),
     )
     report = build_report(verdicts, circumstances, settings.model, manifest)
     folder = arguments.workdir / FOLDER

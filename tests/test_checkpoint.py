@@ -140,9 +140,17 @@ def test_the_latest_few_are_kept_and_every_ema(tmp_path, states):
     assert ema_steps(tmp_path) == [1, 2, 3, 4]
 
 
-def test_saving_a_step_twice_keeps_the_first(workdir, states):
+def test_saving_a_step_twice_keeps_the_first_and_refuses_other_numbers(workdir, states):
     with Checkpoints(workdir, keep=2) as checkpoints:
-        assert checkpoints.save(2, states[3], meta(3)) and checkpoints.save_ema(2, states[3].ema)
+        checkpoints.restore(abstract(states[2]))
+        assert checkpoints.save(2, states[2], meta(2)) and checkpoints.save_ema(2, states[2].ema)
+    with Checkpoints(workdir, keep=2) as checkpoints:
+        for save in (
+            lambda: checkpoints.save(2, states[3], meta(3)),
+            lambda: checkpoints.save_ema(2, states[3].ema),
+        ):
+            with pytest.raises(CheckpointError, match="2 is there already"):
+                save()
     assert tree_equal(restore(workdir, states[2])[0], states[2])
     assert tree_equal(restore_ema(workdir)[1], jax.tree.map(np.asarray, states[2].ema))
 
@@ -271,7 +279,8 @@ def test_nothing_but_damage_stops_with_a_way_out(workdir, states):
         str(workdir / "checkpoints"),
         "2: ",
         "1: ",
-        "Move that folder away",
+        "backup",
+        f"--config.resume.from_run={workdir}",
     ):
         assert word in str(refusal.value)
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["1", "2"]  # nothing is thrown away

@@ -12,6 +12,7 @@ from training_helpers import lively
 from fluxdit_jax import model, validate
 from fluxdit_jax.checkpoint import Checkpoints, restore_ema
 from fluxdit_jax.config import resolve
+from fluxdit_jax.digest import tree_digest
 from fluxdit_jax.gate.painter import Painter, Wanted
 from fluxdit_jax.gate.requirement import GateError, require_report
 from fluxdit_jax.prompts import encode_prompts
@@ -51,12 +52,16 @@ def test_an_untrained_run_fails_and_is_told_so(untrained, capsys):
     assert status == 1 and report["passed"] is False
     assert failed(report) == {"memorisation", "vision_swap", "text_edit"}
     assert report["metrics"]["text_edit"]["value"] == 0
-    assert report["weights"]["ema_step"] == 7
+    digest = tree_digest(restore_ema(untrained, 7)[1])
+    assert report["weights"] == {
+        "ema_step": 7, "folder": "ema", "digest": digest, "workdir": str(untrained.absolute()),
+    }  # fmt: skip
     assert report["sampling"] == {"method": "euler", "steps": 2, "seed": 0, "network_evaluations": 400}
     shown = capsys.readouterr().out
     assert "FAIL: memorisation, vision swap, text edit" in shown and "it is untrained" in shown
     page = (untrained / "validation" / "report.html").read_text()
     assert page.startswith("<!doctype html>") and "it is untrained" in page
+    assert f"EMA of step 7, digest {digest}" in page
     assert list((untrained / "tensorboard").glob("*.validation"))
     with pytest.raises(GateError, match="failed its validation"):
         manifest = load_dataset(untrained)

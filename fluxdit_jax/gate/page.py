@@ -276,7 +276,10 @@ def _training(log: list[dict]) -> str:
 
 
 def _particulars(report: dict[str, Any]) -> str:
-    rows = [
+    weights = report["weights"]
+    identity = f"EMA of step {weights['ema_step']:,}, digest {weights.get('digest') or 'not known'}"
+    rows = [_row("weights", identity)]
+    rows += [
         _row(f"{name} encoder", f"{e['id']} {e['revision']} (width {e['width']}, sha256 {e['sha256'][:16]})")
         for name, e in report["encoders"].items()
     ]

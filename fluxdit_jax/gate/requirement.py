@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from fluxdit_jax import model
+from fluxdit_jax.checkpoint import EMA, ema_digest, ema_steps
 from fluxdit_jax.model import ModelConfig
 from fluxdit_jax.records import EncoderIdentity, Manifest
 from fluxdit_jax.untrusted import shown
@@ -47,6 +48,20 @@ def encoder_summary(identity: EncoderIdentity) -> dict[str, Any]:
     }
 
 
+def is_of(report: dict[str, Any], step: int, digest: str | None, folder: str = EMA) -> bool:
+    """Whether a report was measured on these weights: by their digest, or, where one is not known, by their step.
+
+    Args:
+      digest: of the weights (see `tree_digest`); None where it is not known.
+    """
+    weights = report.get("weights")
+    if not isinstance(weights, dict):
+        return False
+    if digest and weights.get("digest"):
+        return weights["digest"] == digest
+    return (weights.get("ema_step"), weights.get("folder", EMA)) == (step, folder)
+
+
 def require_report(path: str | Path | None, config: ModelConfig, manifest: Manifest) -> dict[str, Any]:
     """Reads a validation report and checks that it lets a run of this model and data set start.
 
@@ -60,7 +75,8 @@ def require_report(path: str | Path | None, config: ModelConfig, manifest: Manif
 
     Raises:
       GateError: there is no report, it cannot be read, it did not pass, or it is of another model family, other
-        encoders or another data format. The message lists all of it, and how to make one or go without.
+        encoders or another data format; or it lies in a run's directory and is not of the newest EMA weights there.
+        The message lists all of it, and how to make one or go without.
     """
     how = (
         "Train and validate a small run first:\n"
@@ -77,7 +93,7 @@ def require_report(path: str | Path | None, config: ModelConfig, manifest: Manif
         report = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(report, dict) or not isinstance(report.get("passed"), bool):
             raise ValueError("it has no boolean 'passed'")
-        problems = _differences(report, config, manifest)
+        problems = _differences(report, config, manifest) + _other_weights(file, report)
     except FileNotFoundError as error:
         raise GateError(f"config.gate.report: {file} does not exist.\n{how}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -110,3 +126,16 @@ def _differences(report: dict[str, Any], config: ModelConfig, manifest: Manifest
             f"the data format was version {report['dataset']['format_version']} there, is {manifest.version} here"
         )
     return problems
+
+
+def _other_weights(file: Path, report: dict[str, Any]) -> list[str]:
+    """That the report's run has come to other weights since. A report that is kept elsewhere speaks for itself."""
+    run = file.absolute().parent.parent
+    steps = ema_steps(run) if file.absolute().parent.name == "validation" else []
+    if not steps or is_of(report, steps[-1], ema_digest(run, steps[-1])):
+        return []
+    measured = report["weights"].get("ema_step") if isinstance(report.get("weights"), dict) else "not known"
+    return [
+        f"it is not of the weights that {run} has now: it was measured on those of step {measured}, the newest are of "
+        f"step {steps[-1]}. Measure again: python -m fluxdit_jax.validate --workdir={run}"
+    ]

@@ -1,0 +1,181 @@
+"""A verdict belongs to the weights it was measured on: in the card of an export, and where production asks for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import pytest
+from training_helpers import tiny_config
+
+from fluxdit_jax import model
+from fluxdit_jax.checkpoint import EMA, SHORT_EMA, Checkpoints, ema_digest
+from fluxdit_jax.config import resolve
+from fluxdit_jax.digest import tree_digest
+from fluxdit_jax.export import ExportError, export
+from fluxdit_jax.gate.requirement import GateError, is_of, require_report
+from fluxdit_jax.records import load_manifest
+from fluxdit_jax.report import Circumstances, build_report, write_json
+from fluxdit_jax.run_directory import record_start
+
+pytest_plugins = ("training_fixtures",)
+
+
+@dataclasses.dataclass
+class Verdict:
+    """What `build_report` reads of a verdict."""
+
+    name: str
+    passed: bool = True
+
+    @property
+    def title(self):
+        return self.name
+
+    def to_json(self):
+        return {"passed": self.passed, "value": 1.0}
+
+
+@pytest.fixture
+def scene(tiny_dataset, tmp_path):
+    """(run directory, settings, manifest): EMA weights of steps 4 and 8, the last also as the short average."""
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    config, manifest = tiny_config(tiny_dataset, workdir), load_manifest(tiny_dataset)
+    record_start(workdir, config, manifest)
+    settings = resolve(config, manifest)
+    for step in (4, 8):
+        write_weights(workdir, settings, step, seed=step)
+    return workdir, settings, manifest
+
+
+def write_weights(workdir, settings, step, seed):
+    with Checkpoints(workdir, 1) as checkpoints:
+        for folder, number in ((EMA, seed), (SHORT_EMA, seed + 100)):
+            checkpoints.save_ema(step, model.initialize(settings.model, jax.random.key(number)), folder)
+
+
+def write_report(scene, step, passed=True, digest=True):
+    workdir, settings, manifest = scene
+    known = ema_digest(workdir, step) if digest else ""
+    circumstances = Circumstances(
+        str(workdir), "data", step, 6, "kutta3", 0, "cpu", "2026-11-24", {"total": 1.0}, 1, known
+    )
+    path = workdir / "validation" / "report.json"
+    write_json(build_report([Verdict("memorisation", passed)], circumstances, settings.model, manifest), path)
+    return path
+
+
+def card(scene, step, folder=EMA):
+    """(what the card says of the weights, of their validation)."""
+    workdir, _, _ = scene
+    export(workdir, workdir.parent / "out", step, folder)
+    rows = (workdir.parent / "out" / "README.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows if row.startswith("| ")]
+    told = {row[0]: row[1] for row in cells if len(row) == 2}
+    return told["weights"], told["validation"]
+
+
+def other_weights_at(scene, step):
+    """The run has gone back and come to the step again."""
+    workdir, settings, _ = scene
+    for folder in (EMA, SHORT_EMA):
+        shutil.rmtree(workdir / folder / str(step))
+    write_weights(workdir, settings, step, seed=50)
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_the_card_tells_the_verdict_of_its_own_weights_only(scene, passed, caplog):
+    write_report(scene, 4, passed)
+    assert card(scene, 4) == ("EMA of step 4, float32", "passed" if passed else "failed")
+    for step, folder in ((8, EMA), (None, EMA), (4, SHORT_EMA)):
+        caplog.clear()
+        verdict = card(scene, step, folder)[1]
+        assert verdict.startswith("not validated") and "step 4" in verdict and "passed" not in verdict
+        assert "other weights" in caplog.text and "report.json" in caplog.text
+
+
+def test_the_same_step_with_other_numbers_was_not_validated(scene):
+    write_report(scene, 8)
+    assert card(scene, 8)[1] == "passed"
+    other_weights_at(scene, 8)
+    assert card(scene, 8)[1].startswith("not validated")
+
+
+def test_a_report_without_a_digest_goes_by_its_step_and_one_without_either_says_nothing(scene):
+    path = write_report(scene, 8, digest=False)
+    assert card(scene, 8)[1] == "passed" and card(scene, 4)[1].startswith("not validated")
+    assert card(scene, 8, SHORT_EMA)[1].startswith("not validated")
+    report = json.loads(path.read_text())
+    for weights in (None, {}, [8], {"digest": 3}):
+        path.write_text(json.dumps(report | {"weights": weights}))
+        assert card(scene, 8)[1].startswith("not validated")
+    path.write_text("[]")
+    with pytest.raises(ExportError, match=r"report\.json cannot be read"):
+        card(scene, 8)
+    path.unlink()
+    assert card(scene, 8)[1] == "not validated"
+
+
+def test_identity_is_the_digest_and_only_without_one_the_step():
+    report = {"weights": {"ema_step": 8, "folder": EMA, "digest": "abc"}}
+    assert is_of(report, 8, "abc") and is_of(report, 9, "abc") and not is_of(report, 8, "abd")
+    assert is_of(report, 8, None) and not is_of(report, 9, None) and not is_of(report, 8, None, SHORT_EMA)
+    assert not is_of({}, 8, "abc")
+
+
+# ------------------------------------------------------------------------------------------------ the gate
+
+
+def require(scene, path):
+    _, settings, manifest = scene
+    return require_report(path, settings.model, manifest)
+
+
+def test_production_takes_the_report_of_the_weights_that_the_run_has_now(scene):
+    workdir, _, _ = scene
+    write_report(scene, 8)
+    assert require(scene, workdir)["passed"] is True
+    other_weights_at(scene, 8)
+    with pytest.raises(GateError) as refusal:
+        require(scene, workdir)
+    for word in ("of step 8", str(workdir), f"fluxdit_jax.validate --workdir={workdir}"):
+        assert word in str(refusal.value)
+
+
+@pytest.mark.parametrize("digest", [True, False])
+def test_production_refuses_the_report_of_a_run_that_was_trained_on(scene, digest):
+    path = write_report(scene, 4, digest=digest)
+    with pytest.raises(GateError) as refusal:
+        require(scene, path)
+    for word in ("of step 4", "of step 8"):
+        assert word in str(refusal.value)
+
+
+def test_a_report_that_was_put_away_or_whose_weights_are_gone_speaks_for_itself(scene, tmp_path):
+    workdir, _, _ = scene
+    path = write_report(scene, 4)
+    kept = Path(shutil.copy(path, tmp_path / "report-4.json"))
+    assert require(scene, kept)["weights"]["ema_step"] == 4
+    shutil.rmtree(workdir / EMA)
+    assert require(scene, path)["weights"]["ema_step"] == 4
+
+
+def test_a_relative_path_names_the_same_run(scene, monkeypatch):
+    workdir, _, _ = scene
+    write_report(scene, 4)
+    monkeypatch.chdir(workdir / "validation")
+    with pytest.raises(GateError, match="of step 8"):
+        require(scene, "report.json")
+    monkeypatch.chdir(workdir)
+    with pytest.raises(GateError, match="of step 8"):
+        require(scene, ".")
+
+
+def test_the_digest_beside_weights_is_that_of_their_numbers(scene):
+    workdir, settings, _ = scene
+    assert ema_digest(workdir, 4) == tree_digest(model.initialize(settings.model, jax.random.key(4)))
+    assert ema_digest(workdir, 5) is None
