@@ -74,16 +74,16 @@ def begin(
 ) -> None:
     """Sets aside what is beyond the state's step, and records the start and its changes. Every process calls it."""
     step, found = int(state.step), checkpoints.latest_step()
-    digests = {EMA: tree_digest(state.ema)}
-    if state.short_ema is not None:
-        digests[SHORT_EMA] = tree_digest(state.short_ema)
+    averages = {EMA: state.ema} | ({} if state.short_ema is None else {SHORT_EMA: state.short_ema})
+    # A new run has nothing to be compared with; a digest costs the start of a program.
+    digests = {} if found is None else {folder: tree_digest(tree) for folder, tree in averages.items()}
     primary = jax.process_index() == 0
     if primary:
         origin = config.resume.from_run or "new" if found is None else f"{CHECKPOINTS}/{found}"
         _record(workdir, config, manifest, step, origin, set_aside(workdir, step, digests))
     # EMA weights that are due here and are missing, or are of other weights and were moved
     due = step >= config.train.steps or (step > 0 and step % config.checkpoint.ema_every == 0)
-    missing = any(step not in ema_steps(workdir, folder) for folder in digests)
+    missing = any(step not in ema_steps(workdir, folder) for folder in averages)
     if any_process([primary and due and missing])[0]:
         checkpoints.save_averages(step, state)
 
@@ -120,7 +120,7 @@ def set_aside(workdir: Path, step: int, digests: dict[str, str]) -> tuple[Path, 
     names = _weights_beyond(workdir, step, digests)
     others_at_step = any(name.endswith(f"/{step}") for name in names)
     names += _pictures_beyond(workdir, step - others_at_step)
-    if _report_is_beyond(workdir, step, digests[EMA]):
+    if _report_is_beyond(workdir, step, digests.get(EMA)):
         names.append("validation")
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -149,7 +149,7 @@ def _pictures_beyond(workdir: Path, step: int) -> list[str]:
     return [f"samples/{match[0]}" for match in matches if match and int(match[1]) > step]
 
 
-def _report_is_beyond(workdir: Path, step: int, digest: str) -> bool:
+def _report_is_beyond(workdir: Path, step: int, digest: str | None) -> bool:
     try:
         report = json.loads((workdir / "validation" / "report.json").read_text(encoding="utf-8"))
         weights = report["weights"]

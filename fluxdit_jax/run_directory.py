@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,9 @@ def all_changes(workdir: Path, config: ConfigDict, manifest: Manifest) -> tuple[
     if not (workdir / CONFIG).exists():
         unknown = any((workdir / "checkpoints").glob("[0-9]*"))
         return [f"{CONFIG} is missing: what the run was started with is not known"] if unknown else [], []
-    recorded = _recorded(workdir)
-    changes, free = config_changes(recorded, config), config_changes(recorded, config, of_free_keys=True)
+    recorded, new = _recorded(workdir), config.to_dict()
+    new["data"]["path"] = _whole(config.data.path)
+    changes, free = (config_changes(recorded, ConfigDict(new), of_free_keys=free) for free in (False, True))
     if _dataset_identity(load_dataset(workdir)) != _dataset_identity(manifest):
         changes.append(f"data.path: {config.data.path} is not the data set of this run ({DATASET})")
     return changes, free
@@ -96,9 +98,14 @@ def record_start(workdir: Path, config: ConfigDict, manifest: Manifest) -> None:
     write_whole(workdir / DATASET, manifest.to_json())
     values = config.to_dict()
     # absolute, because sampling and validation may be asked for from another directory
-    values["data"]["path"] = str(Path(config.data.path).absolute())
+    values["data"]["path"] = _whole(config.data.path)
     values["checksum"] = json_checksum(values)
     write_whole(workdir / CONFIG, json.dumps(values, indent=1) + "\n")
+
+
+def _whole(path: str) -> str:
+    """The path from the root, as it is recorded."""
+    return os.path.normpath(Path(path).absolute())
 
 
 def config_changes(old: ConfigDict, new: ConfigDict, of_free_keys: bool = False) -> list[str]:

@@ -19,6 +19,7 @@ from fluxdit_jax.records import Manifest, load_manifest
 from fluxdit_jax.run_directory import (
     RunError,
     RunLock,
+    all_changes,
     check_resume,
     config_changes,
     load_config,
@@ -185,8 +186,11 @@ def test_a_changed_digit_a_missing_data_set_and_a_missing_configuration_are_name
 
 def test_another_data_set_is_refused_but_the_same_one_may_move(config, manifest, workdir, tmp_path):
     record_start(workdir, config, manifest)
+    config.data.path = os.path.relpath(config.data.path)
+    assert all_changes(workdir, config, manifest) == ([], [])
     config.data.path = str(tmp_path / "moved")
     assert check_resume(workdir, config, manifest) is True
+    assert [change.split(":")[0] for change in all_changes(workdir, config, manifest)[1]] == ["data.path"]
     shard = dataclasses.replace(manifest.shards["train"][0], sha256="other")
     other = dataclasses.replace(
         manifest, shards=manifest.shards | {"train": (shard, *manifest.shards["train"][1:])}
