@@ -145,7 +145,7 @@ def test_the_watchdog_ends_a_run_at_the_update_that_breaks_it(change, first):
 
 @pytest.mark.parametrize(
     ("lr", "action", "batch_size"),
-    [(1e30, "warn", 4), (1e30, "stop", 8), (1e3, "warn", 8), (30.0, "warn", 4)],
+    [(1e30, "stop", 8), (30.0, "warn", 4)],
 )
 def test_a_rate_far_too_high_ends_the_run_at_its_first_step_and_saves_nothing(config, lr, action, batch_size):
     config.optim.lr, config.health.action, config.data.batch_size = lr, action, batch_size
