@@ -14,7 +14,8 @@ from preprocess.place import Place
 from preprocess.sidecars import TYPES, Sidecars, extension
 from preprocess.system_folders import hidden, names_an_image, of_a_system
 
-COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
+COMPRESSED = (".gz", ".tgz", ".bz2", ".tbz", ".tbz2", ".xz", ".txz", ".lzma", ".zst", ".tzst", ".lz4", ".br")
+COMPRESSED += (".zip", ".7z", ".rar")
 _MAX_HEADER = 1_000_000  # bytes of a name or of other headers in an archive
 _MAGIC = {
     b"\x1f\x8b": "gzip",
@@ -49,6 +50,7 @@ def scan_tar(result: Scan, path: Path, prefix: str) -> None:
     """
     pictures: dict[str, list[Place]] = {}
     files: list[tuple[str, Place]] = []
+    others: list[str] = []
 
     def reject(name: str, why: Rejected) -> None:
         result.rejects.append(Reject.of(f"{prefix}/{name}" if name else prefix, str(path), why))
@@ -61,6 +63,7 @@ def scan_tar(result: Scan, path: Path, prefix: str) -> None:
                     kind = _kind(result, member, file)
                 except Rejected as rejected:
                     reject(member.name, rejected)
+                    others.append(name)
                     continue
                 place = Place(str(path), member.offset_data, member.size)
                 if kind == "picture":
@@ -69,12 +72,13 @@ def scan_tar(result: Scan, path: Path, prefix: str) -> None:
                     files.append((name, place))
     except Exception as error:  # noqa: BLE001  tarfile raises whatever its parser met
         reject("", _damaged(path, error, sum(map(len, pictures.values()))))
-    sidecars = Sidecars(pictures, files, first_dot=True)
+    # Of the other members only pictures that are not read are names of their own: a sample may have a `1.cls`.
+    sidecars = Sidecars(pictures, files, others, first_dot=True)
     for name, places in pictures.items():
         sources = sidecars.sources(name)
         result.found += [Found(f"{prefix}/{name}", place, sources) for place in places]
     for name, _ in sidecars.unused():
-        why = Rejected("caption without an image", "no picture of this name in the archive")
+        why = Rejected("caption without an image", "no picture of this name was taken")
         result.rejects.append(Reject.of(f"{prefix}/{name}", str(path), why, counted=False))
     result.pass_over("another caption file of the same name", sidecars.repeated())
 

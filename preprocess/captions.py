@@ -11,6 +11,7 @@ import collections
 import dataclasses
 import itertools
 import json
+import re
 import unicodedata
 from typing import Any
 
@@ -33,7 +34,10 @@ _MARKS = (
 # for a character that could not be decoded.
 _BLANK = frozenset("\u115f\u1160\u3164\uffa0\u2800\ufffd\ufffc")
 NUL_HINT = "it has NUL characters, as UTF-16 without a byte order mark does: save it as UTF-8"
-UTF8_HINT = "save it as UTF-8, for example by `iconv -f WINDOWS-1252 -t UTF-8`"
+UTF8_HINT = (
+    "save it as UTF-8: `iconv -f ENCODING -t UTF-8`, with WINDOWS-1252, UTF-16LE or what `file -i` finds"
+)
+_ISO_2022 = re.compile(r"\x1b[$(][@BJ]")  # how it changes to another alphabet
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,6 +50,7 @@ class Source:
       place: the file; None for a row of a table.
       type: of the file: ".json" or ".txt".
       texts: of a row: its captions, or why it has none.
+      only: at most one file of the group, whatever its type, may have a usable caption; the first type of it counts.
     """
 
     name: str
@@ -53,6 +58,7 @@ class Source:
     place: Place | None = None
     type: str = ""
     texts: tuple[str, ...] | Rejected = ()
+    only: bool = False
 
     def read(self, names: tuple[str, ...], passed_over: collections.Counter[str]) -> tuple[str, ...]:
         """The captions; raises `Rejected` if there is no usable one."""
@@ -82,8 +88,12 @@ def choose(
     looked_at = 0
     for _, group in itertools.groupby(sources, key=lambda source: source.group):
         found: dict[str, None] = {}
+        usable: set[str] = set()  # files, without their extension
         for source in group:
             looked_at += 1
+            stem = source.name.rpartition(".")[0]
+            if source.only and stem in usable:
+                continue
             try:
                 texts = source.read(names, passed_over)
             except Rejected as rejected:
@@ -91,6 +101,10 @@ def choose(
                     raise
                 failures.append((source.name, rejected))
                 continue
+            usable.add(stem)
+            if source.only and len(usable) > 1:
+                what = f"{' and '.join(sorted(usable))} both have one: name the right one as the picture"
+                raise Rejected("several captions of one name", what)
             for text in texts:
                 if text in found or len(found) == MAX_CAPTIONS:
                     what = (
@@ -179,13 +193,15 @@ def clean(caption: Any) -> str:
     """The caption without white space around it; raises `Rejected` if it is not a usable text."""
     if not isinstance(caption, str):
         raise Rejected("caption is not a string", f"got {type(caption).__name__}")
-    caption = caption.strip()
+    caption = caption.strip().strip("\ufeff").strip()
     if not caption:
         raise Rejected("empty caption")
     if len(caption) > MAX_CHARACTERS:
         raise Rejected("caption too long", f"{len(caption):,} characters, the limit is {MAX_CHARACTERS:,}")
     if "\0" in caption:
         raise Rejected("NUL in the caption", NUL_HINT)
+    if _ISO_2022.search(caption):
+        raise Rejected("invalid UTF-8", f"it is ISO-2022-JP, as mail has it: {UTF8_HINT}")
     try:
         caption.encode("utf-8")
     except UnicodeEncodeError as error:

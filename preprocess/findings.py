@@ -11,6 +11,8 @@ from preprocess.captions import Source
 from preprocess.images import Rejected
 from preprocess.place import Place
 
+_LONGEST = 4096  # characters of a name or detail in `rejects.jsonl`: what a table says may be of any length
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Found:
@@ -45,7 +47,9 @@ class Reject:
 
     @classmethod
     def of(cls, key: str, file: str, why: Rejected, counted: bool = True) -> Reject:
-        return cls(printable(key), printable(file), why.reason, printable(why.detail), why.transient, counted)
+        texts = (printable(text)[:_LONGEST] for text in (key, file, why.detail))
+        key, file, detail = texts
+        return cls(key, file, why.reason, detail, why.transient, counted)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, `counted` only where it is False."""
@@ -92,6 +96,14 @@ class Scan:
 def printable(text: str) -> str:
     """The text with bytes that are no UTF-8 written as \\udcNN, so that it can be stored."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def key_of(root: Path, path: Path) -> str:
+    """Path below the root with forward slashes; raises `Rejected` if it is not UTF-8."""
+    key = str(path)[len(str(root).rstrip("/")) + 1 :]  # `relative_to` takes longer than all else
+    if not utf8(key):
+        raise Rejected("file name is not UTF-8", "rename the file")
+    return key
 
 
 def utf8(text: str) -> bool:

@@ -280,7 +280,7 @@ def _nothing(
         return f"--input {options.input}: {what}{ignored}"
     reasons = collections.Counter(reject.reason for reject in rejects).most_common(6)
     told = "; ".join(f"{reason}: {count}" for reason, count in reasons)
-    example = next(reject for reject in rejects if reject.reason == reasons[0][0])
+    example = min(rejects, key=lambda reject: (not reject.counted, reject.reason != reasons[0][0]))
     return (
         f"--input {options.input}: {what} can be used ({told}{ignored}). For example {example.file}: "
         f"{example.detail or example.reason}"

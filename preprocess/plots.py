@@ -18,6 +18,7 @@ from preprocess.images import Limits, Rejected, decode, read_header
 from preprocess.place import Place
 from preprocess.plan import MAX_FILE_BYTES
 from preprocess.publish import load_options
+from preprocess.system_folders import MARK
 
 matplotlib.use("agg")
 _RATIOS = ((1, 4), (1, 3), (1, 2), (2, 3), (1, 1), (3, 2), (2, 1), (3, 1), (4, 1))
@@ -50,7 +51,7 @@ def draw_latents(sample: list[Record], manifest: Manifest, path: Path) -> None:
         axes.set_ylim(bottom=1e-4)
         axes.set_xlabel(f"value ({len(sample)} records)")
     stored.legend(title="channel", fontsize=6, title_fontsize=7, ncols=2)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, metadata={"Comment": MARK})
 
 
 def draw_buckets(counts: dict[buckets.Size, int], dataset, path: Path) -> None:  # noqa: ANN001
@@ -76,7 +77,7 @@ def draw_aspects(aspects: np.ndarray, counts: dict[buckets.Size, int], path: Pat
     right.barh(range(len(shown)), [count for _, count in shown], color="#4878a8")
     right.set_yticks(range(len(shown)), [f"{h}x{w}" for (h, w), _ in shown], fontsize=7)
     right.set_xlabel("images per bucket (height x width)")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, metadata={"Comment": MARK})
 
 
 def draw_contact(dataset, cells: int, device: str, path: Path) -> str:  # noqa: ANN001
@@ -116,7 +117,7 @@ def draw_contact(dataset, cells: int, device: str, path: Path) -> str:  # noqa: 
     figure.suptitle(
         "original | decoded from the stored latent" if vae else "original | latent in false colours"
     )
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, metadata={"Comment": MARK})
     if missing:
         note += f" The source of {missing} of {len(positions)} records is not where it was or has changed."
     return note.strip()

@@ -6,29 +6,22 @@ outside the input folder is opened unless that is allowed: links and paths in ta
 
 from __future__ import annotations
 
-import collections
-import dataclasses
 import os
-import re
 import stat
-import unicodedata
-from collections.abc import Iterator
 from pathlib import Path
 
 from preprocess import PreprocessError, captions, tables
 from preprocess.archive import COMPRESSED, scan_tar
 from preprocess.captions import Source
-from preprocess.findings import Found, Reject, Scan, utf8
+from preprocess.findings import Found, Reject, Scan, key_of
 from preprocess.formats import EXTENSIONS, OTHER_IMAGES, format_of, not_read
 from preprocess.images import Rejected
+from preprocess.listed import ALLOW, Rows, scan_table
 from preprocess.place import Place
-from preprocess.sidecars import TYPES, Sidecars, extension, normal
+from preprocess.sidecars import TYPES, Sidecars, extension
 from preprocess.system_folders import hidden, is_plot, names_an_image, of_a_system, of_this_project
 
 TABLE = "metadata"  # a table in a folder: of this name, with an extension of `tables.TYPES`
-OUTSIDE = "outside"  # first part of the keys of pictures that are not below the input
-_ALLOW = "; --allow-outside takes it"
-_DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 
 
 def scan(
@@ -54,10 +47,10 @@ def scan(
         _Folder(result, names, exclude.resolve() if exclude else None, outside).scan()
     elif path.suffix.lower() in tables.TYPES:
         result = Scan(path.resolve().parent)
-        _scan_table(result, path.resolve(), names, outside)
+        scan_table(result, path.resolve(), names, outside)
     elif path.suffix.lower() == ".tar":
         result = Scan(path.resolve().parent)
-        scan_tar(result, path.resolve(), _key(result.root, path.resolve()))
+        scan_tar(result, path.resolve(), key_of(result.root, path.resolve()))
     else:
         unpack = "; unpack the archive first" if path.suffix.lower() in COMPRESSED else ""
         raise PreprocessError(
@@ -91,20 +84,28 @@ class _Folder:
     def __init__(self, result: Scan, names: tuple[str, ...], exclude: Path | None, outside: bool) -> None:
         self._result, self._names, self._exclude, self._outside = result, names, exclude, outside
         self._tables: list[Path] = []
-        self._entered = {os.path.realpath(result.root)}  # folders, so that links that lead back end
+        self._entered: set[str] = set()  # real paths of folders
+        self._links: list[Path] = []  # to folders: looked into behind all others
+        self._beside_targets: dict[Path, Sidecars] = {}
 
     def scan(self) -> None:
         folders = [self._result.root]
-        while folders:
-            folders += self._look_into(folders.pop())
+        while folders or self._links:
+            folder = folders.pop() if folders else self._links.pop(0)
+            real = os.path.realpath(folder)
+            if real in self._entered:
+                self._result.ignored["a folder that is looked into by another name"] += 1
+                continue
+            self._entered.add(real)
+            folders += self._look_into(folder)
         if self._tables:
-            rows = _Rows(self._result, self._names, self._outside)
+            rows = Rows(self._result, self._names, self._outside)
             for path in sorted(self._tables, key=_table_order):
                 rows.read(path)
             rows.give()
 
     def _look_into(self, folder: Path) -> list[Path]:
-        """The files of one folder; returns the folders in it."""
+        """Takes the files of one folder; returns the folders in it."""
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
@@ -112,7 +113,8 @@ class _Folder:
             self._result.reject(folder, why)
             return []
         names = {entry.name for entry in entries}
-        if folder != self._result.root and of_this_project(names):
+        ours = of_this_project(names)
+        if ours and folder != self._result.root:
             self._result.ignored["a dataset or run of this project"] += 1
             return []
         folders, files = [], []
@@ -120,16 +122,16 @@ class _Folder:
             path = Path(entry.path)
             if hidden(entry.name):
                 self._result.ignored["hidden"] += 1
-            elif folder == self._result.root and is_plot(folder, entry.name, names):
+            elif is_plot(path, ours):
                 self._result.ignored["drawn by this project"] += 1
             elif self._is_folder(entry):
                 if of_a_system(entry.name):
                     self._result.ignored["a system's folder"] += 1
-                elif path != self._exclude and self._enters(path):
-                    folders.append(path)
+                elif path != self._exclude:
+                    (self._links if entry.is_symlink() else folders).append(path)
             elif self._usable(entry):
                 files.append(path)
-        self._take(folder, files)
+        self._take(folder, files, names)
         return folders
 
     def _is_folder(self, entry: os.DirEntry) -> bool:
@@ -138,17 +140,6 @@ class _Folder:
         except OSError:
             return False
 
-    def _enters(self, path: Path) -> bool:
-        """Whether a folder is looked into: not a second time by another link."""
-        real = os.path.realpath(path)
-        if self._outside and real in self._entered:
-            self._result.reject(
-                path, Rejected("link to a folder", f"to {real}, which is looked into already")
-            )
-            return False
-        self._entered.add(real)
-        return True
-
     def _usable(self, entry: os.DirEntry) -> bool:
         """Whether an entry is a regular file inside the input, with a name that can be a key."""
         path, result = Path(entry.path), self._result
@@ -156,32 +147,33 @@ class _Folder:
             if entry.is_symlink():
                 target = path.resolve(strict=True)
                 if target.is_dir():
-                    raise Rejected("link to a folder", f"to {target}: not followed{_ALLOW}")
+                    raise Rejected("link to a folder", f"to {target}: not followed{ALLOW}")
                 if not self._outside and not target.is_relative_to(result.root):
-                    raise Rejected("path leaves the input", f"a link to {target}{_ALLOW}")
+                    raise Rejected("path leaves the input", f"a link to {target}{ALLOW}")
             if not stat.S_ISREG(entry.stat().st_mode):
                 raise Rejected("not a regular file")
-            _key(result.root, path)
+            key_of(result.root, path)
+            return True
         except Rejected as rejected:
-            result.reject(path, rejected)
-            return False
+            why = rejected
         except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads back to itself
-            result.reject(path, Rejected("broken link", str(error)))
-            return False
-        return True
+            why = Rejected("broken link", str(error))
+        suffix = extension(entry.name)
+        result.reject(path, why, counted=suffix not in TYPES and path.stem.lower() != TABLE)
+        return False
 
-    def _take(self, folder: Path, files: list[Path]) -> None:
+    def _take(self, folder: Path, files: list[Path], names: set[str]) -> None:
         """Sorts the files of one folder into pictures, captions, tables, archives and others."""
         result, pictures, sidecars = self._result, [], []
         for path in files:
             suffix = extension(path.name)
             if suffix == ".tar":
-                scan_tar(result, path, _key(result.root, path))
+                scan_tar(result, path, key_of(result.root, path))
             elif suffix in COMPRESSED:
                 result.reject(path, Rejected("compressed archive", f"{suffix}: unpack it"), counted=False)
             elif suffix in OTHER_IMAGES:
                 result.reject(path, Rejected("image type is not read", not_read(suffix)))
-            elif suffix in EXTENSIONS or (names_an_image(path.name) and format_of(_head(path))):
+            elif _is_picture(path):
                 pictures.append(path)
             elif suffix in TYPES:
                 sidecars.append((path.name, Place(str(path))))
@@ -189,14 +181,32 @@ class _Folder:
                 self._tables.append(path)
             else:
                 result.ignored[suffix or "no extension"] += 1
-        beside = Sidecars([path.name for path in pictures], sidecars)
+        others = names.difference((path.name for path in pictures), (name for name, _ in sidecars))
+        beside = Sidecars([path.name for path in pictures], sidecars, others)
         for path in pictures:
-            found = Found(_key(result.root, path), Place(str(path)), beside.sources(path.name))
-            result.found.append(found)
+            sources = beside.sources(path.name)
+            if not sources and path.is_symlink():
+                sources = self._sources_of_target(path.resolve())
+            result.found.append(Found(key_of(result.root, path), Place(str(path)), sources))
         for name, _ in beside.unused():
-            why = Rejected("caption without an image", "no image of this name beside it")
+            why = Rejected("caption without an image", "no picture of this name was taken")
             result.reject(folder / name, why, counted=False)
         result.pass_over("another caption file of the same name", beside.repeated())
+
+    def _sources_of_target(self, target: Path) -> tuple[Source, ...]:
+        """The captions beside the file that a link leads to: who links pictures need not link their captions."""
+        folder = target.parent
+        if folder not in self._beside_targets:
+            paths = [path for path in sorted(folder.iterdir()) if not hidden(path.name)]
+            files = [(path.name, Place(str(path))) for path in paths if extension(path.name) in TYPES]
+            names = [path.name for path in paths if extension(path.name) not in TYPES]
+            pictures = [name for name in names if extension(name) in EXTENSIONS]
+            self._beside_targets[folder] = Sidecars(pictures, files, set(names) - set(pictures))
+        return self._beside_targets[folder].sources(target.name)
+
+
+def _is_picture(path: Path) -> bool:
+    return extension(path.name) in EXTENSIONS or (names_an_image(path.name) and bool(format_of(_head(path))))
 
 
 def _head(path: Path) -> bytes:
@@ -210,147 +220,3 @@ def _head(path: Path) -> bytes:
 def _table_order(path: Path) -> tuple:
     """The deepest first; in one folder in the order of `tables.TYPES`."""
     return -len(path.parts), path.parent, tables.TYPES.index(extension(path.name)), path.name
-
-
-# ------------------------------------------------------------------------------------------------- tables
-
-
-class _Rows:
-    """The captions that metadata tables have for the pictures of a folder."""
-
-    def __init__(self, result: Scan, names: tuple[str, ...], outside: bool) -> None:
-        self._result, self._names, self._outside = result, names, outside
-        self._known = {found.key for found in result.found}
-        self._listed = self._known | {reject.key for reject in result.rejects}
-        self._spellings: dict[str, str | None] = {}  # None: of several pictures
-        for key in self._known:
-            at = normal(key)
-            self._spellings[at] = None if at in self._spellings else key
-        self._of_key: dict[str, list[Source]] = collections.defaultdict(list)
-
-    def read(self, path: Path) -> None:
-        """Takes the rows of a table."""
-        result = self._result
-        table = path.relative_to(result.root).as_posix()
-        for number, row in _rows(result, path, self._names):
-            try:
-                if isinstance(row, Rejected):
-                    raise row
-                key = self._find(path.parent, tables.path_in(row)) or self._other(
-                    path.parent, row, table, number
-                )
-                if key:
-                    texts = _texts(result, row, self._names)
-                    self._of_key[key].append(Source(f"{table}:{number}", 0, texts=texts))
-            except Rejected as rejected:
-                result.reject(path, rejected, number, counted=False)
-
-    def _find(self, folder: Path, name: str) -> str | None:
-        """The key of the picture that a row means: by the very path, else as other systems write it."""
-        root = self._result.root
-        for spelt in dict.fromkeys((name, name.replace("\\", "/"))):
-            lexical = os.path.normpath(folder / spelt)
-            key = os.path.relpath(lexical, root)
-            if key in self._known:
-                return key
-            if (key := self._spellings.get(normal(key))) is not None:
-                return key
-        return None
-
-    def _other(self, folder: Path, row: dict, table: str, number: int) -> str | None:
-        """The key of a picture that is not in the folder and may be taken all the same; lists what is missing."""
-        result = self._result
-        key, file = _inside(result.root, folder, tables.path_in(row), self._outside)
-        if key in self._listed:
-            return None
-        self._listed.add(key)
-        if file.is_file() and key.startswith(OUTSIDE):
-            result.found.append(Found(key, Place(str(file))))
-            self._known.add(key)
-            return key
-        why = Rejected("missing file", f"listed in {table}, line {number}")
-        result.rejects.append(Reject.of(key, str(file), why, counted=False))
-        return None
-
-    def give(self) -> None:
-        """Puts the rows behind the caption files of each picture."""
-        for index, found in enumerate(self._result.found):
-            if rows := self._of_key.get(found.key):
-                first = 1 + max((source.group for source in found.captions), default=-1)
-                groups: dict[str, int] = {}
-                numbered = tuple(
-                    dataclasses.replace(
-                        row, group=first + groups.setdefault(row.name.rpartition(":")[0], len(groups))
-                    )
-                    for row in rows
-                )
-                self._result.found[index] = dataclasses.replace(found, captions=found.captions + numbered)
-
-
-def _scan_table(result: Scan, path: Path, names: tuple[str, ...], outside: bool) -> None:
-    """A table as the input: paths are below the folder that it is in."""
-    rows: dict[str, tuple[str, list[Source]]] = {}
-    for number, row in _rows(result, path, names):
-        try:
-            if isinstance(row, Rejected):
-                raise row
-            key, file = _listed(result.root, tables.path_in(row), outside)
-            sources = rows.setdefault(key, (file, []))[1]
-            sources.append(Source(f"{path.name}:{number}", 0, texts=_texts(result, row, names)))
-        except Rejected as rejected:
-            result.reject(path, rejected, number)
-    result.found += [Found(key, Place(file), tuple(sources)) for key, (file, sources) in rows.items()]
-
-
-def _listed(root: Path, name: str, outside: bool) -> tuple[str, str]:
-    """(key, path) of a picture that a table lists: by its very path, else as other systems write it."""
-    spellings = dict.fromkeys((name, name.replace("\\", "/")))
-    every = [unicodedata.normalize(form, spelt) for form in ("NFC", "NFD") for spelt in spellings]
-    found = [_inside(root, root, spelt, outside) for spelt in dict.fromkeys((*spellings, *every))]
-    return next(((key, str(path)) for key, path in found if path.exists()), (found[0][0], str(found[0][1])))
-
-
-# --------------------------------------------------------------------------------------------- small parts
-
-
-def _rows(result: Scan, path: Path, names: tuple[str, ...]) -> Iterator[tables.Row]:
-    try:
-        with Place(str(path)).open() as file:
-            yield from tables.read_table(file, extension(path.name), names)
-    except Rejected as rejected:
-        result.reject(path, rejected)
-    except OSError as error:
-        why = f"{error.strerror}: the rows after it were not read"
-        result.reject(path, Rejected("unreadable file", why, transient=True))
-
-
-def _texts(result: Scan, row: dict, names: tuple[str, ...]) -> tuple[str, ...] | Rejected:
-    try:
-        return captions.from_mapping(row, names, result.passed_over)
-    except Rejected as rejected:
-        return rejected
-
-
-def _inside(root: Path, folder: Path, name: str, outside: bool) -> tuple[str, Path]:
-    """(key, path) of a path in a table; raises `Rejected` if it leads out of the root and that is not allowed."""
-    if _DRIVE.match(name):
-        raise Rejected("path leaves the input", f"{name!r} is one of Windows: write it relative to the table")
-    try:
-        lexical = Path(os.path.normpath(folder / name))
-        target = lexical.resolve()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise Rejected("broken link", f"{name!r}: {error}") from error
-    if lexical.is_relative_to(root):
-        if outside or target.is_relative_to(root):
-            return _key(root, lexical), lexical
-    elif outside:
-        return f"{OUTSIDE}/{_key(Path('/'), lexical)}", lexical
-    raise Rejected("path leaves the input", f"{name!r}{_ALLOW}")
-
-
-def _key(root: Path, path: Path) -> str:
-    """Path below the root with forward slashes; raises `Rejected` if it is not UTF-8."""
-    key = str(path)[len(str(root).rstrip("/")) + 1 :]  # `relative_to` takes longer than all else
-    if not utf8(key):
-        raise Rejected("file name is not UTF-8", "rename the file")
-    return key

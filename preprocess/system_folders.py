@@ -11,7 +11,8 @@ from preprocess.formats import EXTENSIONS
 # Archives of macOS; thumbnails and bins of NAS boxes and Windows; what a file system's check found.
 _SYSTEM = {"__macosx", "@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "$recycle.bin"}
 _SYSTEM |= {"system volume information", "lost+found"}
-_PLOTS = ("plan.png", "inspect")
+PLOTS = ("plan.png", "latents.png", "buckets.png", "contact.png")
+MARK = "drawn by fluxdit_jax.preprocess"  # a text in the PNGs
 # An extension of letters alone means something; "jpg_large", "jpg?w=1200" and the "30" of "at 10.15.30" do not.
 _LETTERS = re.compile(r"\.[a-z]+[0-9]?")
 
@@ -31,14 +32,22 @@ def of_this_project(names: set[str]) -> bool:
     return (
         {records.MANIFEST, records.INDEX} <= names
         or "build_log.jsonl" in names
-        or {"config.json", "dataset.json"} <= names
-        or names == {"plan.png"}
+        or ({"config.json", "dataset.json"} <= names and bool({"checkpoints", "ema"} & names))
     )
 
 
-def is_plot(folder: Path, name: str, names: set[str]) -> bool:
-    """Whether an entry of the input's own folder was drawn by this project into a dataset that lies there."""
-    return name in _PLOTS and of_this_project(names)
+def is_plot(path: Path, ours: bool) -> bool:
+    """Whether a file was drawn by this project: by its mark, and in a folder of `ours` by its name.
+
+    The name alone says nothing elsewhere: a plan.png may be the plan of a house.
+    """
+    if path.name not in PLOTS:
+        return False
+    try:
+        with path.open("rb") as file:
+            return ours or MARK.encode() in file.read(4096)
+    except OSError:
+        return False
 
 
 def names_an_image(name: str) -> bool:

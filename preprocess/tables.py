@@ -6,30 +6,37 @@ import collections
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from preprocess.captions import MAX_BYTES, NUL_HINT, UTF8_HINT, encoding_of
-from preprocess.formats import EXTENSIONS
+from preprocess.formats import EXTENSIONS, OTHER_IMAGES
 from preprocess.images import Rejected
 
 TYPES = (".jsonl", ".csv", ".tsv", ".parquet")
 PATH_FIELDS = ("file_name", "image_path", "filename", "image", "path", "file")
 _DELIMITERS = ",;\t|"
 _MAX_LINES = 10_000  # of one row of a .csv
+_BATCH = 16  # rows of a .parquet
 _MAX_GROUP = 2**31  # bytes of the wanted columns in a row group of a .parquet
 
 Row = tuple[int, dict | Rejected]
 
 
-def read_table(file: BinaryIO, suffix: str, names: tuple[str, ...]) -> Iterator[Row]:
+def read_table(
+    file: BinaryIO,
+    suffix: str,
+    names: tuple[str, ...],
+    is_picture: Callable[[str], bool] = lambda name: False,
+) -> Iterator[Row]:
     """Rows of a table with the number of their first line (of a `.parquet`, of the row), from 1.
 
     Args:
       file: seekable. UTF-8, or UTF-16 or UTF-32 with a byte order mark.
       suffix: one of `TYPES`.
       names: fields that hold captions.
+      is_picture: whether a path is one of a picture that is there; tells rows of a .csv that a quote would swallow.
 
     Raises:
       Rejected: the table as a whole cannot be used; the detail names the columns that it has.
@@ -39,7 +46,7 @@ def read_table(file: BinaryIO, suffix: str, names: tuple[str, ...]) -> Iterator[
     elif suffix == ".parquet":
         yield from _read_parquet(file, names)
     else:
-        yield from _read_csv(file, names)
+        yield from _read_csv(file, names, is_picture)
 
 
 def path_in(row: dict) -> str:
@@ -107,7 +114,7 @@ def _read_jsonl(file: BinaryIO) -> Iterator[Row]:
 # -------------------------------------------------------------------------------------------------------- .csv
 
 
-def _read_csv(file: BinaryIO, names: tuple[str, ...]) -> Iterator[Row]:
+def _read_csv(file: BinaryIO, names: tuple[str, ...], is_picture: Callable[[str], bool]) -> Iterator[Row]:
     csv.field_size_limit(MAX_BYTES)  # a setting of the whole process; its default is 131,072
     lines = _Lines(_lines(file, ""))
     header = None
@@ -118,16 +125,28 @@ def _read_csv(file: BinaryIO, names: tuple[str, ...]) -> Iterator[Row]:
         number, line = entry
         if isinstance(line, Rejected):
             raise Rejected(line.reason, f"in the header, line {number}: {line.detail}")
-        if line.strip():
+        if line.strip() and not line.startswith("sep="):  # Excel's own first line; the header tells as well
             delimiter, header = _header(line)
     _require_columns(header, names)
     path = next(index for index, name in enumerate(header) if name in PATH_FIELDS)
+
+    def is_row(line: str) -> bool:
+        """Whether a line within quotes is a row by itself: a picture's path stands where the paths do."""
+        values = next(csv.reader([line], delimiter=delimiter), [])
+        if len(values) <= path:
+            return False
+        name = values[path].strip()
+        looks_so = PurePosixPath(name).suffix.lower() in (*EXTENSIONS, *OTHER_IMAGES)
+        return (looks_so and len(values) == len(header)) or (
+            bool(name) and len(values) > 1 and is_picture(name)
+        )
+
     while (entry := lines.next()) is not None:
         number, line = entry
         if isinstance(line, Rejected):
             yield number, line
             continue
-        values = _row(lines, line, delimiter, len(header), path)
+        values = _row(lines, line, delimiter, len(header), is_row)
         if isinstance(values, Rejected):
             yield number, values
         elif values:
@@ -177,7 +196,9 @@ def _require_columns(columns: list[str], names: tuple[str, ...]) -> None:
         )
 
 
-def _row(lines: _Lines, first: str, delimiter: str, width: int, path: int) -> list[str] | Rejected:
+def _row(
+    lines: _Lines, first: str, delimiter: str, width: int, is_row: Callable[[str], bool]
+) -> list[str] | Rejected:
     """The values of the row that begins with this line; [] for an empty one.
 
     A quote that is not closed would make the rows behind it a part of the caption. Where that can be seen only the
@@ -200,21 +221,18 @@ def _row(lines: _Lines, first: str, delimiter: str, width: int, path: int) -> li
     try:
         values = next(csv.reader(rest(), delimiter=delimiter, strict=True), [])
     except csv.Error as error:
-        return refuse(f"{error}" + ("; is a quote not closed?" if taken else ""))
+        closed = not taken and first.count('"') % 2 == 0
+        values = next(csv.reader([first], delimiter=delimiter), []) if closed else []
+        if len(values) != width:  # else `"Hello" said the man`, which hurts nobody
+            return refuse(f"{error}" + ("; is a quote not closed?" if taken else ""))
     if any(value.strip() for value in values[width:]):
         return refuse(
             f"{len(values)} values, the header has {width} columns; a caption with {delimiter!r} in it needs quotes"
         )
     for number, line in taken:
-        if _is_row(line, delimiter, width, path):
+        if is_row(line):
             return refuse(f"a quote is not closed: line {number}, a row of its own, would be within it")
     return values[:width]
-
-
-def _is_row(line: str, delimiter: str, width: int, path: int) -> bool:
-    """Whether a line within quotes is a whole row by itself, with an image's path where the paths stand."""
-    values = next(csv.reader([line], delimiter=delimiter), [])
-    return len(values) == width and PurePosixPath(values[path].strip()).suffix.lower() in EXTENSIONS
 
 
 # ---------------------------------------------------------------------------------------------------- .parquet
@@ -238,10 +256,19 @@ def _read_parquet(file: BinaryIO, names: tuple[str, ...]) -> Iterator[Row]:
             )
             if size > _MAX_GROUP:
                 raise Rejected("row group too large", f"{size:,} bytes of {', '.join(wanted)}")
-            for batch in table.iter_batches(batch_size=1024, row_groups=[group], columns=wanted):
-                for row in batch.to_pylist():
+            # A value that is stored once may stand in every row: few rows at a time bound what they take.
+            for batch in table.iter_batches(batch_size=_BATCH, row_groups=[group], columns=wanted):
+                for index in range(batch.num_rows):
                     number += 1
-                    yield number, row
+                    yield number, _values(batch, index)
     except (pa.ArrowException, OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise Rejected("broken parquet", f"{first}: the rows after row {number} were not read") from error
+
+
+def _values(batch: Any, row: int) -> dict | Rejected:
+    """A row of a record batch; a text in it that is not UTF-8 costs this row alone."""
+    try:
+        return {name: batch.column(index)[row].as_py() for index, name in enumerate(batch.schema.names)}
+    except ValueError:  # UnicodeDecodeError is one
+        return Rejected("invalid UTF-8", UTF8_HINT)

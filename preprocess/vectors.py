@@ -14,6 +14,7 @@ import numpy as np
 
 from fluxdit_jax.records import EncoderIdentity
 from preprocess import PreprocessError
+from preprocess.formats import EXTENSIONS
 from preprocess.images import Rejected
 from preprocess.place import Place
 
@@ -73,7 +74,8 @@ class Vectors:
 
 
 def _stem(key: str) -> str:
-    return str(PurePosixPath(key).with_suffix(""))
+    path = PurePosixPath(key)
+    return str(path.with_suffix("")) if path.suffix.lower() in EXTENSIONS else key
 
 
 def parse(data: bytes) -> np.ndarray:

@@ -292,7 +292,7 @@ def test_links_and_paths_out_of_the_input(folder: Folder, tmp_path: Path) -> Non
     two = f"outside{tmp_path}/library/two.png"
     assert found == {"one.png": ("one.png",), "more/three.png": ("sub/three.png",), two: ("by a row",),
                      "more/up/one.png": ("one.png",), "more/up/two.png": ("two.png",)}  # fmt: skip
-    assert set(folder.rejects()) == {"more again", "more/up/sub"}
+    assert folder.rejects() == {} and "a folder that is looked into by another name 2" in folder.said
     assert main(["verify", str(folder.output)]) == 0
 
 
@@ -409,3 +409,115 @@ def test_one_bad_row_costs_one_row(folder: Folder) -> None:
     assert folder.build(status=3) == {f"{n}.png": (f"caption {n}",) for n in (0, 2, 3, 4, 5)}
     assert folder.rejects() == {"1.png": "no caption"}
     assert folder.rejects(counted=False) == {"metadata.csv:3": "invalid UTF-8"}
+
+
+# -------------------------------------------------------------------------------------------- what testers found
+
+
+def test_captions_of_pictures_that_are_not_read_go_to_no_other(folder: Folder, tmp_path: Path) -> None:
+    folder.picture("shot.png", "clip.png")
+    folder.write("shot.txt", "own")
+    folder.write("shot.1.heic", b"x")
+    folder.write("shot.1.txt", "of the heic")
+    folder.write("clip.1.mp4", b"x")
+    folder.write("clip.1.txt", "of the video")
+    (folder.root / "clip.2.png").symlink_to(tmp_path / "nowhere.png")
+    folder.write("clip.2.txt", "of a broken link")
+    folder.write("clip.txt", "clip")
+    assert folder.build("--max-rejects", "1") == {"shot.png": ("own",), "clip.png": ("clip",)}
+    lone = {"shot.1.txt", "clip.1.txt", "clip.2.txt"}
+    assert folder.rejects(counted=False) == dict.fromkeys(lone, "caption without an image")
+
+
+def test_captions_of_a_tar_by_the_first_dot_alone(folder: Folder) -> None:
+    with tarfile.open(folder.root / "s.tar", "w") as archive:
+        for name in ("1.jpg", "2.jpg", "3.mask.png", "4.jpg", "s 10.15.31.png"):
+            add(archive, name, folder.png())
+        add(archive, "1.txt", b"")
+        add(archive, "1.caption.json", b'{"caption": "one"}')
+        add(archive, "2.json", b'{"width": 3}')
+        add(archive, "2.prompt.txt", b"two")
+        add(archive, "3.caption.txt", b"three")
+        add(archive, "3.meta.json", b'{"width": 3}')
+        add(archive, "3.cls", b"7")
+        add(archive, "4.a.txt", b"four")
+        add(archive, "4.b.txt", b"or this")
+        add(archive, "s 10.15.30.gif", b"GIF89a")
+        add(archive, "s 10.15.30.txt", b"of the gif")
+    found = folder.build("--max-rejects", "1")
+    assert found == {"s.tar/1.jpg": ("one",), "s.tar/2.jpg": ("two",), "s.tar/3.mask.png": ("three",)}
+    assert folder.rejects() == {
+        "s.tar/4.jpg": "several captions of one name",
+        "s.tar/s 10.15.31.png": "several pictures of one name",
+        "s.tar/s 10.15.30.gif": "image type is not read",
+    }
+
+
+def test_rows_of_pictures_outside(folder: Folder, tmp_path: Path) -> None:
+    library = tmp_path / "library"
+    folder.picture("p0.png", "p1.png", "p2.png", "p3.png", root=library)
+    folder.picture("a.png", caption="a")
+    rows = [(f"{library}/p0.png", "one"), (f"{library}/p0.png", "two"), (f"{library}/p1.png", ""),
+            (f"{library}/p1.png", "good"), (r"..\library\p2.png", "two"), ("../library/p3.PNG", "three"),
+            ("gone.png", "x"), ("gone.png", "y")]  # fmt: skip
+    folder.write("metadata.jsonl", "\n".join(json.dumps({"file_name": n, "text": t}) for n, t in rows))
+    (folder.root / "outside" / str(library)[1:]).mkdir(parents=True)
+    shutil.copy(library / "p0.png", folder.root / "outside" / str(library)[1:] / "p0.png")
+    (folder.root / "outside" / str(library)[1:] / "p0.txt").write_text("another picture of that path")
+    found = folder.build("--allow-outside")
+    at, real = f"outside_{library}", f"outside{library}"
+    assert found == {"a.png": ("a",), f"{real}/p0.png": ("another picture of that path",),
+                     f"{at}/p0.png": ("one", "two"), f"{at}/p1.png": ("good",), f"{at}/p2.png": ("two",),
+                     f"{at}/p3.png": ("three",)}  # fmt: skip
+    assert "a row for a picture that is missing or was rejected 1" in folder.said
+    assert folder.rejects(counted=False) == {"gone.png": "missing file"}
+
+
+def test_a_row_that_is_no_path_costs_one_row(folder: Folder) -> None:
+    folder.picture("a.jpg", "b.PNG")
+    rows = [
+        ("A" * 5000, "x"),
+        ("a/" * 3000, "x"),
+        ("a.JPG", "a"),
+        ("b.png", "b"),
+        ("https://x.org/c.png", "c"),
+    ]
+    lines = "\n".join(json.dumps({"image": name, "text": text}) for name, text in rows)
+    folder.write("list.jsonl", lines)
+    expected = {"a.jpg": ("a",), "b.PNG": ("b",)}
+    assert folder.build("--max-rejects", "1", source=folder.root / "list.jsonl") == expected
+    assert (
+        set(folder.rejects().values()) == {"missing file", "path leaves the input"}
+        and len(folder.rejects()) == 3
+    )
+    (folder.root / "list.jsonl").rename(folder.root / "metadata.jsonl")
+    assert folder.build() == expected
+    assert len(folder.said) < 20_000
+
+
+def test_a_plan_of_a_house_is_a_picture_and_our_plots_are_none(folder: Folder) -> None:
+    folder.picture("flat1/plan.png", "flat2/plan.png", "flat1/contact.png", caption="a plan")
+    folder.write("flat2/config.json", "{}")
+    folder.write("flat2/dataset.json", "{}")
+    assert len(folder.build("--max-rejects", "0")) == 3
+    main(["inspect", str(folder.output), "--output", str(folder.root / "plots")])
+    folder.output = folder.root / "other"
+    folder.build("--dry-run")
+    (folder.root / "other" / "plan.png").rename(folder.root / "plan.png")
+    folder.output = folder.root.parent / "third"
+    assert len(folder.build("--max-rejects", "0")) == 3
+    assert folder.rejects() == {} and "drawn by this project 4" in folder.said
+
+
+def test_links_are_looked_into_behind_real_folders(folder: Folder, tmp_path: Path) -> None:
+    folder.picture("real/r.png", "real/deep/d.png", caption="r")
+    folder.picture("e.png", caption="e", root=tmp_path / "library")
+    (folder.root / "a_link").symlink_to("real")
+    (folder.root / "loop").symlink_to(".")
+    (folder.root / "e.png").symlink_to(tmp_path / "library" / "e.png")  # its caption lies beside the target
+    (folder.root / "dead.txt").symlink_to(tmp_path / "nothing.txt")
+    (folder.root / "metadata.csv").symlink_to(tmp_path / "nothing.csv")
+    found = folder.build("--allow-outside", "--max-rejects", "0")
+    assert found == {"real/r.png": ("r",), "real/deep/d.png": ("r",), "e.png": ("e",)}
+    assert folder.rejects() == {} and "a folder that is looked into by another name 2" in folder.said
+    assert set(folder.rejects(counted=False)) == {"dead.txt", "metadata.csv"}

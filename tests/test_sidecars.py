@@ -12,9 +12,11 @@ from preprocess.place import Place
 from preprocess.sidecars import Sidecars
 
 
-def names(pictures: list[str], files: list[str], first_dot: bool = False) -> dict[str, list[list[str]]]:
+def names(
+    pictures: list[str], files: list[str], first_dot: bool = False, others: tuple[str, ...] = ()
+) -> dict[str, list[list[str]]]:
     """Of each picture the paths of its caption files, in groups, in order; the unused ones are under ""."""
-    sidecars = Sidecars(pictures, [(file, Place(file)) for file in files], first_dot)
+    sidecars = Sidecars(pictures, [(file, Place(file)) for file in files], others, first_dot)
     result = {}
     for picture in pictures:
         groups = itertools.groupby(sidecars.sources(picture), key=lambda source: source.group)
@@ -40,6 +42,11 @@ def names(pictures: list[str], files: list[str], first_dot: bool = False) -> dic
         (["v1.png"], ["v1.02.txt", "v1.01.txt"], {"v1.png": []}),
         (["at 10.15.png"], ["at 10.15.30.txt"], {"at 10.15.png": []}),
         (["at 10.15.30"], ["at 10.15.30.txt"], {"at 10.15.30": [["at 10.15.30.txt"]]}),
+        (["IMG.JPG"], ["IMG.JPG.txt"], {"IMG.JPG": [["IMG.JPG.txt"]]}),
+        (["b.Png"], ["b.PNG.CAPTION"], {"b.Png": [["b.PNG.CAPTION"]]}),
+        (["C.JPG"], ["C.JPG.1.txt", "C.jpg.2.TXT"], {"C.JPG": [["C.JPG.1.txt", "C.jpg.2.TXT"]]}),
+        (["p.jpg_large"], ["p.txt"], {"p.jpg_large": [["p.txt"]]}),
+        (["q.jpg!d"], ["q.jpg.txt"], {"q.jpg!d": [["q.jpg.txt"]]}),
         (["e\u0301.png"], ["\u00e9.txt"], {"e\u0301.png": [["\u00e9.txt"]]}),
         (["\u00e9.png"], ["e\u0301.txt"], {"\u00e9.png": [["e\u0301.txt"]]}),
         (
@@ -67,19 +74,40 @@ SHOTS = [f"Screenshot 2026-01-01 at 10.15.{second}" for second in (30, 31, 32)]
             SHOTS[2] + ".png": [["several pictures of one name"]],
         }),
         (["d/1.mask.png"], ["d/1.json"], {"d/1.mask.png": [["d/1.json"]]}),
-        (["d/1.mask.png"], ["d/1.json", "d/1.txt"], {"d/1.mask.png": [["d/1.json"], ["d/1.txt"]]}),
-        (["d/1.mask.png"], ["d/1.a.json", "d/1.b.json"], {"d/1.mask.png": [["several pictures of one name"]]}),
+        (["d/1.mask.png"], ["d/1.json", "d/1.txt"], {"d/1.mask.png": [["d/1.json", "d/1.txt"]]}),
+        (["d/1.mask.png"], ["d/1.a.json", "d/1.b.json"], {"d/1.mask.png": [["d/1.a.json", "d/1.b.json"]]}),
         (["1.mask.png", "1.jpg"], ["1.json"], {
             "1.mask.png": [["several pictures of one name"]],
             "1.jpg": [["1.json"]],
         }),
         (["a/1.mask.png"], ["b/1.json"], {"a/1.mask.png": []}),
         (["1.x.png"], ["1.json"], {"1.x.png": [["1.json"]]}),
+        (["1.jpg"], ["1.txt", "1.caption.json"], {"1.jpg": [["1.txt"], ["1.caption.json"]]}),
     ],
 )  # fmt: skip
 def test_in_an_archive(pictures: list[str], files: list[str], expected: dict) -> None:
     found = names(pictures, files, first_dot=True)
     assert {name: found[name] for name in pictures} == expected
+
+
+@pytest.mark.parametrize(
+    ("others", "files", "expected"),
+    [
+        (["shot.1.heic"], ["shot.txt", "shot.1.txt"], ["shot.txt"]),
+        (["shot.1.mp4"], ["shot.1.txt"], []),
+        (["shot.1"], ["shot.1.txt"], []),
+        (["shot.2.GIF"], ["shot.1.txt", "shot.2.txt"], ["shot.1.txt"]),
+        (["other.1.heic"], ["shot.1.txt"], ["shot.1.txt"]),
+    ],
+)
+def test_a_caption_of_another_file_is_no_further_one(others: list, files: list, expected: list) -> None:
+    assert names(["shot.png"], files, others=tuple(others))["shot.png"] == ([expected] if expected else [])
+
+
+def test_a_caption_of_a_picture_that_is_not_read_is_not_its_samples() -> None:
+    found = names(["s 10.15.31.png"], ["s 10.15.30.txt"], first_dot=True, others=("s 10.15.30.gif",))
+    assert found["s 10.15.31.png"] == [["several pictures of one name"]]
+    assert names(["1.mask.png"], ["1.json"], first_dot=True, others=("1.cls",))["1.mask.png"] == [["1.json"]]
 
 
 def test_the_files_that_belong_to_no_picture() -> None:

@@ -21,7 +21,7 @@ NAMES = captions.fields("mine")
 def rows(data: bytes | str, suffix: str = ".csv") -> list[tuple[int, object]]:
     """(line, caption or reason) of each row of a table with the columns file_name and text."""
     data = data.encode() if isinstance(data, str) else data
-    found = read_table(io.BytesIO(data), suffix, NAMES)
+    found = read_table(io.BytesIO(data), suffix, NAMES, lambda name: name.startswith("IMG_"))
     return [(number, row.reason if isinstance(row, Rejected) else row.get("text")) for number, row in found]
 
 
@@ -36,7 +36,8 @@ BROKEN = "broken CSV"
         ('a.png,"not closed\nb.png,"not closed\nc.png,c\n', [(2, BROKEN), (3, BROKEN), (4, "c")]),
         ('a.png,"not closed\nb.png,5" tall\nc.png,c\n', [(2, BROKEN), (3, '5" tall'), (4, "c")]),
         ('a.png,a\nb.png,"not closed', [(2, "a"), (3, BROKEN)]),
-        ('a.png,"a" b\nb.png,b\n', [(2, BROKEN), (3, "b")]),
+        ('a.png,"Hello" said the man\nb.png,b\n', [(2, "Hello said the man"), (3, "b")]),
+        ('a.png,"a, b" c, d\nb.png,b\n', [(2, BROKEN), (3, "b")]),
         ('"a.png,a\nb.png,"b"\n', [(2, BROKEN), (3, "b")]),
         ("a.png,a dog, a cat\nb.png,b\n", [(2, BROKEN), (3, "b")]),
         ("a.png,a dog,,\nb.png,b\n", [(2, "a dog"), (3, "b")]),
@@ -58,6 +59,29 @@ def test_a_swallowed_row_that_would_fit_the_columns() -> None:
     """The quote of one caption ends at that of another's, three columns each: only the paths within tell it."""
     table = 'file_name,text,size\na.png,"not closed,1\nb.png,b,2\nc.png,5",3\nd.png,d,4\n'
     assert rows(table) == [(2, BROKEN), (3, "b"), (4, '5"'), (5, "d")]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        'IMG_1,"a dog\nIMG_2,a cat\nIMG_3,a board of 6"\nIMG_4,fine,web\n',
+        'IMG_1,"a dog\nIMG_2,a big, red cat\nIMG_3,a long, 6"\nIMG_4,fine,web\n',
+        'IMG_1.gif,"a dog,web\nIMG_2.heic,a cat,web\nIMG_3,6",web\nIMG_4,fine,web\n',
+    ],
+)
+def test_swallowed_rows_that_are_short_or_whose_paths_look_like_none(body: str) -> None:
+    found = dict(rows("file_name,text,source\n" + body))
+    assert found[2] == BROKEN and found[5] == "fine"
+    assert not [text for text in found.values() if text and "\n" in text]
+
+
+def test_lines_within_quotes_that_only_look_like_rows() -> None:
+    caption = "first, second\nred, blue\nIMG is a word"
+    assert rows(f'file_name,text,source\na.png,"{caption}",web\n') == [(2, caption)]
+
+
+def test_excels_own_first_line() -> None:
+    assert rows("sep=;\nfile_name;text\na.png;a\n") == [(3, "a")]
 
 
 @pytest.mark.parametrize("column", ["text", "unused"])
@@ -142,6 +166,27 @@ def test_a_parquet_that_is_damaged(cut: int) -> None:
     with pytest.raises(Rejected) as caught:
         list(read_table(io.BytesIO(parquet({"url": ["x"], "alt": ["y"]})), ".parquet", NAMES))
     assert "'url'" in caught.value.detail
+
+
+def test_one_bad_value_of_a_parquet_costs_one_row() -> None:
+    texts = pa.array([b"one", b"\xff\xfe\xe9", b"three"], pa.binary()).view(pa.string())
+    data = parquet({"file_name": ["a.png", "b.png", "c.png"], "text": texts})
+    assert rows(data, ".parquet") == [(1, "one"), (2, "invalid UTF-8"), (3, "three")]
+
+
+def test_a_parquet_that_repeats_a_large_value_is_read_in_bounded_memory() -> None:
+    """A dictionary stores 2 MB once for 1,024 rows; all of them at once would be gigabytes."""
+    text = pa.array(["x" * 2_000_000]).dictionary_encode()
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 1024, pa.int32()), text.dictionary)
+    table = pa.table({"file_name": [f"{n}.png" for n in range(1024)], "text": column})
+    out = io.BytesIO()
+    pq.write_table(table, out, compression="zstd", store_schema=False)
+    assert out.tell() < 100_000
+    pa.default_memory_pool().release_unused()
+    before, most = pa.total_allocated_bytes(), 0
+    for _ in read_table(io.BytesIO(out.getvalue()), ".parquet", NAMES):
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert most < 300_000_000
 
 
 CELL = st.text(st.characters(exclude_characters="\0\r", exclude_categories=["Cs"]), max_size=12)
