@@ -171,9 +171,13 @@ def _verdict(workdir: Path, step: int, ema: Any, folder: str) -> str:
         raise ExportError(
             f"{path} cannot be read: {error}; validate the run again, or move it away"
         ) from error
-    whose = f"those of step {other:,}" if type(other) is int else "which is not known"
-    log.warning("%s is of other weights, %s: the card says that these were not validated", path, whose)
-    return f"not validated (other weights of this run were: {whose})"
+    if type(other) is not int:
+        log.warning("%s does not say of which weights it is: the card says not validated", path)
+        return "not validated (the report of this run does not say of which weights it is)"
+    log.warning(
+        "%s is of other weights, of step %d: the card says that these were not validated", path, other
+    )
+    return f"not validated (other weights of this run were: those of step {other:,})"
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from training_helpers import tiny_config, write_config
 
+from fluxdit_jax.checkpoint import EMA, ema_digest
 from fluxdit_jax.config import resolve
 from fluxdit_jax.gate.requirement import ENCODERS, encoder_summary, family
 from fluxdit_jax.records import load_manifest
@@ -112,6 +113,7 @@ def _report(scene: Scene) -> dict:
     network = resolve(scene.config(), manifest).model
     return {
         "passed": True,
+        "weights": {"ema_step": STEPS, "folder": EMA, "digest": ema_digest(scene.run, STEPS)},
         "model": {"family": family(network)},
         "encoders": {name: encoder_summary(getattr(manifest, name)) for name in ENCODERS},
         "dataset": {"format_version": manifest.version},

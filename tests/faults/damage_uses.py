@@ -181,9 +181,9 @@ def export_run(scene: Scene, folder: Path) -> dict[str, str]:
 
 
 def _not_validated(expected: dict[str, str], result: dict[str, str], folder: Path) -> bool:
-    """Without a report the card says so."""
-    verdicts = re.compile(r"\| validation \| (passed|failed|not validated) \|")
-    if (folder / "validation" / "report.json").exists() or "| not validated |" not in result["README.md"]:
+    """Without a report the card says so, and also where a report's own damage makes it one of other weights."""
+    verdicts = re.compile(r"\| validation \| (passed|failed|not validated.*) \|")
+    if "| validation | not validated" not in result["README.md"]:
         return False
     return {name: verdicts.sub("", text) for name, text in expected.items()} == {
         name: verdicts.sub("", text) for name, text in result.items()
