@@ -109,8 +109,8 @@ def _add_arguments(add: Any) -> None:
         help="ema, the default; short_ema: of a run with ema.short_decay",
     )
     add("--vae", type=expanded, help="directory of the VAE, if it is not where the data set says")
-    add("--text-encoder", type=expanded, help="directory or id of the text encoder, likewise")
-    add("--vision-encoder", type=expanded, help="directory or id of the vision encoder, likewise")
+    add("--text-encoder", type=expanded, help="directory or id of the text encoder, if it is not there")
+    add("--vision-encoder", type=expanded, help="directory or id of the vision encoder, if it is not there")
     add("--out", type=given_path, required=True, help="PNG file; with several pictures their sheet, each one beside "
         "it. What is there is replaced")  # fmt: skip
 

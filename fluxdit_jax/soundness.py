@@ -130,7 +130,7 @@ class Watchdog:
             f"(health.max_skipped). The weights are finite{rms}, and unchanged since step {step}; they are not saved "
             "again. If the run has just begun, look at the data: `python -m preprocess verify` finds bad records, and "
             f"the manifest shows the latent statistics. If it went well before, the learning rate "
-            f"({self._learning_rate:g}) has thrown the weights: lower optim.lr by 3 with "
+            f"({self._learning_rate:g}) has made the weights useless: lower optim.lr by 3 with "
             f"--config.resume.allow_changes=True; if checkpoints/{step} is there, it holds these weights: move it "
             "away, and the run goes on from the one before"
         )

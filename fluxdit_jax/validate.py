@@ -99,7 +99,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the noise and of who is paired with whom")
     add("--batch-size", type=int, default=20, help="pictures computed at once")
     add("--vae", type=expanded, help="directory of the VAE, if it is not where the data set says")
-    add("--text-encoder", type=expanded, help="directory or id of the text encoder, likewise")
+    add("--text-encoder", type=expanded, help="directory or id of the text encoder, if it is not there")
     arguments = parser.parse_args(argv)
     for name in ("limit", "pairs", "edits", "steps", "batch_size"):
         if getattr(arguments, name) < 1:

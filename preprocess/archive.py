@@ -42,8 +42,9 @@ class _Headers:
 def scan_tar(result: Scan, path: Path, prefix: str) -> None:
     """Adds what is in an archive to a scan.
 
-    A picture's captions are the members that share its name without the extension, and else the one member that shares
-    it up to the first dot (`Sidecars`). Hidden members and those of system folders are counted as ignored.
+    A picture's captions are the members that share its name without the extension; behind them, those that share it up
+    to the first dot, if no other picture does (`Sidecars`). Hidden members and those of system folders are ignored and
+    counted.
 
     Args:
       prefix: the key of the archive, which begins those of its members.
@@ -72,7 +73,7 @@ def scan_tar(result: Scan, path: Path, prefix: str) -> None:
                     files.append((name, place))
     except Exception as error:  # noqa: BLE001  tarfile raises whatever its parser met
         reject("", _damaged(path, error, sum(map(len, pictures.values()))))
-    # Of the other members only pictures that are not read are names of their own: a sample may have a `1.cls`.
+    # Members that are counted as ignored claim no caption: a sample may have a `1.cls` beside its `1.json`.
     sidecars = Sidecars(pictures, files, others, first_dot=True)
     for name, places in pictures.items():
         sources = sidecars.sources(name)

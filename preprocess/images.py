@@ -53,8 +53,7 @@ class Header:
     """What a file says of its picture.
 
     Attributes:
-      height: of the upright picture, pixels.
-      width: likewise.
+      height, width: of the upright picture, pixels.
       orientation: 1 to 8 as in EXIF, what makes the decoded pixels upright.
       format: Pillow's name of the file's format.
       version: of `decode`, the one since which the file gives the pixels that it gives. 2: orientation or

@@ -24,6 +24,8 @@ from training_helpers import (
     write_dataset,
     write_shard,
 )
+from training_helpers import joined as whole
+from training_helpers import read_batches as read
 
 from fluxdit_jax.batch_memory import BatchMemory
 from fluxdit_jax.data import RecordSource, batch_shapes, batches, collate
@@ -39,26 +41,6 @@ TRAIN = 24
 @pytest.fixture(scope="module")
 def source(tiny_dataset):
     return RecordSource(tiny_dataset, load_manifest(tiny_dataset), "train")
-
-
-def read(source, count, **changes):
-    """The first `count` micro-batches from a position."""
-    options = {
-        "seed": 3,
-        "start": 0,
-        "batch_size": 4,
-        "patch": 2,
-        "tokens": 4,
-        "text_tokens": 5,
-        "threads": 2,
-        "prefetch": 2,
-    }
-    return list(itertools.islice(batches(source, **(options | changes)), count))
-
-
-def whole(parts):
-    """Micro-batches joined into one, to compare runs that split them differently."""
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def identity(batch):

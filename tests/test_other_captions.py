@@ -18,7 +18,9 @@ from training_helpers import (
     TEXT_WIDTH,
     UNEVEN_SIZES,
     VISION_WIDTH,
+    joined,
     make_record,
+    read_batches,
     tree_equal,
     write_config,
     write_dataset,
@@ -282,18 +284,7 @@ def source(mixed):
 
 def read(source, count, **changes):
     """The first `count` micro-batches from a position, joined."""
-    options = {
-        "seed": 3,
-        "start": 0,
-        "batch_size": 4,
-        "patch": 2,
-        "tokens": 4,
-        "text_tokens": 5,
-        "threads": 2,
-    }
-    stream = batches(source, **(options | {"prefetch": 2} | changes))
-    parts = list(itertools.islice(stream, count))
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return joined(read_batches(source, count, **changes))
 
 
 def met(batch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import subprocess
 import sys
@@ -290,3 +291,23 @@ def _flat(tree: dict, prefix: str = "") -> list[tuple[str, object]]:
         for key, value in tree.items()
         for pair in (_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)])
     ]
+
+
+def read_batches(source, count, **changes):
+    """The first `count` micro-batches from a position."""
+    options = {
+        "seed": 3,
+        "start": 0,
+        "batch_size": 4,
+        "patch": 2,
+        "tokens": 4,
+        "text_tokens": 5,
+        "threads": 2,
+        "prefetch": 2,
+    }
+    return list(itertools.islice(data.batches(source, **(options | changes)), count))
+
+
+def joined(parts):
+    """Micro-batches joined into one, to compare runs that split them differently."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
