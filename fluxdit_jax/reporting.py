@@ -278,6 +278,7 @@ def log_to(path: Path) -> Callable[[], None]:
     """Sends the package's log to stderr and to a file; returns how to undo it."""
     formatter = _Lines("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
     handlers = [logging.StreamHandler(sys.stderr), _LogFile(path)]
+    before = _PACKAGE.level, _PACKAGE.propagate
     for handler in handlers:
         handler.setFormatter(formatter)
         _PACKAGE.addHandler(handler)
@@ -288,5 +289,7 @@ def log_to(path: Path) -> Callable[[], None]:
         for handler in handlers:
             _PACKAGE.removeHandler(handler)
             handler.close()
+        _PACKAGE.setLevel(before[0])
+        _PACKAGE.propagate = before[1]
 
     return undo
