@@ -48,6 +48,7 @@ class Board:
         """
         self._folder, self._suffix, self._first = folder, suffix, first
         self._file: Any = None
+        self._described: set[str] = set()  # tags whose description is written
         self._closed = False
         self.failures = 0
 
@@ -57,8 +58,15 @@ class Board:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        self._summary(step, [Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+    def scalars(self, step: int, values: dict[tuple[str, str], float]) -> None:
+        """Values by (tag, description); the first event of a tag carries its description."""
+        shown = []
+        for (tag, description), value in values.items():
+            new = tag not in self._described
+            metadata = SummaryMetadata(summary_description=description) if new else None
+            shown.append(Summary.Value(tag=tag, simple_value=value, metadata=metadata))
+            self._described.add(tag)
+        self._summary(step, shown)
 
     def text(self, step: int, name: str, text: str) -> None:
         """Markdown, on the page of texts."""

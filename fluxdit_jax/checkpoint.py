@@ -387,7 +387,7 @@ def _require_same_shapes(what: str, saved: Any, wanted: Any) -> None:
             difference = f"{path} is {list(shapes[path])} there, {list(expected[path])} here"
         else:
             continue
-        raise CheckpointError(f"{what} does not fit the configuration: {difference}")
+        raise CheckpointError(f"{what} does not fit the configuration (config.model): {difference}")
 
 
 def _path(path: tuple) -> str:

@@ -91,6 +91,19 @@ def explain(error: BaseException) -> str:
     return str(error)
 
 
+def duration(seconds: float) -> str:
+    """A time as people say it: "45 s", "12 min", "5 h 20 min", "121 d 4 h"."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 120:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
 def without_traceback(record: logging.LogRecord) -> bool:
     """A filter of `logging` that leaves an error's first line."""
     record.exc_info = record.exc_text = None

@@ -65,7 +65,7 @@ def default_config() -> ConfigDict:
     c.flow.mean = 0.0  # of the logit of t
     c.flow.std = 1.0
     c.flow.uniform_share = 0.0  # share of samples with uniform t; 1.0: uniform time
-    c.flow.shift = placeholder(float)  # time shift s; None: sqrt(largest token count / 256)
+    c.flow.shift = placeholder(float)  # time shift s; None: sqrt(largest token count / 256), at least 1
     c.flow.stratified = True  # one t from each of effective_batch quantiles
     c.flow.drop_text = 0.1  # probability of training a sample on its vision vector alone
     c.flow.drop_vision = 0.3  # ... on its caption alone
@@ -93,7 +93,7 @@ def default_config() -> ConfigDict:
     c.train.steps = 100_000  # optimizer steps
 
     c.checkpoint = ConfigDict()
-    c.checkpoint.minutes = 30.0  # between resumable checkpoints
+    c.checkpoint.minutes = 30.0  # between resumable checkpoints; the first comes after a tenth
     c.checkpoint.keep = 2  # resumable checkpoints kept
     c.checkpoint.ema_every = 5000  # steps between EMA weights; all are kept
 
@@ -105,6 +105,7 @@ def default_config() -> ConfigDict:
 
     c.log = ConfigDict()
     c.log.every = 50  # steps between logged scalars
+    c.log.minutes = 30.0  # image grid and held-out loss at least so often, first after a tenth; 0: by steps
     c.log.preview_every = 1000  # steps between image grids; 0: none
     c.log.preview_count = 8  # images per grid
     c.log.preview_steps = 32  # sampler steps of a preview
@@ -249,6 +250,7 @@ def check(c: ConfigDict) -> None:
         "seed": c.seed,
         "optim.warmup_steps": c.optim.warmup_steps,
         "optim.weight_decay": c.optim.weight_decay,
+        "log.minutes": c.log.minutes,
         "log.preview_every": c.log.preview_every,
         "log.heldout_every": c.log.heldout_every,
         "mesh.process": c.mesh.process,

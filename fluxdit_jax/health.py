@@ -123,6 +123,9 @@ class Monitor:
             return "trouble: " + ", ".join(sorted(self._active))
         if len(self._norms) < WINDOW:
             return "too early to tell"
+        ratio = median(self._ratios) if self._ratios else math.nan
+        if ratio < WEAK:
+            return f"weak so far: the prediction has {ratio:.2g} of the target's size"
         return "healthy"
 
     def _change(

@@ -16,28 +16,10 @@ import numpy as np
 
 from fluxdit_jax.board import Board
 from fluxdit_jax.files import Appended, write_whole
+from fluxdit_jax.scalars import LAYOUT, on_board
 
 log = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
-
-# TensorBoard's "custom scalars" page: what to look at first, side by side.
-LAYOUT = {
-    "is it learning": {
-        "loss": ["^loss$", "heldout_loss$"],
-        "loss by noise level": ["^loss_by_time/.*"],
-        "predicted over target velocity (healthy: near 1)": ["^velocity_rms_ratio$"],
-    },
-    "is it stable": {
-        "gradient norm (healthy: hairy, slowly falling)": ["^gradient_norm$"],
-        "gradient norm by part": ["^gradient_norm_by_group/.*"],
-        "update norm": ["^update_norm$"],
-    },
-    "is it fast": {
-        "images per second": ["^images_per_second$"],
-        "share of time waiting for data": ["^data_wait$"],
-        "model FLOPs utilisation": ["^mfu$"],
-    },
-}
 
 
 def pack(metrics: dict[str, Any]) -> jax.Array:
@@ -78,14 +60,14 @@ class MetricsWriter:
             self._board.layout(LAYOUT)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """One line of JSON with `step` and the values; the same values as TensorBoard scalars.
+        """One line of JSON with `step` and the values; the same values as TensorBoard scalars (see `scalars`).
 
         A value that is not finite is written as null: JSON has no NaN.
         """
         finite = {name: float(v) if math.isfinite(v) else None for name, v in values.items()}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         if self._board is not None:
-            self._board.scalars(step, values)
+            self._board.scalars(step, {on_board(name): value for name, value in values.items()})
 
     def text(self, step: int, name: str, text: str) -> None:
         """A message, under `name` in TensorBoard's text page and as a string in `metrics.jsonl`."""
@@ -96,7 +78,7 @@ class MetricsWriter:
     def hyperparameters(self, values: dict[str, Any]) -> None:
         """The configuration, {"group.key": value}: a row of TensorBoard's HParams page, a table among its texts."""
         if self._board is not None:
-            self._board.hyperparameters(values, ["loss", "heldout_loss"])
+            self._board.hyperparameters(values, [on_board(name)[0] for name in ("loss", "heldout_loss")])
             rows = "".join(f"| {name} | {value} |\n" for name, value in values.items())
             self._board.text(0, "config", f"| key | value |\n|---|---|\n{rows}")
 

@@ -493,6 +493,12 @@ def load_manifest(directory: str | Path) -> Manifest:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
+        if not Path(directory).is_dir():
+            raise DatasetError(
+                f"{directory}: there is no such folder. If the dataset was moved, give its new place: "
+                "--config.data.path of train, --data of validate. `python -m preprocess build --input DIR --output "
+                "DATASET` makes one"
+            ) from error
         raise DatasetError(
             f"{path} does not exist: {directory} is not a finished dataset "
             "(make one with `python -m preprocess build --input DIR --output DATASET`)"

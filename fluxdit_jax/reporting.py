@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fluxdit_jax.devices import peak_memory_gb
@@ -20,12 +19,12 @@ from fluxdit_jax.files import Appended
 from fluxdit_jax.flow import TIME_BINS
 from fluxdit_jax.health import Diagnosis, Monitor, Observation
 from fluxdit_jax.metrics import MetricsWriter, unpack
+from fluxdit_jax.progress import Length, Progress
 from fluxdit_jax.soundness import SUSPECT, BrokenRun, Watchdog
 from fluxdit_jax.untrusted import shown
 
 log = logging.getLogger(__name__)
 _PACKAGE = logging.getLogger("fluxdit_jax")
-_LINE_SECONDS = 20.0  # without a terminal, a progress line at most this often
 
 
 class Reporter:
@@ -33,6 +32,7 @@ class Reporter:
 
     Attributes:
       trouble: the last serious diagnosis, or None; the loop decides what to do about it.
+      progress: the bar and the lines of the log.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Reporter:
         flops_per_token: float,
         peak_flops: float,
         step: int,
-        total_steps: int,
+        length: Length,
         every: int,
         unfinished: dict[str, Any] | None = None,
     ):
@@ -57,26 +57,17 @@ class Reporter:
           batch_size: samples per micro-batch.
           flops_per_token: of forward and backward pass, recomputation not counted.
           peak_flops: of all devices per second; 0 if not known.
-          step: optimizer steps already done; total_steps: of the whole run.
+          step: optimizer steps already done; length: of the whole run.
           every: steps between logged scalars.
           unfinished: what `unfinished` gave when the checkpoint was written that the run goes on from.
         """
         self._writer, self._monitor, self._watchdog, self._schedule = writer, monitor, watchdog, schedule
         self._shapes, self._batch_size, self._every = metric_shapes, batch_size, every
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
-        self._total = total_steps
+        self._total = length.steps
         self.trouble: Diagnosis | None = None
-        self._bar = tqdm(
-            total=total_steps,
-            initial=step,
-            unit="step",
-            smoothing=0.05,
-            disable=not sys.stderr.isatty(),
-            leave=True,
-        )
         self._redirect = logging_redirect_tqdm([_PACKAGE]) if _shows_bar() else None
-        self._line_at = time.monotonic()
-        self._began = (time.monotonic(), step)
+        self.progress = Progress(length, step, bar=_shows_bar())
         self._start_step()
         self._start_window()
         if unfinished is not None:
@@ -99,7 +90,7 @@ class Reporter:
 
     def close(self) -> None:
         """Ends the progress bar and closes the files; may be called twice."""
-        self._bar.close()
+        self.progress.close()
         self._writer.close()
 
     @property
@@ -140,6 +131,7 @@ class Reporter:
 
     def pause(self, seconds: float) -> None:
         """Leaves time spent on pictures and the like out of the throughput."""
+        self.progress.pause(seconds)
         self._window_started += seconds
         self._step_started += seconds
 
@@ -159,6 +151,7 @@ class Reporter:
         except BrokenRun as error:
             self._writer.text(step, "health/broken", str(error))
             raise
+        self.progress.micro_batch(step, mini, self._batch_size)
         self._window_samples += self._batch_size
         self._window_tokens += int(micro["tokens"])
         self._window_replaced += int(micro["replaced"])
@@ -196,7 +189,7 @@ class Reporter:
             self._step_skipped = 0
             return
         self._losses.append(loss)
-        self._bar.update(step - self._bar.n)
+        self.progress.finished(step, loss, float(micro["grad_norm"]), self._monitor.summary())
         if step % self._every == 0 or step == self._total:
             self._log(step, micro)
         self._start_step()
@@ -230,21 +223,6 @@ class Reporter:
         for name, norm in micro["grad_norm_groups"].items():
             scalars[f"gradient_norm_by_group/{name.replace('/', '.')}"] = float(norm)
         self._writer.scalars(step, scalars)
-        self._bar.set_postfix_str(f"loss {loss:.4f}, grad {scalars['gradient_norm']:.3f}, {rate:.1f} img/s")
-        if self._bar.disable and (time.monotonic() - self._line_at > _LINE_SECONDS or step == self._total):
-            self._line_at = time.monotonic()
-            started, first = self._began
-            left = (time.monotonic() - started) / max(1, step - first) * (self._total - step)
-            log.info(
-                "step %d/%d  loss %.4f  gradient norm %.3f  %.1f images/s  ETA %s  %s",
-                step,
-                self._total,
-                loss,
-                scalars["gradient_norm"],
-                rate,
-                tqdm.format_interval(left),
-                self._monitor.summary(),
-            )
         self._start_window()
 
 

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from fluxdit_jax.config import default_config
 from fluxdit_jax.files import write_whole
 from fluxdit_jax.lock import Lock
-from fluxdit_jax.records import Manifest, json_checksum
+from fluxdit_jax.records import DatasetError, Manifest, json_checksum
 
 log = logging.getLogger(__name__)
 CONFIG = "config.json"
@@ -44,6 +44,17 @@ FREE_KEYS = (
     "gate.",
     "mesh.",
     "resume.",
+)
+
+
+# Keys that decide the shapes of the weights: no checkpoint fits after a change.
+SHAPE_KEYS = (
+    "model.width",
+    "model.depth",
+    "model.patch",
+    "model.channels",
+    "model.text_width",
+    "model.vision_width",
 )
 
 
@@ -74,10 +85,34 @@ def check_resume(workdir: Path, config: ConfigDict, manifest: Manifest) -> bool:
     changes, _ = all_changes(workdir, config, manifest)
     if changes and not config.resume.allow_changes:
         raise RunError(
-            f"{workdir} holds a run with another configuration:\n  " + "\n  ".join(changes) + "\n"
-            "Give the old values, another workdir, or --config.resume.allow_changes=True to go on all the same"
+            f"{workdir} holds a run with another configuration:\n  "
+            + "\n  ".join(changes)
+            + f"\n{_ways_on(workdir, changes)}"
         )
     return True
+
+
+def _ways_on(workdir: Path, changes: list[str]) -> str:
+    """What to do about refused changes."""
+    keys = {change.partition(":")[0] for change in changes}
+    shapes = sorted(keys & set(SHAPE_KEYS))
+    ways = "Give the old values, another workdir, or --config.resume.allow_changes=True to go on all the same"
+    if shapes:
+        ways = (
+            f"Weights of another shape cannot go on ({', '.join(shapes)}): give the old values, or another "
+            "--config.workdir for a new run"
+        )
+    if "train.steps" in keys:
+        ways += (
+            ". The cosine of optim.schedule ends at train.steps, so every step's rate depends on it: going on changes "
+            "the rate from here on"
+        )
+    if "data.path" in keys:
+        ways += (
+            ". For a data set that has grown --config.resume.allow_changes=True goes on where the run is; for another "
+            f"one (a stage, a resolution) give --config.workdir=NEW --config.resume.from_run={workdir}"
+        )
+    return ways
 
 
 def all_changes(workdir: Path, config: ConfigDict, manifest: Manifest) -> tuple[list[str], list[str]]:
@@ -89,7 +124,10 @@ def all_changes(workdir: Path, config: ConfigDict, manifest: Manifest) -> tuple[
     new["data"]["path"] = _whole(config.data.path)
     changes, free = (config_changes(recorded, ConfigDict(new), of_free_keys=free) for free in (False, True))
     if _dataset_identity(load_dataset(workdir)) != _dataset_identity(manifest):
-        changes.append(f"data.path: {config.data.path} is not the data set of this run ({DATASET})")
+        difference = difference_from(workdir, manifest)
+        changes.append(
+            f"data.path: {config.data.path} is not the data set of this run ({DATASET}): {difference}"
+        )
     return changes, free
 
 
@@ -192,6 +230,24 @@ def _dataset_identity(manifest: Manifest) -> tuple:
     """What makes two data sets the same for training: their train shards, and the statistics that follow."""
     shards = [shard.sha256 for shard in manifest.shards.get("train", ())]
     return shards, manifest.latent_mean, manifest.latent_std
+
+
+def difference_from(workdir: Path, new: Manifest) -> str:
+    """How a data set differs from that of a run, in words."""
+    try:
+        old = load_dataset(workdir)
+    except (RunError, DatasetError):
+        return f"cannot be compared, {workdir / DATASET} cannot be read"
+    images = new.records("train"), old.records("train")
+    found = [f"{images[0]} images, was {images[1]}"] if images[0] != images[1] else []
+    for name in ("resolution", "fit"):
+        values = getattr(new, name), getattr(old, name)
+        found += [f"{name} {values[0]}, was {values[1]}"] if values[0] != values[1] else []
+    for name in ("vae", "text", "vision"):
+        ids = getattr(new, name).id, getattr(old, name).id
+        found += [f"{name} encoder {ids[0]}, was {ids[1]}"] if ids[0] != ids[1] else []
+    same = _dataset_identity(old) == _dataset_identity(new)
+    return "; ".join(found) or ("the same data set" if same else "as many images, with other contents")
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

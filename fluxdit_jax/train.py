@@ -16,15 +16,27 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import app
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from fluxdit_jax import command, continuation, data, devices, model, pictures, reporting, sharding
+from fluxdit_jax import (
+    arguments,
+    command,
+    continuation,
+    data,
+    devices,
+    model,
+    overview,
+    pictures,
+    reporting,
+    sharding,
+)
 from fluxdit_jax import config as configuration
 from fluxdit_jax.allocator import keep_freed_memory
 from fluxdit_jax.checkpoint import CheckpointError, Checkpoints, leaves_threads, restore_ema
 from fluxdit_jax.config import Settings
+from fluxdit_jax.due import Overdue
 from fluxdit_jax.flow import FlowConfig
 from fluxdit_jax.gate.requirement import GateError, require_report
 from fluxdit_jax.health import Monitor
@@ -32,11 +44,16 @@ from fluxdit_jax.heldout import HeldOut
 from fluxdit_jax.memory_plan import OutOfMemory, require_fit
 from fluxdit_jax.metrics import LogError, MetricsWriter
 from fluxdit_jax.optimizer import learning_rate
-from fluxdit_jax.paths import expanded
 from fluxdit_jax.preview import Preview, make_preview
 from fluxdit_jax.program import Program
 from fluxdit_jax.records import DatasetError, Manifest, load_manifest
-from fluxdit_jax.run_directory import RunError, RunLock, check_resume, flatten
+from fluxdit_jax.run_directory import (
+    RunError,
+    RunLock,
+    check_resume,
+    difference_from,
+    flatten,
+)
 from fluxdit_jax.sharding import MeshError
 from fluxdit_jax.soundness import BrokenRun, Watchdog
 from fluxdit_jax.state import TrainState
@@ -84,7 +101,8 @@ def train(config: ConfigDict) -> int:
 
         # ------------------------------------------------------------ the compiled step, if it fits the device
         program = Program(settings, mesh, statistics)
-        _describe(config, settings, manifest, mesh)
+        overview.describe(config, settings, manifest, mesh)
+        log.info("compiling the step (a minute or two on a GPU, unless the compilation cache has it)")
         compiled = program.compile()
         plan = program.memory(compiled)
         log.info("memory of a device: %.2f GB (%s)", plan.total / 1e9, plan)
@@ -92,7 +110,7 @@ def train(config: ConfigDict) -> int:
 
         # ------------------------------------------------------------ the state: resumed, continued or new
         checkpoints = closing.enter_context(Checkpoints(workdir, config.checkpoint.keep))
-        state, meta = _first_state(config, program, checkpoints)
+        state, meta = _first_state(config, manifest, program, checkpoints)
         samples = meta["samples"]  # drawn so far
         step, mini = int(state.step), int(state.opt_state.mini_step)
         continuation.begin(workdir, config, manifest, checkpoints, state)
@@ -117,6 +135,7 @@ def train(config: ConfigDict) -> int:
         heldout = _make_heldout(config, settings, manifest, mesh, statistics)
         preview = make_preview(config.data.path, manifest, settings, statistics, **_preview_options(config))
         writer = MetricsWriter(workdir, step, enabled=primary)
+        log.info("curves: tensorboard --logdir %s, best on its Custom Scalars page", workdir / "tensorboard")
         if step == 0:
             writer.hyperparameters(flatten(config.to_dict()))
         reporter = closing.enter_context(
@@ -129,10 +148,10 @@ def train(config: ConfigDict) -> int:
                 schedule=learning_rate(settings.optimizer, config.optim.lr),
                 metric_shapes=program.metric_shapes,
                 batch_size=config.data.batch_size,
-                flops_per_token=_training_flops(settings) / settings.tokens,
+                flops_per_token=overview.training_flops(settings) / settings.tokens,
                 peak_flops=1e12 * (devices.peak_tflops(config.log.peak_tflops) or 0) * mesh.size,
                 step=step,
-                total_steps=config.train.steps,
+                length=overview.length(config, manifest),
                 every=config.log.every,
                 unfinished=meta.get("unfinished"),
             )
@@ -146,7 +165,7 @@ def train(config: ConfigDict) -> int:
         # ------------------------------------------------------------ the loop: one micro-batch a turn
         # The metrics of a micro-batch are read after the next one is dispatched, so that the device never
         # waits for the host. Only where something is to be done with the state is the device waited for.
-        saved_at = time.monotonic()
+        save_overdue, look_overdue = Overdue(config.checkpoint.minutes), Overdue(config.log.minutes)
         unread = None
         while step < config.train.steps:
             trace.at(step)
@@ -169,16 +188,21 @@ def train(config: ConfigDict) -> int:
                 continue
 
             last = step == config.train.steps and mini == 0
-            stopping, save_due = any_process(
+            stopping, save_due, look_due = any_process(
                 [
                     signals.received is not None or troubled,
-                    last or time.monotonic() - saved_at > 60 * config.checkpoint.minutes,
+                    mini == 0 and (last or bool(save_overdue)),
+                    mini == 0 and (last or bool(look_overdue)),
                 ]
             )
-            save_due = save_due and mini == 0
+            look_due = look_due and not (stopping and not last)
             ema_due = mini == 0 and (last or step % config.checkpoint.ema_every == 0)
-            preview_due = preview is not None and mini == 0 and (last or step % config.log.preview_every == 0)
-            heldout_due = heldout is not None and mini == 0 and (last or step % config.log.heldout_every == 0)
+            preview_due = preview is not None and (
+                look_due or (mini == 0 and step % config.log.preview_every == 0)
+            )
+            heldout_due = heldout is not None and (
+                look_due or (mini == 0 and step % config.log.heldout_every == 0)
+            )
             if not (stopping or save_due or ema_due or preview_due or heldout_due):
                 checkpoints.poll()
                 continue
@@ -187,25 +211,29 @@ def train(config: ConfigDict) -> int:
             unread = None
             complete = mini == 0 and (step, mini) == promised
             asked = time.monotonic()
-            if complete and heldout_due:
-                writer.scalars(step, heldout(state.ema))
-                if state.short_ema is not None:
-                    scalars = heldout(state.short_ema)
-                    writer.scalars(step, {f"short_ema/{name}": value for name, value in scalars.items()})
-            if complete and preview_due:
-                _write_preview(preview, state.ema, step, workdir, writer)
-            if complete and ema_due:
-                checkpoints.save_averages(step, state)
+            state_meta = {
+                "samples": samples,
+                "batch_size": config.data.batch_size,
+                "unfinished": reporter.unfinished(),
+            }
             if stopping and reporter.suspect:
                 log.warning("the last micro-batches had no finite gradient: this state is not saved")
-            elif stopping or (complete and save_due):
-                meta = {
-                    "samples": samples,
-                    "batch_size": config.data.batch_size,
-                    "unfinished": reporter.unfinished(),
-                }
-                checkpoints.save(step, state, meta)
-                saved_at = time.monotonic()
+            elif stopping:  # before all else: what asked to stop may not wait for pictures
+                checkpoints.save(step, state, state_meta)
+            if complete and heldout_due:
+                with reporter.progress.doing("measuring the held-out loss"):
+                    _measure_heldout(heldout, state, step, writer)
+            if complete and preview_due:
+                with reporter.progress.doing("drawing pictures"):
+                    _write_preview(preview, state.ema, step, workdir, writer)
+            if complete and look_due:
+                look_overdue.done()
+            if complete and ema_due:
+                checkpoints.save_averages(step, state)
+            if complete and save_due and not stopping:
+                with reporter.progress.doing("saving"):
+                    checkpoints.save(step, state, state_meta)
+                save_overdue.done()
             reporter.pause(time.monotonic() - asked)
             if stopping:
                 break
@@ -236,7 +264,7 @@ def train(config: ConfigDict) -> int:
 
 
 def _first_state(
-    config: ConfigDict, program: Program, checkpoints: Checkpoints
+    config: ConfigDict, manifest: Manifest, program: Program, checkpoints: Checkpoints
 ) -> tuple[TrainState, dict[str, Any]]:
     """(state, meta with the samples drawn so far): from this run's checkpoint, from another run, or new."""
     restored = checkpoints.restore(program.abstract)
@@ -254,7 +282,10 @@ def _first_state(
         log.info("continuing with the full state of %s", config.resume.from_run)
         return restored[0], {"samples": restored[1]["samples"]}
     step, ema = restore_ema(Path(config.resume.from_run), like=program.abstract.params)
-    log.info("starting from the EMA of %s at step %d", config.resume.from_run, step)
+    log.info(
+        "starting from the EMA of %s at step %d; data: %s",
+        *(config.resume.from_run, step, difference_from(Path(config.resume.from_run), manifest)),
+    )
     return program.from_ema(ema), {"samples": 0}
 
 
@@ -265,48 +296,6 @@ def _require_same_split(state: TrainState, meta: dict[str, Any], config: ConfigD
             f"the checkpoint at step {int(state.step)} is in the middle of a step of micro-batches of "
             f"{meta['batch_size']}; resume with that config.data.batch_size once, or up to the next checkpoint"
         )
-
-
-def _training_flops(settings: Settings) -> int:
-    """FLOPs of a sample's forward and backward pass, recomputation not counted."""
-    return 3 * model.flops_per_sample(settings.model, settings.tokens, settings.text_tokens)
-
-
-def _describe(config: ConfigDict, settings: Settings, manifest: Manifest, mesh: Any) -> None:
-    m = settings.model
-    log.info(
-        "model: %.1f M parameters, width %d, depth %d, heads %d, %s, attention %s, remat %s",
-        model.count_parameters(m) / 1e6,
-        m.width,
-        m.depth,
-        m.heads,
-        m.dtype,
-        m.attention,
-        m.remat,
-    )
-    log.info(
-        "data: %d images of %s, up to %d image tokens and %d text tokens each, VAE %s",
-        manifest.records("train"),
-        config.data.path,
-        settings.tokens,
-        settings.text_tokens,
-        manifest.vae.id,
-    )
-    if manifest.text_tokens > settings.text_tokens:
-        log.warning(
-            "captions longer than %d tokens are cut; the longest has %d",
-            settings.text_tokens,
-            manifest.text_tokens,
-        )
-    log.info(
-        "batch: %d x %d = %d on %d %s device(s); time shift %.2f",
-        config.data.batch_size,
-        settings.optimizer.accumulate,
-        config.optim.effective_batch,
-        mesh.size,
-        jax.devices()[0].device_kind,
-        settings.flow.shift,
-    )
 
 
 def _without_gradient(f: FlowConfig) -> frozenset[str]:
@@ -347,6 +336,15 @@ def _preview_options(config: ConfigDict) -> dict[str, Any]:
     }
 
 
+def _measure_heldout(heldout: HeldOut, state: TrainState, step: int, writer: MetricsWriter) -> None:
+    values = heldout(state.ema)
+    log.info("step %d: held-out loss %.4f (EMA)", step, values["heldout_loss"])
+    writer.scalars(step, values)
+    if state.short_ema is not None:
+        values = heldout(state.short_ema)
+        writer.scalars(step, {f"short_ema/{name}": value for name, value in values.items()})
+
+
 def _write_preview(preview: Preview, ema: Any, step: int, workdir: Path, writer: MetricsWriter) -> None:
     ema = sharding.gather(ema)
     if jax.process_index():
@@ -358,6 +356,8 @@ def _write_preview(preview: Preview, ema: Any, step: int, workdir: Path, writer:
         pictures.save(sheet, path)
     except OSError as error:
         log.error("no picture of this step, the run goes on: %s", command.explain(error))
+    else:
+        log.info("step %d: pictures by the EMA in %s", step, path)
     writer.image(step, "samples", np.asarray(sheet))
 
 
@@ -391,37 +391,6 @@ def main(argv: list[str]) -> None:
     sys.exit(code)
 
 
-_CONFIG_FAULTS = (
-    flags.Error,
-    ImportError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    ValueError,
-    OverflowError,
-    OSError,
-    SyntaxError,
-)
-
-
-def _with_home(argument: str) -> str:
-    """`--config=~/experiment.py` with the home directory; the keys in the file have theirs from `config.check`."""
-    name, equals, file = argument.partition("=")
-    return f"{name}={expanded(file)}" if equals and name in ("--config", "-config") else argument
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """absl's flag parsing, with one line instead of a traceback for an unknown key or a wrong type."""
-    try:
-        left_over = flags.FLAGS([_with_home(argument) for argument in argv])
-        getattr(flags.FLAGS.config, "workdir", None)  # a file that is not there is only told when it is used
-        return left_over
-    except _CONFIG_FAULTS as error:
-        words = str(error).replace("\\n", ". ").replace("\\", "").replace("'", "")
-        unknown = "no such key: " if isinstance(error, (LookupError, AttributeError)) else ""
-        sys.exit(f"error in the flags or the configuration file: {unknown}{' '.join(words.split())}")
-
-
 if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=True)
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=arguments.parse)

@@ -22,6 +22,7 @@ from training_helpers import (
     write_config,
 )
 
+from fluxdit_jax import arguments
 from fluxdit_jax import config as configuration
 from fluxdit_jax.config import ConfigError, check, default_config, profile_steps, resolve
 from fluxdit_jax.records import load_manifest
@@ -90,7 +91,14 @@ def test_a_negative_count_names_its_key(config, key):
         check(config)
 
 
-ZERO_IS_FINE = {"seed", "optim.warmup_steps", "log.preview_every", "log.heldout_every", "mesh.process"}
+ZERO_IS_FINE = {
+    "seed",
+    "optim.warmup_steps",
+    "log.minutes",
+    "log.preview_every",
+    "log.heldout_every",
+    "mesh.process",
+}
 
 
 @pytest.mark.parametrize("key", [key for key in INTEGERS if key not in ZERO_IS_FINE])
@@ -313,7 +321,10 @@ def test_the_command_refuses_in_one_line(train_command, config, tmp_path, argume
         ("--config.model.width", ["config.model.width"]),
         ("--config.model.width=3.5", ["width", "3.5"]),
         ("--config.model=3", ["model"]),
-        ("--config.data.path=/nowhere", ["/nowhere/manifest.json", "python -m preprocess build"]),
+        (
+            "--config.data.path=/nowhere",
+            ["/nowhere: there is no such folder", "--data", "python -m preprocess build"],
+        ),
         ("--config.workdir=/proc/no/such", ["/proc/no/such"]),
         ("--config.workdir=/dev/null", ["/dev/null"]),
         ("--config.mesh.fsdp=3", ["mesh", "3"]),
@@ -352,3 +363,54 @@ def test_config_errors_are_what_the_command_catches():
     from fluxdit_jax import train
 
     assert configuration.ConfigError in train.USER_ERRORS
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+def test_every_key_is_described_on_demand(capsys):
+    with pytest.raises(SystemExit) as ended:
+        arguments.parse(["train", "--keys"])
+    assert ended.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" = ")[0] for line in lines] == [key for key, _ in DEFAULTS]
+    undescribed = {
+        "model.width",
+        "model.depth",
+        "model.heads",
+        "flow.std",
+        "optim.lr",
+        "optim.b1",
+        "optim.b2",
+    }
+    undescribed |= {"optim.eps"}
+    for line in lines:
+        assert line[42:].strip() or line.split(" = ")[0] in undescribed, line
+    with pytest.raises(SystemExit):
+        arguments.parse(["train", "--keys=ema"])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        "ema.decay",
+        "ema.short_decay",
+    ]
+
+
+def test_help_names_the_keys_option_and_the_configurations(capsys):
+    with pytest.raises(SystemExit) as ended:
+        arguments.parse(["train", "--help"])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and "--keys" in said and "configs/" in said and "--config.optim.lr" in said
+
+
+@pytest.mark.parametrize(
+    ("argument", "keys"),
+    [
+        ("--config.ema.horizon=3", ["decay", "short_decay"]),
+        ("--config.wallet.size=3", ["model", "optim", "workdir"]),
+        ("--config.optim.lr.x=3", None),
+        ("--config.model.widht=3", None),
+        ("--config.optim.lr=3", None),
+    ],
+)
+def test_a_key_far_from_any_gets_the_keys_of_its_group(argument, keys):
+    said = arguments.near_keys(["--config=configs/demo.py", argument])
+    assert all(key in said for key in keys) if keys else said == ""

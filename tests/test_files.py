@@ -85,10 +85,10 @@ def test_the_board_counts_what_it_could_not_write_and_leaves_no_empty_files(
     board = Board(tmp_path / "tensorboard", 0)
     room(8)
     for step in range(20):
-        board.scalars(step, {"loss": 1.0})
+        board.scalars(step, {("loss", ""): 1.0})
     assert list((tmp_path / "tensorboard").iterdir()) == []
     room(UNLIMITED)
-    board.scalars(20, {"loss": 1.0})
+    board.scalars(20, {("loss", ""): 1.0})
     with contextlib.closing(board):
         assert board.failures == 20
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1

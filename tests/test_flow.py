@@ -121,7 +121,7 @@ def test_shift_identities(t, a, b):
 
 
 def test_shift_by_token_count():
-    assert [flow.shift_for_tokens(n) for n in (64, 256, 1024, 4096)] == [0.5, 1.0, 2.0, 4.0]
+    assert [flow.shift_for_tokens(n) for n in (64, 256, 1024, 4096)] == [1.0, 1.0, 2.0, 4.0]
 
 
 # ------------------------------------------------------------------------------------------------ draws

@@ -159,7 +159,9 @@ def test_a_prediction_that_stays_weak_is_named_after_the_warmup():
     said = watch(run, Monitor(1e-3, 300))
     assert kinds(said) == ["sinking"] and said[0][0] > 300 + BASELINE
     run = [changed(seen, rms_ratio=0.05 + 0.9 * (seen.step > 250)) for seen in healthy(1500)]
-    assert watch(run, Monitor(1e-3, 300)) == []  # slow, but it came
+    monitor = Monitor(1e-3, 300)
+    assert watch(run[:200], monitor) == [] and "weak" in monitor.summary() and "0.05" in monitor.summary()
+    assert watch(run[200:], monitor) == [] and monitor.summary() == "healthy"  # slow, but it came
 
 
 def test_a_loss_of_nothing_is_named():

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import math
+import re
 import resource
 import signal
 import time
@@ -21,7 +22,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from fluxdit_jax.board import Board
-from fluxdit_jax.metrics import LAYOUT, MetricsWriter, pack, read_metrics, unpack
+from fluxdit_jax.metrics import MetricsWriter, pack, read_metrics, unpack
+from fluxdit_jax.scalars import LAYOUT, SCALARS, on_board
 
 pytest_plugins = ("training_fixtures",)
 
@@ -73,7 +75,7 @@ def test_json_and_tensorboard_agree(tmp_path):
     assert {"step": 2, "health/spiked": "the gradient norm rose"} in entries
     events = board(tmp_path)
     for name in ("loss", "by/group"):
-        shown = [(event.step, pytest.approx(event.value)) for event in events.Scalars(name)]
+        shown = [(event.step, pytest.approx(event.value)) for event in events.Scalars(on_board(name)[0])]
         assert shown == [(entry["step"], entry[name]) for entry in entries if name in entry]
     assert len(events.Images("samples")) == 1
     assert "health/spiked/text_summary" in events.Tags()["tensors"]
@@ -84,7 +86,10 @@ def test_the_page_of_custom_scalars_shows_what_is_written(tmp_path):
     writer.close()
     assert "custom_scalars__config__" in board(tmp_path).Tags()["tensors"]
     patterns = [tag for charts in LAYOUT.values() for tags in charts.values() for tag in tags]
-    assert "^loss$" in patterns and "^gradient_norm$" in patterns
+    tags = {on_board(name)[0] for name in (*SCALARS, "loss_by_time/0.125", "gradient_norm_by_group/x")}
+    tags |= {on_board("short_ema/heldout_loss")[0]}
+    for pattern in patterns:
+        assert any(re.search(pattern, tag) for tag in tags), pattern
 
 
 def test_the_configuration_is_a_row_of_the_hparams_page(tmp_path):
@@ -152,7 +157,7 @@ def test_what_was_logged_beyond_the_checkpoint_is_dropped_in_both(tmp_path):
     time.sleep(1.1)  # TensorBoard's files are named by the second
     write_run(tmp_path, range(5, 10), at=4)  # killed after step 7, resumed from the checkpoint at 4
     assert [entry["step"] for entry in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 10))
-    assert [event.step for event in board(tmp_path).Scalars("loss")] == list(range(1, 10))
+    assert [event.step for event in board(tmp_path).Scalars("1_learning/loss")] == list(range(1, 10))
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -167,7 +172,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_a_clean_log(tmp_path):
     writer.scalars(1, {"loss": 1.0})
     writer.close()
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 0, "config": "{}"}, {"step": 1, "loss": 1.0}]
-    assert [event.step for event in board(tmp_path).Scalars("loss")] == [1]
+    assert [event.step for event in board(tmp_path).Scalars("1_learning/loss")] == [1]
 
 
 def test_a_half_written_last_line_is_dropped(tmp_path):
@@ -191,7 +196,9 @@ def test_a_broken_line_in_the_middle_is_told_by_number(tmp_path):
 def test_what_is_written_is_on_disk_at_once(tmp_path):
     writer = MetricsWriter(tmp_path, 0)
     writer.scalars(1, {"loss": 0.5})
-    assert [event.value for event in board(tmp_path).Scalars("loss")] == [0.5]  # the writer is not closed
+    assert [event.value for event in board(tmp_path).Scalars("1_learning/loss")] == [
+        0.5
+    ]  # the writer is not closed
     writer.close()
 
 
@@ -206,19 +213,19 @@ def test_a_picture_comes_back_with_its_pixels(tmp_path):
 
 def test_a_full_disk_costs_the_board_a_record_and_not_the_run(tmp_path, package_log):
     writer = Board(tmp_path / "tensorboard")
-    writer.scalars(1, {"loss": 1.0})
+    writer.scalars(1, {("loss", ""): 1.0})
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(
         resource.RLIMIT_FSIZE, (next((tmp_path / "tensorboard").iterdir()).stat().st_size + 9, limit[1])
     )
     try:
-        writer.scalars(2, {"loss": 2.0})
-        writer.scalars(3, {"loss": 3.0})
+        writer.scalars(2, {("loss", ""): 2.0})
+        writer.scalars(3, {("loss", ""): 3.0})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, handler)
-    writer.scalars(4, {"loss": 4.0})
+    writer.scalars(4, {("loss", ""): 4.0})
     writer.close()
     assert [event.step for event in board(tmp_path).Scalars("loss")] == [1, 3, 4]  # the limit is per file
     assert len([message for message in package_log if "metrics.jsonl holds" in message]) == 1

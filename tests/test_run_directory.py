@@ -17,6 +17,7 @@ from training_helpers import REPOSITORY, tiny_config
 from fluxdit_jax.config import default_config
 from fluxdit_jax.records import Manifest, load_manifest
 from fluxdit_jax.run_directory import (
+    SHAPE_KEYS,
     RunError,
     RunLock,
     all_changes,
@@ -90,7 +91,8 @@ def test_a_change_of_the_mathematics_is_refused_by_key_with_both_values(
     recorded = (workdir / "config.json").read_text()
     with pytest.raises(RunError) as refusal:
         check_resume(workdir, config, manifest)
-    for word in (f"{key}: {old!r} -> {value!r}", str(workdir), "--config.resume.allow_changes"):
+    way = "--config.workdir" if key in SHAPE_KEYS else "--config.resume.allow_changes"
+    for word in (f"{key}: {old!r} -> {value!r}", str(workdir), way):
         assert word in str(refusal.value)
     assert (workdir / "config.json").read_text() == recorded  # a refusal changes nothing
     config.resume.allow_changes = True
@@ -136,8 +138,17 @@ def test_the_length_of_a_run_may_not_change_where_the_schedule_reads_it(config, 
     config.optim.schedule = "cosine"
     record_start(workdir, config, manifest)
     config.train.steps = 100
-    with pytest.raises(RunError, match="train.steps: 8 -> 100"):
+    with pytest.raises(RunError, match="train.steps: 8 -> 100") as refusal:
         check_resume(workdir, config, manifest)
+    assert "cosine" in str(refusal.value) and "optim.schedule" in str(refusal.value)
+
+
+def test_a_changed_shape_is_not_offered_to_go_on(config, manifest, workdir):
+    record_start(workdir, config, manifest)
+    config.model.width = 64
+    with pytest.raises(RunError, match="model.width: 32 -> 64") as refusal:
+        check_resume(workdir, config, manifest)
+    assert "--config.workdir" in str(refusal.value) and "allow_changes" not in str(refusal.value)
 
 
 def test_a_key_that_is_new_or_gone_is_a_change(config, manifest, workdir):
@@ -198,6 +209,13 @@ def test_another_data_set_is_refused_but_the_same_one_may_move(config, manifest,
     with pytest.raises(RunError, match="is not the data set of this run"):
         check_resume(workdir, config, other)
     assert load_dataset(workdir) == manifest
+    more = dataclasses.replace(shard, records=shard.records + 3)
+    grown = dataclasses.replace(
+        manifest, resolution=64, shards=manifest.shards | {"train": (more, *manifest.shards["train"][1:])}
+    )
+    with pytest.raises(RunError, match="27 images, was 24; resolution 64, was 32") as refusal:
+        check_resume(workdir, config, grown)
+    assert "allow_changes" in str(refusal.value) and f"resume.from_run={workdir}" in str(refusal.value)
 
 
 def test_other_latent_statistics_are_another_data_set(config, manifest, workdir):

@@ -28,6 +28,7 @@ from fluxdit_jax.metrics import read_metrics
 from fluxdit_jax.program import Program
 from fluxdit_jax.records import BF16, MANIFEST, load_manifest
 from fluxdit_jax.run_directory import RunError, RunLock, load_config, load_dataset
+from fluxdit_jax.scalars import on_board
 from fluxdit_jax.sharding import make_mesh
 from fluxdit_jax.train import train
 from fluxdit_jax.train_step import patch_statistics
@@ -157,7 +158,9 @@ def test_tensorboard_shows_the_same_numbers(finished):
     events.Reload()
     logged = scalars(finished)
     for name in {name for values in logged.values() for name in values} - {"step"}:
-        shown = {event.step: event.value for event in events.Scalars(name)}
+        tag, description = on_board(name)
+        shown = {event.step: event.value for event in events.Scalars(tag)}
+        assert description and events.SummaryMetadata(tag).summary_description == description
         expected = {step: values[name] for step, values in logged.items() if name in values}
         assert shown == pytest.approx(expected, rel=1e-6), name
 
@@ -503,7 +506,7 @@ def test_a_stage_starts_from_another_runs_ema_at_another_resolution(config, fini
     config.data.path, config.resume.from_run = str(tmp_path / "large"), str(finished)
     config.optim.lr, config.train.steps = 1e-12, 1
     run(config)
-    assert f"starting from the EMA of {finished} at step 8" in log_of(config.workdir)
+    assert f"starting from the EMA of {finished} at step 8; data: as many images" in log_of(config.workdir)
     for a, b in zip(
         jax.tree.leaves(restore_ema(Path(config.workdir), 1)[1]), jax.tree.leaves(restore_ema(finished, 8)[1])
     ):

@@ -133,7 +133,7 @@ def tiny_config(dataset: Path, workdir: Path) -> ConfigDict:
     c.data.batch_size, c.optim.effective_batch = 4, 8
     c.optim.lr, c.optim.warmup_steps = 1e-2, 2
     c.train.steps = 8
-    c.log.every, c.log.preview_every = 1, 0
+    c.log.every, c.log.preview_every, c.log.minutes = 1, 0, 0.0
     return c
 
 

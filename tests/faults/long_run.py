@@ -35,6 +35,7 @@ from tqdm import tqdm  # noqa: E402
 
 from fluxdit_jax.checkpoint import restore_ema  # noqa: E402
 from fluxdit_jax.metrics import read_metrics  # noqa: E402
+from fluxdit_jax.scalars import on_board  # noqa: E402
 
 Row = tuple[str, int, int, int]
 SHARED = Path("/dev/shm")
@@ -58,7 +59,7 @@ def long_config(dataset: Path, steps: int) -> ConfigDict:
     c.train.steps = steps
     c.log.every = 5
     c.log.preview_every, c.log.preview_count, c.log.preview_steps = max(1, steps // 40), 2, 2
-    c.log.heldout_every = max(1, steps // 100)
+    c.log.heldout_every, c.log.minutes = max(1, steps // 100), 0.0
     c.checkpoint.minutes, c.checkpoint.ema_every = 0.05, max(1, steps // 20)
     return c
 
@@ -137,10 +138,13 @@ def board_differences(run: Path) -> list[str]:
     accumulator = EventAccumulator(
         str(run / "tensorboard"), size_guidance={"scalars": 0, "images": 0}
     ).Reload()
-    written, shown = scalars(run), set(accumulator.Tags()["scalars"])
+    written = scalars(run)
+    tags = {name: on_board(name)[0] for name in written}
+    names = {tag: name for name, tag in tags.items()}
+    shown = {names.get(tag, tag) for tag in accumulator.Tags()["scalars"]}
     wrong = [f"only in one of the two: {name}" for name in sorted(shown ^ set(written))]
     for name in sorted(shown & set(written)):
-        events = [(event.step, event.value) for event in accumulator.Scalars(name)]
+        events = [(event.step, event.value) for event in accumulator.Scalars(tags[name])]
         lines = [
             (step, math.nan if value is None else float(np.float32(value))) for step, value in written[name]
         ]

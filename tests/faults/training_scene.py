@@ -132,6 +132,7 @@ def _prepare(root: Path, pictures: bool) -> str:
     c.train.steps = STEPS
     c.checkpoint.minutes, c.checkpoint.ema_every = 1e-9, 2  # a checkpoint after every step
     c.log.preview_every, c.log.preview_count, c.log.preview_steps = 2 * pictures, 2, 1
+    c.log.minutes = 0.0  # what is logged depends on steps alone
     c.log.heldout_every = 4 * pictures
     training_helpers.write_config(root / "config.py", c)
     return "ready"

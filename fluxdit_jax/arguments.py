@@ -1,0 +1,120 @@
+"""The command line of `fluxdit_jax.train`: absl's flags, with errors of one line, and the keys on demand."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import io
+import re
+import sys
+import tokenize
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from fluxdit_jax.config import default_config
+from fluxdit_jax.paths import expanded
+
+HELP = """\
+usage: python -m fluxdit_jax.train --config=FILE --config.data.path=DATASET --config.workdir=RUN
+           [--config.GROUP.KEY=VALUE ...]
+
+Trains, or resumes the run in RUN: the same command goes on where it was stopped.
+
+  --config=FILE            configs/demo.py (a demonstration), nano.py (the gate), prod.py (production), or your own
+  --config.GROUP.KEY=VALUE overrides a key of it, as --config.optim.lr=5e-5
+  --keys                   prints every key with its default and its meaning; --keys=GROUP those of a group
+  --help                   this
+
+Ctrl-C saves and stops; twice stops at once. Curves: tensorboard --logdir RUN/tensorboard
+Then: python -m fluxdit_jax.sample --workdir=RUN --prompt TEXT; python -m fluxdit_jax.validate --workdir=RUN"""
+
+_FAULTS = (
+    flags.Error,
+    ImportError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    ValueError,
+    OverflowError,
+    OSError,
+    SyntaxError,
+)
+
+
+def parse(argv: list[str]) -> list[str]:
+    """absl's flag parsing. Help and keys end with status 0; a wrong flag or file with one line and status 1."""
+    wanted = argv[1:]
+    if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(wanted):
+        print(HELP)
+        sys.exit(0)
+    for argument in wanted:
+        name, _, group = argument.partition("=")
+        if name == "--keys":
+            print("\n".join(described_keys(group.strip("."))) or f"no key begins with {group!r}")
+            sys.exit(0)
+    try:
+        left_over = flags.FLAGS([_with_home(argument) for argument in argv])
+        getattr(flags.FLAGS.config, "workdir", None)  # a file that is not there is only told when it is used
+        return left_over
+    except _FAULTS as error:
+        words = str(error).replace("\\n", ". ").replace("\\", "").replace("'", "")
+        unknown = "no such key: " if isinstance(error, (LookupError, AttributeError)) else ""
+        keys = near_keys(wanted) if unknown else ""
+        sys.exit(f"error in the flags or the configuration file: {unknown}{' '.join(words.split())}{keys}")
+
+
+def _with_home(argument: str) -> str:
+    """`--config=~/experiment.py` with the home directory; the keys in the file have theirs from `config.check`."""
+    name, equals, file = argument.partition("=")
+    return f"{name}={expanded(file)}" if equals and name in ("--config", "-config") else argument
+
+
+def near_keys(arguments: list[str]) -> str:
+    """For the first override of a key that is far from any: the keys of its group, or the groups; "" for none."""
+    default = default_config()
+    for argument in arguments:
+        match = re.fullmatch(r"--?config\.([\w.]+)(=.*)?", argument)
+        if match is None:
+            continue
+        group: Any = default
+        parts = match[1].split(".")
+        for depth, part in enumerate(parts):
+            if not isinstance(group, ConfigDict) or part not in group:
+                where = ".".join(["config", *parts[:depth]])
+                names = list(group) if isinstance(group, ConfigDict) else []
+                if not names or difflib.get_close_matches(part, names):
+                    return ""  # ml_collections names a near one
+                return f". The keys of {where}: {', '.join(names)}; all: python -m fluxdit_jax.train --keys"
+            group = group[part]
+    return ""
+
+
+def described_keys(prefix: str = "") -> list[str]:
+    """A line for each key that begins with `prefix`: "optim.lr = 0.0001  what it is"."""
+    meanings, lines = _meanings(), []
+
+    def add(tree: ConfigDict, above: str) -> None:
+        for name in tree:
+            key = above + name
+            if isinstance(tree[name], ConfigDict):
+                add(tree[name], f"{key}.")
+            elif key.startswith(prefix):
+                lines.append(f"{f'{key} = {tree[name]!r}':42} {meanings.get(key, '')}".rstrip())
+
+    add(default_config(), "")
+    return lines
+
+
+def _meanings() -> dict[str, str]:
+    """{key: the comment behind its default} of `config.default_config`, where the keys are declared."""
+    meanings, key = {}, None
+    source = inspect.getsource(default_config)
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        assigned = re.match(r"\s*c\.([\w.]+) = ", token.line)
+        if assigned:
+            key = assigned[1]
+        if token.type == tokenize.COMMENT and key is not None:
+            meanings.setdefault(key, token.string.lstrip("# "))
+    return meanings
