@@ -114,7 +114,7 @@ def test_a_run_tells_its_pictures_epochs_and_time_and_warns_of_thousands_of_epoc
 @pytest.fixture
 def config(tiny_dataset, tmp_path):
     c = tiny_config(tiny_dataset, tmp_path / "run")
-    c.log.heldout_every, c.log.heldout_count, c.log.every = 1000, 3, 1000
+    c.log.heldout_every, c.log.heldout_count, c.log.every, c.train.steps = 1000, 3, 1000, 3
     return c
 
 
@@ -127,19 +127,19 @@ def test_held_out_losses_and_checkpoints_come_by_time_too_and_change_nothing(con
         [entry["step"] for entry in read_metrics(path / "metrics.jsonl") if "heldout_loss" in entry]
         for path in (tmp_path / "run", tmp_path / "by-time")
     ]
-    assert looks == [[8], list(range(1, 9))]
+    assert looks == [[3], [1, 2, 3]]
     log = (tmp_path / "by-time" / "train.log").read_text()
     assert (
-        len(re.findall(r"step \d: held-out loss \d\.\d{4}", log)) == 8
+        len(re.findall(r"step \d: held-out loss \d\.\d{4}", log)) == 3
     )  # in the log, which the console shows too
     assert tree_equal(restore_ema(tmp_path / "by-time"), restore_ema(tmp_path / "run"))
-    assert ema_steps(tmp_path / "by-time") == [8] and plain == str(tmp_path / "run")
+    assert ema_steps(tmp_path / "by-time") == [3] and plain == str(tmp_path / "run")
 
 
 def test_a_signal_during_a_held_out_loss_is_obeyed_and_the_log_is_not_silent(config, monkeypatch):
     """The state is saved first when the loop comes back; meanwhile the log says what the run is doing."""
     monkeypatch.setattr(progress, "SILENT_SECONDS", 0.2)
-    config.log.heldout_every = 3
+    config.log.heldout_every = 2
     measure = HeldOut.__call__
 
     def slow(self, ema):
@@ -150,5 +150,5 @@ def test_a_signal_during_a_held_out_loss_is_obeyed_and_the_log_is_not_silent(con
     monkeypatch.setattr(HeldOut, "__call__", slow)
     assert train(config.copy_and_resolve_references()) == 128 + signal.SIGHUP
     log = (Path(config.workdir) / "train.log").read_text()
-    assert "SIGHUP" in log and "at step 3/8: measuring the held-out loss" in log
-    assert "stopped at step 3" in log and "state saved" in log
+    assert "SIGHUP" in log and "at step 2/3: measuring the held-out loss" in log
+    assert "stopped at step 2" in log and "state saved" in log
