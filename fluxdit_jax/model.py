@@ -15,6 +15,7 @@ Shapes in names: B batch, N image tokens, T text tokens, D width, H heads, d hea
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -283,6 +284,7 @@ class DiT(nnx.Module):
         return self.out(x).astype(jnp.float32)
 
 
+@functools.lru_cache(maxsize=8)
 def build(config: ModelConfig) -> tuple[Any, Any]:
     """Returns (graph, shapes): the static graph and the parameter tree as `jax.ShapeDtypeStruct`, f32.
 

@@ -48,6 +48,10 @@ class Program:
             settings.ema_decay,
             settings.short_ema_decay,
         )
+        self._create = jax.jit(
+            lambda key: self._state_of(model.initialize(settings.model, key)), out_shardings=self._placed
+        )
+        self._from_params = jax.jit(self._state_of, out_shardings=self._placed)
         self.metric_shapes = jax.eval_shape(self._step, self.abstract, self.batch_shapes())[1]
 
     def _state_of(self, params: Any) -> TrainState:
@@ -55,16 +59,11 @@ class Program:
 
     def create(self) -> TrainState:
         """The state at step 0, a function of the seed alone."""
-
-        def create(key):
-            return self._state_of(model.initialize(self._settings.model, key))
-
-        return jax.jit(create, out_shardings=self._placed)(jax.random.key(self._settings.seed))
+        return self._create(jax.random.key(self._settings.seed))
 
     def from_ema(self, ema: Any) -> TrainState:
         """The state at step 0 with the weights of another run's EMA."""
-        params = jax.tree.map(jax.device_put, ema, self._placed.params)
-        return jax.jit(self._state_of, out_shardings=self._placed)(params)
+        return self._from_params(jax.tree.map(jax.device_put, ema, self._placed.params))
 
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """A micro-batch over all devices, as `data.collate` makes it."""

@@ -10,6 +10,10 @@ import jax
 import pytest
 from training_helpers import TrainCommand, write_dataset
 
+import fluxdit_jax.train
+from fluxdit_jax.config import Settings
+from fluxdit_jax.program import Program
+
 
 @pytest.fixture(scope="session")
 def xla_cache(pytestconfig: pytest.Config) -> Path:
@@ -35,9 +39,31 @@ def quick_compile(xla_cache: Path) -> Iterator[None]:
     before = {name: jax.config.values[name] for name in wanted}
     for name, value in wanted.items():
         jax.config.update(name, value)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fluxdit_jax.train, "Program", _traced_once)
+        yield
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+class _TracedOnce(Program):
+    """A program that keeps what it has compiled."""
+
+    def compile(self) -> jax.stages.Compiled:
+        if not hasattr(self, "_compiled"):
+            self._compiled = super().compile()
+        return self._compiled
+
+
+_PROGRAMS: dict[tuple, Program] = {}
+
+
+def _traced_once(settings: Settings, mesh: jax.sharding.Mesh, statistics: tuple) -> Program:
+    """The program of these very settings, which runs of one process share: most of a small run is tracing."""
+    key = (settings, mesh, *(part.tobytes() for part in statistics))
+    if key not in _PROGRAMS:
+        _PROGRAMS[key] = _TracedOnce(settings, mesh, statistics)
+    return _PROGRAMS[key]
 
 
 @pytest.fixture
