@@ -111,7 +111,8 @@ def make_train_step(
         compute = jax.tree.map(lambda p: p.astype(dtype), state.params)
         grads, metrics = jax.grad(loss_fn, has_aux=True)(compute, batch)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)]))
+        # Of the squares, not of the numbers: a gradient whose norm overflows would spoil the mean and the moments.
+        finite = jnp.isfinite(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
         before = state.opt_state
         advanced = finite & (before.mini_step == optimizer.accumulate - 1)
         # A micro-batch with a NaN leaves no trace: not in the accumulator, the moments or the counters.
