@@ -86,7 +86,7 @@ def load_vae(
     Raises:
       PreprocessError: it cannot be found, is not an autoencoder, or an argument is impossible.
     """
-    _check_arguments(dtype, latent)
+    check_arguments(dtype, latent)
     if spec.startswith("builtin:"):
         from preprocess.encoders import builtin
 
@@ -100,7 +100,7 @@ def load_text_encoder(
     spec: str = DEFAULT_TEXT, device: str = "auto", dtype: str = "auto", max_tokens: int = MAX_TOKENS
 ) -> TextEncoder:
     """Loads a T5 encoder, or `builtin:hash`; captions are cut to `max_tokens`. Otherwise as `load_vae`."""
-    _check_arguments(dtype)
+    check_arguments(dtype)
     if max_tokens < 1:
         raise PreprocessError(f"max_tokens must be at least 1, got {max_tokens}")
     if spec.startswith("builtin:"):
@@ -116,7 +116,7 @@ def load_vision_encoder(
     spec: str = DEFAULT_VISION, device: str = "auto", dtype: str = "auto"
 ) -> VisionEncoder:
     """Loads a DINOv3 or DINOv2 ViT, or `builtin:tone`. Otherwise as `load_vae`."""
-    _check_arguments(dtype)
+    check_arguments(dtype)
     if spec == "precomputed" or spec.startswith("precomputed:"):
         raise PreprocessError(
             f"the vision vectors are {spec!r}: they came from files (--vision-embeddings), so give the encoder that "
@@ -137,7 +137,8 @@ def _builtin(spec: str, known: dict[str, type]) -> type:
     return known[spec]
 
 
-def _check_arguments(dtype: str, latent: str = "mean") -> None:
+def check_arguments(dtype: str, latent: str = "mean") -> None:
+    """Raises `PreprocessError` if a dtype or kind of latent is impossible."""
     if dtype in ("float16", "fp16", "half"):
         raise PreprocessError(
             "dtype float16 is refused: T5 in float16 returns finite but wrong values (its activations overflow "
