@@ -217,7 +217,8 @@ def _add_subset(parser: argparse.ArgumentParser) -> None:
 _BUILD = (
     "Encodes images and captions into a dataset directory. Give the same command again to continue after an "
     "interruption, or after images or captions have changed: only what depends on the change is done again. Options "
-    "that are left out are those of the dataset in --output, if there is one: `build --output DATASET` repeats its build."
+    "that are left out are those of the dataset in --output, if there is one: `build --output DATASET` repeats its "
+    "build."
 )
 
 
@@ -254,8 +255,13 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     option("--max-pixels", "reject images with more pixels than this, before decoding them")
     option("--max-upscale", "warn about images that are enlarged more than this")
     option("--caption-field", "field of the .json or column looked for before 'caption', 'text', 'captions'")
-    parser.add_argument("--allow-outside", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help="follow links to folders, and take links and "
-        "paths in tables that lead out of the input (default: they are rejects)")  # fmt: skip
+    parser.add_argument(
+        "--allow-outside",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help="follow links to folders, and take links and paths in tables that lead out of the input (default: they "
+        "are rejects)",
+    )
     option("--holdout", "share of the images kept out of training, by content")
     option("--shard-size", "records in a shard at most")
     option("--limit", "use only the first N images by name (default: all)")
@@ -267,13 +273,20 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     option("--batch-size", "images in a batch of the VAE and the vision encoder")
     option("--workers", "threads that decode images (default: one a core)")
     option("--max-rejects", "exit with status 3 if a larger share of the inputs is rejected")
-    parser.add_argument("--replace", action="store_true", help="let a finished dataset lose records, or be encoded again, "
-        "with other options or from another input (default: that is refused)")  # fmt: skip
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="let a finished dataset lose records, or be encoded again, with other options or from another input "
+        "(default: that is refused)",
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="plan only: print what would be done, decode and write nothing"
     )
     parser.add_argument(
-        "--draw", type=expanded, default="", help="with --dry-run: draw aspect ratios and buckets to this .png"
+        "--draw",
+        type=expanded,
+        default="",
+        help="with --dry-run: draw aspect ratios and buckets to this .png",
     )
     parser.set_defaults(run=_build)
 

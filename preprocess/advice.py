@@ -49,8 +49,8 @@ def tell_bends(plan: Plan, say: Callable[[str], None]) -> None:
         return
     item = plan.items[int(found.argmax())]
     say(
-        f"  warning: {count:,} of {len(plan.items):,} images are stretched or squeezed by more than {VISIBLE:.0%}, which is "
-        f"visible (worst {found.max():.1%}: {shown(item.key)}, {item.header.width}x{item.header.height} to "
+        f"  warning: {count:,} of {len(plan.items):,} images are stretched or squeezed by more than {VISIBLE:.0%}, "
+        f"which is visible (worst {found.max():.1%}: {shown(item.key)}, {item.header.width}x{item.header.height} to "
         f"{item.bucket[1]}x{item.bucket[0]}, width x height)"
     )
     ways = [*_other_tables(plan), "--fit crop cuts instead", "--fit pad fills with noise"]
@@ -141,7 +141,7 @@ def repeated_captions(captions: Iterable[str], examples: int = 3) -> list[str]:
         return []
     word = "warning: " if sharing > _REPEATED * total else ""
     lines = [
-        f"  {word}{sharing:,} of {total:,} images share their caption with another; {len(counts):,} different captions. "
+        f"  {word}{sharing:,} of {total:,} images share their caption with another; {len(counts):,} captions in all. "
         "What differs between images of one caption cannot be asked for in words. The commonest:"
     ]
     return lines + [f"    {count:7,}  {shown(_short(text))}" for text, count in common[:examples]]

@@ -14,7 +14,7 @@ from fluxdit_jax.allocator import keep_freed_memory
 from fluxdit_jax.records import EncoderIdentity, Manifest
 from preprocess import PreprocessError, comparison, repeat
 from preprocess.encode import Counts, Encoders, Encoding
-from preprocess.encoders import check_arguments, load_text_encoder, load_vae, load_vision_encoder
+from preprocess.encoders import check_arguments, load_all, load_text_encoder, load_vae, load_vision_encoder
 from preprocess.encoders.device import choose_device, choose_dtype, dtype_name
 from preprocess.existing import Existing
 from preprocess.findings import Reject, Scan, counted
@@ -156,9 +156,7 @@ def _compared(
     old = None
     if before and before.identities:
         old = dataclasses.replace(plan.options, fit=before.values.get("fit", plan.options.fit))
-        old = Fingerprints.of(
-            old, before.identities.vae, before.identities.text, before.identities.vision
-        )
+        old = Fingerprints.of(old, before.identities.vae, before.identities.text, before.identities.vision)
     return comparison.compare(plan, prints, existing, old, beyond)
 
 
@@ -268,15 +266,16 @@ def _build(
 def _load(options: Options, vectors: Vectors | None) -> Encoders:
     # What an encoder on a CPU allocates for each picture would else be faulted in anew: 1.4 to 1.8 times the images/s.
     keep_freed_memory(large_too=choose_device(options.device).type == "cpu")
-    vision = None
-    if vectors is None:
-        vision = load_vision_encoder(options.vision_encoder, options.device, options.dtype)
-    encoders = Encoders(
-        vae=load_vae(options.vae, options.device, options.dtype, options.latent, options.seed),
-        text=load_text_encoder(options.text_encoder, options.device, options.dtype, options.max_tokens),
-        vision=vision,
-        vectors=vectors,
+    vae, text, vision = load_all(
+        lambda: load_vae(options.vae, options.device, options.dtype, options.latent, options.seed),
+        lambda: load_text_encoder(options.text_encoder, options.device, options.dtype, options.max_tokens),
+        lambda: (
+            None
+            if vectors is not None
+            else load_vision_encoder(options.vision_encoder, options.device, options.dtype)
+        ),
     )
+    encoders = Encoders(vae=vae, text=text, vision=vision, vectors=vectors)
     if options.modulus % encoders.vae.factor:
         raise PreprocessError(
             f"--modulus {options.modulus} is not a multiple of the VAE's factor {encoders.vae.factor}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 from collections.abc import Set
 
@@ -48,14 +47,11 @@ class Comparison:
     pictures: int = 0
     captions: int = 0
 
-    def going(self, changes: bool = True) -> dict[str, list[str]]:
-        """Keys of what would be lost, by reason: records dropped and, with `changes`, pictures encoded again."""
-        lost = dict(self.dropped)
-        if changes:
-            lost |= {
-                reason: keys for reason, keys in self.changed.items() if reason not in (*_EDITED, "damaged")
-            }
-        return lost
+    def going(self, besides: tuple[str, ...]) -> dict[str, list[str]]:
+        """Keys of records dropped or made again, by reason, besides these kinds of change."""
+        return self.dropped | {
+            reason: keys for reason, keys in self.changed.items() if reason not in (*besides, "damaged")
+        }
 
 
 def compare(
@@ -189,13 +185,14 @@ def require_kept(found: Comparison, output: str, differences: list[str], repairi
     """Checks that a build leaves a finished dataset what it has.
 
     Args:
-      differences: options that name other inputs or encoders than the dataset's, as lines; then nothing may go.
+      differences: options that select other inputs or encoders than the dataset's, as lines; then nothing may go.
       repairing: what is encoded again is meant to be.
 
     Raises:
       WouldLose: more than a few records would be dropped or encoded again; it says how many, and why.
     """
-    going = found.going(changes=not repairing)
+    allowed = tuple(found.changed) if repairing else () if differences else _EDITED
+    going = found.going(allowed)
     count = sum(map(len, going.values()))
     few = 0 if differences else max(_FEW, int(_FEW_SHARE * found.records))
     if count <= few:
@@ -211,8 +208,8 @@ def require_kept(found: Comparison, output: str, differences: list[str], repairi
     raise WouldLose(
         "\n".join(
             [
-                f"--output {output} holds {found.records:,} records, and {count:,} of them would go or be encoded again; "
-                "nothing was changed:",
+                f"--output {output} holds {found.records:,} records, and {count:,} of them would go or be encoded "
+                "again; nothing was changed:",
                 *lines,
                 *differences,
                 ways + ".",

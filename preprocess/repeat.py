@@ -15,12 +15,24 @@ from preprocess.options import Options
 from preprocess.publish import OPTIONS_FILE, Identities, load_options, save_options
 from preprocess.units import WORK
 
-# They say where something is, not what: judged by what would become of the records. The others decide alone.
-_PLACES = ("input", "limit", "vae", "text_encoder", "vision_encoder", "vision_embeddings")
-_DECISIVE = (
-    "resolution", "modulus", "fit", "max_aspect", "min_side", "max_pixels", "caption_field", "allow_outside",
-    "holdout", "shard_size", "latent", "max_tokens", "seed", "dtype",
+# They say where something is, or which inputs are taken: judged by what would become of the records. A dataset that
+# grows by them loses nothing. The others decide what every record is.
+_SELECTING = (
+    "input", "limit", "vae", "text_encoder", "vision_encoder", "vision_embeddings", "caption_field", "allow_outside",
+    "min_side", "max_pixels",
 )  # fmt: skip
+_DECISIVE = (
+    "resolution",
+    "modulus",
+    "fit",
+    "max_aspect",
+    "holdout",
+    "shard_size",
+    "latent",
+    "max_tokens",
+    "seed",
+    "dtype",
+)
 _OF_THIS_MACHINE = ("output", "workers")  # not taken from a dataset
 
 
@@ -115,7 +127,9 @@ def complete(given: dict[str, Any]) -> tuple[Options, list[str]]:
     ]
     values |= given
     if "input" not in values:
-        where = "holds no dataset" if earlier is None else f"does not say what it was built from ({OPTIONS_FILE})"
+        where = (
+            "holds no dataset" if earlier is None else f"does not say what it was built from ({OPTIONS_FILE})"
+        )
         raise PreprocessError(f"--input is needed: --output {output} {where}")
     return Options(**values), taken
 
@@ -133,8 +147,8 @@ def require_same(options: Options, before: Earlier, output: str) -> list[str]:
     """Checks that a build has the options of the dataset in its output.
 
     Returns:
-      A line for every option that names another place (input, limit, encoders): whether it may differ depends on
-      what would become of the records.
+      A line for every option that selects other inputs or encoders: whether it may differ depends on what would
+      become of the records.
 
     Raises:
       PreprocessError: an option that decides what the records are differs; it names both values.
@@ -148,20 +162,20 @@ def require_same(options: Options, before: Earlier, output: str) -> list[str]:
         for name in differing
     }
     decisive = [lines[name] for name in _DECISIVE if name in lines]
-    places = [lines[name] for name in _PLACES if name in lines]
+    selecting = [lines[name] for name in _SELECTING if name in lines]
     if decisive:
         raise PreprocessError(
             "\n".join(
                 [
                     f"--output {output} was built with other options; nothing was changed:",
                     *decisive,
-                    *places,
-                    f"To build it anew with these, add --replace. To update it, leave them out (`--output {output}` alone "
-                    "repeats its build); or build into another --output.",
+                    *selecting,
+                    f"To build it anew with these, add --replace. To update it, leave them out (`--output {output}` "
+                    "alone repeats its build); or build into another --output.",
                 ]
             )
         )
-    return places
+    return selecting
 
 
 def permitted(options: Options, replace: bool, interrupted: Earlier | None) -> bool:
@@ -169,4 +183,4 @@ def permitted(options: Options, replace: bool, interrupted: Earlier | None) -> b
     if replace or interrupted is None or not interrupted.replace:
         return replace
     now = options.to_dict()
-    return all(now[name] == interrupted.values.get(name) for name in (*_DECISIVE, *_PLACES))
+    return all(now[name] == interrupted.values.get(name) for name in (*_DECISIVE, *_SELECTING))

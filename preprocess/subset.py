@@ -13,6 +13,7 @@ import json
 import shlex
 import shutil
 import textwrap
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from fluxdit_jax import records
 from fluxdit_jax.untrusted import shown
 from preprocess import PreprocessError, captions
+from preprocess.advice import VISIBLE
 from preprocess.buckets import distortion, enlargement
 from preprocess.candidates import Pool, SubsetOptions, gather, read_pixels
 from preprocess.choice import Choice, choose, distinct, figures
@@ -29,11 +31,12 @@ from preprocess.images import Rejected
 from preprocess.journal import Journal
 from preprocess.lock import locked
 from preprocess.plan import Item
+from preprocess.summary import train_command
 from preprocess.units import disk_errors, replacing, sync_folder
 
 ABOUT = ".subset/subset.json"
 SHEET = ".subset/subset.png"
-_BENT, _ENLARGED = 1.5, 1.5  # from where on it is worth a warning
+_BENT, _ENLARGED = 1 + VISIBLE, 1.5  # from where on it is worth a warning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,28 +351,17 @@ def _tell(options: SubsetOptions, pool: Pool, choice: Choice, result: Result, jo
         f"into each other; light: the {about['light']['candidates']} candidates nearest to "
         + shown(about["light"]["centre"])
     )
-    say("  spread: mean distance of two         chosen   of any light   by chance")
-    for name, label in (
-        ("light_spread", "light (lower is more alike)"),
-        ("caption_spread", "captions (higher is more)"),
-        ("pose_spread", "captions and vision"),
-        ("pose_spacing", "the same, to the nearest other"),
-        ("captions", "different captions"),
-    ):
-        row = about["figures"][name]
-        digits = 1 if name == "captions" else 3
-        say(
-            f"    {label:34} {row['chosen']:8.{digits}f} {row['any_light']:14.{digits}f} "
-            f"{row['by_chance']:11.{digits}f}"
-        )
+    _tell_figures(about["figures"], say)
     if not couples["all"]:
         say(
             "  note: no two captions differ in the words of the gate's edit "
             f"({'; '.join(f'{rule.old} => {rule.new}' for rule in options.rules())}); give --edit here and to validate"
         )
     if about["distorted"]:
+        square = " to be square; without --square they keep their shape" if options.square else ""
         say(
-            f"  warning: {about['distorted']} pictures are bent by more than {_BENT:g} to be square (--square)"
+            f"  warning: {about['distorted']} of {len(choice.rows)} pictures are stretched or squeezed by more than "
+            f"{VISIBLE:.0%}, which is visible (worst {about['worst_distortion'] - 1:.0%}){square}"
         )
     if about["enlarged"]:
         say(
@@ -380,11 +372,36 @@ def _tell(options: SubsetOptions, pool: Pool, choice: Choice, result: Result, jo
         say(command)
 
 
+def _tell_figures(figures: dict[str, dict[str, float]], say: Callable[[str], None]) -> None:
+    say(
+        "  The chosen pictures beside as many drawn at random, and beside the same choice if any light were allowed."
+    )
+    say(
+        "  A difference is 0 for two alike; given is the mean over all pairs, or to the nearest other picture."
+    )
+    say("                                             wanted    chosen   any light   at random")
+    for name, label, wanted in (
+        ("light_spread", "difference in light", "small"),
+        ("caption_spread", "difference of captions", "large"),
+        ("pose_spread", "difference in what is seen and said", "large"),
+        ("pose_spacing", "the same, to the nearest other", "large"),
+        ("captions", "different captions", "many"),
+    ):
+        row = figures[name]
+        digits = 0 if name == "captions" else 3
+        say(
+            f"    {label:38} {wanted:>8} {row['chosen']:9.{digits}f} {row['any_light']:11.{digits}f} "
+            f"{row['by_chance']:11.{digits}f}"
+        )
+
+
 def commands(options: SubsetOptions, pool: Pool, output: Path) -> list[str]:
     """The two lines to go on with: build, then train and validate."""
     dataset = output.with_name(output.name + "-dataset")
     build = ["python -m preprocess build --input", str(output), "--output", str(dataset)]
     build += ["--resolution", str(options.resolution), "--holdout", "0"]
+    if (dataset / records.MANIFEST).exists():
+        build += ["--replace"]  # of a set that was chosen before
     if options.resolution < pool.build.min_side:
         build += ["--min-side", str(options.resolution)]
     encoders = [("--text-encoder", pool.build.text_encoder), ("--vision-encoder", pool.build.vision_encoder)]
@@ -405,6 +422,6 @@ def commands(options: SubsetOptions, pool: Pool, output: Path) -> list[str]:
     )
     return [
         " ".join(words) + note,
-        f"python -m fluxdit_jax.train --config=configs/nano.py --config.data.path={shlex.quote(str(dataset))} "
-        f"--config.workdir={run.removeprefix('--workdir=')} && python -m fluxdit_jax.validate {run}{edits}",
+        f"{train_command('nano', shlex.quote(str(dataset)), run.removeprefix('--workdir='))} && "
+        f"python -m fluxdit_jax.validate {run}{edits}",
     ]

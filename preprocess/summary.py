@@ -155,13 +155,14 @@ def next_steps(output: Path, manifest: Manifest) -> list[str]:
     data, run = shlex.quote(str(output)), shlex.quote(f"runs/{manifest.name}")
     images = sum(manifest.records(split) for split in manifest.shards)
     lines = [f"Look at it:  python -m preprocess inspect {data}"]
+    few = " --allow-fewer" if images < 200 else ""
     encoders = (manifest.vae, manifest.text, manifest.vision)
     if any(encoder.id.startswith("builtin:") for encoder in encoders):
-        return [*lines, f"Train on it: {_train('demo', data, run)}"]
+        return [*lines, f"Train on it: {train_command('demo', data, run)}"]
     if images <= _GATE_SET and "holdout" not in manifest.shards:
         return [
             *lines,
-            f"Train on it: {_train('nano', data, run)}",
+            f"Train on it: {train_command('nano', data, run)}",
             f"Then:        python -m fluxdit_jax.validate --workdir={run}",
         ]
     gate = output.resolve() if output.name in ("", "..") else output
@@ -171,15 +172,17 @@ def next_steps(output: Path, manifest: Manifest) -> list[str]:
     return [
         *lines,
         f"First the gate, which ends with its own commands: python -m preprocess subset --input {data} --output "
-        f"{shlex.quote(str(gate))} --count {count} --resolution {side} --square{' --allow-fewer' if count < 100 else ''}",
-        f"Then train on it: {_train('prod', data, run)} --config.gate.report={report}",
+        f"{shlex.quote(str(gate))} --count {count} --resolution {side} --square{few}",
+        f"Then train on it: {train_command('prod', data, run)} --config.gate.report={report}",
     ]
 
 
-def _train(config: str, data: str, run: str) -> str:
+def train_command(config: str, data: str, run: str) -> str:
+    """A command line that trains `configs/<config>.py`; `data` and `run` are quoted for a shell."""
     path = Path("configs") / f"{config}.py"
     if not path.is_file():  # not in the project's folder
         path = Path(records.__file__).parents[1] / path
     return (
-        f"python -m fluxdit_jax.train --config={shlex.quote(str(path))} --config.data.path={data} --config.workdir={run}"
+        f"python -m fluxdit_jax.train --config={shlex.quote(str(path))} --config.data.path={data} "
+        f"--config.workdir={run}"
     )

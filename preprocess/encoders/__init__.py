@@ -6,7 +6,8 @@ Everything heavy (torch, transformers, diffusers) is imported when a real encode
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from preprocess import PreprocessError
 
@@ -129,6 +130,25 @@ def load_vision_encoder(
     from preprocess.encoders.vision import TorchVision
 
     return TorchVision(spec, device, dtype)
+
+
+def load_all(*loaders: Callable[[], Any]) -> list[Any]:
+    """Loads encoders; those that must be downloaded first are named together.
+
+    Raises:
+      PreprocessError: one cannot be loaded.
+    """
+    from preprocess.encoders.downloads import Unreachable, together
+
+    loaded, missing = [], []
+    for load in loaders:
+        try:
+            loaded.append(load())
+        except Unreachable as error:
+            missing.append(error)
+    if missing:
+        raise together(missing)
+    return loaded
 
 
 def _builtin(spec: str, known: dict[str, type]) -> type:
