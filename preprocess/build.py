@@ -23,7 +23,7 @@ from preprocess.journal import Journal
 from preprocess.lock import locked
 from preprocess.options import Options
 from preprocess.plan import Fingerprints, NothingToBuild, Plan, make_plan
-from preprocess.publish import LOG_FILE, Identities, publish, roll_forward, save_rejects
+from preprocess.publish import LOG_FILE, Identities, finish, publish, roll_forward, save_rejects
 from preprocess.scan import scan
 from preprocess.summary import tell_encoders, tell_plan, tell_result
 from preprocess.units import WORK, Rows, disk_errors
@@ -73,7 +73,12 @@ def build(
     except FileExistsError as error:
         raise PreprocessError(f"--output {output} exists and is not a folder") from error
     with locked(output / WORK / "lock"):
-        return _build(options, output, Journal(output / LOG_FILE), damaged, replace)
+        try:
+            return _build(options, output, Journal(output / LOG_FILE), damaged, replace)
+        except PreprocessError:
+            if [path.name for path in (output / WORK).iterdir()] == ["lock"]:  # nothing to go on from
+                finish(output)
+            raise
 
 
 def dry_run(options: Options, drawing: str = "", replace: bool = False) -> Plan:

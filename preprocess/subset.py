@@ -12,12 +12,11 @@ import dataclasses
 import json
 import shlex
 import shutil
-import textwrap
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from fluxdit_jax import records
 from fluxdit_jax.untrusted import shown
@@ -31,6 +30,7 @@ from preprocess.images import Rejected
 from preprocess.journal import Journal
 from preprocess.lock import locked
 from preprocess.plan import Item
+from preprocess.sheet import Chosen, draw_sheet
 from preprocess.summary import train_command
 from preprocess.units import disk_errors, replacing, sync_folder
 
@@ -46,15 +46,6 @@ class Result:
     output: Path
     about: dict[str, Any]
     changed: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class _Chosen:
-    """A picture of the set: its new name below the output, and why it is in it."""
-
-    item: Item
-    name: str
-    why: str
 
 
 def subset(options: SubsetOptions) -> Result:
@@ -101,7 +92,7 @@ def subset(options: SubsetOptions) -> Result:
 # --------------------------------------------------------------------------------------------------- choosing
 
 
-def _choose(options: SubsetOptions, pool: Pool) -> tuple[list[_Chosen], Choice, dict[str, Any]]:
+def _choose(options: SubsetOptions, pool: Pool) -> tuple[list[Chosen], Choice, dict[str, Any]]:
     rules = options.rules()
     kept, instead, copies = distinct(pool.features, rules)
     features, items = pool.features.at(kept), [pool.items[row] for row in kept]
@@ -131,7 +122,7 @@ def _choose(options: SubsetOptions, pool: Pool) -> tuple[list[_Chosen], Choice, 
                 "the edit turns its caption into that of" if twins else "has the other words of the edit than"
             )
             why = f"couple: {kind} {names[choice.rows.index(partner)]}"
-        chosen.append(_Chosen(items[row], name, why))
+        chosen.append(Chosen(items[row], name, why))
     sizes = [((c.item.header.height, c.item.header.width), options.target(c.item)) for c in chosen]
     about = {
         "input": str(Path(options.input).resolve()),
@@ -198,7 +189,7 @@ def _write(
     folder: Path,
     options: SubsetOptions,
     pool: Pool,
-    chosen: list[_Chosen],
+    chosen: list[Chosen],
     about: dict[str, Any],
     journal: Journal,
 ) -> dict[str, str]:
@@ -291,36 +282,6 @@ def _put(output: Path, staging: Path, text: str) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------- telling
-
-_CELL, _LINES, _GAP, _HEAD = 168, 4, 8, 40
-
-
-def draw_sheet(pictures: list[Image.Image], chosen: list[_Chosen], about: dict[str, Any]) -> Image.Image:
-    """All pictures with their captions; couples come first, side by side and framed."""
-    columns = min(10, len(pictures) + len(pictures) % 2)  # even: a couple stays in one line
-    small, large = ImageFont.load_default(11), ImageFont.load_default(16)
-    step = _CELL + _GAP
-    line = _CELL + 14 * (_LINES + 1) + _GAP
-    size = (_GAP + columns * step, _HEAD + -(-len(pictures) // columns) * line)
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    light = about["figures"]["light_spread"]
-    title = (
-        f"{len(pictures)} of {about['candidates']} candidates, light spread {light['chosen']:.2f} "
-        f"(by chance {light['by_chance']:.2f})"
-    )
-    draw.text((_GAP, 10), title, "black", large)
-    for number, (picture, one) in enumerate(zip(pictures, chosen)):
-        x, y = _GAP + number % columns * step, _HEAD + number // columns * line
-        shown = picture.copy()
-        shown.thumbnail((_CELL, _CELL), Image.Resampling.LANCZOS)
-        sheet.paste(shown, (x + (_CELL - shown.width) // 2, y + (_CELL - shown.height) // 2))
-        if one.why.startswith("couple"):
-            draw.rectangle((x - 2, y - 2, x + _CELL + 1, y + _CELL + 1), outline="#d06030", width=2)
-        text = textwrap.wrap(textwrap.shorten(one.item.caption, 110, placeholder=" ..."), 29)[:_LINES]
-        for index, words in enumerate([one.name[-24:], *text]):
-            draw.text((x, y + _CELL + 3 + 14 * index), words, "#888888" if index == 0 else "black", small)
-    return sheet
 
 
 def _tell(options: SubsetOptions, pool: Pool, choice: Choice, result: Result, journal: Journal) -> None:
