@@ -374,6 +374,10 @@ def commands(options: SubsetOptions, pool: Pool, output: Path) -> list[str]:
         if pool.dataset or not value.startswith("builtin:"):
             build += [flag, value]
     words = [build[0], *(shlex.quote(word) for word in build[1:])]
+    known = ()
+    if pool.dataset:
+        manifest = records.load_manifest(options.input)
+        known = (manifest.vae, manifest.text, manifest.vision)
     run = f"--workdir={shlex.quote('runs/' + output.name)}"
     edits = "".join(f" --edit {shlex.quote(text)}" for text in options.edit)
     note = (
@@ -383,6 +387,6 @@ def commands(options: SubsetOptions, pool: Pool, output: Path) -> list[str]:
     )
     return [
         " ".join(words) + note,
-        f"{train_command('nano', shlex.quote(str(dataset)), run.removeprefix('--workdir='))} && "
+        f"{train_command('nano', shlex.quote(str(dataset)), run.removeprefix('--workdir='), known)} && "
         f"python -m fluxdit_jax.validate {run}{edits}",
     ]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 import shlex
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 import pyarrow as pa
 
 from fluxdit_jax import records
-from fluxdit_jax.records import Manifest
+from fluxdit_jax.records import EncoderIdentity, Manifest
 from fluxdit_jax.untrusted import shown
 from preprocess import advice
 from preprocess.buckets import TOKEN_SIDE
@@ -152,37 +152,51 @@ _GATE_SET = 300  # images that the gate's model can learn by heart
 
 def next_steps(output: Path, manifest: Manifest) -> list[str]:
     """What to do with a dataset: commands that run as they stand, from any folder, each when those above are done."""
-    data, run = shlex.quote(str(output)), shlex.quote(f"runs/{manifest.name}")
+    whole = output.resolve() if output.name in ("", "..") else output
+    name = whole.name.removesuffix("-dataset")  # as `subset` calls it, which prints the same command
+    data, run = shlex.quote(str(output)), shlex.quote(f"runs/{name}")
     images = sum(manifest.records(split) for split in manifest.shards)
     lines = [f"Look at it:  python -m preprocess inspect {data}"]
     few = " --allow-fewer" if images < 200 else ""
     encoders = (manifest.vae, manifest.text, manifest.vision)
     if any(encoder.id.startswith("builtin:") for encoder in encoders):
-        return [*lines, f"Train on it: {train_command('demo', data, run)}"]
+        return [*lines, f"Train on it: {train_command('demo', data, run, encoders)}"]
     if images <= _GATE_SET and "holdout" not in manifest.shards:
         return [
             *lines,
-            f"Train on it: {train_command('nano', data, run)}",
+            f"Train on it: {train_command('nano', data, run, encoders)}",
             f"Then:        python -m fluxdit_jax.validate --workdir={run}",
         ]
-    gate = output.resolve() if output.name in ("", "..") else output
-    gate = gate.with_name(f"{gate.name}-gate")
+    gate = whole.with_name(f"{name}-gate")
     count, side = min(100, max(2, images // 2)), min(512, manifest.resolution // TOKEN_SIDE * TOKEN_SIDE)
     report = shlex.quote(f"runs/{gate.name}/validation/report.json")
     return [
         *lines,
         f"First the gate, which ends with its own commands: python -m preprocess subset --input {data} --output "
         f"{shlex.quote(str(gate))} --count {count} --resolution {side} --square{few}",
-        f"Then train on it: {train_command('prod', data, run)} --config.gate.report={report}",
+        f"Then train on it: {train_command('prod', data, run, encoders)} --config.gate.report={report}",
     ]
 
 
-def train_command(config: str, data: str, run: str) -> str:
-    """A command line that trains `configs/<config>.py`; `data` and `run` are quoted for a shell."""
+_WIDTHS = {"channels": 16, "text_width": 1024, "vision_width": 1024}  # those that the configurations have
+
+
+def train_command(config: str, data: str, run: str, encoders: Sequence[EncoderIdentity] = ()) -> str:
+    """A command line that trains `configs/<config>.py`.
+
+    Args:
+      data, run: quoted for a shell.
+      encoders: VAE, text and vision, if they are known: their widths are given where the configuration has others.
+    """
+    widths = [
+        f" --config.model.{key}={encoder.width}"
+        for (key, usual), encoder in zip(_WIDTHS.items(), encoders)
+        if encoder.width != usual
+    ]
     path = Path("configs") / f"{config}.py"
     if not path.is_file():  # not in the project's folder
         path = Path(records.__file__).parents[1] / path
     return (
         f"python -m fluxdit_jax.train --config={shlex.quote(str(path))} --config.data.path={data} "
-        f"--config.workdir={run}"
+        f"--config.workdir={run}{''.join(widths)}"
     )
