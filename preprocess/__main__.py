@@ -65,13 +65,18 @@ def _stop_again(unraisable: Any) -> None:
 
 def _build(parsed: argparse.Namespace) -> int:
     from preprocess.build import build, dry_run
+    from preprocess.repeat import complete
 
     names = {field.name for field in dataclasses.fields(Options)}
-    options = Options(**{name: value for name, value in vars(parsed).items() if name in names})
+    options, taken = complete({name: value for name, value in vars(parsed).items() if name in names})
+    if taken:
+        print(shown(f"As {parsed.output} was built: {' '.join(taken)}"))
+    if parsed.draw and not parsed.dry_run:
+        raise PreprocessError(f"--draw {parsed.draw} is for --dry-run; `inspect` draws a finished dataset")
     if parsed.dry_run:
-        dry_run(options)
+        dry_run(options, parsed.draw, parsed.replace)
         return 0
-    return build(options).status
+    return build(options, replace=parsed.replace).status
 
 
 def _inspect(parsed: argparse.Namespace) -> int:
@@ -211,7 +216,9 @@ def _add_subset(parser: argparse.ArgumentParser) -> None:
 
 _BUILD = (
     "Encodes images and captions into a dataset directory. Give the same command again to continue after an "
-    "interruption, or after images or captions have changed: only what depends on the change is done again."
+    "interruption, or after images or captions have changed: only what depends on the change is done again. Options "
+    "that are left out are those of the dataset in --output, if there is one: `build --output DATASET` repeats its "
+    "build."
 )
 
 
@@ -221,14 +228,15 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     def option(name: str, help: str, **more) -> None:  # noqa: A002
         value = getattr(default, name.strip("-").replace("-", "_"))
         shown = f" (default: {value})" if value not in ("", 0) else ""
-        more = {"default": value, "type": type(value)} | more
+        more = {"default": argparse.SUPPRESS, "type": type(value)} | more
         parser.add_argument(name, help=(help + shown).replace("%", "%%"), **more)
 
     parser.add_argument(
         "--input",
         type=expanded,
-        required=True,
-        help="folder of images, or a table of image_path and caption (.jsonl, .csv, .parquet), or a .tar",
+        default=argparse.SUPPRESS,
+        help="folder of images, or a table of image_path and caption (.jsonl, .csv, .parquet), or a .tar; "
+        "needed for a new dataset",
     )
     parser.add_argument("--output", type=expanded, required=True, help="the dataset directory")
     option("--vae", "Hugging Face id, directory, or builtin:dct", type=expanded)
@@ -247,8 +255,13 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     option("--max-pixels", "reject images with more pixels than this, before decoding them")
     option("--max-upscale", "warn about images that are enlarged more than this")
     option("--caption-field", "field of the .json or column looked for before 'caption', 'text', 'captions'")
-    parser.add_argument("--allow-outside", action="store_true", help="follow links to folders, and take links and "
-        "paths in tables that lead out of the input (default: they are rejects)")  # fmt: skip
+    parser.add_argument(
+        "--allow-outside",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help="follow links to folders, and take links and paths in tables that lead out of the input (default: they "
+        "are rejects)",
+    )
     option("--holdout", "share of the images kept out of training, by content")
     option("--shard-size", "records in a shard at most")
     option("--limit", "use only the first N images by name (default: all)")
@@ -261,7 +274,19 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     option("--workers", "threads that decode images (default: one a core)")
     option("--max-rejects", "exit with status 3 if a larger share of the inputs is rejected")
     parser.add_argument(
-        "--dry-run", action="store_true", help="plan only: print and draw what would be done, decode nothing"
+        "--replace",
+        action="store_true",
+        help="let a finished dataset lose records, or be encoded again, with other options or from another input "
+        "(default: that is refused)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="plan only: print what would be done, decode and write nothing"
+    )
+    parser.add_argument(
+        "--draw",
+        type=expanded,
+        default="",
+        help="with --dry-run: draw aspect ratios and buckets to this .png",
     )
     parser.set_defaults(run=_build)
 

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Set
 from pathlib import Path
 
-import pyarrow as pa
 from tqdm import tqdm
 
 from fluxdit_jax import records
 from fluxdit_jax.allocator import keep_freed_memory
-from fluxdit_jax.records import DatasetError, Manifest
-from preprocess import PreprocessError
+from fluxdit_jax.records import EncoderIdentity, Manifest
+from preprocess import PreprocessError, comparison, repeat
 from preprocess.encode import Counts, Encoders, Encoding
-from preprocess.encoders import load_text_encoder, load_vae, load_vision_encoder
-from preprocess.encoders.device import choose_device
+from preprocess.encoders import check_arguments, load_all, load_text_encoder, load_vae, load_vision_encoder
+from preprocess.encoders.device import choose_device, choose_dtype, dtype_name
+from preprocess.existing import Existing
 from preprocess.findings import Reject, Scan, counted
 from preprocess.forecast import tell
 from preprocess.journal import Journal
 from preprocess.lock import locked
 from preprocess.options import Options
-from preprocess.plan import Fingerprints, NothingToBuild, Plan, Unit, make_plan
-from preprocess.publish import LOG_FILE, Identities, publish, roll_forward, save_rejects
+from preprocess.plan import Fingerprints, NothingToBuild, Plan, make_plan
+from preprocess.publish import LOG_FILE, Identities, finish, publish, roll_forward, save_rejects
 from preprocess.scan import scan
-from preprocess.summary import tell_encoders, tell_gone, tell_plan, tell_result
-from preprocess.units import SHARD_SUFFIX, WORK, Archive, Rows, UnitInfo, disk_errors, load_work
+from preprocess.summary import tell_encoders, tell_plan, tell_result
+from preprocess.units import WORK, Rows, disk_errors
 from preprocess.vectors import Vectors
 
 _LOG_SECONDS = 30
@@ -50,15 +51,19 @@ class Result:
     changed: bool
 
 
-def build(options: Options, distrusted: frozenset[tuple[str, int]] = frozenset()) -> Result:
+def build(
+    options: Options, damaged: frozenset[tuple[str, int]] | None = None, replace: bool = False
+) -> Result:
     """Builds, continues or updates a dataset.
 
     Args:
       options: what to do.
-      distrusted: (shard file, row) of records that are damaged and must be encoded again (`verify --repair`).
+      damaged: of a repair (`verify --repair`), (shard file, row) of records that must be encoded again.
+      replace: records that exist may be dropped or encoded again, however many, and by other options.
 
     Raises:
-      PreprocessError: the input, an option, an encoder or the disk does not allow it.
+      PreprocessError: the input, an option, an encoder or the disk does not allow it, or a finished dataset would
+        lose more than a few records.
     """
     options = options.checked()
     output = Path(options.output)
@@ -68,23 +73,96 @@ def build(options: Options, distrusted: frozenset[tuple[str, int]] = frozenset()
     except FileExistsError as error:
         raise PreprocessError(f"--output {output} exists and is not a folder") from error
     with locked(output / WORK / "lock"):
-        return _build(options, output, Journal(output / LOG_FILE), distrusted)
+        try:
+            return _build(options, output, Journal(output / LOG_FILE), damaged, replace)
+        except PreprocessError:
+            if [path.name for path in (output / WORK).iterdir()] == ["lock"]:  # nothing to go on from
+                finish(output)
+            raise
 
 
-def dry_run(options: Options) -> Plan:
-    """Plans only: prints what `build` would do, and draws `plan.png` into the output folder.
+def dry_run(options: Options, drawing: str = "", replace: bool = False) -> Plan:
+    """Plans only: prints what `build` would do. Writes nothing but the drawing.
+
+    Args:
+      drawing: a PNG of aspect ratios and buckets is written there, if it is not "".
+      replace: as of `build`.
 
     Raises:
-      PreprocessError: as `build`.
+      PreprocessError: the input or an option does not allow it.
     """
     options = options.checked()
     output = Path(options.output)
-    with disk_errors(output):
-        output.mkdir(parents=True, exist_ok=True)
     journal = Journal(None)
-    plan = _plan(options, *_list(options, output), journal)
-    tell(plan, journal.say)
+    listing, vectors = _list(options, output)
+    plan = _plan(options, listing, vectors, journal, keep=False)
+    beyond = _beyond(options, listing)
+    existing = Existing.load(output, set(), journal)
+    interrupted = repeat.unfinished(output)
+    before = repeat.published(output)
+    encoders = _load(options, vectors) if _are_here(options) else None
+    if encoders is None:
+        identities = _likely_identities(options, vectors, [interrupted, before])
+    else:
+        identities = _identities(encoders)
+    prints = Fingerprints.of(options, identities.vae, identities.text, identities.vision)
+    found = _compared(plan, prints, existing, before, beyond)
+    comparison.tell(journal, found, plan)
+    tell_plan(journal, plan, listing, beyond)
+    tell(plan, found, encoders, drawing, journal.say)
+    if before and existing.index.units and not repeat.permitted(options, replace, interrupted):
+        try:
+            comparison.require_kept(found, str(output), repeat.require_same(options, before, str(output)))
+        except PreprocessError as error:
+            journal.say(f"\nwarning: without --replace the build will be refused: {error}")
     return plan
+
+
+def _are_here(options: Options) -> bool:
+    specs = [options.vae, options.text_encoder]
+    specs += [] if options.vision_embeddings else [options.vision_encoder]
+    return all(spec.startswith("builtin:") or Path(spec).is_dir() for spec in specs)
+
+
+def _identities(encoders: Encoders) -> Identities:
+    return Identities(encoders.vae.identity, encoders.text.identity, encoders.vision_identity)
+
+
+def _likely_identities(
+    options: Options, vectors: Vectors | None, earlier: list[repeat.Earlier | None]
+) -> Identities:
+    """Of encoders that would have to be downloaded: those that were used under the same names, if they were."""
+    check_arguments(options.dtype, options.latent)
+    dtype = dtype_name(choose_dtype(options.dtype, choose_device(options.device)))
+    found = {}
+    for part, option in (("vae", "vae"), ("text", "text_encoder"), ("vision", "vision_encoder")):
+        spec = getattr(options, option)
+        found[part] = EncoderIdentity(spec, "", "not known", dtype, 0)
+        for before in earlier:
+            if before and before.identities and before.values.get(option) == spec:
+                identity = getattr(before.identities, part)
+                found[part] = dataclasses.replace(
+                    identity, dtype=identity.dtype if spec.startswith("builtin:") else dtype
+                )
+                break
+    if vectors is not None:
+        found["vision"] = vectors.identity
+    return Identities(**found)
+
+
+def _beyond(options: Options, listing: Scan) -> Set[str]:
+    """Keys of the input that `--limit` leaves out."""
+    return {found.key for found in listing.found[options.limit :]} if options.limit else frozenset()
+
+
+def _compared(
+    plan: Plan, prints: Fingerprints, existing: Existing, before: repeat.Earlier | None, beyond: Set[str]
+) -> comparison.Comparison:
+    old = None
+    if before and before.identities:
+        old = dataclasses.replace(plan.options, fit=before.values.get("fit", plan.options.fit))
+        old = Fingerprints.of(old, before.identities.vae, before.identities.text, before.identities.vision)
+    return comparison.compare(plan, prints, existing, old, beyond)
 
 
 def _list(options: Options, output: Path) -> tuple[Scan, Vectors | None]:
@@ -94,13 +172,15 @@ def _list(options: Options, output: Path) -> tuple[Scan, Vectors | None]:
     return listing, Vectors(options.vision_embeddings, (f.key for f in listing.found), options.vision_encoder)
 
 
-def _plan(options: Options, listing: Scan, vectors: Vectors | None, journal: Journal) -> Plan:
+def _plan(
+    options: Options, listing: Scan, vectors: Vectors | None, journal: Journal, keep: bool = True
+) -> Plan:
     with journal.bar(len(listing.found[: options.limit or None]), "plan") as bar:
         try:
             plan = make_plan(listing, options, vectors, bar.update)
         except NothingToBuild as error:
-            raise PreprocessError(f"{error}{_keep(Path(options.output), error.rejects)}") from error
-    tell_plan(journal, plan, listing)
+            kept = _keep(Path(options.output), error.rejects) if keep else ""
+            raise PreprocessError(f"{error}{kept}") from error
     return plan
 
 
@@ -115,7 +195,11 @@ def _keep(output: Path, rejects: list[Reject]) -> str:
 
 
 def _build(
-    options: Options, output: Path, journal: Journal, distrusted: frozenset[tuple[str, int]]
+    options: Options,
+    output: Path,
+    journal: Journal,
+    damaged: frozenset[tuple[str, int]] | None,
+    replace: bool,
 ) -> Result:
     began = time.perf_counter()
     seconds: dict[str, float] = {}
@@ -130,27 +214,35 @@ def _build(
         leftover.unlink()
 
     # ---- 2. What there is, by name; and the encoders, so that a missing one is known before hours of reading.
+    before, interrupted = repeat.published(output), repeat.unfinished(output)
+    replace = repeat.permitted(options, replace, interrupted)
+    differences = [] if replace or before is None else repeat.require_same(options, before, str(output))
     start = time.perf_counter()
     listing, vectors = _list(options, output)
     seconds["list"] = time.perf_counter() - start
     start = time.perf_counter()
     encoders = _load(options, vectors)
-    identities = Identities(encoders.vae.identity, encoders.text.identity, encoders.vision_identity)
+    identities = _identities(encoders)
     prints = Fingerprints.of(options, identities.vae, identities.text, identities.vision)
     seconds["load encoders"] = time.perf_counter() - start
 
     # ---- 3. The plan: every file is read once.
     start = time.perf_counter()
     plan = _plan(options, listing, vectors, journal)
-    del listing
+    beyond = _beyond(options, listing)
     seconds["plan"] = time.perf_counter() - start
-    tell_encoders(journal, identities)
 
-    # ---- 4. What of it is done already: whole units, and tensors of other units.
+    # ---- 4. What of it is done already, whole units and tensors of other units; and what would be lost.
     wanted = [(unit.uid(prints), unit) for unit in plan.units]
-    uids = {uid for uid, _ in wanted}
-    done = _finished(output, work, uids, distrusted, journal)
-    tell_gone(journal, done.keys, plan)
+    done = Existing.load(output, {uid for uid, _ in wanted}, journal, damaged or frozenset())
+    found = _compared(plan, prints, done, before, beyond)
+    comparison.tell(journal, found, plan)
+    tell_plan(journal, plan, listing, beyond)
+    tell_encoders(journal, identities)
+    if not replace:
+        comparison.require_kept(found, str(output), differences, repairing=damaged is not None)
+    repeat.begin(output, options, identities, replace)
+    del listing, found, beyond
     todo = [(uid, unit) for uid, unit in wanted if uid not in done.units]
     archive = done.archive(prints, [unit for _, unit in todo])
 
@@ -179,15 +271,16 @@ def _build(
 def _load(options: Options, vectors: Vectors | None) -> Encoders:
     # What an encoder on a CPU allocates for each picture would else be faulted in anew: 1.4 to 1.8 times the images/s.
     keep_freed_memory(large_too=choose_device(options.device).type == "cpu")
-    vision = None
-    if vectors is None:
-        vision = load_vision_encoder(options.vision_encoder, options.device, options.dtype)
-    encoders = Encoders(
-        vae=load_vae(options.vae, options.device, options.dtype, options.latent, options.seed),
-        text=load_text_encoder(options.text_encoder, options.device, options.dtype, options.max_tokens),
-        vision=vision,
-        vectors=vectors,
+    vae, text, vision = load_all(
+        lambda: load_vae(options.vae, options.device, options.dtype, options.latent, options.seed),
+        lambda: load_text_encoder(options.text_encoder, options.device, options.dtype, options.max_tokens),
+        lambda: (
+            None
+            if vectors is not None
+            else load_vision_encoder(options.vision_encoder, options.device, options.dtype)
+        ),
     )
+    encoders = Encoders(vae=vae, text=text, vision=vision, vectors=vectors)
     if options.modulus % encoders.vae.factor:
         raise PreprocessError(
             f"--modulus {options.modulus} is not a multiple of the VAE's factor {encoders.vae.factor}"
@@ -220,75 +313,3 @@ class _Progress:
                 rejects=rejects,
                 **shares,
             )
-
-
-class _Finished:
-    """Units that exist, in the dataset or in `.build`, and where else tensors can be found."""
-
-    def __init__(self, output: Path, work: Path, distrusted: frozenset[tuple[str, int]], journal: Journal):
-        self._output, self._work, self._distrusted, self._journal = output, work, distrusted, journal
-        self.units: dict[str, tuple[UnitInfo, pa.Table]] = {}
-        self.keys: set[str] = set()
-        self._sources: list[Rows] = []
-
-    def add(self, rows: Rows) -> None:
-        self.units[rows.units[0].uid] = (rows.units[0], rows.table)
-
-    def add_source(self, rows: Rows) -> None:
-        self._sources.append(rows)
-
-    def archive(self, prints: Fingerprints, units: list[Unit]) -> Archive:
-        """Of every tensor that these units need and that exists."""
-        wanted: set[str] = set()
-        if self._sources:
-            wanted = {name for unit in units for item in unit.items for name in prints.ids(item)}
-        archive = Archive(wanted, self._report)
-        for rows in self._sources:
-            archive.add(rows, self._shard, self._distrusted)
-        return archive
-
-    def _shard(self, info: UnitInfo) -> Path:
-        return self._output / info.file if info.file else self._work / (info.uid + SHARD_SUFFIX)
-
-    def _report(self, message: str) -> None:
-        self._journal.say(f"damaged: {message}")
-        self._journal.event("damaged", message=message)
-
-
-def _finished(
-    output: Path, work: Path, uids: set[str], distrusted: frozenset[tuple[str, int]], journal: Journal
-) -> _Finished:
-    finished = _Finished(output, work, distrusted, journal)
-    distrusted_files = {file for file, _ in distrusted}
-    if (output / records.INDEX).exists():
-        try:
-            index = Rows.load(output / records.INDEX)
-        except DatasetError as error:
-            journal.say(f"damaged: {error}; what it described is encoded again")
-            index = Rows(pa.table({}), [])
-        if index.units:
-            finished.add_source(index)
-            finished.keys = set(index.table["key"].to_pylist())
-        start = 0
-        for info in index.units:
-            table = index.table.slice(start, info.records).drop_columns(["split", "shard", "row"])
-            start += info.records
-            usable = info.final and info.file not in distrusted_files
-            if info.uid in uids and usable and _complete(output / info.file, info):
-                finished.add(Rows(table, [info]))
-    for uid, rows in load_work(work).items():
-        # Tensors of a unit of this very plan are not used for its other units: whether it was made before
-        # or after a kill must make no difference to them.
-        if uid not in uids or not rows.units[0].final:
-            finished.add_source(rows)
-        elif uid not in finished.units:
-            finished.add(rows)
-    return finished
-
-
-def _complete(shard: Path, info: UnitInfo) -> bool:
-    """Whether a shard is there in its full length; its content is the business of `verify`."""
-    try:
-        return not info.records or shard.stat().st_size == info.bytes
-    except OSError:
-        return False

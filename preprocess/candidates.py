@@ -23,7 +23,7 @@ from fluxdit_jax.records import DatasetError, EncoderIdentity
 from preprocess import PreprocessError
 from preprocess.buckets import TOKEN_SIDE, Size
 from preprocess.choice import THUMBNAIL, Candidates, side_of
-from preprocess.encoders import load_text_encoder, load_vision_encoder
+from preprocess.encoders import load_all, load_text_encoder, load_vision_encoder
 from preprocess.findings import Found, Reject, Scan
 from preprocess.images import Rejected, decode
 from preprocess.journal import Journal
@@ -213,8 +213,10 @@ def _of_folder(options: SubsetOptions, cache: Path, journal: Journal) -> Pool:
         device=options.device,
         workers=options.workers,
     ).checked()
-    text_encoder = load_text_encoder(options.text_encoder, options.device)
-    vision_encoder = load_vision_encoder(options.vision_encoder, options.device)
+    text_encoder, vision_encoder = load_all(
+        lambda: load_text_encoder(options.text_encoder, options.device),
+        lambda: load_vision_encoder(options.vision_encoder, options.device),
+    )
     listing = scan(options.input, options.caption_field, Path(options.output), options.allow_outside)
     with journal.bar(len(listing.found), "read") as bar:
         plan = make_plan(listing, build, None, bar.update)

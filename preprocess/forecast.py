@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from fluxdit_jax.untrusted import shown
-from preprocess import PreprocessError, buckets
-from preprocess.encoders import load_text_encoder, load_vae, load_vision_encoder
-from preprocess.plan import Item, Plan
+from preprocess import PreprocessError, advice, buckets
+from preprocess.comparison import Comparison
+from preprocess.encode import Encoders
+from preprocess.plan import Plan
 from preprocess.report import padding
+from preprocess.units import disk_errors
 
 # TFLOP of the default encoders, counted by torch's FlopCounterMode: Flux VAE at 1024 px, DINOv3-L at 512 px,
 # T5-Large a token.
@@ -30,8 +32,7 @@ class Forecast:
 
     Attributes:
       counts: images a bucket, for the whole table.
-      bends: per image, in the order of the plan: how much `fit` costs it, 0 = nothing. For "resize" the
-        relative change of aspect ratio, for "crop" the share cut off, for "pad" the share that is noise.
+      bends: per image, in the order of the plan, see `advice.bend`.
       padding: share of a run's image tokens that are padding.
       tokens: estimated text tokens a caption.
       captions: captions an image, mean.
@@ -58,7 +59,7 @@ def forecast(plan: Plan) -> Forecast:
     record += (2 * _TEXT_WIDTH * tokens.sum() + sum(len(text.encode()) for text in texts)) / len(plan.items)
     return Forecast(
         counts=table,
-        bends=np.array([_bend(item, options.fit) for item in plan.items]),
+        bends=advice.bends(plan),
         padding=padding(table, _FACTOR),
         tokens=float(tokens.mean()),
         captions=len(texts) / len(plan.items),
@@ -66,27 +67,24 @@ def forecast(plan: Plan) -> Forecast:
     )
 
 
-def _bend(item: Item, fit: str) -> float:
-    size = (item.header.height, item.header.width)
-    if fit == "resize":
-        return buckets.distortion(size, item.bucket) - 1
-    plan = buckets.geometry(size, item.bucket, fit)
-    if fit == "crop":
-        left, top, right, bottom = plan.box
-        return 1 - (right - left) * (bottom - top) / (size[0] * size[1])
-    return 1 - plan.size[0] * plan.size[1] / (item.bucket[0] * item.bucket[1])
+def tell(
+    plan: Plan, found: Comparison, encoders: Encoders | None, drawing: str, say: Callable[[str], None]
+) -> None:
+    """Prints the forecast.
 
-
-def tell(plan: Plan, say: Callable[[str], None]) -> None:
-    """Prints the forecast and draws `plan.png` into the output folder."""
+    Args:
+      found: what of the plan is there already.
+      encoders: to try, None if they are not on this machine.
+      drawing: a PNG of aspect ratios and buckets is written there, if it is not "".
+    """
     figures, options = forecast(plan), plan.options
     total = len(plan.items)
-    say("\nbuckets (height x width)   aspect  tokens   fill    images  share")
+    say("\nbuckets (width x height)   aspect  tokens   fill    images  share")
     for size, count in figures.counts.items():
         if count:
             fill = size[0] * size[1] / options.resolution**2
             say(
-                f"  {size[0]:5} x {size[1]:<5}            {size[1] / size[0]:6.2f}  {buckets.tokens(size):6}  "
+                f"  {size[1]:5} x {size[0]:<5}            {size[1] / size[0]:6.2f}  {buckets.tokens(size):6}  "
                 f"{fill:5.1%}  {count:8,}  {count / total:5.1%}"
             )
     fills = [size[0] * size[1] / options.resolution**2 for size in figures.counts]
@@ -101,13 +99,14 @@ def tell(plan: Plan, say: Callable[[str], None]) -> None:
         f"at 1/8 and 1,024-wide tokens, {figures.tokens:.0f} a caption{several}); while an existing dataset is made "
         "anew with other encoders, twice that"
     )
-    _tell_time(plan, figures, say)
-    from preprocess.plots import draw_aspects
+    _tell_time(plan, figures, found, encoders, say)
+    if drawing:
+        from preprocess.plots import draw_aspects
 
-    aspects = np.array([item.header.width / item.header.height for item in plan.items])
-    path = Path(options.output) / "plan.png"
-    draw_aspects(aspects, figures.counts, path)
-    say(f"Picture: {path}")
+        aspects = np.array([item.header.width / item.header.height for item in plan.items])
+        with disk_errors(Path(drawing)):
+            draw_aspects(aspects, figures.counts, Path(drawing))
+        say(f"Picture: {drawing}")
 
 
 def _tell_bends(plan: Plan, figures: Forecast, say: Callable[[str], None]) -> None:
@@ -123,25 +122,34 @@ def _tell_bends(plan: Plan, figures: Forecast, say: Callable[[str], None]) -> No
         say(
             f"  {bends[index]:6.1%}  {shown(item.key)}  {item.header.width}x{item.header.height} to {width}x{height}"
         )
-    if fit == "resize" and np.quantile(bends, 0.99) > 0.12:
-        say(
-            f"  warning: that is visible. A smaller --modulus (now {plan.options.modulus}) has more aspect ratios, "
-            "and --fit crop bends nothing"
-        )
 
 
 def _tell_rejects(plan: Plan, say: Callable[[str], None]) -> None:
-    if plan.rejects:
-        say(f"rejects: {len(plan.rejects):,}")
-        for reason, count in collections.Counter(reject.reason for reject in plan.rejects).most_common():
-            example = next(reject for reject in plan.rejects if reject.reason == reason)
+    for counted, title in (
+        (True, "rejects: {:,}"),
+        (False, "listed beside the rejects, and not counted, as no picture is missing for them: {:,}"),
+    ):
+        those = [reject for reject in plan.rejects if reject.counted == counted]
+        if those:
+            say(title.format(len(those)))
+        for reason, count in collections.Counter(reject.reason for reject in those).most_common():
+            example = next(reject for reject in those if reject.reason == reason)
             say(f"  {count:7,}  {reason} (for example {shown(example.key)})")
 
 
-def _tell_time(plan: Plan, figures: Forecast, say: Callable[[str], None]) -> None:
-    options, total = plan.options, len(plan.items)
-    if all(_is_here(spec) for spec in (options.vae, options.text_encoder, options.vision_encoder)):
-        seconds = total * _trial(plan)
+def _tell_time(
+    plan: Plan,
+    figures: Forecast,
+    found: Comparison,
+    encoders: Encoders | None,
+    say: Callable[[str], None],
+) -> None:
+    total = found.pictures
+    if not total:
+        say("time: no picture is to be encoded")
+        return
+    if encoders is not None:
+        seconds = total * _trial(plan, encoders)
         say(
             f"time: about {_duration(seconds)} for {total:,} images with these encoders on this machine, by a trial"
         )
@@ -156,16 +164,8 @@ def _tell_time(plan: Plan, figures: Forecast, say: Callable[[str], None]) -> Non
     )
 
 
-def _is_here(spec: str) -> bool:
-    return spec.startswith("builtin:") or Path(spec).is_dir()
-
-
-def _trial(plan: Plan) -> float:
+def _trial(plan: Plan, encoders: Encoders) -> float:
     """Seconds an image: one picture of the commonest bucket and its captions, after one for warming up."""
-    options = plan.options
-    vae = load_vae(options.vae, options.device, options.dtype, options.latent, options.seed)
-    text = load_text_encoder(options.text_encoder, options.device, options.dtype, options.max_tokens)
-    vision = load_vision_encoder(options.vision_encoder, options.device, options.dtype)
     ((height, width), _), *_ = collections.Counter(item.bucket for item in plan.items).most_common(1)
     picture = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), np.uint8)
     by_length = sorted((item.captions for item in plan.items), key=lambda texts: sum(map(len, texts)))
@@ -173,12 +173,13 @@ def _trial(plan: Plan) -> float:
     try:
         for _ in range(2):
             start = time.perf_counter()
-            vae.encode(picture)
-            vision.encode(picture)
-            text.encode(captions)
+            encoders.vae.encode(picture)
+            if encoders.vision is not None:
+                encoders.vision.encode(picture)
+            encoders.text.encode(captions)
             seconds = time.perf_counter() - start
     except ValueError as error:
-        raise PreprocessError(f"the encoders cannot take a picture of {height}x{width}: {error}") from error
+        raise PreprocessError(f"the encoders cannot take a picture of {width}x{height}: {error}") from error
     return seconds
 
 

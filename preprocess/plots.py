@@ -75,8 +75,8 @@ def draw_aspects(aspects: np.ndarray, counts: dict[buckets.Size, int], path: Pat
     left.set_ylabel("images")
     shown = [(size, count) for size, count in counts.items() if count]
     right.barh(range(len(shown)), [count for _, count in shown], color="#4878a8")
-    right.set_yticks(range(len(shown)), [f"{h}x{w}" for (h, w), _ in shown], fontsize=7)
-    right.set_xlabel("images per bucket (height x width)")
+    right.set_yticks(range(len(shown)), [f"{w}x{h}" for (h, w), _ in shown], fontsize=7)
+    right.set_xlabel("images per bucket (width x height)")
     figure.savefig(path, dpi=110, metadata={"Comment": MARK})
 
 

@@ -55,6 +55,11 @@ class Identities:
     text: EncoderIdentity
     vision: EncoderIdentity
 
+    @classmethod
+    def from_dict(cls, raw: dict[str, dict]) -> Identities:
+        """The inverse of `dataclasses.asdict`; raises `TypeError` if it is none."""
+        return cls(**{name: EncoderIdentity(**identity) for name, identity in raw.items()})
+
 
 def publish(
     directory: Path, plan: Plan, done: list[tuple[Unit, UnitInfo, pa.Table]], identities: Identities
@@ -84,7 +89,7 @@ def publish(
         rejects_sha256 = records.sha256_file(next_folder / records.REJECTS)
         index = pa.concat_tables([_index_part(info, table) for info, table, _ in placed]).cast(INDEX)
         Rows(index, [info for info, _, _ in placed], rejects_sha256).save(next_folder / records.INDEX)
-        _save_text(next_folder / OPTIONS_FILE, _options_json(plan.options))
+        save_options(next_folder / OPTIONS_FILE, plan.options)
         _save_text(next_folder / records.MANIFEST, manifest.to_json())
     moves = [(info.uid, old, info.file) for info, _, old in placed if info.records]
     if all(old == new for _, old, new in moves) and _same(directory, next_folder):
@@ -210,6 +215,13 @@ def _read_commit(path: Path) -> dict[str, Any] | None:
     return commit
 
 
+def pending_index(directory: Path) -> Path | None:
+    """The index of a publication that was begun and not completed; None if there is none."""
+    work = directory / WORK
+    pending = (work / _COMMIT).exists() and (work / _NEXT / records.INDEX).exists()
+    return work / _NEXT / records.INDEX if pending else None
+
+
 def roll_forward(directory: Path) -> bool:
     """Completes a publication that was begun, if there is one; returns whether there was."""
     work = directory / WORK
@@ -283,9 +295,11 @@ def write_tfds_metadata(directory: Path, manifest: Manifest) -> None:
     )
 
 
-def _options_json(options: Options) -> str:
+def save_options(path: Path, options: Options, **more: Any) -> None:
+    """Writes the file that `load_options` reads; `more` stands beside the options."""
     raw = options.to_dict()  # `verify --repair` would encode with what a flipped bit makes of them
-    return _to_json({"options": raw, "checksum": records.json_checksum(raw)})
+    with disk_errors(path):
+        _save_text(path, _to_json({"options": raw, "checksum": records.json_checksum(raw)} | more))
 
 
 def load_options(directory: Path) -> Options:

@@ -14,7 +14,7 @@ import pyarrow as pa
 from fluxdit_jax import records
 from fluxdit_jax.records import DatasetError, Manifest, Record
 from fluxdit_jax.untrusted import shown
-from preprocess import buckets
+from preprocess import advice, buckets
 from preprocess.units import Rows, read_rows
 
 SAMPLED = 256  # records behind the histograms
@@ -130,11 +130,11 @@ def padding(counts: dict[buckets.Size, int], factor: int, patch: int = 2) -> flo
 def _bucket_lines(dataset: Dataset) -> list[str]:
     counts = _bucket_counts(dataset)
     total, budget = sum(counts.values()), dataset.manifest.resolution**2
-    lines = ["buckets (height x width)   aspect  tokens   fill   records  share"]
+    lines = ["buckets (width x height)   aspect  tokens   fill   records  share"]
     for size, count in counts.items():
         if count or len(counts) <= 12:
             lines.append(
-                f"  {size[0]:5} x {size[1]:<5}            {size[1] / size[0]:6.2f}  {buckets.tokens(size):6}  "
+                f"  {size[1]:5} x {size[0]:<5}            {size[1] / size[0]:6.2f}  {buckets.tokens(size):6}  "
                 f"{size[0] * size[1] / budget:5.1%}  {count:8,}  {count / total:5.1%}"
             )
     empty = sum(count == 0 for count in counts.values())
@@ -160,7 +160,7 @@ def _text_lines(dataset: Dataset) -> list[str]:
             f"  {dataset.several:,} records have several captions; {len(tokens) + dataset.others:,} captions in all. "
             "The tokens are those of a record's longest caption"
         )
-    return lines
+    return lines + advice.repeated_captions(dataset.index["caption"].to_pylist())
 
 
 _QUANTILES = (("min", 0), ("p5", 0.05), ("median", 0.5), ("p95", 0.95), ("p99", 0.99), ("max", 1))

@@ -12,15 +12,16 @@ import dataclasses
 import json
 import shlex
 import shutil
-import textwrap
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from fluxdit_jax import records
 from fluxdit_jax.untrusted import shown
 from preprocess import PreprocessError, captions
+from preprocess.advice import VISIBLE
 from preprocess.buckets import distortion, enlargement
 from preprocess.candidates import Pool, SubsetOptions, gather, read_pixels
 from preprocess.choice import Choice, choose, distinct, figures
@@ -29,11 +30,13 @@ from preprocess.images import Rejected
 from preprocess.journal import Journal
 from preprocess.lock import locked
 from preprocess.plan import Item
+from preprocess.sheet import Chosen, draw_sheet
+from preprocess.summary import train_command
 from preprocess.units import disk_errors, replacing, sync_folder
 
 ABOUT = ".subset/subset.json"
 SHEET = ".subset/subset.png"
-_BENT, _ENLARGED = 1.5, 1.5  # from where on it is worth a warning
+_BENT, _ENLARGED = 1 + VISIBLE, 1.5  # from where on it is worth a warning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,15 +46,6 @@ class Result:
     output: Path
     about: dict[str, Any]
     changed: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class _Chosen:
-    """A picture of the set: its new name below the output, and why it is in it."""
-
-    item: Item
-    name: str
-    why: str
 
 
 def subset(options: SubsetOptions) -> Result:
@@ -98,7 +92,7 @@ def subset(options: SubsetOptions) -> Result:
 # --------------------------------------------------------------------------------------------------- choosing
 
 
-def _choose(options: SubsetOptions, pool: Pool) -> tuple[list[_Chosen], Choice, dict[str, Any]]:
+def _choose(options: SubsetOptions, pool: Pool) -> tuple[list[Chosen], Choice, dict[str, Any]]:
     rules = options.rules()
     kept, instead, copies = distinct(pool.features, rules)
     features, items = pool.features.at(kept), [pool.items[row] for row in kept]
@@ -128,7 +122,7 @@ def _choose(options: SubsetOptions, pool: Pool) -> tuple[list[_Chosen], Choice, 
                 "the edit turns its caption into that of" if twins else "has the other words of the edit than"
             )
             why = f"couple: {kind} {names[choice.rows.index(partner)]}"
-        chosen.append(_Chosen(items[row], name, why))
+        chosen.append(Chosen(items[row], name, why))
     sizes = [((c.item.header.height, c.item.header.width), options.target(c.item)) for c in chosen]
     about = {
         "input": str(Path(options.input).resolve()),
@@ -195,7 +189,7 @@ def _write(
     folder: Path,
     options: SubsetOptions,
     pool: Pool,
-    chosen: list[_Chosen],
+    chosen: list[Chosen],
     about: dict[str, Any],
     journal: Journal,
 ) -> dict[str, str]:
@@ -289,36 +283,6 @@ def _put(output: Path, staging: Path, text: str) -> bool:
 
 # ----------------------------------------------------------------------------------------------------- telling
 
-_CELL, _LINES, _GAP, _HEAD = 168, 4, 8, 40
-
-
-def draw_sheet(pictures: list[Image.Image], chosen: list[_Chosen], about: dict[str, Any]) -> Image.Image:
-    """All pictures with their captions; couples come first, side by side and framed."""
-    columns = min(10, len(pictures) + len(pictures) % 2)  # even: a couple stays in one line
-    small, large = ImageFont.load_default(11), ImageFont.load_default(16)
-    step = _CELL + _GAP
-    line = _CELL + 14 * (_LINES + 1) + _GAP
-    size = (_GAP + columns * step, _HEAD + -(-len(pictures) // columns) * line)
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    light = about["figures"]["light_spread"]
-    title = (
-        f"{len(pictures)} of {about['candidates']} candidates, light spread {light['chosen']:.2f} "
-        f"(by chance {light['by_chance']:.2f})"
-    )
-    draw.text((_GAP, 10), title, "black", large)
-    for number, (picture, one) in enumerate(zip(pictures, chosen)):
-        x, y = _GAP + number % columns * step, _HEAD + number // columns * line
-        shown = picture.copy()
-        shown.thumbnail((_CELL, _CELL), Image.Resampling.LANCZOS)
-        sheet.paste(shown, (x + (_CELL - shown.width) // 2, y + (_CELL - shown.height) // 2))
-        if one.why.startswith("couple"):
-            draw.rectangle((x - 2, y - 2, x + _CELL + 1, y + _CELL + 1), outline="#d06030", width=2)
-        text = textwrap.wrap(textwrap.shorten(one.item.caption, 110, placeholder=" ..."), 29)[:_LINES]
-        for index, words in enumerate([one.name[-24:], *text]):
-            draw.text((x, y + _CELL + 3 + 14 * index), words, "#888888" if index == 0 else "black", small)
-    return sheet
-
 
 def _tell(options: SubsetOptions, pool: Pool, choice: Choice, result: Result, journal: Journal) -> None:
     about, say = result.about, journal.say
@@ -348,28 +312,17 @@ def _tell(options: SubsetOptions, pool: Pool, choice: Choice, result: Result, jo
         f"into each other; light: the {about['light']['candidates']} candidates nearest to "
         + shown(about["light"]["centre"])
     )
-    say("  spread: mean distance of two         chosen   of any light   by chance")
-    for name, label in (
-        ("light_spread", "light (lower is more alike)"),
-        ("caption_spread", "captions (higher is more)"),
-        ("pose_spread", "captions and vision"),
-        ("pose_spacing", "the same, to the nearest other"),
-        ("captions", "different captions"),
-    ):
-        row = about["figures"][name]
-        digits = 1 if name == "captions" else 3
-        say(
-            f"    {label:34} {row['chosen']:8.{digits}f} {row['any_light']:14.{digits}f} "
-            f"{row['by_chance']:11.{digits}f}"
-        )
+    _tell_figures(about["figures"], say)
     if not couples["all"]:
         say(
             "  note: no two captions differ in the words of the gate's edit "
             f"({'; '.join(f'{rule.old} => {rule.new}' for rule in options.rules())}); give --edit here and to validate"
         )
     if about["distorted"]:
+        square = " to be square; without --square they keep their shape" if options.square else ""
         say(
-            f"  warning: {about['distorted']} pictures are bent by more than {_BENT:g} to be square (--square)"
+            f"  warning: {about['distorted']} of {len(choice.rows)} pictures are stretched or squeezed by more than "
+            f"{VISIBLE:.0%}, which is visible (worst {about['worst_distortion'] - 1:.0%}){square}"
         )
     if about["enlarged"]:
         say(
@@ -380,11 +333,36 @@ def _tell(options: SubsetOptions, pool: Pool, choice: Choice, result: Result, jo
         say(command)
 
 
+def _tell_figures(figures: dict[str, dict[str, float]], say: Callable[[str], None]) -> None:
+    say(
+        "  The chosen pictures beside as many drawn at random, and beside the same choice if any light were allowed."
+    )
+    say(
+        "  A difference is 0 for two alike; given is the mean over all pairs, or to the nearest other picture."
+    )
+    say("                                             wanted    chosen   any light   at random")
+    for name, label, wanted in (
+        ("light_spread", "difference in light", "small"),
+        ("caption_spread", "difference of captions", "large"),
+        ("pose_spread", "difference in what is seen and said", "large"),
+        ("pose_spacing", "the same, to the nearest other", "large"),
+        ("captions", "different captions", "many"),
+    ):
+        row = figures[name]
+        digits = 0 if name == "captions" else 3
+        say(
+            f"    {label:38} {wanted:>8} {row['chosen']:9.{digits}f} {row['any_light']:11.{digits}f} "
+            f"{row['by_chance']:11.{digits}f}"
+        )
+
+
 def commands(options: SubsetOptions, pool: Pool, output: Path) -> list[str]:
     """The two lines to go on with: build, then train and validate."""
     dataset = output.with_name(output.name + "-dataset")
     build = ["python -m preprocess build --input", str(output), "--output", str(dataset)]
     build += ["--resolution", str(options.resolution), "--holdout", "0"]
+    if (dataset / records.MANIFEST).exists():
+        build += ["--replace"]  # of a set that was chosen before
     if options.resolution < pool.build.min_side:
         build += ["--min-side", str(options.resolution)]
     encoders = [("--text-encoder", pool.build.text_encoder), ("--vision-encoder", pool.build.vision_encoder)]
@@ -396,6 +374,10 @@ def commands(options: SubsetOptions, pool: Pool, output: Path) -> list[str]:
         if pool.dataset or not value.startswith("builtin:"):
             build += [flag, value]
     words = [build[0], *(shlex.quote(word) for word in build[1:])]
+    known = ()
+    if pool.dataset:
+        manifest = records.load_manifest(options.input)
+        known = (manifest.vae, manifest.text, manifest.vision)
     run = f"--workdir={shlex.quote('runs/' + output.name)}"
     edits = "".join(f" --edit {shlex.quote(text)}" for text in options.edit)
     note = (
@@ -405,6 +387,6 @@ def commands(options: SubsetOptions, pool: Pool, output: Path) -> list[str]:
     )
     return [
         " ".join(words) + note,
-        f"python -m fluxdit_jax.train --config=configs/nano.py --config.data.path={shlex.quote(str(dataset))} "
-        f"--config.workdir={run.removeprefix('--workdir=')} && python -m fluxdit_jax.validate {run}{edits}",
+        f"{train_command('nano', shlex.quote(str(dataset)), run.removeprefix('--workdir='), known)} && "
+        f"python -m fluxdit_jax.validate {run}{edits}",
     ]

@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import shlex
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 import pyarrow as pa
 
 from fluxdit_jax import records
-from fluxdit_jax.records import Manifest
+from fluxdit_jax.records import EncoderIdentity, Manifest
 from fluxdit_jax.untrusted import shown
-from preprocess import buckets
+from preprocess import advice
+from preprocess.buckets import TOKEN_SIDE
 from preprocess.encode import Counts
 from preprocess.findings import Scan, counted
 from preprocess.journal import Journal
-from preprocess.plan import Item, Plan, Unit
+from preprocess.plan import Plan, Unit
 from preprocess.publish import LOG_FILE, Identities
 from preprocess.units import UnitInfo
 
 MANY_REJECTS = 3  # exit status
 
 
-def tell_plan(journal: Journal, plan: Plan, listing: Scan) -> None:
-    options = plan.options
-    journal.say(
-        f"{len(plan.items):,} images to encode in {len(plan.units)} shards, {counted(plan.rejects):,} rejected so far, "
-        f"{len(options.buckets())} buckets of modulus {options.modulus} at {options.resolution} px"
-    )
+def tell_plan(journal: Journal, plan: Plan, listing: Scan, beyond: Set[str] = frozenset()) -> None:
+    """Says what is odd about a plan; `beyond` are the keys that `--limit` leaves out."""
+    if beyond:
+        journal.say(
+            f"  --limit {plan.options.limit}: {len(beyond):,} more images of the input are not looked at; --limit 0 "
+            "takes all"
+        )
     several, captions = sum(len(i.captions) > 1 for i in plan.items), sum(len(i.captions) for i in plan.items)
     if several:
         journal.say(f"  {several:,} images have several captions; {captions:,} captions in all")
@@ -47,13 +51,11 @@ def tell_plan(journal: Journal, plan: Plan, listing: Scan) -> None:
         journal.say(
             f"  {plan.wrong_extension:,} images have another format than their extension says; read by content"
         )
-    enlarged = [i for i in plan.items if buckets.enlargement(_size(i), i.bucket) > options.max_upscale]
-    if enlarged:
-        worst = max(enlarged, key=lambda i: buckets.enlargement(_size(i), i.bucket))
-        journal.say(
-            f"  warning: {len(enlarged):,} images are enlarged more than {options.max_upscale:g} times (worst "
-            f"{shown(worst.key)}, {buckets.enlargement(_size(worst), worst.bucket):.1f} times): they will look soft"
-        )
+    repeated = advice.repeated_captions(item.caption for item in plan.items)
+    for line in repeated:
+        journal.say(line)
+    advice.tell_bends(plan, journal.say)
+    enlarged = advice.tell_enlarged(plan, journal.say)
     journal.event(
         "plan",
         items=len(plan.items),
@@ -61,28 +63,13 @@ def tell_plan(journal: Journal, plan: Plan, listing: Scan) -> None:
         rejects=counted(plan.rejects),
         passed_over=dict(plan.passed_over),
         duplicates=plan.duplicates,
-        enlarged=len(enlarged),
+        enlarged=enlarged,
         wrong_extension=plan.wrong_extension,
         several_captions=several,
         captions=captions,
     )
     for reject in plan.rejects:
         journal.event("reject", key=reject.key, reason=reject.reason, detail=reject.detail)
-
-
-def tell_gone(journal: Journal, before: set[str], plan: Plan) -> None:
-    """Says which records of the finished dataset will not be in the new one."""
-    gone = sorted(before - {item.key for item in plan.items})
-    if gone:
-        journal.say(
-            f"  {len(gone):,} of {len(before):,} records of the dataset are no longer in the input and are left out "
-            f"(for example {gone[0]})"
-        )
-        journal.event("gone", keys=gone)
-
-
-def _size(item: Item) -> buckets.Size:
-    return item.header.height, item.header.width
 
 
 def tell_encoders(journal: Journal, identities: Identities) -> None:
@@ -148,10 +135,8 @@ def tell_result(
         seconds={what: round(value, 3) for what, value in seconds.items()},
         changed=changed,
     )
-    journal.say(f"Look at it:  python -m preprocess inspect {output}")
-    journal.say(
-        f"Train on it: python -m fluxdit_jax.train --config=configs/nano.py --config.data.path={output}"
-    )
+    for line in next_steps(output, manifest):
+        journal.say(line)
     share = manifest.rejects / max(1, manifest.rejects + total)
     if share > plan.options.max_rejects:
         journal.say(
@@ -160,3 +145,58 @@ def tell_result(
         )
         return MANY_REJECTS
     return 0
+
+
+_GATE_SET = 300  # images that the gate's model can learn by heart
+
+
+def next_steps(output: Path, manifest: Manifest) -> list[str]:
+    """What to do with a dataset: commands that run as they stand, from any folder, each when those above are done."""
+    whole = output.resolve() if output.name in ("", "..") else output
+    name = whole.name.removesuffix("-dataset")  # as `subset` calls it, which prints the same command
+    data, run = shlex.quote(str(output)), shlex.quote(f"runs/{name}")
+    images = sum(manifest.records(split) for split in manifest.shards)
+    lines = [f"Look at it:  python -m preprocess inspect {data}"]
+    few = " --allow-fewer" if images < 200 else ""
+    encoders = (manifest.vae, manifest.text, manifest.vision)
+    if any(encoder.id.startswith("builtin:") for encoder in encoders):
+        return [*lines, f"Train on it: {train_command('demo', data, run, encoders)}"]
+    if images <= _GATE_SET and "holdout" not in manifest.shards:
+        return [
+            *lines,
+            f"Train on it: {train_command('nano', data, run, encoders)}",
+            f"Then:        python -m fluxdit_jax.validate --workdir={run}",
+        ]
+    gate = whole.with_name(f"{name}-gate")
+    count, side = min(100, max(2, images // 2)), min(512, manifest.resolution // TOKEN_SIDE * TOKEN_SIDE)
+    report = shlex.quote(f"runs/{gate.name}/validation/report.json")
+    return [
+        *lines,
+        f"First the gate, which ends with its own commands: python -m preprocess subset --input {data} --output "
+        f"{shlex.quote(str(gate))} --count {count} --resolution {side} --square{few}",
+        f"Then train on it: {train_command('prod', data, run, encoders)} --config.gate.report={report}",
+    ]
+
+
+_WIDTHS = {"channels": 16, "text_width": 1024, "vision_width": 1024}  # those that the configurations have
+
+
+def train_command(config: str, data: str, run: str, encoders: Sequence[EncoderIdentity] = ()) -> str:
+    """A command line that trains `configs/<config>.py`.
+
+    Args:
+      data, run: quoted for a shell.
+      encoders: VAE, text and vision, if they are known: their widths are given where the configuration has others.
+    """
+    widths = [
+        f" --config.model.{key}={encoder.width}"
+        for (key, usual), encoder in zip(_WIDTHS.items(), encoders)
+        if encoder.width != usual
+    ]
+    path = Path("configs") / f"{config}.py"
+    if not path.is_file():  # not in the project's folder
+        path = Path(records.__file__).parents[1] / path
+    return (
+        f"python -m fluxdit_jax.train --config={shlex.quote(str(path))} --config.data.path={data} "
+        f"--config.workdir={run}{''.join(widths)}"
+    )

@@ -18,6 +18,7 @@ from fluxdit_jax import records
 from fluxdit_jax.records import DatasetError, Manifest, Shard
 from fluxdit_jax.untrusted import shown
 from preprocess.build import build
+from preprocess.comparison import WouldLose
 from preprocess.journal import Journal
 from preprocess.options import Options
 from preprocess.plan import Fingerprints, digest
@@ -227,6 +228,7 @@ def repair(directory: str | Path, findings: list[Finding]) -> None:
 
     Raises:
       PreprocessError: the build's options or the sources are not there.
+      WouldLose: sound records would go, because their pictures are not there.
     """
     directory = Path(directory)
     options = dataclasses.replace(load_options(directory), output=str(directory))
@@ -234,14 +236,19 @@ def repair(directory: str | Path, findings: list[Finding]) -> None:
     if any(finding.file == records.INDEX for finding in findings):
         with contextlib.suppress(DatasetError):  # without a manifest too, everything is encoded again
             salvage_index(directory, options)
+    manifest = directory / records.MANIFEST
+    before = manifest.read_bytes() if manifest.is_file() else b""
     if any(finding.file not in (records.INDEX,) for finding in findings):
-        (directory / records.MANIFEST).unlink(
-            missing_ok=True
-        )  # it is no finished dataset until it is repaired
+        manifest.unlink(missing_ok=True)  # it is no finished dataset until it is repaired
     for finding in findings:
         if finding.what == _UNLISTED:
             (directory / finding.file).unlink()
-    build(options, damaged)
+    try:
+        build(options, damaged)
+    except WouldLose:
+        if before:  # nothing was done
+            manifest.write_bytes(before)
+        raise
 
 
 def salvage_index(directory: Path, options: Options) -> None:

@@ -21,6 +21,7 @@ from PIL import Image
 from fluxdit_jax import records
 from preprocess import PreprocessError
 from preprocess.build import build, dry_run
+from preprocess.comparison import WouldLose
 from preprocess.encoders import load_text_encoder, load_vae, load_vision_encoder
 from preprocess.images import Limits, decode, read_header
 from preprocess.lock import locked
@@ -214,7 +215,7 @@ def test_a_renamed_image_is_not_encoded_again(photos: Path, tmp_path: Path) -> N
 
 def test_another_resolution_keeps_the_captions(photos: Path, tmp_path: Path) -> None:
     build(options(photos, tmp_path / "data"))
-    counts = build(options(photos, tmp_path / "data", resolution=96)).counts
+    counts = build(options(photos, tmp_path / "data", resolution=96), replace=True).counts
     assert (counts.latents, counts.texts, counts.visions) == (24, 0, 24)
     assert_as_fresh(photos, tmp_path / "data", tmp_path, resolution=96)
 
@@ -234,7 +235,9 @@ def test_other_weights_are_noticed_by_content(photos: Path, tmp_path: Path, tiny
     tensors = load_file(moved / "model.safetensors")
     tensors["shared.weight"] = tensors["shared.weight"] * 1.5
     save_file(tensors, moved / "model.safetensors", metadata={"format": "pt"})
-    counts = build(options(photos, tmp_path / "data", **text)).counts
+    with pytest.raises(WouldLose, match="6 encoded by another text encoder"):
+        build(options(photos, tmp_path / "data", **text))
+    counts = build(options(photos, tmp_path / "data", **text), replace=True).counts
     assert (counts.latents, counts.texts, counts.visions) == (0, 6, 0)
 
 
@@ -392,7 +395,7 @@ def test_command_line(photos: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "24 records (train 24)" in done.stdout
-    assert f"python -m fluxdit_jax.train --config=configs/nano.py --config.data.path={data}" in done.stdout
+    assert f"python -m fluxdit_jax.train --config=configs/demo.py --config.data.path={data}" in done.stdout
     assert run("verify", data).returncode == 0
     failed = run("build", "--input", "/nowhere", "--output", str(tmp_path / "x"), *FLAGS)
     assert failed.returncode == 1
@@ -484,12 +487,12 @@ def test_dry_run_tells_and_writes_no_dataset(
     (photos / "bad.txt").write_text("a zero-byte file")
     dry_run(options(photos, tmp_path / "data"))
     told = capsys.readouterr().out
-    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == ["plan.png"]
+    assert not (tmp_path / "data").exists()
     counts = {}
     for line in told.splitlines():
         words = line.split()
         if len(words) == 8 and words[1] == "x":
-            counts[int(words[0]), int(words[2])] = int(words[6])
+            counts[int(words[2]), int(words[0])] = int(words[6])  # printed as width x height
     result = build(options(photos, tmp_path / "data"))
     built = {}
     for shards in result.manifest.shards.values():

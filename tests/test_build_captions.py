@@ -209,7 +209,7 @@ def test_all_texts_of_a_record_are_taken_over(copied: tuple[Path, Path], tmp_pat
     counts = build(options(photos, data)).counts
     assert (counts.pictures, counts.latents, counts.texts, counts.visions) == (0, 0, 0, 0)
     assert_as_fresh(photos, data, tmp_path)
-    counts = build(options(photos, data, resolution=96)).counts
+    counts = build(options(photos, data, resolution=96), replace=True).counts
     assert (counts.latents, counts.texts, counts.reused) == (24, 0, ALL)
     assert_as_fresh(photos, data, tmp_path, resolution=96)
     assert not build(options(photos, data, resolution=96)).changed

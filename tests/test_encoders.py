@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from build_fixtures import write_image
 
 from preprocess import PreprocessError
 from preprocess.encoders import load_text_encoder, load_vae, load_vision_encoder
@@ -238,6 +239,40 @@ def test_a_hub_that_cannot_be_reached_says_what_to_fetch(tmp_path: Path) -> None
     assert "hf download google/t5-v1_1-large" in text and "'spiece.model'" in text
     assert "hf download facebook/dinov3-vitl16-pretrain-lvd1689m" in vision
     assert all("builtin:dct" in line for line in (vae, text, vision))
+
+
+def test_offline_all_three_are_told_at_once(tmp_path: Path, draw_photo) -> None:
+    image = tmp_path / "photos" / "a.png"
+    write_image(image, 0, "a", draw_photo)
+    for more, count in (([], 3), (["--vae", "builtin:dct"], 2)):
+        result = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "preprocess",
+                "build",
+                "--input",
+                str(image.parent),
+                "--output",
+                str(tmp_path / "x"),
+            ]
+            + more,
+            env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 1 and len(result.stderr.splitlines()) < 24
+        for option, spec, size, licence in (
+            ("--vae", "black-forest-labs/FLUX.1-schnell", "170 MB", "Apache-2.0"),
+            ("--text-encoder", "google/t5-v1_1-large", "3,130 MB", "Apache-2.0"),
+            ("--vision-encoder", "facebook/dinov3-vitl16-pretrain-lvd1689m", "1,210 MB", "DINOv3 License"),
+        )[3 - count :]:
+            (line,) = [line for line in result.stderr.splitlines() if line.startswith(f"  {option} {spec}")]
+            assert size in line and licence in line
+            assert f"hf download {spec} --include" in result.stderr
+            assert f"{option} encoders/{spec.partition('/')[2]}" in result.stderr
+        assert "hf auth login" in result.stderr and "https://huggingface.co/facebook/dinov3" in result.stderr
+        assert str(tmp_path / "hub") in result.stderr
 
 
 def test_a_cached_repository_is_used_offline_with_its_commit(tiny_vae_dir: Path, tmp_path: Path) -> None:

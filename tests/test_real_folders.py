@@ -502,8 +502,7 @@ def test_a_plan_of_a_house_is_a_picture_and_our_plots_are_none(folder: Folder) -
     assert len(folder.build("--max-rejects", "0")) == 3
     main(["inspect", str(folder.output), "--output", str(folder.root / "plots")])
     folder.output = folder.root / "other"
-    folder.build("--dry-run")
-    (folder.root / "other" / "plan.png").rename(folder.root / "plan.png")
+    folder.build("--dry-run", "--draw", str(folder.root / "plan.png"))
     folder.output = folder.root.parent / "third"
     assert len(folder.build("--max-rejects", "0")) == 3
     assert folder.rejects() == {} and "drawn by this project 4" in folder.said

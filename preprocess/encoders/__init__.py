@@ -6,7 +6,8 @@ Everything heavy (torch, transformers, diffusers) is imported when a real encode
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from preprocess import PreprocessError
 
@@ -86,7 +87,7 @@ def load_vae(
     Raises:
       PreprocessError: it cannot be found, is not an autoencoder, or an argument is impossible.
     """
-    _check_arguments(dtype, latent)
+    check_arguments(dtype, latent)
     if spec.startswith("builtin:"):
         from preprocess.encoders import builtin
 
@@ -100,7 +101,7 @@ def load_text_encoder(
     spec: str = DEFAULT_TEXT, device: str = "auto", dtype: str = "auto", max_tokens: int = MAX_TOKENS
 ) -> TextEncoder:
     """Loads a T5 encoder, or `builtin:hash`; captions are cut to `max_tokens`. Otherwise as `load_vae`."""
-    _check_arguments(dtype)
+    check_arguments(dtype)
     if max_tokens < 1:
         raise PreprocessError(f"max_tokens must be at least 1, got {max_tokens}")
     if spec.startswith("builtin:"):
@@ -116,7 +117,7 @@ def load_vision_encoder(
     spec: str = DEFAULT_VISION, device: str = "auto", dtype: str = "auto"
 ) -> VisionEncoder:
     """Loads a DINOv3 or DINOv2 ViT, or `builtin:tone`. Otherwise as `load_vae`."""
-    _check_arguments(dtype)
+    check_arguments(dtype)
     if spec == "precomputed" or spec.startswith("precomputed:"):
         raise PreprocessError(
             f"the vision vectors are {spec!r}: they came from files (--vision-embeddings), so give the encoder that "
@@ -131,13 +132,33 @@ def load_vision_encoder(
     return TorchVision(spec, device, dtype)
 
 
+def load_all(*loaders: Callable[[], Any]) -> list[Any]:
+    """Loads encoders; those that must be downloaded first are named together.
+
+    Raises:
+      PreprocessError: one cannot be loaded.
+    """
+    from preprocess.encoders.downloads import Unreachable, together
+
+    loaded, missing = [], []
+    for load in loaders:
+        try:
+            loaded.append(load())
+        except Unreachable as error:
+            missing.append(error)
+    if missing:
+        raise together(missing)
+    return loaded
+
+
 def _builtin(spec: str, known: dict[str, type]) -> type:
     if spec not in known:
         raise PreprocessError(f"there is no encoder {spec!r} here; the built-in one is {', '.join(known)}")
     return known[spec]
 
 
-def _check_arguments(dtype: str, latent: str = "mean") -> None:
+def check_arguments(dtype: str, latent: str = "mean") -> None:
+    """Raises `PreprocessError` if a dtype or kind of latent is impossible."""
     if dtype in ("float16", "fp16", "half"):
         raise PreprocessError(
             "dtype float16 is refused: T5 in float16 returns finite but wrong values (its activations overflow "

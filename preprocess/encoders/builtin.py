@@ -112,8 +112,8 @@ class DctVae:
         _check_images(images, "builtin:dct")
         if images.shape[1] % _BLOCK or images.shape[2] % _BLOCK:
             raise ValueError(
-                f"builtin:dct: image sides must be multiples of {_BLOCK}, got {images.shape[1]}x"
-                f"{images.shape[2]} (height x width); resize or crop first"
+                f"builtin:dct: image sides must be multiples of {_BLOCK}, got {images.shape[2]}x"
+                f"{images.shape[1]} (width x height); resize or crop first"
             )
         return _one_by_one(self._encode_one, images)
 

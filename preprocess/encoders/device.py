@@ -99,8 +99,8 @@ def in_halves(encode: Callable[[np.ndarray], np.ndarray], images: np.ndarray, op
     except torch.OutOfMemoryError as error:
         if len(images) == 1:
             raise PreprocessError(
-                f"{option}: one image of {images.shape[1]}x{images.shape[2]} does not fit the device's memory; "
-                "use a smaller --resolution, --dtype bfloat16 or --device cpu"
+                f"{option}: one image of {images.shape[2]}x{images.shape[1]} (width x height) does not fit the "
+                "device's memory; use a smaller --resolution, --dtype bfloat16 or --device cpu"
             ) from error
     torch.cuda.empty_cache()
     middle = len(images) // 2

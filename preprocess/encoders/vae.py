@@ -84,7 +84,9 @@ class TorchVae:
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
             raise PreprocessError(f"{OPTION}: takes uint8 [B, H, W, 3], got {images.dtype} {images.shape}")
         if height % self.factor or width % self.factor:
-            raise PreprocessError(f"{OPTION}: sides {height}x{width} are not multiples of {self.factor}")
+            raise PreprocessError(
+                f"{OPTION}: sides {width}x{height} (width x height) are not multiples of {self.factor}"
+            )
         return devices.in_halves(self._encode, images, OPTION)
 
     @torch.inference_mode()

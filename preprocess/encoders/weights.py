@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from preprocess import PreprocessError
+from preprocess.encoders.downloads import Unreachable, Wanted
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
 TRANSFORMERS_WEIGHTS = "model"
@@ -110,7 +110,7 @@ def _from_hub(spec: str, option: str, stem: str, subfolder: str, extra: tuple[st
             if offered:
                 snapshot = fetch(folder, offered)
     except (OSError, ValueError) as error:  # huggingface_hub's errors derive from these two
-        raise PreprocessError(_unreachable(spec, option, stem, subfolder, extra, error)) from error
+        raise _unreachable(spec, option, stem, subfolder, extra, error) from error
     return snapshot, snapshot.name
 
 
@@ -129,29 +129,19 @@ def _offered_conversion(repository: str) -> str:
 
 def _unreachable(
     spec: str, option: str, stem: str, subfolder: str, extra: tuple[str, ...], error: Exception
-) -> str:
-    from huggingface_hub import constants
+) -> Unreachable:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    repository = spec.partition("@")[0]
     folder = f"{subfolder}/" if subfolder else ""
+    refused = isinstance(error, (GatedRepoError, RepositoryNotFoundError))
     if isinstance(error, GatedRepoError):
-        what = "asks you to accept its licence (on its page) and to log in once with `hf auth login`"
-    elif isinstance(error, RepositoryNotFoundError):
-        what = "does not exist on the Hub, or is private and needs `hf auth login`"
+        why = "asks you to accept its licence (on its page) and to log in once with `hf auth login`"
+    elif refused:
+        why = "does not exist on the Hub, or is private and needs `hf auth login`"
     else:
-        what = f"cannot be fetched ({_first_line(error)}) and is not in the cache"
-    files = " ".join(
-        [f"{folder}config.json", f"'{folder}{stem}*.safetensors'", *(f"'{folder}{p}'" for p in extra)]
-    )
-    return (
-        f"{option} {spec}: the repository {what}. On a machine with access run "
-        f"`hf download {repository} --include {files} --local-dir {Path(repository).name}`, copy that directory "
-        f"here and give it as `{option} DIRECTORY`; or copy the other machine's Hugging Face cache "
-        f"(~/.cache/huggingface/hub) to {os.fspath(constants.HF_HUB_CACHE)}. To try the system without "
-        "any download use the built-in encoders: --vae builtin:dct --text-encoder builtin:hash "
-        "--vision-encoder builtin:tone."
-    )
+        why = f"cannot be fetched ({_first_line(error)}) and is not in the cache"
+    files = (f"{folder}config.json", f"{folder}{stem}*.safetensors", *(f"{folder}{name}" for name in extra))
+    return Unreachable(Wanted(option, spec, files, why, refused))
 
 
 def _no_safetensors(spec: str, option: str, directory: Path, stem: str) -> str:

@@ -1,0 +1,301 @@
+"""`build` into a dataset that exists: nothing of it goes without `--replace`, and what is left out is as before."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from build_fixtures import FLAGS, contents, index, options, read, write_image, write_photos
+
+from fluxdit_jax import records
+from preprocess import repeat
+from preprocess.__main__ import main
+from preprocess.build import build
+from preprocess.comparison import WouldLose
+from preprocess.verify import repair, verify
+
+COUNT = 12
+SMALL = [*FLAGS, "--resolution", "128", "--modulus", "16", "--holdout", "0", "--shard-size", "8"]
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory, draw_photo) -> Path:
+    """A folder with `photos` and the dataset `data` of them."""
+    folder = tmp_path_factory.mktemp("first")
+    write_photos(folder / "photos", COUNT, draw_photo)
+    assert main(["build", "--input", str(folder / "photos"), "--output", str(folder / "data"), *SMALL]) == 0
+    return folder
+
+
+class Scene:
+    """A copy of the first build, in which `photos` and `data` may be changed."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture) -> None:
+        self.photos, self.data = folder / "photos", folder / "data"
+        self._capsys = capsys
+        self.before = self.files()
+
+    def files(self) -> dict[str, bytes]:
+        return contents(self.data) if self.data.exists() else {}
+
+    def build(self, *more: str, status: int = 0) -> str:
+        self._capsys.readouterr()
+        found = main(["build", "--output", str(self.data), *more])
+        captured = self._capsys.readouterr()
+        said = captured.out + captured.err
+        assert found == status, said
+        return said
+
+    def refused(self, *more: str) -> str:
+        said = self.build(*more, status=1)
+        kept = {name: data for name, data in self.files().items() if name != ".build"}
+        assert kept == self.before and "--replace" in said and "nothing was changed" in said
+        assert verify(self.data) == []
+        return said
+
+
+@pytest.fixture
+def scene(first: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> Scene:
+    shutil.copytree(first / "photos", tmp_path / "photos")
+    shutil.copytree(first / "data", tmp_path / "data")
+    raw = json.loads((tmp_path / "data" / "build.json").read_text())["options"]
+    chosen = repeat.Options(**(raw | {"input": str(tmp_path / "photos"), "output": str(tmp_path / "data")}))
+    repeat.save_options(tmp_path / "data" / "build.json", chosen)
+    return Scene(tmp_path, capsys)
+
+
+# -------------------------------------------------------------------------------------------------- refusals
+
+
+def test_a_trial_with_a_limit_loses_nothing(scene: Scene) -> None:
+    said = scene.refused("--limit", "4")
+    assert "8 beyond --limit 4" in said and "--limit 0 (all)" in said
+    assert "--limit 11" in scene.refused("--limit", "11"), "one record, and an option that differs"
+    scene.build("--limit", "4", "--replace")
+    assert len(index(scene.data)) == 4
+    assert "8 more images of the input are not looked at" in scene.build(), "the limit is the dataset's"
+    scene.build("--limit", "0")
+    assert len(index(scene.data)) == COUNT, "to grow needs no permission"
+
+
+def test_a_wrong_input_and_a_half_mounted_one(scene: Scene, draw_photo) -> None:
+    other = write_photos(scene.photos.parent / "other", 3, draw_photo)
+    write_image(other / "new.png", 40, "new", draw_photo)
+    said = scene.refused("--input", str(other))
+    assert "9 no longer in the input" in said and str(other) in said and str(scene.photos) in said
+    shutil.move(scene.photos / "set0", scene.photos.parent / "aside")
+    assert "6 no longer in the input" in scene.refused()
+    (scene.photos / "set0").mkdir()
+    for path in sorted((scene.photos.parent / "aside").glob("*.png")):
+        shutil.copy(path, scene.photos / "set0")
+    assert "6 rejected now: no caption" in scene.refused()
+    for path in sorted((scene.photos.parent / "aside").glob("*.json")):
+        shutil.copy(path, scene.photos / "set0")
+    assert "Up to date" in scene.build()
+
+
+def test_other_pictures_under_the_same_names(scene: Scene, draw_photo) -> None:
+    for number, path in enumerate(sorted(scene.photos.rglob("*.png"))):
+        write_image(path, number + 300, None, draw_photo)
+    assert f"{COUNT} image changed" in scene.refused()
+    assert f"encoded {COUNT} latents, 0 captions" in scene.build("--replace")
+
+
+def test_all_captions_may_be_written_anew(scene: Scene) -> None:
+    for path in scene.photos.rglob("*.json"):
+        path.write_text(json.dumps({"caption": f"another caption of {path.name}"}))
+    said = scene.build()
+    assert f"0 kept, 0 new, {COUNT} changed, 0 dropped" in said and "caption changed" in said
+    assert f"encoded 0 latents, {COUNT} captions" in said
+
+
+@pytest.mark.parametrize(
+    ("given", "was"),
+    [
+        (("--resolution", "96"), "--resolution 128"),
+        (("--modulus", "32"), "--modulus 16"),
+        (("--fit", "crop"), "--fit resize"),
+        (("--holdout", "0.3"), "--holdout 0.0"),
+        (("--shard-size", "5"), "--shard-size 8"),
+        (("--max-tokens", "4"), "--max-tokens 512"),
+        (("--max-aspect", "2"), "--max-aspect 4.0"),
+        (("--dtype", "bfloat16"), "--dtype auto"),
+    ],
+)
+def test_an_option_that_differs_is_named_with_both_values(scene: Scene, given: tuple, was: str) -> None:
+    said = scene.refused(*given)
+    assert was in said and f"{given[0]} {given[1]}" in said
+
+
+def test_other_encoders_and_another_reading(scene: Scene, tiny_t5_dir: Path) -> None:
+    said = scene.refused("--text-encoder", str(tiny_t5_dir), "--device", "cpu")
+    assert f"{COUNT} encoded by another text encoder" in said and "builtin:hash" in said
+    for path in scene.photos.rglob("*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"prompt": "other words"}))
+    assert "--caption-field prompt" in scene.refused("--caption-field", "prompt")
+
+
+# --------------------------------------------------------------------------------- what is left out is as before
+
+
+def test_the_output_alone_repeats_its_build_anywhere(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, draw_photo
+) -> None:
+    monkeypatch.chdir(scene.photos)
+    assert "Up to date" in scene.build() and scene.files() == scene.before
+    write_image(scene.photos / "more.png", 50, "one more", draw_photo)
+    (scene.photos / "set1" / "p03.json").unlink()
+    (scene.photos / "set1" / "p03.png").unlink()
+    said = scene.build()
+    assert "12 images: 11 kept, 1 new, 0 changed, 1 dropped" in said
+    assert (
+        "to encode: 1 pictures" in said
+        and "1 of 12 records of the dataset are no longer in the input" in said
+    )
+    assert records.load_manifest(scene.data).resolution == 128
+
+
+def test_a_moved_input_is_taken_if_nothing_is_missing_in_it(scene: Scene) -> None:
+    moved = scene.photos.rename(scene.photos.parent / "moved")
+    assert "there is no such file or folder" in scene.build(status=1)
+    assert "Up to date" not in scene.build("--input", str(moved)), "build.json says where"
+    assert "Up to date" in scene.build()
+    (moved / "set0" / "p00.png").unlink()
+    again = moved.rename(scene.photos)
+    assert str(again) in scene.build("--input", str(again), status=1)
+
+
+def test_without_a_dataset_an_input_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["build", "--output", str(tmp_path / "data")]) == 1
+    assert "--input is needed" in capsys.readouterr().err and not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("how", ["missing", "damaged"])
+def test_a_dataset_that_does_not_store_its_options(scene: Scene, how: str) -> None:
+    path = scene.data / "build.json"
+    path.unlink() if how == "missing" else path.write_text('{"options": {}, "checksum": "0"}')
+    assert "does not say what it was built from" in scene.build(status=1)
+    same = ("--input", str(scene.photos), "--holdout", "0", "--shard-size", "8")
+    assert "--resolution 128" in scene.build(*same, "--resolution", "96", status=1)
+    assert f"{COUNT} kept" in scene.build(*same)
+    assert repeat.load_options(scene.data).input == str(scene.photos)
+
+
+# ------------------------------------------------------------------------------------------- dry run, interruption
+
+
+def tree(folder: Path) -> dict[str, float]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_a_dry_run_compares_and_writes_nothing(scene: Scene, draw_photo) -> None:
+    write_image(scene.photos / "more.png", 50, "one more", draw_photo)
+    (scene.photos / "set0" / "p00.json").write_text('{"caption": "edited"}')
+    (scene.photos / "set1" / "p03.png").unlink()
+    before = tree(scene.data.parent)
+    said = scene.build("--dry-run")
+    assert "12 images: 10 kept, 1 new, 1 changed, 1 dropped" in said
+    assert "to encode: 1 pictures, the captions of 2 images" in said and "1 caption changed" in said
+    assert "no longer in the input" in said and "will be refused" not in said
+    said = scene.build("--dry-run", "--resolution", "256")
+    assert "will be refused" in said and "11 encoded at another size" in said
+    assert "will be refused" not in scene.build("--dry-run", "--resolution", "256", "--replace")
+    scene.build("--dry-run", "--input", str(scene.photos), "--output", str(scene.photos / "out"), *SMALL)
+    scene.build(
+        "--dry-run", "--input", str(scene.photos), "--max-aspect", "1.01", "--min-side", "9000", status=1
+    )
+    assert tree(scene.data.parent) == before
+    scene.build("--dry-run", "--draw", str(scene.data.parent / "plan.png"))
+    assert set(tree(scene.data.parent)) - set(before) == {str(scene.data.parent / "plan.png")}
+
+
+def test_a_dry_run_with_encoders_that_are_not_here(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are taken to be those that the dataset was built with, where the names are the same."""
+    text = (scene.data / "build.json").read_text()
+    chosen = repeat.Options(**(json.loads(text)["options"] | {"text_encoder": "owner/t5"}))
+    repeat.save_options(scene.data / "build.json", chosen)
+    assert f"{COUNT} kept" in scene.build("--dry-run")
+    said = scene.build("--dry-run", "--text-encoder", "owner/other")
+    assert f"0 kept, 0 new, {COUNT} changed" in said and "will be refused" in said
+
+
+def interrupt(output: Path, *arguments: str, after: int) -> None:
+    """Runs a build in a process of its own, which dies when it has finished some units."""
+    pid = os.fork()
+    if pid == 0:
+        from preprocess import build as module
+
+        class Dies(module.Existing):
+            def add(self, rows) -> None:  # noqa: ANN001
+                super().add(rows)
+                if len(list(output.glob(".build/*.parquet"))) >= after:
+                    os._exit(9)
+
+        module.Existing = Dies
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        os._exit(main(["build", "--output", str(output), *arguments]))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+
+
+def test_an_interrupted_first_build(first: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    scene = Scene(tmp_path, capsys)
+    given = ("--input", str(first / "photos"), *SMALL, "--shard-size", "4")
+    interrupt(scene.data, *given, after=1)
+    done = len(list(scene.data.glob(".build/*.parquet")))
+    assert done
+    before = tree(tmp_path)
+    said = scene.build("--dry-run")
+    assert "done before the interruption" in said and f"{COUNT} images to encode" not in said
+    assert tree(tmp_path) == before
+    again = scene.build()
+    first_line = next(line for line in again.splitlines() if line.startswith(f"{COUNT} images: "))
+    assert first_line in said and "--resolution 128" in again
+    assert verify(scene.data) == [] and len(read(scene.data)) == COUNT
+
+
+def test_an_interrupted_replacement_goes_on_by_the_output_alone(scene: Scene) -> None:
+    interrupt(scene.data, "--resolution", "96", "--replace", after=1)
+    assert records.load_manifest(scene.data).resolution == 128, "not before it is complete"
+    assert "--resolution 128" in scene.build("--resolution", "64", status=1)
+    said = scene.build()
+    assert "--resolution 96" in said and records.load_manifest(scene.data).resolution == 96
+    assert "--resolution 96" in scene.build("--resolution", "128", status=1)
+
+
+# ------------------------------------------------------------------------------------------------------ repair
+
+
+def test_repair_keeps_sound_records_whose_pictures_are_gone(scene: Scene) -> None:
+    shutil.move(scene.photos / "set0", scene.photos.parent / "aside")
+    shard = scene.data / index(scene.data)[0]["shard"]
+    data = bytearray(shard.read_bytes())
+    data[70_000] ^= 1
+    shard.write_bytes(data)
+    findings = verify(scene.data)
+    assert findings
+    with pytest.raises(WouldLose, match="6 no longer in the input"):
+        repair(scene.data, findings)
+    assert verify(scene.data) == findings, "the manifest is back"
+    shutil.move(scene.photos.parent / "aside", scene.photos / "set0")
+    repair(scene.data, findings)
+    assert verify(scene.data) == [] and scene.files() == scene.before
+
+
+def test_what_is_damaged_everywhere_is_encoded_again_unasked(scene: Scene) -> None:
+    for shard in scene.data.glob("*.array_record*"):
+        shard.write_bytes(b"")
+    assert f"changed: {COUNT} damaged" in scene.build()
+    assert verify(scene.data) == [] and scene.files() == scene.before
+
+
+def test_the_library_asks_as_the_command_line_does(scene: Scene, tmp_path: Path) -> None:
+    chosen = options(scene.photos, tmp_path / "again")
+    build(chosen)
+    with pytest.raises(Exception, match="--fit crop"):
+        build(options(scene.photos, tmp_path / "again", fit="crop"))
+    assert build(options(scene.photos, tmp_path / "again", fit="crop"), replace=True).changed
