@@ -33,6 +33,7 @@ class Circumstances:
       device: in words. made: ISO 8601 time. seconds: by part, and `total`.
       networks: network evaluations, one for each picture and solver stage.
       digest: of the numbers of the EMA weights.
+      weights: the folder of the run that they were read from.
     """
 
     workdir: str
@@ -46,6 +47,7 @@ class Circumstances:
     seconds: dict[str, float]
     networks: int
     digest: str = ""
+    weights: str = EMA
 
 
 def build_report(
@@ -63,7 +65,8 @@ def build_report(
             "folder": EMA,
             "digest": circumstances.digest,
             "workdir": circumstances.workdir,
-        },
+        }
+        | ({} if circumstances.weights == EMA else {"from": circumstances.weights}),
         "model": {
             "family": family(config),
             "width": config.width,

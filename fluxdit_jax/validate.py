@@ -26,10 +26,9 @@ from tqdm import tqdm
 
 from fluxdit_jax import command as programs
 from fluxdit_jax import devices, files, pictures, sampler
-from fluxdit_jax.checkpoint import CheckpointError, restore_ema
+from fluxdit_jax.checkpoint import CheckpointError
 from fluxdit_jax.config import ConfigError, Settings, resolve
 from fluxdit_jax.data import RecordSource
-from fluxdit_jax.digest import tree_digest
 from fluxdit_jax.gate.advice import advise
 from fluxdit_jax.gate.album import DEMO_KEYS, Album
 from fluxdit_jax.gate.edit import Edit
@@ -48,6 +47,7 @@ from fluxdit_jax.report import FOLDER, Circumstances, build_report, write_json, 
 from fluxdit_jax.run_directory import RunError, RunLock, load_config, load_dataset
 from fluxdit_jax.train_step import patch_statistics
 from fluxdit_jax.vae import DecoderError, load_decoder
+from fluxdit_jax.weights import restore_weights
 from preprocess import PreprocessError
 
 EVALUATIONS = {"euler": 1, "heun": 2, "kutta3": 3}  # of the network, for each solver step
@@ -127,7 +127,7 @@ def validate(arguments: argparse.Namespace) -> bool:
     manifest = load_dataset(arguments.workdir)
     settings = resolve(config, manifest)
     log = read_log(arguments.workdir)  # a damaged one is told before minutes of drawing
-    step, ema = restore_ema(arguments.workdir, arguments.step)
+    weights = restore_weights(arguments.workdir, arguments.step)
     directory = arguments.data or Path(config.data.path)
     source = RecordSource(directory, manifest, "train", config.data.get("on_corrupt", "stop"))
     records = [
@@ -137,8 +137,7 @@ def validate(arguments: argparse.Namespace) -> bool:
     captions = [record.caption for record in records]
     rules = choose_rules(captions, [Rule.parse(text) for text in arguments.edit])
     unrelated = choose_unrelated(captions, arguments.unrelated)
-    weights = arguments.workdir / "ema" / str(step)
-    print(f"weights: {weights} (EMA, step {step}); {len(records)} of {len(source)} pictures of {directory}")
+    print(f"weights: {weights}\npictures: {len(records)} of the {len(source)} of {directory}")
 
     # ------------------------------------------------------------ the true pictures
     decoder = load_decoder(manifest.vae, arguments.vae or config.log.vae)
@@ -161,7 +160,7 @@ def validate(arguments: argparse.Namespace) -> bool:
 
     # ------------------------------------------------------------ drawing, all of it in one go
     drawing = time.monotonic()
-    painter = make_painter(arguments, settings, manifest, ema, decoder)
+    painter = make_painter(arguments, settings, manifest, weights.ema, decoder)
     count = paint(painter, [wanted for test in tests for wanted in test.wanted()])
     seconds["draw"] = time.monotonic() - drawing
 
@@ -176,7 +175,7 @@ def validate(arguments: argparse.Namespace) -> bool:
     circumstances = Circumstances(
         workdir=str(arguments.workdir.absolute()),
         dataset=str(directory),
-        step=step,
+        step=weights.step,
         steps=arguments.steps,
         method=arguments.method,
         seed=arguments.seed,
@@ -184,13 +183,14 @@ def validate(arguments: argparse.Namespace) -> bool:
         made=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         seconds={name: round(value, 2) for name, value in seconds.items()},
         networks=count * arguments.steps * EVALUATIONS[arguments.method],
-        digest=tree_digest(ema),
+        digest=weights.digest,
+        weights=weights.path.parent.name,
     )
     report = build_report(verdicts, circumstances, settings.model, manifest)
     folder = arguments.workdir / FOLDER
     write_page(verdicts, report, log, folder / "report.html")
     write_json(report, folder / "report.json")
-    write_tensorboard(verdicts, step, arguments.workdir / "tensorboard")
+    write_tensorboard(verdicts, weights.step, arguments.workdir / "tensorboard")
     tell(verdicts, report, folder)
     return report["passed"]
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fluxdit_jax.sample import SampleError, parse_arguments, read_prompts
+from fluxdit_jax.prompts import SampleError, read_prompts
+from fluxdit_jax.sample_arguments import parse_arguments
 
 GIVEN = ["--workdir", "run", "--out", "x.png"]
 
