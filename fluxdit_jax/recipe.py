@@ -178,7 +178,9 @@ def _parsed(text: str) -> Recipe:
 
 
 def _checked(arguments: dict[str, Any]) -> dict[str, Any]:
-    missing = [name for name in ARGUMENTS if name not in arguments and name != "model"]  # an older version's has none
+    missing = [
+        name for name in ARGUMENTS if name not in arguments and name != "model"
+    ]  # an older version's has none
     if missing:
         raise ValueError(f"its recipe lacks {', '.join(missing)}")
     for name, fits in ARGUMENTS.items():

@@ -29,7 +29,7 @@ from fluxdit_jax import devices, files, pictures, sampler
 from fluxdit_jax.checkpoint import CheckpointError
 from fluxdit_jax.config import ConfigError, Settings, resolve
 from fluxdit_jax.data import RecordSource
-from fluxdit_jax.gate.advice import advise
+from fluxdit_jax.gate.advice import advise, by_cause
 from fluxdit_jax.gate.album import DEMO_KEYS, Album
 from fluxdit_jax.gate.edit import Edit
 from fluxdit_jax.gate.memorisation import Memorisation
@@ -42,7 +42,7 @@ from fluxdit_jax.metrics import LogError, read_metrics
 from fluxdit_jax.paths import expanded, given_path
 from fluxdit_jax.preview import spread
 from fluxdit_jax.prompts import SampleError, encode_prompts
-from fluxdit_jax.records import DatasetError, Manifest
+from fluxdit_jax.records import DatasetError, Manifest, Record
 from fluxdit_jax.report import FOLDER, Circumstances, build_report, write_json, write_tensorboard
 from fluxdit_jax.run_directory import RunError, RunLock, load_config, load_dataset
 from fluxdit_jax.train_step import patch_statistics
@@ -166,8 +166,7 @@ def validate(arguments: argparse.Namespace) -> bool:
 
     # ------------------------------------------------------------ measuring
     measuring = time.monotonic()
-    loss = [(entry["step"], entry["loss"]) for entry in log if entry.get("loss") is not None]
-    verdicts = advise(*(test.measure(painter) for test in tests), loss)
+    verdicts = advise(*(test.measure(painter) for test in tests), log, weights.step, config.train.steps)
     seconds["measure"] = time.monotonic() - measuring
     seconds["total"] = time.monotonic() - started
 
@@ -185,6 +184,8 @@ def validate(arguments: argparse.Namespace) -> bool:
         networks=count * arguments.steps * EVALUATIONS[arguments.method],
         digest=weights.digest,
         weights=weights.path.parent.name,
+        pictures=len(records),
+        drawn=count_drawn(records),
     )
     report = build_report(verdicts, circumstances, settings.model, manifest)
     folder = arguments.workdir / FOLDER
@@ -193,6 +194,14 @@ def validate(arguments: argparse.Namespace) -> bool:
     write_tensorboard(verdicts, weights.step, arguments.workdir / "tensorboard")
     tell(verdicts, report, folder)
     return report["passed"]
+
+
+def count_drawn(records: list[Record]) -> int:
+    """How many of the records are drawn portraits of `preprocess demo`, by key and caption."""
+    from preprocess.demo.cast import COMPOSITIONS
+
+    captions = {composition.caption for composition in COMPOSITIONS}
+    return sum(bool(re.fullmatch(DEMO_KEYS, record.key)) and record.caption in captions for record in records)
 
 
 def make_painter(
@@ -241,8 +250,10 @@ def tell(verdicts: list, report: dict, folder: Path) -> None:
             print(f"      {mark} {control.name}: {control.value:.1%} ({sign} {control.bound:.1%})")
         for line in verdict.reasons:
             print(f"      why: {line}")
-        for line in verdict.advice:
-            print(f"      look: {line}")
+    for cause in by_cause(verdicts):
+        print(f"look first: {cause.name} ({', '.join(cause.tests)})")
+        for line in cause.lines:
+            print(f"      {line}")
     print(f"{report['verdict']}  ({report['seconds']['total']:.0f} s)  {folder / 'report.html'}")
 
 

@@ -19,8 +19,8 @@ from fluxdit_jax.gate.swap import Swap
 from preprocess.encoders.builtin import HashText
 
 ALBUM = album()
-FALLING = [(step, 1 / (1 + step)) for step in range(100)]
-FLAT = [(step, 0.03) for step in range(100)]
+FALLING = [{"step": step, "loss": 1 / (1 + step)} for step in range(100)]
+FLAT = [{"step": step, "loss": 0.03} for step in range(100)]
 OTHER = {"left": "right", "right": "left"}
 
 

@@ -92,8 +92,7 @@ def measured(draw_by):
         Swap.plan(scenes, 60),
         Edit.plan(scenes, list(DEFAULT_RULES), ("portrait of", "picture of"), 20, HashText().encode),
     )
-    losses = [(entry["step"], entry["loss"]) for entry in LOG]
-    return advise(*(plan.measure(draw_by(scenes)) for plan in plans), losses)
+    return advise(*(plan.measure(draw_by(scenes)) for plan in plans), LOG)
 
 
 @pytest.fixture(scope="module")
