@@ -7,6 +7,8 @@ several captions the first is asked for.
 2. vision swap: the caption of one with the vector of another gives the one's composition in the other's light;
 3. text edit: changing a word of the caption moves the subject the way the word says.
 
+It draws without guidance (scales of 1), as the network was trained; there is no option for it.
+
 Writes RUN/validation/report.json and report.html. Exit status: 0 passed, 1 failed, 2 could not be measured.
 """
 
@@ -19,6 +21,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import logging as absl_logging
@@ -63,43 +66,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("--workdir", type=given_path, required=True, help="run directory of fluxdit_jax.train")
-    add(
-        "--data",
-        type=given_path,
-        help="dataset directory, if it is not where it was when the run was trained",
-    )
-    add("--step", type=int, help="which EMA weights; default: the newest")
-    add("--limit", type=int, default=200, help="records at most, spread evenly (default 200)")
-    add("--pairs", type=int, default=60, help="pairs of the vision swap; at least 50 are needed to pass")
-    add(
-        "--edit", action="append", default=[], metavar="OLD=>NEW:DIRECTION",
-        help="words to change and where the subject must then move: right, left, up or down; may be given several "
-        "times. Default: 'looking left=>looking right:right' and back",
-    )  # fmt: skip
-    add("--edits", type=int, default=40, help="captions edited at most (default 40)")
-    add(
-        "--unrelated",
-        metavar="OLD=>NEW",
-        help="harmless words to change as a control; default: found in the captions",
-    )
-    add(
-        "--keys", default=DEMO_KEYS, metavar="REGEX",
-        help="regular expression with groups named composition and lighting for record keys whose place in a grid of "
-        "known answers is known; default: that of the demonstration set",
-    )  # fmt: skip
-    add("--steps", type=int, default=6, help="solver steps")
-    add(
-        "--method",
-        choices=sampler.METHODS,
-        default="kutta3",
-        help="solver; kutta3 costs three evaluations a step",
-    )
-    add("--seed", type=int, default=0, help="of the noise and of who is paired with whom")
-    add("--batch-size", type=int, default=20, help="pictures computed at once")
-    add("--vae", type=expanded, help="directory of the VAE, if it is not where the data set says")
-    add("--text-encoder", type=expanded, help="directory or id of the text encoder, if it is not there")
+    _add_arguments(parser.add_argument)
     arguments = parser.parse_args(argv)
     for name in ("limit", "pairs", "edits", "steps", "batch_size"):
         if getattr(arguments, name) < 1:
@@ -115,6 +82,47 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
             f"--keys {arguments.keys!r} must have the groups (?P<composition>...) and (?P<lighting>...)"
         )
     return arguments
+
+
+def _add_arguments(add: Any) -> None:
+    add("--workdir", type=given_path, required=True, help="run directory of fluxdit_jax.train (required)")
+    add("--data", type=given_path, help="dataset directory; default: where it was when the run was trained")
+    add("--step", type=int, help="weights of this step; default: the newest, of ema/ or of a checkpoint")
+    add("--limit", type=int, default=200, help="records at most, spread evenly; default: 200")
+    add(
+        "--pairs",
+        type=int,
+        default=60,
+        help="pairs of the vision swap; at least 50 are needed to pass; default: 60",
+    )
+    add(
+        "--edit", action="append", default=[], metavar="OLD=>NEW:DIRECTION",
+        help="words to change and where the subject must then move: right, left, up or down; may be given several "
+        "times; default: 'looking left=>looking right:right' and back",
+    )  # fmt: skip
+    add("--edits", type=int, default=40, help="captions edited at most; default: 40")
+    add(
+        "--unrelated", metavar="OLD=>NEW",
+        help="harmless words to change as a control; default: found in the captions",
+    )  # fmt: skip
+    add(
+        "--keys", default=DEMO_KEYS, metavar="REGEX",
+        help="regular expression with groups named composition and lighting for record keys whose place in a grid of "
+        f"known answers is known; default: that of the demonstration set, {DEMO_KEYS}",
+    )  # fmt: skip
+    add("--steps", type=int, default=6, help="solver steps; 6 to 16 is usual; default: 6")
+    add(
+        "--method", choices=sampler.METHODS, default="kutta3",
+        help="solver; kutta3 costs three evaluations of the network a step, heun two, euler one; default: kutta3",
+    )  # fmt: skip
+    add("--seed", type=int, default=0, help="of the noise and of who is paired with whom; default: 0")
+    add("--batch-size", type=int, default=20, help="pictures computed at once; default: 20")
+    add(
+        "--vae",
+        type=expanded,
+        help="directory of the VAE; default: config.log.vae, or where the data set found it",
+    )
+    add("--text-encoder", type=expanded, help="directory or id of the text encoder; default: the data set's")
 
 
 def validate(arguments: argparse.Namespace) -> bool:
