@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawing_fixtures import SHORT, config, draw, pixels
+from drawing_helpers import SHORT, config, draw, pixels
 from PIL import Image, PngImagePlugin
 from training_helpers import REPOSITORY
 

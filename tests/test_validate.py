@@ -59,6 +59,8 @@ def test_an_untrained_run_fails_and_is_told_so(untrained, capsys):
     assert report["sampling"] == {"method": "euler", "steps": 2, "seed": 0, "network_evaluations": 400}
     shown = capsys.readouterr().out
     assert "FAIL: memorisation, vision swap, text edit" in shown and "it is untrained" in shown
+    assert shown.count("it is untrained") == 1 and "trained at all" in shown
+    assert (report["dataset"]["pictures_tested"], report["dataset"]["drawn_portraits"]) == (40, 0)
     page = (untrained / "validation" / "report.html").read_text()
     assert page.startswith("<!doctype html>") and "it is untrained" in page
     assert f"EMA of step 7, digest {digest}" in page

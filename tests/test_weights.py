@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from drawing_fixtures import SHORT, draw, pixels
+from drawing_helpers import SHORT, draw, pixels
 from PIL import Image
 from test_checkpoint import cut, make_state, meta
 from training_helpers import tree_equal
