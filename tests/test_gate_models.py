@@ -24,15 +24,17 @@ FLAT = [{"step": step, "loss": 0.03} for step in range(100)]
 OTHER = {"left": "right", "right": "left"}
 
 
-def verdicts(draw, of=ALBUM, loss=FLAT, **training):
+def verdicts(draw, of=ALBUM, loss=FLAT):
+    return {verdict.name: verdict for verdict in advise(*measured(draw, of), loss)}
+
+
+def measured(draw, of=ALBUM):
     plans = (
         Memorisation.plan(of),
         Swap.plan(of, 60),
         Edit.plan(of, list(DEFAULT_RULES), ("portrait of", "picture of"), 20, HashText().encode),
     )
-    return {
-        verdict.name: verdict for verdict in advise(*(plan.measure(draw) for plan in plans), loss, **training)
-    }
+    return [plan.measure(draw) for plan in plans]
 
 
 def failed(found) -> set[str]:
@@ -271,18 +273,20 @@ def test_a_run_whose_loss_still_falls_is_told_to_go_on():
     assert "trained at all" in " ".join(verdicts(Untrained(ALBUM), loss=[])["memorisation"].advice)
 
 
-def test_advice_stands_once_under_its_cause_with_the_tests_that_it_explains():
-    causes = by_cause(list(verdicts(Grey(ALBUM)).values()))
-    assert [(cause.name, cause.tests) for cause in causes] == [
-        ("plain pictures", ("memorisation", "vision swap", "text edit"))
-    ]
-    (text, edit) = by_cause(list(verdicts(TextIgnored(ALBUM)).values()))[:2]
-    assert text.name == "text path" and text.tests == ("vision swap", "text edit"), edit
+@pytest.fixture(scope="module")
+def untrained():
+    return measured(Untrained(ALBUM))
+
+
+def test_advice_stands_once_under_its_cause_with_the_tests_that_it_explains(untrained):
+    (cause,) = by_cause(advise(*untrained, FLAT))
+    assert (cause.name, cause.tests) == ("pictures of nothing", ("memorisation", "vision swap", "text edit"))
+    (text,) = by_cause(list(verdicts(TextIgnored(ALBUM)).values()))
+    assert text.name == "text path" and text.tests == ("vision swap", "text edit")
     assert text.lines.count(LOOK["text path"]) == 1 and text.lines[-1] == LOOK["text path"]
-    for model in (TextIgnored, VisionIgnored, NoiseDecides, Untrained):
-        lines = [line for cause in by_cause(list(verdicts(model(ALBUM)).values())) for line in cause.lines]
-        assert lines and len(lines) == len(set(lines))
-    assert by_cause(list(verdicts(Oracle(ALBUM)).values())) == []
+    causes = by_cause(list(verdicts(NoiseDecides(ALBUM)).values()))
+    lines = [line for cause in causes for line in cause.lines]
+    assert lines and len(lines) == len(set(lines))
 
 
 def logged(losses, **more) -> list[dict]:
@@ -314,19 +318,14 @@ LEARNED = np.linspace(1, 0.1, 60).tolist() + [0.1] * 40
         ),
         (logged(LEARNED, skipped=2.0), 1000, "broken numbers", "50 micro-batches of the last quarter"),
         (logged(LEARNED, **{"heldout_loss": 0.5, "short_ema/heldout_loss": 0.3}), 1000, "the EMA lags", "0.3000"),
-        (logged(LEARNED), 1000, "pictures of nothing", "has come down (0.911 to 0.100), so the network has learned"),
+        (logged(LEARNED), 1000, "pictures of nothing", "has come down (0.916 to 0.100), so the network has learned"),
         (logged([1.0] * 100), 1000, "pictures of nothing", "hardly fallen"),
     ],
 )  # fmt: skip
-def test_what_the_log_knows_is_told(log, planned, cause, words):
+def test_what_the_log_knows_is_told(untrained, log, planned, cause, words):
     step = log[-1]["step"] if log else planned
     later = {"step": step + 10, "loss": 9.0}  # training has gone on since these weights
-    found = {
-        c.name: c
-        for c in by_cause(
-            list(verdicts(Untrained(ALBUM), loss=[*log, later], step=step, planned=planned).values())
-        )
-    }
+    found = {found.name: found for found in by_cause(advise(*untrained, [*log, later], step, planned))}
     assert words in " ".join(found[cause].lines), found
     assert found[cause].tests == ("memorisation", "vision swap", "text edit")
     if cause in (
