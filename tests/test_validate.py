@@ -63,7 +63,7 @@ def test_an_untrained_run_fails_and_is_told_so(untrained, capsys):
     shown = capsys.readouterr().out
     assert "FAIL: memorisation, vision swap, text edit" in shown and "it is untrained" in shown
     assert shown.count("it is untrained") == 1 and "of step 7 of 500" in shown
-    assert (report["dataset"]["pictures_tested"], report["dataset"]["drawn_portraits"]) == (40, 0)
+    assert (report["dataset"]["pictures_tested"], report["dataset"]["drawn_portraits"]) == (20, 0)
     page = (untrained / "validation" / "report.html").read_text()
     assert page.startswith("<!doctype html>") and "it is untrained" in page
     assert f"EMA of step 7, digest {digest}" in page
