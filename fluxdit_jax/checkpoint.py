@@ -28,11 +28,12 @@ import orbax.checkpoint as ocp
 from fluxdit_jax import history
 from fluxdit_jax.digest import tree_digest
 from fluxdit_jax.soundness import BrokenRun, state_fault, weights_fault
-from fluxdit_jax.state import TrainState
+from fluxdit_jax.state import TrainState, shape_difference
 
 log = logging.getLogger(__name__)
 _TEMPORARY = "orbax-checkpoint-tmp"
 _DIGEST = "digest"
+AVERAGE_DIGEST = "{}_digest"  # of `ema`, of `short_ema`: beside the whole state's in a checkpoint's meta
 CHECKPOINTS, EMA, SHORT_EMA, DAMAGED = "checkpoints", "ema", "short_ema", "damaged"  # the folders
 _LOWER_RATE = "The learning rate is too high: lower optim.lr with --config.resume.allow_changes=True"
 _copy = jax.jit(lambda leaf: leaf.copy())
@@ -117,6 +118,9 @@ class Checkpoints:
             raise BrokenRun(f"the state of step {step} is not saved: {fault}. {_LOWER_RATE}")
         self._own.add(step)
         meta = json.loads(json.dumps(meta))  # the caller's lists grow while it is being written
+        for folder, average in ((EMA, state.ema), (SHORT_EMA, state.short_ema)):
+            if average is not None:  # so that one average can be read, and checked, without the rest
+                meta[AVERAGE_DIGEST.format(folder)] = tree_digest(average)
         meta |= {_DIGEST: tree_digest(state, meta)}
         return self._start(
             CHECKPOINTS,
@@ -246,6 +250,8 @@ class Checkpoints:
                     raise OSError("it carries no digest of its numbers")
                 if meta.pop(_DIGEST) != tree_digest(state, meta):
                     raise OSError("its numbers are not those that were written")
+                for folder in (EMA, SHORT_EMA):
+                    meta.pop(AVERAGE_DIGEST.format(folder), None)
                 fault = state_fault(state)
                 if fault:
                     raise OSError(fault)
@@ -253,7 +259,7 @@ class Checkpoints:
                 raise
             except Exception as error:  # noqa: BLE001  whatever reading a damaged file raises
                 log.error(
-                    "checkpoints/%d cannot be restored (%s); trying the one before", step, _first_line(error)
+                    "checkpoints/%d cannot be restored (%s); trying the one before", step, first_line(error)
                 )
                 damaged.append((step, error))
                 continue
@@ -267,7 +273,7 @@ class Checkpoints:
                 leaves[number] = _copy(leaf)
             return jax.tree.unflatten(structure, leaves), meta
         if damaged:
-            listed = "; ".join(f"{step}: {_first_line(error)}" for step, error in damaged)
+            listed = "; ".join(f"{step}: {first_line(error)}" for step, error in damaged)
             raise CheckpointError(
                 f"none of the checkpoints in {self._root / 'checkpoints'} can be restored ({listed}). "
                 + ways_on(self._root)
@@ -278,7 +284,7 @@ class Checkpoints:
         saved = self._manager.item_metadata(step)["state"]
         if not jax.tree.leaves(saved):
             raise OSError("the description of its arrays is missing")
-        _require_same_shapes(f"checkpoints/{step}", saved, abstract)
+        require_same_shapes(f"checkpoints/{step}", saved, abstract)
 
     def _set_aside(self, steps: list[int]) -> None:
         for step in steps:
@@ -366,35 +372,19 @@ def restore_ema(
         if fault:
             raise OSError(f"its weights are broken: {fault}")
     except Exception as error:
-        raise CheckpointError(f"{path} cannot be read: {_first_line(error)}") from error
+        raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
     if like is not None:
-        _require_same_shapes(str(path), ema, like)
+        require_same_shapes(str(path), ema, like)
     return step, ema
 
 
-def _require_same_shapes(what: str, saved: Any, wanted: Any) -> None:
+def require_same_shapes(what: str, saved: Any, wanted: Any) -> None:
     """Raises `CheckpointError`, naming the first leaf that the trees do not share."""
-    shapes, expected = (
-        {_path(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (saved, wanted)
-    )
-    for path in [*expected, *shapes]:
-        if path not in shapes:
-            difference = f"it has no {path}"
-        elif path not in expected:
-            difference = f"it has {path}, which there is not here"
-        elif shapes[path] != expected[path]:
-            difference = f"{path} is {list(shapes[path])} there, {list(expected[path])} here"
-        else:
-            continue
+    difference = shape_difference(saved, wanted)
+    if difference:
         raise CheckpointError(f"{what} does not fit the configuration (config.model): {difference}")
 
 
-def _path(path: tuple) -> str:
-    names = (getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))) for key in path)
-    return "/".join(str(name) for name in names)
-
-
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__

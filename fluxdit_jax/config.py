@@ -355,7 +355,7 @@ def resolve(c: ConfigDict, manifest: Manifest) -> Settings:
     for h, w in sizes:
         if h % c.model.patch or w % c.model.patch:
             raise ConfigError(
-                f"config.model.patch is {c.model.patch}; it does not divide the latent size {h}x{w}"
+                f"config.model.patch is {c.model.patch}; it does not divide the latent size {w}x{h} (width x height)"
             )
     tokens = max(h * w for h, w in sizes) // c.model.patch**2
     text_tokens = c.data.text_tokens or 8 * math.ceil(manifest.text_tokens / 8)

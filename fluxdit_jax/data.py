@@ -184,7 +184,8 @@ def collate(
         count, length = rows * columns, min(len(record.text), text_tokens)
         if h % patch or w % patch or count > tokens:
             raise DatasetError(
-                f"record {record.key!r} has a latent of {h}x{w}, which does not fit {tokens} patches of side {patch}"
+                f"record {record.key!r} has a latent of {w}x{h} (width x height), which does not fit {tokens} "
+                f"patches of side {patch}"
             )
         patchify(record.latent.view(np.uint16), patch, latent[row, :count])
         latent[row, count : before[row][0]] = 0

@@ -88,7 +88,7 @@ class Appended:
         """
         self.failures = 0
         self._path, self._limit = path, limit
-        self._descriptor: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._descriptor: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         self._waiting = bytearray()
         self._dropped = 0
         self._told_at: float | None = None

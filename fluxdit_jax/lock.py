@@ -63,7 +63,7 @@ class Lock:
 
     def _take(self, folder: Path, gated: bool) -> bool:
         """Whether the lock was taken on the file that is there now; False: the owner before has removed it."""
-        self._descriptor: int | None = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._descriptor: int | None = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

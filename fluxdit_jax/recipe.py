@@ -73,7 +73,8 @@ ARGUMENTS: dict[str, Callable[[Any], bool]] = {
     "rescale": _number,
     "sweep_text": _optional(_list_of(_number, 1000)),
     "sweep_vision": _optional(_list_of(_number, 1000)),
-    "workdir": _text,
+    "workdir": _optional(_text),
+    "model": _optional(_text),
     "weights": _text,
     "step": _integer(0, 2**31 - 1),
     "vae": _optional(_text),
@@ -88,6 +89,7 @@ class Recipe:
     Attributes:
       arguments: of `sample`, by name, see `ARGUMENTS`.
       digest: `tree_digest` of the EMA weights; "" where an older version wrote none.
+      weights_path: where they were read, for people.
       batch_size: pictures computed at once: another number may round differently. 0: not known.
       vector: the reference's vision vector f32 [V]; None: no reference.
       reference: its file's name and sha256, for people; or None.
@@ -96,6 +98,7 @@ class Recipe:
 
     arguments: dict[str, Any]
     digest: str = ""
+    weights_path: str = ""
     batch_size: int = 0
     vector: np.ndarray | None = None
     reference: dict[str, str] | None = None
@@ -111,7 +114,7 @@ class Recipe:
         arguments = self.arguments
         plain = arguments | {
             "prompt": "\n".join(arguments["prompt"]),
-            "weights": f"{arguments['workdir']}/{arguments['weights']}/{arguments['step']}",
+            "weights": self.weights_path,
             "weights_digest": self.digest,
             "reference": (self.reference or {}).get("path", ""),
         }
@@ -159,7 +162,7 @@ def _parsed(text: str) -> Recipe:
     if not isinstance(arguments, dict):
         raise ValueError("its recipe has no arguments")
     recipe = Recipe(
-        _checked(arguments), raw.get("digest"), raw.get("batch_size"), _vector(raw.get("vector")),
+        _checked(arguments), raw.get("digest"), batch_size=raw.get("batch_size"), vector=_vector(raw.get("vector")),
         circumstances=raw.get("circumstances"),
     )  # fmt: skip
     reference = raw.get("reference")
@@ -175,15 +178,19 @@ def _parsed(text: str) -> Recipe:
 
 
 def _checked(arguments: dict[str, Any]) -> dict[str, Any]:
-    missing = [name for name in ARGUMENTS if name not in arguments]
+    missing = [
+        name for name in ARGUMENTS if name not in arguments and name != "model"
+    ]  # an older version's has none
     if missing:
         raise ValueError(f"its recipe lacks {', '.join(missing)}")
     for name, fits in ARGUMENTS.items():
-        if not fits(arguments[name]):
+        if name in arguments and not fits(arguments[name]):
             raise ValueError(f"{name} of its recipe is {arguments[name]!r}, which cannot be")
+    if (arguments["workdir"] is None) == (arguments.get("model") is None):
+        raise ValueError("its recipe must name a workdir or a model, and not both")
     if arguments["count"] * len(arguments["prompt"]) > _MAX_PICTURES:
         raise ValueError(f"its recipe asks for more than {_MAX_PICTURES:,} pictures")
-    return {name: arguments[name] for name in ARGUMENTS}
+    return {name: arguments[name] for name in ARGUMENTS if name in arguments}
 
 
 def _vector(text: Any) -> np.ndarray | None:

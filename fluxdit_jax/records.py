@@ -153,9 +153,11 @@ def check_fit(record: Record, manifest: Manifest) -> None:
     factor = manifest.vae.options["factor"]
     height, width = record.encoded_size
     if record.latent.shape != (manifest.vae.width, height // factor, width // factor):
-        fail(f"latent {list(record.latent.shape)} does not fit an image of {height}x{width}")
+        fail(
+            f"latent {list(record.latent.shape)} does not fit an image of {width}x{height} pixels (width x height)"
+        )
     if (height, width) not in manifest.buckets:
-        fail(f"size {height}x{width} is not in the bucket table")
+        fail(f"size {width}x{height} (width x height) is not in the bucket table")
     if record.vision.size != manifest.vision.width:
         fail(f"vision vector of {record.vision.size}, the manifest says {manifest.vision.width}")
     if (longest := max(map(len, record.texts))) > manifest.text_tokens:
@@ -444,8 +446,8 @@ class Manifest:
         for size in self.buckets:
             if min(size) < factor or max(size) > _LARGEST or any(side % factor for side in size):
                 raise DatasetError(
-                    f"{source}: a bucket of {size[0]}x{size[1]} pixels; sides must be multiples of vae.options' factor "
-                    f"{factor}, at most {_LARGEST}"
+                    f"{source}: a bucket of {size[1]}x{size[0]} pixels (width x height); sides must be multiples of "
+                    f"vae.options' factor {factor}, at most {_LARGEST}"
                 )
         # Names become parts of paths and lines of logs.
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", self.name):

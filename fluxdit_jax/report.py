@@ -14,6 +14,7 @@ from fluxdit_jax import pictures
 from fluxdit_jax.board import Board
 from fluxdit_jax.checkpoint import EMA
 from fluxdit_jax.files import write_whole
+from fluxdit_jax.gate.advice import by_cause
 from fluxdit_jax.gate.requirement import ENCODERS, encoder_summary, family
 from fluxdit_jax.gate.verdict import Case, Verdict
 from fluxdit_jax.model import ModelConfig, count_parameters
@@ -33,6 +34,8 @@ class Circumstances:
       device: in words. made: ISO 8601 time. seconds: by part, and `total`.
       networks: network evaluations, one for each picture and solver stage.
       digest: of the numbers of the EMA weights.
+      weights: the folder of the run that they were read from.
+      pictures: under test; drawn: how many of them are drawn portraits of `preprocess demo`; None: not known.
     """
 
     workdir: str
@@ -46,6 +49,9 @@ class Circumstances:
     seconds: dict[str, float]
     networks: int
     digest: str = ""
+    weights: str = EMA
+    pictures: int | None = None
+    drawn: int | None = None
 
 
 def build_report(
@@ -57,13 +63,15 @@ def build_report(
     return {
         "passed": passed,
         "verdict": "PASS: all three tests" if passed else f"FAIL: {', '.join(failed)}",
+        "advice": [dataclasses.asdict(cause) for cause in by_cause(verdicts)],
         "metrics": {verdict.name: verdict.to_json() for verdict in verdicts},
         "weights": {
             "ema_step": circumstances.step,
             "folder": EMA,
             "digest": circumstances.digest,
             "workdir": circumstances.workdir,
-        },
+        }
+        | ({} if circumstances.weights == EMA else {"from": circumstances.weights}),
         "model": {
             "family": family(config),
             "width": config.width,
@@ -79,6 +87,8 @@ def build_report(
             "format_version": manifest.version,
             "resolution": manifest.resolution,
             "records": manifest.records("train"),
+            "pictures_tested": circumstances.pictures,
+            "drawn_portraits": circumstances.drawn,
             "shards_sha256": [shard.sha256 for shard in manifest.shards.get("train", ())],
         },
         "sampling": {
@@ -141,5 +151,8 @@ def write_tensorboard(verdicts: list[Verdict], step: int, folder: Path) -> None:
                     rows, column_titles=[title for title, _ in verdict.cases[0].pictures], row_titles=titles
                 )
                 board.image(step, name, np.asarray(sheet))
-            board.text(step, name, "\n\n".join([verdict.statement, *verdict.reasons, *verdict.advice]))
+            board.text(step, name, "\n\n".join([verdict.statement, *verdict.reasons]))
+        for cause in by_cause(verdicts):
+            name = f"validation/advice: {cause.name}"
+            board.text(step, name, "\n\n".join([", ".join(cause.tests), *cause.lines]))
         board.scalars(step, numbers)

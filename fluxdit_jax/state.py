@@ -39,3 +39,24 @@ def create_state(params: Any, optimizer: optax.MultiSteps, short_ema: bool = Fal
         skipped=jnp.zeros((), jnp.int32),
         short_ema=jax.tree.map(jnp.copy, params) if short_ema else None,
     )
+
+
+def shape_difference(saved: Any, wanted: Any) -> str | None:
+    """The first leaf, in words, that two trees do not share by path and shape; None if they share all."""
+    shapes, expected = (
+        {_path(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (saved, wanted)
+    )
+    for path in [*expected, *shapes]:
+        if path not in shapes:
+            return f"it has no {path}"
+        if path not in expected:
+            return f"it has {path}, which there is not here"
+        if shapes[path] != expected[path]:
+            return f"{path} is {list(shapes[path])} there, {list(expected[path])} here"
+    return None
+
+
+def _path(path: tuple) -> str:
+    names = (getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))) for key in path)
+    return "/".join(str(name) for name in names)

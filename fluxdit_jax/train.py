@@ -38,7 +38,7 @@ from fluxdit_jax.checkpoint import CheckpointError, Checkpoints, leaves_threads,
 from fluxdit_jax.config import Settings
 from fluxdit_jax.due import Overdue
 from fluxdit_jax.flow import FlowConfig
-from fluxdit_jax.gate.requirement import GateError, require_report
+from fluxdit_jax.gate.requirement import GateError, require_report, tell_pictures
 from fluxdit_jax.health import Monitor
 from fluxdit_jax.heldout import HeldOut
 from fluxdit_jax.memory_plan import OutOfMemory, require_fit
@@ -87,8 +87,9 @@ def train(config: ConfigDict) -> int:
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.data.batch_size)
         source = data.RecordSource(config.data.path, manifest, "train", config.data.on_corrupt)
         statistics = patch_statistics(manifest.latent_mean, manifest.latent_std, settings.model.patch)
+        report = None
         if config.gate.required:
-            require_report(config.gate.report, settings.model, manifest)
+            report = require_report(config.gate.report, settings.model, manifest)
         if config.resume.from_run is not None and not (Path(config.resume.from_run) / "ema").is_dir():
             raise RunError(f"config.resume.from_run is {config.resume.from_run!r}, which is no run directory")
         workdir = Path(config.workdir)
@@ -98,6 +99,8 @@ def train(config: ConfigDict) -> int:
             closing.callback(reporting.log_to(workdir / "train.log"))
             check_resume(workdir, config, manifest)
             continuation.require_checkpoints(workdir)
+            if report is not None:
+                tell_pictures(report, manifest)
 
         # ------------------------------------------------------------ the compiled step, if it fits the device
         program = Program(settings, mesh, statistics)

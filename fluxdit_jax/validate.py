@@ -7,6 +7,8 @@ several captions the first is asked for.
 2. vision swap: the caption of one with the vector of another gives the one's composition in the other's light;
 3. text edit: changing a word of the caption moves the subject the way the word says.
 
+It draws without guidance (scales of 1), as the network was trained; there is no option for it.
+
 Writes RUN/validation/report.json and report.html. Exit status: 0 passed, 1 failed, 2 could not be measured.
 """
 
@@ -19,6 +21,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import logging as absl_logging
@@ -26,11 +29,10 @@ from tqdm import tqdm
 
 from fluxdit_jax import command as programs
 from fluxdit_jax import devices, files, pictures, sampler
-from fluxdit_jax.checkpoint import CheckpointError, restore_ema
+from fluxdit_jax.checkpoint import CheckpointError
 from fluxdit_jax.config import ConfigError, Settings, resolve
 from fluxdit_jax.data import RecordSource
-from fluxdit_jax.digest import tree_digest
-from fluxdit_jax.gate.advice import advise
+from fluxdit_jax.gate.advice import advise, by_cause
 from fluxdit_jax.gate.album import DEMO_KEYS, Album
 from fluxdit_jax.gate.edit import Edit
 from fluxdit_jax.gate.memorisation import Memorisation
@@ -43,11 +45,12 @@ from fluxdit_jax.metrics import LogError, read_metrics
 from fluxdit_jax.paths import expanded, given_path
 from fluxdit_jax.preview import spread
 from fluxdit_jax.prompts import SampleError, encode_prompts
-from fluxdit_jax.records import DatasetError, Manifest
+from fluxdit_jax.records import DatasetError, Manifest, Record
 from fluxdit_jax.report import FOLDER, Circumstances, build_report, write_json, write_tensorboard
 from fluxdit_jax.run_directory import RunError, RunLock, load_config, load_dataset
 from fluxdit_jax.train_step import patch_statistics
 from fluxdit_jax.vae import DecoderError, load_decoder
+from fluxdit_jax.weights import restore_weights
 from preprocess import PreprocessError
 
 EVALUATIONS = {"euler": 1, "heun": 2, "kutta3": 3}  # of the network, for each solver step
@@ -63,43 +66,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("--workdir", type=given_path, required=True, help="run directory of fluxdit_jax.train")
-    add(
-        "--data",
-        type=given_path,
-        help="dataset directory, if it is not where it was when the run was trained",
-    )
-    add("--step", type=int, help="which EMA weights; default: the newest")
-    add("--limit", type=int, default=200, help="records at most, spread evenly (default 200)")
-    add("--pairs", type=int, default=60, help="pairs of the vision swap; at least 50 are needed to pass")
-    add(
-        "--edit", action="append", default=[], metavar="OLD=>NEW:DIRECTION",
-        help="words to change and where the subject must then move: right, left, up or down; may be given several "
-        "times. Default: 'looking left=>looking right:right' and back",
-    )  # fmt: skip
-    add("--edits", type=int, default=40, help="captions edited at most (default 40)")
-    add(
-        "--unrelated",
-        metavar="OLD=>NEW",
-        help="harmless words to change as a control; default: found in the captions",
-    )
-    add(
-        "--keys", default=DEMO_KEYS, metavar="REGEX",
-        help="regular expression with groups named composition and lighting for record keys whose place in a grid of "
-        "known answers is known; default: that of the demonstration set",
-    )  # fmt: skip
-    add("--steps", type=int, default=6, help="solver steps")
-    add(
-        "--method",
-        choices=sampler.METHODS,
-        default="kutta3",
-        help="solver; kutta3 costs three evaluations a step",
-    )
-    add("--seed", type=int, default=0, help="of the noise and of who is paired with whom")
-    add("--batch-size", type=int, default=20, help="pictures computed at once")
-    add("--vae", type=expanded, help="directory of the VAE, if it is not where the data set says")
-    add("--text-encoder", type=expanded, help="directory or id of the text encoder, if it is not there")
+    _add_arguments(parser.add_argument)
     arguments = parser.parse_args(argv)
     for name in ("limit", "pairs", "edits", "steps", "batch_size"):
         if getattr(arguments, name) < 1:
@@ -117,6 +84,47 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
+def _add_arguments(add: Any) -> None:
+    add("--workdir", type=given_path, required=True, help="run directory of fluxdit_jax.train (required)")
+    add("--data", type=given_path, help="dataset directory; default: where it was when the run was trained")
+    add("--step", type=int, help="weights of this step; default: the newest, of ema/ or of a checkpoint")
+    add("--limit", type=int, default=200, help="records at most, spread evenly; default: 200")
+    add(
+        "--pairs",
+        type=int,
+        default=60,
+        help="pairs of the vision swap; at least 50 are needed to pass; default: 60",
+    )
+    add(
+        "--edit", action="append", default=[], metavar="OLD=>NEW:DIRECTION",
+        help="words to change and where the subject must then move: right, left, up or down; may be given several "
+        "times; default: 'looking left=>looking right:right' and back",
+    )  # fmt: skip
+    add("--edits", type=int, default=40, help="captions edited at most; default: 40")
+    add(
+        "--unrelated", metavar="OLD=>NEW",
+        help="harmless words to change as a control; default: found in the captions",
+    )  # fmt: skip
+    add(
+        "--keys", default=DEMO_KEYS, metavar="REGEX",
+        help="regular expression with groups named composition and lighting for record keys whose place in a grid of "
+        f"known answers is known; default: that of the demonstration set, {DEMO_KEYS}",
+    )  # fmt: skip
+    add("--steps", type=int, default=6, help="solver steps; 6 to 16 is usual; default: 6")
+    add(
+        "--method", choices=sampler.METHODS, default="kutta3",
+        help="solver; kutta3 costs three evaluations of the network a step, heun two, euler one; default: kutta3",
+    )  # fmt: skip
+    add("--seed", type=int, default=0, help="of the noise and of who is paired with whom; default: 0")
+    add("--batch-size", type=int, default=20, help="pictures computed at once; default: 20")
+    add(
+        "--vae",
+        type=expanded,
+        help="directory of the VAE; default: config.log.vae, or where the data set found it",
+    )
+    add("--text-encoder", type=expanded, help="directory or id of the text encoder; default: the data set's")
+
+
 def validate(arguments: argparse.Namespace) -> bool:
     """Measures, writes the report, and tells; True if all three tests passed."""
     started = time.monotonic()
@@ -127,7 +135,7 @@ def validate(arguments: argparse.Namespace) -> bool:
     manifest = load_dataset(arguments.workdir)
     settings = resolve(config, manifest)
     log = read_log(arguments.workdir)  # a damaged one is told before minutes of drawing
-    step, ema = restore_ema(arguments.workdir, arguments.step)
+    weights = restore_weights(arguments.workdir, arguments.step)
     directory = arguments.data or Path(config.data.path)
     source = RecordSource(directory, manifest, "train", config.data.get("on_corrupt", "stop"))
     records = [
@@ -137,8 +145,7 @@ def validate(arguments: argparse.Namespace) -> bool:
     captions = [record.caption for record in records]
     rules = choose_rules(captions, [Rule.parse(text) for text in arguments.edit])
     unrelated = choose_unrelated(captions, arguments.unrelated)
-    weights = arguments.workdir / "ema" / str(step)
-    print(f"weights: {weights} (EMA, step {step}); {len(records)} of {len(source)} pictures of {directory}")
+    print(f"weights: {weights}\npictures: {len(records)} of the {len(source)} of {directory}")
 
     # ------------------------------------------------------------ the true pictures
     decoder = load_decoder(manifest.vae, arguments.vae or config.log.vae)
@@ -161,14 +168,13 @@ def validate(arguments: argparse.Namespace) -> bool:
 
     # ------------------------------------------------------------ drawing, all of it in one go
     drawing = time.monotonic()
-    painter = make_painter(arguments, settings, manifest, ema, decoder)
+    painter = make_painter(arguments, settings, manifest, weights.ema, decoder)
     count = paint(painter, [wanted for test in tests for wanted in test.wanted()])
     seconds["draw"] = time.monotonic() - drawing
 
     # ------------------------------------------------------------ measuring
     measuring = time.monotonic()
-    loss = [(entry["step"], entry["loss"]) for entry in log if entry.get("loss") is not None]
-    verdicts = advise(*(test.measure(painter) for test in tests), loss)
+    verdicts = advise(*(test.measure(painter) for test in tests), log, weights.step, config.train.steps)
     seconds["measure"] = time.monotonic() - measuring
     seconds["total"] = time.monotonic() - started
 
@@ -176,7 +182,7 @@ def validate(arguments: argparse.Namespace) -> bool:
     circumstances = Circumstances(
         workdir=str(arguments.workdir.absolute()),
         dataset=str(directory),
-        step=step,
+        step=weights.step,
         steps=arguments.steps,
         method=arguments.method,
         seed=arguments.seed,
@@ -184,15 +190,26 @@ def validate(arguments: argparse.Namespace) -> bool:
         made=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         seconds={name: round(value, 2) for name, value in seconds.items()},
         networks=count * arguments.steps * EVALUATIONS[arguments.method],
-        digest=tree_digest(ema),
+        digest=weights.digest,
+        weights=weights.path.parent.name,
+        pictures=len(records),
+        drawn=count_drawn(records),
     )
     report = build_report(verdicts, circumstances, settings.model, manifest)
     folder = arguments.workdir / FOLDER
     write_page(verdicts, report, log, folder / "report.html")
     write_json(report, folder / "report.json")
-    write_tensorboard(verdicts, step, arguments.workdir / "tensorboard")
+    write_tensorboard(verdicts, weights.step, arguments.workdir / "tensorboard")
     tell(verdicts, report, folder)
     return report["passed"]
+
+
+def count_drawn(records: list[Record]) -> int:
+    """How many of the records are drawn portraits of `preprocess demo`, by key and caption."""
+    from preprocess.demo.cast import COMPOSITIONS
+
+    captions = {composition.caption for composition in COMPOSITIONS}
+    return sum(bool(re.fullmatch(DEMO_KEYS, record.key)) and record.caption in captions for record in records)
 
 
 def make_painter(
@@ -241,8 +258,10 @@ def tell(verdicts: list, report: dict, folder: Path) -> None:
             print(f"      {mark} {control.name}: {control.value:.1%} ({sign} {control.bound:.1%})")
         for line in verdict.reasons:
             print(f"      why: {line}")
-        for line in verdict.advice:
-            print(f"      look: {line}")
+    for cause in by_cause(verdicts):
+        print(f"look first: {cause.name} ({', '.join(cause.tests)})")
+        for line in cause.lines:
+            print(f"      {line}")
     print(f"{report['verdict']}  ({report['seconds']['total']:.0f} s)  {folder / 'report.html'}")
 
 

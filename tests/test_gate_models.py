@@ -9,7 +9,7 @@ from gate_scenes import LIGHTS, Oracle, album
 from scipy.ndimage import gaussian_filter
 
 from fluxdit_jax.gate import edit, memorisation, swap
-from fluxdit_jax.gate.advice import advise
+from fluxdit_jax.gate.advice import LOOK, advise, by_cause
 from fluxdit_jax.gate.album import Album
 from fluxdit_jax.gate.edit import Edit
 from fluxdit_jax.gate.memorisation import Memorisation
@@ -19,18 +19,22 @@ from fluxdit_jax.gate.swap import Swap
 from preprocess.encoders.builtin import HashText
 
 ALBUM = album()
-FALLING = [(step, 1 / (1 + step)) for step in range(100)]
-FLAT = [(step, 0.03) for step in range(100)]
+FALLING = [{"step": step, "loss": 1 / (1 + step)} for step in range(100)]
+FLAT = [{"step": step, "loss": 0.03} for step in range(100)]
 OTHER = {"left": "right", "right": "left"}
 
 
 def verdicts(draw, of=ALBUM, loss=FLAT):
+    return {verdict.name: verdict for verdict in advise(*measured(draw, of), loss)}
+
+
+def measured(draw, of=ALBUM):
     plans = (
         Memorisation.plan(of),
         Swap.plan(of, 60),
         Edit.plan(of, list(DEFAULT_RULES), ("portrait of", "picture of"), 20, HashText().encode),
     )
-    return {verdict.name: verdict for verdict in advise(*(plan.measure(draw) for plan in plans), loss)}
+    return [plan.measure(draw) for plan in plans]
 
 
 def failed(found) -> set[str]:
@@ -267,6 +271,69 @@ def test_a_run_whose_loss_still_falls_is_told_to_go_on():
     found = verdicts(Untrained(ALBUM), loss=FALLING)
     assert "train longer" in " ".join(found["memorisation"].advice)
     assert "trained at all" in " ".join(verdicts(Untrained(ALBUM), loss=[])["memorisation"].advice)
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    return measured(Untrained(ALBUM))
+
+
+def test_advice_stands_once_under_its_cause_with_the_tests_that_it_explains(untrained):
+    (cause,) = by_cause(advise(*untrained, FLAT))
+    assert (cause.name, cause.tests) == ("pictures of nothing", ("memorisation", "vision swap", "text edit"))
+    (text,) = by_cause(list(verdicts(TextIgnored(ALBUM)).values()))
+    assert text.name == "text path" and text.tests == ("vision swap", "text edit")
+    assert text.lines.count(LOOK["text path"]) == 1 and text.lines[-1] == LOOK["text path"]
+    causes = by_cause(list(verdicts(NoiseDecides(ALBUM)).values()))
+    lines = [line for cause in causes for line in cause.lines]
+    assert lines and len(lines) == len(set(lines))
+
+
+def logged(losses, **more) -> list[dict]:
+    return [{"step": 10 * k, "loss": loss} | more for k, loss in enumerate(losses, start=1)]
+
+
+LEARNED = np.linspace(1, 0.1, 60).tolist() + [0.1] * 40
+
+
+@pytest.mark.parametrize(
+    ("log", "planned", "cause", "words"),
+    [
+        (logged(LEARNED), 5000, "not trained to the end", "of step 1,000 of 5,000"),
+        (logged(LEARNED[:40]), 400, "not trained to the end", "still falls"),
+        (logged([]), 1000, "not trained to the end", "trained at all"),
+        (logged([*LEARNED, *[0.9] * 30]), 1300, "learning rate", "had fallen to 0.100 by step"),
+        (
+            [*logged(LEARNED), {"step": 1001, "health/diverged": "step 1001: lost"}, *logged([0.9] * 130)[100:]],
+            1300,
+            "learning rate",
+            "The run said: step 1001: lost.",
+        ),
+        (logged([1.0] * 100, velocity_rms_ratio=0.0003), 1000, "collapse", "has 0.0003 of its target's size"),
+        (
+            logged(LEARNED, **{"gradient_norm_by_group/text_embed": 0.0, "gradient_norm_by_group/null_text": 0.0}),
+            1000,
+            "no gradient",
+            "reaches text_embed at the end",
+        ),
+        (logged(LEARNED, skipped=2.0), 1000, "broken numbers", "50 micro-batches of the last quarter"),
+        (logged(LEARNED, **{"heldout_loss": 0.5, "short_ema/heldout_loss": 0.3}), 1000, "the EMA lags", "0.3000"),
+        (logged(LEARNED), 1000, "pictures of nothing", "has come down (0.916 to 0.100), so the network has learned"),
+        (logged([1.0] * 100), 1000, "pictures of nothing", "hardly fallen"),
+    ],
+)  # fmt: skip
+def test_what_the_log_knows_is_told(untrained, log, planned, cause, words):
+    step = log[-1]["step"] if log else planned
+    later = {"step": step + 10, "loss": 9.0}  # training has gone on since these weights
+    found = {found.name: found for found in by_cause(advise(*untrained, [*log, later], step, planned))}
+    assert words in " ".join(found[cause].lines), found
+    assert found[cause].tests == ("memorisation", "vision swap", "text edit")
+    if cause in (
+        "collapse",
+        "learning rate",
+        "not trained to the end",
+    ):  # reason enough: nothing is guessed beside it
+        assert len(found["pictures of nothing"].lines) == 1
 
 
 # ------------------------------------------------------------------------------------------ controls

@@ -92,8 +92,7 @@ def measured(draw_by):
         Swap.plan(scenes, 60),
         Edit.plan(scenes, list(DEFAULT_RULES), ("portrait of", "picture of"), 20, HashText().encode),
     )
-    losses = [(entry["step"], entry["loss"]) for entry in LOG]
-    return advise(*(plan.measure(draw_by(scenes)) for plan in plans), losses)
+    return advise(*(plan.measure(draw_by(scenes)) for plan in plans), LOG)
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +139,9 @@ def test_a_failed_report_says_which_and_why(failing):
     assert found["passed"] is False and found["verdict"] == "FAIL: memorisation, vision swap, text edit"
     for metric in found["metrics"].values():
         assert metric["reasons"] and metric["advice"]
+    assert {tuple(cause["tests"]) for cause in found["advice"]} == {
+        ("memorisation", "vision swap", "text edit")
+    }
 
 
 def test_json_has_no_nan(tmp_path):
@@ -198,6 +200,7 @@ def test_a_failing_page_says_fail_and_where_to_look(failing):
     assert "FAIL" in text and "PASS" not in text
     assert "Why it failed" in text and "Where to look first" in text and "collapsed to the mean" in text
     assert "logged no losses" in text
+    assert text.count("collapsed to the mean") == 1 and text.count("Where to look first") == 1
 
 
 def test_the_worst_cases_are_shown():

@@ -4,11 +4,23 @@ import dataclasses
 import json
 
 import pytest
+from build_fixtures import options
+from PIL import Image
+from training_helpers import tiny_config
 
-from fluxdit_jax.gate.requirement import GateError, encoder_summary, family, require_report
+from fluxdit_jax.config import resolve
+from fluxdit_jax.data import RecordSource
+from fluxdit_jax.gate.requirement import GateError, encoder_summary, family, require_report, tell_pictures
 from fluxdit_jax.model import ModelConfig
-from fluxdit_jax.records import EncoderIdentity, Manifest
+from fluxdit_jax.records import EncoderIdentity, Manifest, Shard, load_manifest
 from fluxdit_jax.report import Circumstances, build_report, write_json
+from fluxdit_jax.train import train
+from fluxdit_jax.validate import count_drawn
+from preprocess.build import build
+from preprocess.demo import draw_dataset
+from preprocess.demo.cast import COMPOSITIONS
+
+pytest_plugins = ("training_fixtures",)
 
 NANO = ModelConfig(
     width=48, depth=2, heads=3, patch=2, channels=16, text_width=64, vision_width=32, dtype="float32", remat="none",
@@ -38,6 +50,8 @@ def manifest(**changes) -> Manifest:
 
 class Passed:
     """Stands for a verdict in a report: what `build_report` reads of one."""
+
+    causes = advice = ()
 
     def __init__(self, name, passed=True):
         self.name, self.title, self.passed = name, name, passed
@@ -135,3 +149,52 @@ def test_a_report_that_is_missing_or_damaged(tmp_path):
 
 def test_the_encoder_summary_has_what_the_comparison_needs():
     assert encoder_summary(manifest().text) == {"id": "t5", "revision": "2", "sha256": "bb" * 32, "width": 64}
+
+
+# ---------------------------------------------------------------------------------- of which pictures a report is
+
+
+def test_the_report_knows_the_drawn_portraits(tmp_path):
+    drawn = draw_dataset(tmp_path / "photos", progress=False, compositions=COMPOSITIONS[:1])
+    Image.new("RGB", (96, 96), "red").save(tmp_path / "photos" / "own.png")
+    (tmp_path / "photos" / "own.txt").write_text("a red wall")
+    build(options(tmp_path / "photos", tmp_path / "data", resolution=64, holdout=0.0))
+    source = RecordSource(tmp_path / "data", load_manifest(tmp_path / "data"), "train", "stop")
+    records = [record for _, record in source.sound(range(len(source)))]
+    assert (len(records), count_drawn(records)) == (drawn + 1, drawn)
+
+
+def report_on(tested, drawn, config, of) -> dict:
+    circumstances = Circumstances(
+        "run", "SET", 8, 6, "kutta3", 0, "cpu", "2026-11-24", {"total": 1.0}, 1, pictures=tested, drawn=drawn
+    )
+    verdicts = [Passed(name) for name in ("memorisation", "vision_swap", "text_edit")]
+    return build_report(verdicts, circumstances, config, of)
+
+
+@pytest.mark.parametrize(
+    ("tested", "drawn", "of", "warned", "words"),
+    [
+        (100, 0, "other", False, "passed on 100 pictures of SET, 0 of them"),
+        (100, 100, "set", False, "passed on 100 pictures of SET"),
+        (None, None, "other", False, "an older version wrote the report"),
+        (100, 60, "other", True, "60 of them drawn portraits"),
+    ],
+)
+def test_which_pictures_the_gate_was_passed_on_is_told(package_log, tested, drawn, of, warned, words):
+    shards = {name: {"train": (Shard("a", name, 1, 100, {}),)} for name in ("set", "other")}
+    report = report_on(tested, drawn, NANO, manifest(shards=shards["set"]))
+    tell_pictures(report, manifest(shards=shards[of]))
+    assert words in " ".join(package_log)
+    assert any(line.startswith("WARNING") and "preprocess subset" in line for line in package_log) == warned
+
+
+def test_production_after_a_gate_of_drawings_is_warned(tiny_dataset, tmp_path, quick_compile):
+    """By the start of a real run."""
+    config, of = tiny_config(tiny_dataset, tmp_path / "run"), load_manifest(tiny_dataset)
+    config.gate.required, config.train.steps = True, 1
+    there = dataclasses.replace(of, shards={"train": of.shards["holdout"]})
+    write_json(report_on(100, 100, resolve(config, of).model, there), tmp_path / "report.json")
+    config.gate.report = str(tmp_path / "report.json")
+    assert train(config) == 0
+    assert "says nothing of your pictures" in (tmp_path / "run" / "train.log").read_text()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from training_helpers import tiny_config
+from training_helpers import tiny_config, tiny_optimizer
 
 from fluxdit_jax import model
 from fluxdit_jax.checkpoint import EMA, SHORT_EMA, Checkpoints, ema_digest
@@ -17,9 +17,12 @@ from fluxdit_jax.config import resolve
 from fluxdit_jax.digest import tree_digest
 from fluxdit_jax.export import ExportError, export
 from fluxdit_jax.gate.requirement import GateError, is_of, require_report
+from fluxdit_jax.optimizer import build_optimizer
 from fluxdit_jax.records import load_manifest
 from fluxdit_jax.report import Circumstances, build_report, write_json
 from fluxdit_jax.run_directory import record_start
+from fluxdit_jax.state import create_state
+from fluxdit_jax.weights import restore_weights
 
 pytest_plugins = ("training_fixtures",)
 
@@ -30,6 +33,8 @@ class Verdict:
 
     name: str
     passed: bool = True
+    advice: tuple = ()
+    causes: tuple = ()
 
     @property
     def title(self):
@@ -58,9 +63,19 @@ def write_weights(workdir, settings, step, seed):
             checkpoints.save_ema(step, model.initialize(settings.model, jax.random.key(number)), folder)
 
 
+def write_checkpoint(scene, step, seed):
+    """What a run that is training writes between two EMA weights."""
+    workdir, settings, _ = scene
+    state = create_state(
+        model.initialize(settings.model, jax.random.key(seed)), build_optimizer(tiny_optimizer())
+    )
+    with Checkpoints(workdir, 1) as checkpoints:
+        checkpoints.save(step, state, {"samples": 0, "batch_size": 4})
+
+
 def write_report(scene, step, passed=True, digest=True):
     workdir, settings, manifest = scene
-    known = ema_digest(workdir, step) if digest else ""
+    known = restore_weights(workdir, step).digest if digest else ""
     circumstances = Circumstances(
         str(workdir), "data", step, 6, "kutta3", 0, "cpu", "2026-11-24", {"total": 1.0}, 1, known
     )
@@ -179,3 +194,18 @@ def test_the_digest_beside_weights_is_that_of_their_numbers(scene):
     workdir, settings, _ = scene
     assert ema_digest(workdir, 4) == tree_digest(model.initialize(settings.model, jax.random.key(4)))
     assert ema_digest(workdir, 5) is None
+
+
+def test_weights_of_a_checkpoint_have_a_card_and_a_report_of_their_own(scene):
+    write_report(scene, 8)
+    write_checkpoint(scene, 9, seed=9)
+    assert require(scene, scene[0])["weights"]["ema_step"] == 8  # the newest of ema/, as before
+    weights, validation = card(scene, None)
+    assert weights == "EMA of step 9, float32" and "those of step 8" in validation
+    path = write_report(scene, 9)
+    assert card(scene, None)[1] == "passed" and require(scene, path)["weights"]["ema_step"] == 9
+    write_checkpoint(scene, 10, seed=10)  # training has gone on, and deleted checkpoints/9
+    with pytest.raises(GateError) as refusal:
+        require(scene, path)
+    assert "of step 9" in str(refusal.value) and "of step 10" in str(refusal.value)
+    assert card(scene, None)[1].startswith("not validated")

@@ -4,55 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from build_fixtures import options, write_photos
+from drawing_helpers import SHORT, config, draw, pixels
 from PIL import Image, PngImagePlugin
-from training_helpers import REPOSITORY, tiny_config
+from training_helpers import REPOSITORY
 
 from fluxdit_jax import recipe
 from fluxdit_jax.checkpoint import CheckpointError
 from fluxdit_jax.prompts import SampleError
 from fluxdit_jax.records import load_manifest
-from fluxdit_jax.sample import parse_arguments, sample
+from fluxdit_jax.sample import sample
+from fluxdit_jax.sample_arguments import parse_arguments
+from fluxdit_jax.sizes import choose_size, pictures_by_size
 from fluxdit_jax.train import train
-from preprocess.build import build
 
-pytest_plugins = ("training_fixtures",)
+pytest_plugins = ("training_fixtures", "drawing_fixtures")
 pytestmark = pytest.mark.usefixtures("quick_compile")
-SHORT = "photo number 3 of a dog"  # 7 tokens, as the captions have
 LONG = "photo number 3 of a dog by the red sea in the blue light of an evening with"  # 19
-
-
-@pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory, draw_photo, quick_compile) -> Path:
-    """A folder with photos/, ds/ and the trained run/."""
-    root = tmp_path_factory.mktemp("sample")
-    write_photos(root / "photos", 8, draw_photo)
-    build(options(root / "photos", root / "ds", resolution=64, holdout=0.0))
-    assert train(config(root / "ds", root / "run")) == 0
-    return root
-
-
-def config(dataset: Path, workdir: Path):
-    c = tiny_config(dataset, workdir)
-    c.model.channels, c.model.text_width, c.model.vision_width = 16, 1024, 1024
-    c.train.steps, c.checkpoint.ema_every = 8, 4
-    return c
-
-
-def draw(scene: Path, *arguments: str, run: str = "run") -> np.ndarray:
-    """The first picture of a command with a small number of steps."""
-    given = ["--workdir", str(scene / run)] if run else []
-    return sample(parse_arguments([*given, "--out", str(scene / "x.png"), *arguments]))[0]
-
-
-def pixels(path: Path) -> np.ndarray:
-    return np.asarray(Image.open(path))
 
 
 # --------------------------------------------------------------------------------------------- long prompts
@@ -104,21 +78,39 @@ def test_a_run_that_cuts_its_captions_cuts_prompts_and_tells(
 
 
 def test_sizes_are_width_x_height_in_and_out(scene: Path, capsys: pytest.CaptureFixture) -> None:
-    height, width = next((h, w) for h, w in load_manifest(scene / "ds").buckets if w > h)
+    counts = pictures_by_size(load_manifest(scene / "ds"))
+    height, width = next((h, w) for (h, w) in counts if w > h)
     drawn = draw(scene, "--prompt", SHORT, "--size", f"{width}x{height}", "--steps", "1")
     assert drawn.shape == (height, width, 3)
-    assert f"  {width}x{height}  " in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"  {width}x{height}  " in told and f"size: {width}x{height} (width x height)\n" in told
     assert Image.open(scene / "x.png").text["size"] == f"{width}x{height}"
-    with pytest.raises(SampleError, match=f"--size 8x16 .*{width}x{height}"):
+    common = next(iter(counts))
+    with pytest.raises(SampleError, match=f"--size 8x16 .*{common[1]}x{common[0]}"):
         draw(scene, "--prompt", SHORT, "--size", "8x16")
+
+
+def test_the_default_size_is_the_most_common_and_only_those_with_pictures_are_offered(
+    scene: Path, capsys: pytest.CaptureFixture
+) -> None:
+    counts = pictures_by_size(load_manifest(scene / "ds"))
+    common, (empty, *_) = next(iter(counts)), [size for size, count in counts.items() if not count]
+    assert counts[common] == max(counts.values()) and sum(counts.values()) == 8
+    assert draw(scene, "--prompt", SHORT, "--steps", "1").shape[:2] == common
+    assert f"size: {common[1]}x{common[0]} (width x height), the most common" in capsys.readouterr().out
+    with pytest.raises(SampleError) as refusal:
+        draw(scene, "--prompt", SHORT, "--size", "8x16")
+    offered = re.findall(r"(\d+)x(\d+) \(\d+\)", str(refusal.value))
+    assert {(int(h), int(w)) for w, h in offered} == {size for size, count in counts.items() if count}
+    # one of the table without a picture, as an older version's recipe may ask for, is drawn and told
+    assert choose_size(f"{empty[1]}x{empty[0]}", load_manifest(scene / "ds")) == empty
+    assert f"no training picture is {empty[1]}x{empty[0]} (width x height)" in capsys.readouterr().out
 
 
 def test_the_height_first_is_named(tmp_path: Path) -> None:
     import dataclasses
 
     from training_helpers import write_dataset
-
-    from fluxdit_jax.sample import choose_size
 
     manifest = dataclasses.replace(write_dataset(tmp_path / "d"), buckets=((64, 64), (48, 80)))
     assert choose_size("80x48", manifest) == (48, 80)

@@ -1,12 +1,16 @@
-"""What `python -m fluxdit_jax.sample` refuses before it loads anything."""
+"""What `python -m fluxdit_jax.sample` refuses before it loads anything, and the help of the programs that draw."""
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 
 import pytest
 
-from fluxdit_jax.sample import SampleError, parse_arguments, read_prompts
+from fluxdit_jax import export, validate
+from fluxdit_jax.prompts import SampleError, read_prompts
+from fluxdit_jax.sample_arguments import parse_arguments
 
 GIVEN = ["--workdir", "run", "--out", "x.png"]
 
@@ -47,3 +51,39 @@ def test_files_of_prompts_that_are_refused(tmp_path: Path, content: bytes, words
     (tmp_path / "prompts.txt").write_bytes(content)
     with pytest.raises(SampleError, match=words):
         read_prompts(tmp_path / "prompts.txt")
+
+
+@pytest.mark.parametrize(
+    ("program", "options"),
+    [
+        (lambda: parse_arguments(["--help"]), 22),
+        (lambda: validate.parse_arguments(["--help"]), 15),
+        (export.main, 4),
+    ],
+    ids=["sample", "validate", "export"],
+)
+def test_the_help_tells_every_default(program, options: int, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["export", "--help"])
+    with pytest.raises(SystemExit) as end:
+        program()
+    text = capsys.readouterr().out
+    entries = re.split(r"\n  (?=-)", text.partition("options:\n")[2].partition("\n\n")[0])[1:]
+    assert end.value.code == 0 and len(entries) == options
+    for entry in entries:
+        assert "default: " in " ".join(entry.split()) or "(required)" in entry, entry
+
+
+def test_the_help_tells_what_guidance_is_usual(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for words in ("--guidance-text GUIDANCE_TEXT 1: the model itself; 3 to 7 is usual", "with a reference, 2 to 5",
+                  "1 to 3 is usual; default: 1.0", "width x height"):  # fmt: skip
+        assert words in text, words
+
+
+@pytest.mark.parametrize("given", [[], ["--workdir", "run", "--model", "out"]])
+def test_a_run_or_an_export_is_drawn_from_and_not_both(given: list[str], capsys) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments([*given, "--prompt", "x", "--out", "x.png"])
+    assert "--workdir of a run or --model of an export" in capsys.readouterr().err

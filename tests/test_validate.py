@@ -1,5 +1,6 @@
 """The gate as a command, on an untrained run."""
 
+import shutil
 from pathlib import Path
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from gate_fixtures import failed, gate, scene_config, write_dataset
 from gate_scenes import album
-from training_helpers import lively
+from training_helpers import lively, tiny_optimizer
 
 from fluxdit_jax import model, validate
 from fluxdit_jax.checkpoint import Checkpoints, restore_ema
@@ -15,9 +16,11 @@ from fluxdit_jax.config import resolve
 from fluxdit_jax.digest import tree_digest
 from fluxdit_jax.gate.painter import Painter, Wanted
 from fluxdit_jax.gate.requirement import GateError, require_report
+from fluxdit_jax.optimizer import build_optimizer
 from fluxdit_jax.prompts import encode_prompts
 from fluxdit_jax.records import load_manifest
 from fluxdit_jax.run_directory import load_config, load_dataset, record_start
+from fluxdit_jax.state import create_state
 from fluxdit_jax.vae import load_decoder
 
 pytest_plugins = ("training_fixtures",)
@@ -59,6 +62,8 @@ def test_an_untrained_run_fails_and_is_told_so(untrained, capsys):
     assert report["sampling"] == {"method": "euler", "steps": 2, "seed": 0, "network_evaluations": 400}
     shown = capsys.readouterr().out
     assert "FAIL: memorisation, vision swap, text edit" in shown and "it is untrained" in shown
+    assert shown.count("it is untrained") == 1 and "of step 7 of 500" in shown
+    assert (report["dataset"]["pictures_tested"], report["dataset"]["drawn_portraits"]) == (20, 0)
     page = (untrained / "validation" / "report.html").read_text()
     assert page.startswith("<!doctype html>") and "it is untrained" in page
     assert f"EMA of step 7, digest {digest}" in page
@@ -66,6 +71,22 @@ def test_an_untrained_run_fails_and_is_told_so(untrained, capsys):
     with pytest.raises(GateError, match="failed its validation"):
         manifest = load_dataset(untrained)
         require_report(untrained, resolve(load_config(untrained), manifest).model, manifest)
+
+
+def test_the_ema_of_a_newer_checkpoint_is_validated_and_named(untrained, tmp_path, capsys):
+    workdir = Path(shutil.copytree(untrained, tmp_path / "run"))
+    config, of = load_config(untrained), load_dataset(untrained)
+    params = model.initialize(resolve(config, of).model, jax.random.key(1))
+    with Checkpoints(workdir, 1) as checkpoints:
+        checkpoints.save(
+            20, create_state(params, build_optimizer(tiny_optimizer())), {"samples": 1, "batch_size": 1}
+        )
+    status, report = gate(workdir, *QUICK, "--limit=4", "--pairs=2", "--edits=2")
+    assert status == 1 and report["weights"]["digest"] == tree_digest(jax.tree.map(np.asarray, params))
+    assert (report["weights"]["ema_step"], report["weights"]["from"]) == (20, "checkpoints")
+    shown = capsys.readouterr().out
+    assert f"{workdir}/checkpoints/20 (EMA, step 20" in shown and "ema/ is of step 7" in shown
+    assert "of step 20 of 500" in shown  # the run has not come to its end
 
 
 def test_options_choose_what_is_measured(untrained, capsys):

@@ -14,6 +14,7 @@ from PIL import Image
 
 from fluxdit_jax.files import write_whole
 from fluxdit_jax.gate import charts
+from fluxdit_jax.gate.advice import by_cause
 from fluxdit_jax.gate.style import CSS
 from fluxdit_jax.gate.verdict import Case, Control, Verdict, percent
 from fluxdit_jax.report import chosen_cases
@@ -89,6 +90,7 @@ def page(verdicts: list[Verdict], report: dict[str, Any], log: list[dict]) -> st
         f"<h1>{_headline(verdicts)}</h1>",
         f"<p>{_text(_about(report))}</p></header>",
         '<nav class="cards">' + "".join(_card(verdict) for verdict in verdicts) + "</nav>",
+        _advice(verdicts),
         *(_section(number, verdict) for number, verdict in enumerate(verdicts, start=1)),
         _training(log),
         _particulars(report),
@@ -149,7 +151,7 @@ def _section(number: int, verdict: Verdict) -> str:
         f"<p><strong>{_text(verdict.statement)}</strong>; needed: {percent(verdict.threshold)}.</p>",
     ]
     if verdict.reasons:
-        parts.append(_list("Why it failed", verdict.reasons) + _list("Where to look first", verdict.advice))
+        parts.append(_list("Why it failed", verdict.reasons))
     if verdict.controls:
         parts.append("<h3>Controls</h3><table>" + "".join(_control(c) for c in verdict.controls) + "</table>")
     parts.append('<div class="beside"><div>')
@@ -170,6 +172,15 @@ def _section(number: int, verdict: Verdict) -> str:
 def _list(title: str, lines: Sequence[str]) -> str:
     items = "".join(f"<li>{_text(line)}</li>" for line in lines)
     return f'<h3>{title}</h3><ul class="why">{items}</ul>'
+
+
+def _advice(verdicts: list[Verdict]) -> str:
+    """The advice of all tests, once, by cause."""
+    causes = by_cause(verdicts)
+    if not causes:
+        return ""
+    lists = "".join(_list(_text(f"{cause.name} ({', '.join(cause.tests)})"), cause.lines) for cause in causes)
+    return f"<section><h2>Where to look first</h2>{lists}</section>"
 
 
 def _control(control: Control) -> str:
@@ -287,8 +298,16 @@ def _particulars(report: dict[str, Any]) -> str:
     rows += [
         _row("model family", ", ".join(f"{key} {value}" for key, value in model["family"].items())),
         _row("data set", f"{data['name']}, format version {data['format_version']}, {data['resolution']} px"),
+        _row("pictures", _pictures(data)),
         _row("shards", ", ".join(digest[:16] for digest in data["shards_sha256"][:8])),
         _row("network evaluations", f"{sampling['network_evaluations']:,} (seed {sampling['seed']})"),
         _row("time", ", ".join(f"{name} {value:.1f} s" for name, value in report["seconds"].items())),
     ]
     return f"<section><h2>Particulars</h2><table>{''.join(rows)}</table></section>"
+
+
+def _pictures(data: dict[str, Any]) -> str:
+    if data.get("drawn_portraits") is None:
+        return f"{data['records']} in the set"
+    drawn = f", {data['drawn_portraits']} of them drawn portraits of `preprocess demo`"
+    return f"{data['pictures_tested']} of {data['records']} tested{drawn if data['drawn_portraits'] else ''}"

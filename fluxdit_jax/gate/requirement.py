@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from fluxdit_jax import model
-from fluxdit_jax.checkpoint import EMA, ema_digest, ema_steps
+from fluxdit_jax.checkpoint import EMA, ema_steps
 from fluxdit_jax.model import ModelConfig
 from fluxdit_jax.records import EncoderIdentity, Manifest
 from fluxdit_jax.untrusted import shown
+from fluxdit_jax.weights import places, weights_digest
 
+log = logging.getLogger(__name__)
 ENCODERS = ("vae", "text", "vision")
 
 
@@ -129,13 +132,47 @@ def _differences(report: dict[str, Any], config: ModelConfig, manifest: Manifest
 
 
 def _other_weights(file: Path, report: dict[str, Any]) -> list[str]:
-    """That the report's run has come to other weights since. A report that is kept elsewhere speaks for itself."""
+    """That the report's run has come to other weights since. A report that is kept elsewhere speaks for itself.
+
+    The newest weights may be in `ema/` or in a checkpoint, which a run that is training replaces: both will do.
+    """
     run = file.absolute().parent.parent
-    steps = ema_steps(run) if file.absolute().parent.name == "validation" else []
-    if not steps or is_of(report, steps[-1], ema_digest(run, steps[-1])):
+    found = places(run) if file.absolute().parent.name == "validation" else {}
+    newest = {max(steps) for steps in (found, ema_steps(run)) if steps}
+    if not found or any(is_of(report, step, weights_digest(found[step])) for step in newest):
         return []
     measured = report["weights"].get("ema_step") if isinstance(report.get("weights"), dict) else "not known"
     return [
         f"it is not of the weights that {run} has now: it was measured on those of step {measured}, the newest are of "
-        f"step {steps[-1]}. Measure again: python -m fluxdit_jax.validate --workdir={run}"
+        f"step {max(found)}. Measure again: python -m fluxdit_jax.validate --workdir={run}"
     ]
+
+
+def tell_pictures(report: dict[str, Any], manifest: Manifest) -> None:
+    """Logs which pictures a report was measured on, and warns where they say nothing of this data set's.
+
+    Args:
+      report: of `require_report`. manifest: of the data set to be trained on.
+    """
+    data = report["dataset"]
+    path, tested, drawn = (data.get(name) for name in ("path", "pictures_tested", "drawn_portraits"))
+    if type(tested) is not int or type(drawn) is not int:
+        log.info(
+            "gate: passed on pictures of %s; an older version wrote the report: it does not say of what", path
+        )
+        return
+    log.info(
+        "gate: passed on %d pictures of %s, %d of them drawn portraits of `preprocess demo`",
+        tested,
+        path,
+        drawn,
+    )
+    same = data.get("shards_sha256") == [shard.sha256 for shard in manifest.shards.get("train", ())]
+    if 2 * drawn > tested and not same:
+        log.warning(
+            "config.gate.report: the gate was passed on the drawn portraits of `preprocess demo` (%s). That shows that "
+            "the program works; it says nothing of your pictures, captions and vectors. Before a long run, pass it on "
+            "about 100 of your own: `python -m preprocess subset --input DATASET --output DIR --count 100 --square`, "
+            "`build`, then train configs/nano.py on it and validate",
+            path,
+        )

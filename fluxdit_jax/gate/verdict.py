@@ -81,7 +81,7 @@ class Verdict:
     numbers: everything else that was measured; None where it could not be.
     controls: see `Control`.
     reasons: why it failed, in words; empty if it passed.
-    advice: where to look first, in words, if it failed.
+    advice: where to look first, in words, if it failed. causes: the cause that each of these speaks of.
     cases, chart: for the page.
     """
 
@@ -97,6 +97,7 @@ class Verdict:
     cases: tuple[Case, ...]
     chart: Chart | None = None
     advice: tuple[str, ...] = ()
+    causes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:

@@ -19,7 +19,7 @@ import training_helpers as helpers
 from fuzz_inputs import damaged, json_text, odd_tree, written
 from hypothesis import strategies as st
 
-from fluxdit_jax import metrics, records, run_directory, sample, vae_files
+from fluxdit_jax import metrics, prompts, records, run_directory, vae_files
 from fluxdit_jax.gate.requirement import GateError, encoder_summary, family, require_report
 from fluxdit_jax.records import DatasetError, Manifest
 from preprocess import PreprocessError, captions, images, options, scan, tables, units, vectors
@@ -217,7 +217,7 @@ def read_report(content: bytes) -> None:
 
 
 def read_prompts(content: bytes) -> None:
-    for prompt in sample.read_prompts(scratch("prompts.txt", content)):
+    for prompt in prompts.read_prompts(scratch("prompts.txt", content)):
         assert prompt.strip() and "\n" not in prompt and prompt.encode()
 
 
@@ -405,7 +405,7 @@ _TABLE: list[tuple] = [
     ),
     ("commit", "commit.json of a build", json_text(COMMIT), read_commit, PreprocessError, HOSTILE_COMMITS),
     ("report", "validation reports", json_text(REPORT), read_report, GateError, ()),
-    ("prompts", "prompt files", damaged(PROMPTS), read_prompts, sample.SampleError, ()),
+    ("prompts", "prompt files", damaged(PROMPTS), read_prompts, prompts.SampleError, ()),
     ("run", "config.json and dataset.json of a run", json_text(CONFIG), read_run, run_directory.RunError, ()),
     ("vae", "config.json of a VAE", json_text(VAE), read_vae, vae_files.DecoderError, ()),
     (
