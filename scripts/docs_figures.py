@@ -9,8 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import demo_sheet
 from matplotlib.figure import Figure
@@ -20,6 +19,7 @@ from fluxdit_jax import pictures, sample
 from fluxdit_jax.metrics import METRICS, read_metrics
 from fluxdit_jax.paths import given_path
 
+ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "docs" / "figures"
 SHOWN = ("c00", "c04", "c07", "c09")  # compositions of the demonstration set
 # Every run is configs/demo.py, smaller, with one thing changed.
@@ -43,6 +43,7 @@ LABELS = {
 COLOURS = ("#2b6a4d", "#c0392b", "#d08a1d", "#5b4fa0")
 # Failures of the gate: file name, run, step of the EMA (None: the newest).
 FAILURES = (
+    ("gate_healthy", "healthy", None),
     ("gate_unfinished", "healthy", 150),
     ("gate_collapsed", "rate_too_high", None),
     ("gate_caption_unread", "caption_dead", None),
@@ -153,7 +154,9 @@ def save_sheet(sheet: Image.Image, name: str) -> None:
 
 def draw_guidance(work: Path) -> None:
     texts, visions = (1, 2, 4, 7), (1, 1.5, 3)
-    caption = "portrait of a woman with red curly hair in a green coat, looking right, in front of a brick wall"
+    caption = (
+        "portrait of a woman with red curly hair in a green coat, looking right, in front of a brick wall"
+    )
     images = sample.sample(
         sample.parse_arguments(
             ["--workdir", str(work / "healthy"), "--prompt", caption]

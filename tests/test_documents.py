@@ -64,7 +64,7 @@ def commands(path: Path) -> Iterator[Command]:
     for block in re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         lines += block.replace("\\\n", " ").splitlines()
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
-    lines += re.findall(r"`(python [^`]+)`", prose)
+    lines += [code.translate({ord("["): "", ord("]"): ""}) for code in re.findall(r"`(python [^`]+)`", prose)]
     for line in lines:
         words = shlex.split(line, comments=True)
         while words:
@@ -166,24 +166,31 @@ def code_of(path: Path) -> list[str]:
     return [*(line for block in blocks for line in block.splitlines()), *re.findall(r"`([^`\n]+)`", prose)]
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_every_option_that_is_named_exists(path: Path, known_options) -> None:
     known = set().union(*known_options.values()) | FOREIGN | {"--config"}
     named = set().union(*(options_of(code) for code in code_of(path)))
     assert named - known == set()
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_every_key_that_is_named_exists(path: Path) -> None:
     config = configuration.default_config()
     groups = "|".join(name for name in config if isinstance(config[name], ConfigDict))
     for code in code_of(path):
         for group, key in re.findall(rf"(?<![\w./])(?:--config\.)?({groups})\.([a-z_0-9]+)", code):
-            if f"{group}.{key}" not in ("data.py", "model.py", "flow.py", "train.py", "health.py", "train.log"):
+            if f"{group}.{key}" not in (
+                "data.py",
+                "model.py",
+                "flow.py",
+                "train.py",
+                "health.py",
+                "train.log",
+            ):
                 assert key in config[group], f"{path.name}: {group}.{key}"
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_every_link_leads_somewhere(path: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
         if not link.startswith(("http://", "https://", "#")):
