@@ -29,10 +29,10 @@ COMMON = (
 )  # fmt: skip
 RUNS = {
     "healthy": (),
-    "rate_too_high": ("optim.lr=0.4", "optim.adam_lr=0.15", "train.steps=300"),
-    "caption_dead": ("flow.drop_text=0.95", "flow.drop_vision=0.0", "flow.drop_both=0.05"),
-    "vector_dead": ("flow.drop_text=0.0", "flow.drop_vision=0.95", "flow.drop_both=0.05"),
-    "shift_too_low": ("flow.shift=0.5",),
+    "rate_too_high": ("optim.lr=0.4", "optim.adam_lr=0.15", "train.steps=150"),
+    "caption_dead": ("flow.drop_text=0.95", "flow.drop_vision=0.0", "flow.drop_both=0.05", "train.steps=400"),
+    "vector_dead": ("flow.drop_text=0.0", "flow.drop_vision=0.95", "flow.drop_both=0.05", "train.steps=400"),
+    "shift_too_low": ("flow.shift=0.5", "train.steps=300"),
 }
 LABELS = {
     "healthy": "healthy",
@@ -73,7 +73,8 @@ def train(work: Path) -> None:
                 "fluxdit_jax.train", "--config=configs/demo.py", f"--config.data.path={work / 'data'}",
                 f"--config.workdir={workdir}", *(f"--config.{change}" for change in (*COMMON, *changes)),
             )  # fmt: skip
-            run("fluxdit_jax.validate", "--workdir", str(workdir), "--limit", "60", "--steps", "4")
+            limits = ("--limit", "40", "--pairs", "20", "--edits", "10", "--steps", "4")
+            run("fluxdit_jax.validate", "--workdir", str(workdir), *limits)
             (workdir / "done").touch()
 
 

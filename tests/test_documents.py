@@ -24,8 +24,8 @@ from ml_collections import ConfigDict, config_flags
 from PIL import Image
 from training_helpers import REPOSITORY
 
+from fluxdit_jax import arguments, export, sample, train, validate
 from fluxdit_jax import config as configuration
-from fluxdit_jax import export, sample, train, validate
 from preprocess import __main__ as preprocess
 
 pytest_plugins = ("training_fixtures",)
@@ -99,17 +99,18 @@ def known_options() -> dict[str, set[str]]:
     }
     found["fluxdit_jax.sample"] = options_of(help_of(lambda: sample.parse_arguments(["--help"])))
     found["fluxdit_jax.validate"] = options_of(help_of(lambda: validate.parse_arguments(["--help"])))
+    found["fluxdit_jax.train"] = options_of(help_of(lambda: arguments.parse(["train", "--help"])))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["export", "--help"])
         found["fluxdit_jax.export"] = options_of(help_of(export.main))
     return found
 
 
-def read_config(arguments: list[str]) -> ConfigDict:
+def read_config(words: list[str]) -> ConfigDict:
     """The configuration of a `fluxdit_jax.train` command, by absl's own parser, checked as training checks it."""
     values = flags.FlagValues()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train", *arguments])  # ml_collections finds the overrides there
+        patch.setattr(sys, "argv", ["train", *words])  # ml_collections finds the overrides there
         config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=values)
         assert values(sys.argv) == ["train"]
     configuration.check(values.config)
@@ -134,9 +135,11 @@ def test_every_command_is_understood_by_its_program(command: Command, known_opti
         if len(command.arguments) > 1:
             preprocess._parser().parse_args(command.arguments)
     elif command.module == "fluxdit_jax.train":
-        arguments = ["--config=configs/demo.py" if a == "--config=FILE" else a for a in command.arguments]
-        if arguments:
-            read_config(arguments)
+        words = [word.replace("--config=FILE", "--config=configs/demo.py") for word in command.arguments]
+        if words == ["--keys"]:
+            assert "optim.lr" in help_of(lambda: arguments.parse(["train", *words]))
+        elif words:
+            read_config(words)
     elif command.module in known_options:
         given = {word.partition("=")[0] for word in command.arguments if word.startswith("--")}
         assert given <= known_options[command.module]
@@ -179,14 +182,7 @@ def test_every_key_that_is_named_exists(path: Path) -> None:
     groups = "|".join(name for name in config if isinstance(config[name], ConfigDict))
     for code in code_of(path):
         for group, key in re.findall(rf"(?<![\w./])(?:--config\.)?({groups})\.([a-z_0-9]+)", code):
-            if f"{group}.{key}" not in (
-                "data.py",
-                "model.py",
-                "flow.py",
-                "train.py",
-                "health.py",
-                "train.log",
-            ):
+            if key not in ("py", "log", "safetensors"):  # a file
                 assert key in config[group], f"{path.name}: {group}.{key}"
 
 
@@ -217,7 +213,7 @@ SHORT = {
         f"--config.{change}"
         for change in (
             "model.width=32", "model.depth=1", "model.heads=2", "train.steps=3", "optim.effective_batch=4",
-            "data.batch_size=4", "optim.warmup_steps=1", "log.every=1", "log.preview_every=0",
+            "data.batch_size=4", "model.remat=none", "optim.warmup_steps=1", "log.every=1", "log.preview_every=0",
             "log.heldout_count=2", "checkpoint.ema_every=2", "gate.required=False",
         )
     ],
@@ -248,17 +244,17 @@ def adapted(command: Command, folder: Path) -> list[str]:
 
 def run(command: Command, folder: Path) -> int:
     """Runs it in this process; returns its exit status."""
-    arguments = adapted(command, folder)
+    words = adapted(command, folder)
     if command.module == "preprocess":
-        return preprocess.main(arguments)
+        return preprocess.main(words)
     if command.module == "fluxdit_jax.train":
-        return train.train(read_config(arguments))
+        return train.train(read_config(words))
     if command.module == "fluxdit_jax.validate":
-        return validate.command(arguments)
+        return validate.command(words)
     if command.module == "fluxdit_jax.sample":
-        return 0 if sample.sample(sample.parse_arguments(arguments)) else 1
+        return 0 if sample.sample(sample.parse_arguments(words)) else 1
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(sys, "argv", ["export", *arguments])
+        patch.setattr(sys, "argv", ["export", *words])
         export.main()
     return int(stop.value.code or 0)
 
