@@ -43,8 +43,7 @@ LABELS = {
 COLOURS = ("#2b6a4d", "#c0392b", "#d08a1d", "#5b4fa0")
 # Failures of the gate: file name, run, step of the EMA (None: the newest).
 FAILURES = (
-    ("gate_healthy", "healthy", None),
-    ("gate_unfinished", "healthy", 150),
+    ("gate_unfinished", "healthy", None),
     ("gate_collapsed", "rate_too_high", None),
     ("gate_caption_unread", "caption_dead", None),
     ("gate_vector_unread", "vector_dead", None),
@@ -109,9 +108,10 @@ def draw_healthy(work: Path) -> None:
             shade = 0.15 + 0.75 * number / max(1, len(names) - 1)
             colour = (0.2 + 0.6 * shade, 0.5 - 0.3 * shade, 0.8 - 0.6 * shade)
             label = key.removeprefix(name) if name == "loss_by_time/" else None
-            axes.plot(
-                *curve(log, key), color=colour if name.endswith("/") else COLOURS[0], lw=1.2, label=label
-            )
+            steps, values = curve(log, key)
+            if name == "gradient_norm_by_group/":  # the nulls have none in a step that drops no condition
+                steps, values = zip(*((s, v) for s, v in zip(steps, values) if v > 0))
+            axes.plot(steps, values, color=colour if name.endswith("/") else COLOURS[0], lw=1.2, label=label)
         axes.grid(alpha=0.25)
     panels[0].plot(*curve(log, "heldout_loss"), color=COLOURS[1], lw=1.6, label="heldout_loss")
     panels[0].legend(fontsize=8)
