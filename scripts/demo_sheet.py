@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 from absl import logging as absl_logging
 
 from fluxdit_jax import data, pictures
@@ -38,15 +39,22 @@ def turn(caption: str) -> str:
     return caption.replace("looking right", "looking left").replace("facing front", "looking left")
 
 
-def main(workdir: Path, out: Path) -> None:
-    absl_logging.set_verbosity(absl_logging.WARNING)
+def draw(workdir: Path, shown: tuple[str, ...] = SHOWN, step: int | None = None) -> list[list[np.ndarray]]:
+    """A row of uint8 [H, W, 3] pictures for each of `ROWS`, a column for each composition.
+
+    Args:
+      workdir: a run on the demonstration set. shown: compositions. step: of the EMA weights; None: the newest.
+    """
     config, manifest = load_config(workdir), load_dataset(workdir)
     settings = resolve(config, manifest)
-    source = data.RecordSource(config.data.path, manifest, "train")
-    by_key = {record.key: record for record in (source[i] for i in range(len(source)))}
+    by_key = {}
+    for split in ("train", "holdout"):
+        source = data.RecordSource(config.data.path, manifest, split) if manifest.records(split) else ()
+        by_key.update((record.key, record) for record in (source[i] for i in range(len(source))))
     # The k-th composition in the k-th light; its partner is another composition in another light.
-    own = [by_key[f"{name}_l{k % 5}.png"] for k, name in enumerate(SHOWN)]
-    other = [by_key[f"{SHOWN[(k + 2) % len(SHOWN)]}_l{(k + 2) % 5}.png"] for k in range(len(SHOWN))]
+    own = [by_key[f"{name}_l{k % 5}.png"] for k, name in enumerate(shown)]
+    partners = [(k + 2) % len(shown) for k in range(len(shown))]
+    other = [by_key[f"{shown[k]}_l{k % 5}.png"] for k in partners]
     captions = [record.text for record in own]
     vectors = [record.vision for record in own]
     patch = settings.model.patch
@@ -66,11 +74,15 @@ def main(workdir: Path, out: Path) -> None:
         steps=16,
         batch_size=len(own),
     )
-    _, ema = restore_ema(workdir)
+    _, ema = restore_ema(workdir, step)
     latents = generator.latents(generator.cast(ema), wanted, generator.noise(list(range(3 * len(own)))))
     images = pictures.decode_all(load_decoder(manifest.vae), [record.latent for record in own] + latents)
-    rows = [images[start : start + len(own)] for start in range(0, len(images), len(own))]
-    pictures.grid(rows, row_titles=ROWS, cell=160).save(out, optimize=True)
+    return [images[start : start + len(own)] for start in range(0, len(images), len(own))]
+
+
+def main(workdir: Path, out: Path) -> None:
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    pictures.grid(draw(workdir), row_titles=ROWS, cell=160).save(out, optimize=True)
     print(out)
 
 
