@@ -155,4 +155,5 @@ def write_tensorboard(verdicts: list[Verdict], step: int, folder: Path) -> None:
         for cause in by_cause(verdicts):
             name = f"validation/advice: {cause.name}"
             board.text(step, name, "\n\n".join([", ".join(cause.tests), *cause.lines]))
-        board.scalars(step, numbers)
+        about = "Of the gate (`fluxdit_jax.validate`) at the step of its weights; `validation/report.html` explains it."
+        board.scalars(step, {(name, about): value for name, value in numbers.items()})

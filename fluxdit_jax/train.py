@@ -34,7 +34,7 @@ from fluxdit_jax import (
 )
 from fluxdit_jax import config as configuration
 from fluxdit_jax.allocator import keep_freed_memory
-from fluxdit_jax.checkpoint import CheckpointError, Checkpoints, leaves_threads, restore_ema
+from fluxdit_jax.checkpoint import CheckpointError, Checkpoints, leaves_threads, require_same_shapes
 from fluxdit_jax.config import Settings
 from fluxdit_jax.due import Overdue
 from fluxdit_jax.flow import FlowConfig
@@ -61,6 +61,7 @@ from fluxdit_jax.stopping import Signals, any_process
 from fluxdit_jax.trace import Trace
 from fluxdit_jax.train_step import patch_statistics
 from fluxdit_jax.vae import DecoderError
+from fluxdit_jax.weights import places, restore_weights
 
 log = logging.getLogger("fluxdit_jax")
 USER_ERRORS = (
@@ -90,8 +91,10 @@ def train(config: ConfigDict) -> int:
         report = None
         if config.gate.required:
             report = require_report(config.gate.report, settings.model, manifest)
-        if config.resume.from_run is not None and not (Path(config.resume.from_run) / "ema").is_dir():
-            raise RunError(f"config.resume.from_run is {config.resume.from_run!r}, which is no run directory")
+        if config.resume.from_run is not None and not places(Path(config.resume.from_run)):
+            raise RunError(
+                f"config.resume.from_run is {config.resume.from_run!r}, a directory without weights of a run"
+            )
         workdir = Path(config.workdir)
         primary = jax.process_index() == 0
         if primary:
@@ -284,12 +287,13 @@ def _first_state(
         _require_same_split(*restored, config)
         log.info("continuing with the full state of %s", config.resume.from_run)
         return restored[0], {"samples": restored[1]["samples"]}
-    step, ema = restore_ema(Path(config.resume.from_run), like=program.abstract.params)
+    weights = restore_weights(Path(config.resume.from_run))
+    require_same_shapes(str(weights.path), weights.ema, program.abstract.params)
     log.info(
         "starting from the EMA of %s at step %d; data: %s",
-        *(config.resume.from_run, step, difference_from(Path(config.resume.from_run), manifest)),
+        *(config.resume.from_run, weights.step, difference_from(Path(config.resume.from_run), manifest)),
     )
-    return program.from_ema(ema), {"samples": 0}
+    return program.from_ema(weights.ema), {"samples": 0}
 
 
 def _require_same_split(state: TrainState, meta: dict[str, Any], config: ConfigDict) -> None:
