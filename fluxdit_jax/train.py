@@ -108,7 +108,7 @@ def train(config: ConfigDict) -> int:
         # ------------------------------------------------------------ the compiled step, if it fits the device
         program = Program(settings, mesh, statistics)
         overview.describe(config, settings, manifest, mesh)
-        log.info("compiling the step (a minute or two on a GPU, unless the compilation cache has it)")
+        log.info("compiling the step (a minute or two on a GPU, unless it is in the compilation cache)")
         compiled = program.compile()
         plan = program.memory(compiled)
         log.info("memory of a device: %.2f GB (%s)", plan.total / 1e9, plan)
@@ -289,9 +289,9 @@ def _first_state(
         return restored[0], {"samples": restored[1]["samples"]}
     weights = restore_weights(Path(config.resume.from_run))
     require_same_shapes(str(weights.path), weights.ema, program.abstract.params)
+    difference = difference_from(Path(config.resume.from_run), manifest)
     log.info(
-        "starting from the EMA of %s at step %d; data: %s",
-        *(config.resume.from_run, weights.step, difference_from(Path(config.resume.from_run), manifest)),
+        "starting from the EMA of %s at step %d; data: %s", config.resume.from_run, weights.step, difference
     )
     return program.from_ema(weights.ema), {"samples": 0}
 
