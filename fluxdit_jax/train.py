@@ -47,13 +47,7 @@ from fluxdit_jax.optimizer import learning_rate
 from fluxdit_jax.preview import Preview, make_preview
 from fluxdit_jax.program import Program
 from fluxdit_jax.records import DatasetError, Manifest, load_manifest
-from fluxdit_jax.run_directory import (
-    RunError,
-    RunLock,
-    check_resume,
-    difference_from,
-    flatten,
-)
+from fluxdit_jax.run_directory import RunError, RunLock, check_resume, difference_from, flatten
 from fluxdit_jax.sharding import MeshError
 from fluxdit_jax.soundness import BrokenRun, Watchdog
 from fluxdit_jax.state import TrainState
