@@ -48,9 +48,9 @@ def default_config() -> ConfigDict:
     c.data.on_corrupt = "stop"  # at a damaged record: stop, or skip: the next sound one stands in, up to 1 %
 
     c.model = ConfigDict()
-    c.model.width = 384
-    c.model.depth = 12
-    c.model.heads = 6
+    c.model.width = 384  # features of a token
+    c.model.depth = 12  # blocks
+    c.model.heads = 6  # attention heads; width / heads is a multiple of 4
     c.model.patch = 2  # latent pixels per token side
     c.model.channels = 16  # latent channels; must be the dataset's
     c.model.text_width = 1024  # width of a text token; must be the dataset's
@@ -63,7 +63,7 @@ def default_config() -> ConfigDict:
 
     c.flow = ConfigDict()
     c.flow.mean = 0.0  # of the logit of t
-    c.flow.std = 1.0
+    c.flow.std = 1.0  # of the logit of t
     c.flow.uniform_share = 0.0  # share of samples with uniform t; 1.0: uniform time
     c.flow.shift = placeholder(float)  # time shift s; None: sqrt(largest token count / 256), at least 1
     c.flow.stratified = True  # one t from each of effective_batch quantiles
@@ -73,14 +73,14 @@ def default_config() -> ConfigDict:
 
     c.optim = ConfigDict()
     c.optim.name = "adamw"  # adamw, muon
-    c.optim.lr = 1e-4
+    c.optim.lr = 1e-4  # the highest learning rate
     c.optim.adam_lr = 1e-4  # with muon: of everything but the matrices inside the blocks
     c.optim.schedule = "constant"  # constant, cosine
-    c.optim.warmup_steps = 1000
+    c.optim.warmup_steps = 1000  # steps in which the rate rises from 0
     c.optim.final_fraction = 0.0  # where the cosine ends, as a share of lr
-    c.optim.b1 = 0.9
-    c.optim.b2 = 0.95
-    c.optim.eps = 1e-8
+    c.optim.b1 = 0.9  # decay of the first moment
+    c.optim.b2 = 0.95  # decay of the second moment
+    c.optim.eps = 1e-8  # added to the root of the second moment
     c.optim.weight_decay = 0.01  # matrices only
     c.optim.clip = 1.0  # global gradient norm
     c.optim.effective_batch = 256  # samples per optimizer step; a multiple of data.batch_size

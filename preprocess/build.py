@@ -216,7 +216,7 @@ def _build(
     # ---- 2. What there is, by name; and the encoders, so that a missing one is known before hours of reading.
     before, interrupted = repeat.published(output), repeat.unfinished(output)
     replace = repeat.permitted(options, replace, interrupted)
-    differences = [] if replace or before is None else repeat.require_same(options, before, str(output))
+    differences = {} if replace or before is None else repeat.require_same(options, before, str(output))
     start = time.perf_counter()
     listing, vectors = _list(options, output)
     seconds["list"] = time.perf_counter() - start

@@ -181,17 +181,20 @@ def tell(journal: Journal, found: Comparison, plan: Plan) -> None:
         journal.event("gone", keys=sorted(key for keys in found.dropped.values() for key in keys))
 
 
-def require_kept(found: Comparison, output: str, differences: list[str], repairing: bool = False) -> None:
+def require_kept(
+    found: Comparison, output: str, differences: dict[str, str], repairing: bool = False
+) -> None:
     """Checks that a build leaves a finished dataset what it has.
 
     Args:
-      differences: options that select other inputs or encoders than the dataset's, as lines; then nothing may go.
+      differences: options that select other inputs or encoders than the dataset's, each with a line of words; then
+        nothing may go, but in a folder that was only moved captions may have been edited.
       repairing: what is encoded again is meant to be.
 
     Raises:
       WouldLose: more than a few records would be dropped or encoded again; it says how many, and why.
     """
-    allowed = tuple(found.changed) if repairing else () if differences else _EDITED
+    allowed = tuple(found.changed) if repairing else () if set(differences) - {"input"} else _EDITED
     going = found.going(allowed)
     count = sum(map(len, going.values()))
     few = 0 if differences else max(_FEW, int(_FEW_SHARE * found.records))
@@ -211,7 +214,7 @@ def require_kept(found: Comparison, output: str, differences: list[str], repairi
                 f"--output {output} holds {found.records:,} records, and {count:,} of them would go or be encoded "
                 "again; nothing was changed:",
                 *lines,
-                *differences,
+                *differences.values(),
                 ways + ".",
             ]
         )

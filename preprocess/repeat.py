@@ -143,11 +143,11 @@ def _flag(name: str, value: Any) -> str:
     return f"--{flag} {value!r}" if value == "" or " " in str(value) else f"--{flag} {value}"
 
 
-def require_same(options: Options, before: Earlier, output: str) -> list[str]:
+def require_same(options: Options, before: Earlier, output: str) -> dict[str, str]:
     """Checks that a build has the options of the dataset in its output.
 
     Returns:
-      A line for every option that selects other inputs or encoders: whether it may differ depends on what would
+      {option: line} of those that select other inputs or encoders: whether they may differ depends on what would
       become of the records.
 
     Raises:
@@ -162,14 +162,14 @@ def require_same(options: Options, before: Earlier, output: str) -> list[str]:
         for name in differing
     }
     decisive = [lines[name] for name in _DECISIVE if name in lines]
-    selecting = [lines[name] for name in _SELECTING if name in lines]
+    selecting = {name: lines[name] for name in _SELECTING if name in lines}
     if decisive:
         raise PreprocessError(
             "\n".join(
                 [
                     f"--output {output} was built with other options; nothing was changed:",
                     *decisive,
-                    *selecting,
+                    *selecting.values(),
                     f"To build it anew with these, add --replace. To update it, leave them out (`--output {output}` "
                     "alone repeats its build); or build into another --output.",
                 ]

@@ -304,7 +304,7 @@ UNFIT = {
     "unit L2 norm, got 0.0": lambda r: {"vision": r.vision * 0},
     "unit L2 norm, got 2.0": lambda r: {"vision": r.vision * 2},
     "vision vector of 1": lambda r: {"vision": np.ones(1, np.float32)},
-    "size 64x64 is not in the bucket table": lambda r: {
+    "size 64x64 .width x height. is not in the bucket table": lambda r: {
         "latent": np.ones((CHANNELS, 8, 8), BF16),
         "encoded_size": (64, 64),
     },
@@ -477,5 +477,5 @@ def test_collate_pads_with_zeros_and_cuts_the_text():
 def test_a_latent_that_does_not_fit_is_named(size, tokens):
     with pytest.raises(DatasetError) as refusal:
         collate([make_record(3, size)], [0], patch=2, tokens=tokens, text_tokens=4)
-    for word in ("image_003.png", f"{size[0]}x{size[1]}", "side 2"):
+    for word in ("image_003.png", f"{size[1]}x{size[0]}", "side 2"):
         assert word in str(refusal.value)

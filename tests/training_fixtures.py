@@ -42,6 +42,7 @@ def quick_compile(xla_cache: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fluxdit_jax.train, "Program", _traced_once)
         yield
+    _PROGRAMS.clear()
     for name, value in before.items():
         jax.config.update(name, value)
 
@@ -56,12 +57,15 @@ class _TracedOnce(Program):
 
 
 _PROGRAMS: dict[tuple, Program] = {}
+_KEPT = 4  # a compiled program takes about 1,900 memory mappings, of which Linux grants a process 65,530
 
 
 def _traced_once(settings: Settings, mesh: jax.sharding.Mesh, statistics: tuple) -> Program:
     """The program of these very settings, which runs of one process share: most of a small run is tracing."""
     key = (settings, mesh, *(part.tobytes() for part in statistics))
     if key not in _PROGRAMS:
+        while len(_PROGRAMS) >= _KEPT:
+            del _PROGRAMS[next(iter(_PROGRAMS))]
         _PROGRAMS[key] = _TracedOnce(settings, mesh, statistics)
     return _PROGRAMS[key]
 

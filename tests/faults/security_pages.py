@@ -50,6 +50,7 @@ def report_page(evil: str) -> str:
             (case, case),
             chart,
             (evil,),
+            (evil,),
         )
         for name in ("memorisation", "vision_swap", "text_edit")
     ]
