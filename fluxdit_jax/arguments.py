@@ -24,7 +24,7 @@ Trains, or resumes the run in RUN: the same command goes on where it was stopped
 
   --config=FILE            configs/demo.py (a demonstration), nano.py (the gate), prod.py (production), or your own
   --config.GROUP.KEY=VALUE overrides a key of it, as --config.optim.lr=5e-5
-  --keys                   prints every key with its default and its meaning; --keys=GROUP those of a group
+  --keys                   prints every key with its default (not the file's) and meaning; --keys=GROUP: of a group
   --help                   this
 
 Ctrl-C saves and stops; twice stops at once. Curves: tensorboard --logdir RUN/tensorboard
@@ -52,7 +52,11 @@ def parse(argv: list[str]) -> list[str]:
     for argument in wanted:
         name, _, group = argument.partition("=")
         if name == "--keys":
-            print("\n".join(described_keys(group.strip("."))) or f"no key begins with {group!r}")
+            lines = described_keys(group.strip("."))
+            if not lines:
+                groups = sorted({line.partition(" ")[0].partition(".")[0] for line in described_keys()})
+                sys.exit(f"error: no key begins with {group!r}; there are {', '.join(groups)}")
+            print("\n".join(lines))
             sys.exit(0)
     try:
         left_over = flags.FLAGS([_with_home(argument) for argument in argv])

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import logging
+import shlex
 import shutil
 from pathlib import Path
 
@@ -150,6 +151,8 @@ def _verdict(workdir: Path, weights: Weights) -> str:
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         if is_of(report, weights.step, weights.digest, weights.folder):
+            if not report["passed"]:
+                log.warning("these weights failed the gate (%s), and the card says so", path)
             return "passed" if report["passed"] else "failed"
         measured = report.get("weights")
         other = measured.get("ema_step") if isinstance(measured, dict) else None
@@ -175,10 +178,14 @@ def main() -> None:
     add("--weights", choices=(EMA, SHORT_EMA), default=EMA, help="which average; default: ema")
     arguments = parser.parse_args()
     absl_logging.set_verbosity(absl_logging.WARNING)
-    command.run(
-        lambda: print(export(arguments.workdir, arguments.out, arguments.step, arguments.weights)),
-        USER_ERRORS,
-    )
+    logging.basicConfig(format="warning: %(message)s", level=logging.WARNING, force=True)
+
+    def work() -> None:
+        print(export(arguments.workdir, arguments.out, arguments.step, arguments.weights))
+        out = shlex.quote(str(arguments.out))
+        print(f"Draw from it: python -m fluxdit_jax.sample --model {out} --prompt TEXT --out FILE.png")
+
+    command.run(work, USER_ERRORS)
 
 
 if __name__ == "__main__":

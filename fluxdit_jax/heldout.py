@@ -23,7 +23,11 @@ _FIRST_INDEX = 2**31
 
 
 class HeldOut:
-    """Measures the flow loss on fixed draws: each picture once at each of a few fixed quantiles of time."""
+    """Measures the flow loss on fixed draws: each picture once at each of a few fixed quantiles of time.
+
+    Attributes:
+      pictures: how many are measured.
+    """
 
     def __init__(
         self,
@@ -72,6 +76,7 @@ class HeldOut:
             bin_loss, bin_count = flow.loss_by_time(loss_B, batch["t"], batch["weight"])
             return jnp.sum(loss_B), bin_loss, bin_count
 
+        self.pictures = len(records)
         self._count = float(weights.sum())
         self._measure = jax.jit(measure)
 

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from fluxdit_jax.config import default_config
 from fluxdit_jax.files import write_whole
 from fluxdit_jax.lock import Lock
-from fluxdit_jax.records import DatasetError, Manifest, json_checksum
+from fluxdit_jax.records import DatasetError, Manifest, json_checksum, load_manifest
 
 log = logging.getLogger(__name__)
 CONFIG = "config.json"
@@ -221,6 +221,10 @@ def load_dataset(workdir: Path) -> Manifest:
     path = workdir / DATASET
     try:
         text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise RunError(
+            f"{path} does not exist: {workdir} is not a run directory of fluxdit_jax.train"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(f"{path} cannot be read: {error}") from error
     return Manifest.from_json(text, str(path))
@@ -230,6 +234,29 @@ def _dataset_identity(manifest: Manifest) -> tuple:
     """What makes two data sets the same for training: their train shards, and the statistics that follow."""
     shards = [shard.sha256 for shard in manifest.shards.get("train", ())]
     return shards, manifest.latent_mean, manifest.latent_std
+
+
+def require_dataset(directory: Path, workdir: Path) -> None:
+    """Checks that a folder holds the data set that a run was last started with.
+
+    A manifest that cannot be read is passed over: the run has its own copy, and the shards have checksums.
+
+    Raises:
+      DatasetError: there is no such folder.
+      RunError: it holds another data set; the message says what differs.
+    """
+    try:
+        now = load_manifest(directory)
+    except DatasetError:
+        if not directory.is_dir():
+            raise
+        return
+    if _dataset_identity(now) != _dataset_identity(load_dataset(workdir)):
+        raise RunError(
+            f"{directory} is not the data set that {workdir} was last trained on: {difference_from(workdir, now)}. "
+            "Give the one it was trained on, with --data; or train on with this one "
+            "(--config.resume.allow_changes=True), and then validate"
+        )
 
 
 def difference_from(workdir: Path, new: Manifest) -> str:

@@ -82,13 +82,11 @@ def train(config: ConfigDict) -> int:
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.data.batch_size)
         source = data.RecordSource(config.data.path, manifest, "train", config.data.on_corrupt)
         statistics = patch_statistics(manifest.latent_mean, manifest.latent_std, settings.model.patch)
-        report = None
-        if config.gate.required:
-            report = require_report(config.gate.report, settings.model, manifest)
+        report = (
+            require_report(config.gate.report, settings.model, manifest) if config.gate.required else None
+        )
         if config.resume.from_run is not None and not places(Path(config.resume.from_run)):
-            raise RunError(
-                f"config.resume.from_run is {config.resume.from_run!r}, a directory without weights of a run"
-            )
+            raise RunError(f"config.resume.from_run is {config.resume.from_run!r}: no weights of a run there")
         workdir = Path(config.workdir)
         primary = jax.process_index() == 0
         if primary:
@@ -114,6 +112,7 @@ def train(config: ConfigDict) -> int:
         samples = meta["samples"]  # drawn so far
         step, mini = int(state.step), int(state.opt_state.mini_step)
         continuation.begin(workdir, config, manifest, checkpoints, state)
+        signals = closing.enter_context(Signals())  # before the log says that the run has begun
         log.info("step %d of %d", step, config.train.steps)
 
         # ------------------------------------------------------------ data, and what is written and shown
@@ -156,7 +155,6 @@ def train(config: ConfigDict) -> int:
                 unfinished=meta.get("unfinished"),
             )
         )
-        signals = closing.enter_context(Signals())
         trace = Trace(
             workdir / "profile", configuration.profile_steps(config.profile) if config.profile else range(0)
         )
@@ -198,10 +196,10 @@ def train(config: ConfigDict) -> int:
             look_due = look_due and not (stopping and not last)
             ema_due = mini == 0 and (last or step % config.checkpoint.ema_every == 0)
             preview_due = preview is not None and (
-                look_due or (mini == 0 and step % config.log.preview_every == 0)
+                look_due or (not mini and step % config.log.preview_every == 0)
             )
             heldout_due = heldout is not None and (
-                look_due or (mini == 0 and step % config.log.heldout_every == 0)
+                look_due or (not mini and step % config.log.heldout_every == 0)
             )
             if not (stopping or save_due or ema_due or preview_due or heldout_due):
                 checkpoints.poll()
@@ -245,6 +243,7 @@ def train(config: ConfigDict) -> int:
             log.info(
                 "done: %d steps. EMA weights: %s; pictures: %s", step, workdir / "ema", workdir / "samples"
             )
+            log.info("next: python -m fluxdit_jax.sample --workdir=%s --prompt TEXT --out FILE.png", workdir)
             return 0 if checkpoints.failures == 0 else 1
         why, code = "another process was told to stop", 128 + signal.SIGTERM
         if signals.received is not None:
@@ -339,7 +338,7 @@ def _preview_options(config: ConfigDict) -> dict[str, Any]:
 
 def _measure_heldout(heldout: HeldOut, state: TrainState, step: int, writer: MetricsWriter) -> None:
     values = heldout(state.ema)
-    log.info("step %d: held-out loss %.4f (EMA)", step, values["heldout_loss"])
+    log.info("step %d: held-out loss %.4f (EMA, %d pictures)", step, values["heldout_loss"], heldout.pictures)
     writer.scalars(step, values)
     if state.short_ema is not None:
         values = heldout(state.short_ema)
@@ -385,7 +384,7 @@ def main(argv: list[str]) -> None:
     except BrokenRun:  # the reporter has told it
         code = 1
     except KeyboardInterrupt:
-        print("stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("stopped at once; the same command goes on from the last checkpoint, if any", file=sys.stderr)
         code = 130
     if leaves_threads() and jax.process_count() == 1:
         command.leave(code)

@@ -47,7 +47,7 @@ from fluxdit_jax.preview import spread
 from fluxdit_jax.prompts import SampleError, encode_prompts
 from fluxdit_jax.records import DatasetError, Manifest, Record
 from fluxdit_jax.report import FOLDER, Circumstances, build_report, write_json, write_tensorboard
-from fluxdit_jax.run_directory import RunError, RunLock, load_config, load_dataset
+from fluxdit_jax.run_directory import RunError, RunLock, load_config, load_dataset, require_dataset
 from fluxdit_jax.train_step import patch_statistics
 from fluxdit_jax.vae import DecoderError, load_decoder
 from fluxdit_jax.weights import restore_weights
@@ -137,6 +137,7 @@ def validate(arguments: argparse.Namespace) -> bool:
     log = read_log(arguments.workdir)  # a damaged one is told before minutes of drawing
     weights = restore_weights(arguments.workdir, arguments.step)
     directory = arguments.data or Path(config.data.path)
+    require_dataset(directory, arguments.workdir)
     source = RecordSource(directory, manifest, "train", config.data.get("on_corrupt", "stop"))
     records = [
         dataclasses.replace(record, text=record.text[: settings.text_limit])  # as in training

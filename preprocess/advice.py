@@ -73,6 +73,8 @@ def _other_tables(plan: Plan) -> list[str]:
         worse = sum(bend(i, _nearest(table, i), "resize") > VISIBLE for i in plan.items)
         if worse <= _FEW * len(plan.items):
             left = f"{worse} would be" if worse else "none would be"
+            soft = sum(_enlargement(i, _nearest(table, i)) > options.max_upscale for i in plan.items)
+            left += f", {soft} enlarged more than {options.max_upscale:g} times" if soft else ""
             return [f"{name} {modulus if name == '--modulus' else resolution} ({left})"]
     return []
 
@@ -99,7 +101,10 @@ def tell_enlarged(plan: Plan, say: Callable[[str], None]) -> int:
     if len(enlarged) > _FEW * len(plan.items) and (fitting := fitting_resolution(plan)):
         side, count = fitting
         left = f"{count:,} are" if count else "none is"
-        say(f"  --resolution {side} would fit: at that size {left} enlarged so much")
+        table = buckets.bucket_table(side, _modulus(options, side), options.max_aspect)
+        bent = sum(bend(i, _nearest(table, i), "resize") > VISIBLE for i in plan.items)
+        also = f", {bent:,} stretched by more than {VISIBLE:.0%}" if bent and options.fit == "resize" else ""
+        say(f"  --resolution {side} would fit: at that size {left} enlarged so much{also}")
     return len(enlarged)
 
 

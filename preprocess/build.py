@@ -25,7 +25,7 @@ from preprocess.options import Options
 from preprocess.plan import Fingerprints, NothingToBuild, Plan, make_plan
 from preprocess.publish import LOG_FILE, Identities, finish, publish, roll_forward, save_rejects
 from preprocess.scan import scan
-from preprocess.summary import tell_encoders, tell_plan, tell_result
+from preprocess.summary import MANY_REJECTS, tell_encoders, tell_plan, tell_result, too_many_rejects
 from preprocess.units import WORK, Rows, disk_errors
 from preprocess.vectors import Vectors
 
@@ -110,6 +110,9 @@ def dry_run(options: Options, drawing: str = "", replace: bool = False) -> Plan:
     comparison.tell(journal, found, plan)
     tell_plan(journal, plan, listing, beyond)
     tell(plan, found, encoders, drawing, journal.say)
+    rejects = sum(reject.counted for reject in plan.rejects)
+    if too_many := too_many_rejects(rejects, len(plan.items), options.max_rejects):
+        journal.say(f"\nwarning: the build will end with status {MANY_REJECTS}: {too_many}")
     if before and existing.index.units and not repeat.permitted(options, replace, interrupted):
         try:
             comparison.require_kept(found, str(output), repeat.require_same(options, before, str(output)))

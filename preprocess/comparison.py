@@ -75,11 +75,14 @@ def compare(
     known = _known(existing)
     had: set[str] = set()
     had_contents: set[str] = set()
+    gone_contents: set[str] = set()
     for row, old in enumerate(_rows(existing.index.table)):
         key, content = old["key"], old["content_hash"]
         had.add(key)
         had_contents.add(content)
         item = items.get(key)
+        if item is None:
+            gone_contents.add(content)
         if item is not None:
             reason = "damaged" if row in existing.damaged else _change(item, old, prints, before, contents)
             if reason:
@@ -100,9 +103,9 @@ def compare(
         result.captions += not text
         if item.key in had:
             continue
-        if item.content in had_contents:
+        if item.content in gone_contents:
             result.moved += 1
-        elif picture or not text:
+        elif picture or not text or item.content in had_contents:  # a copy needs no encoding
             result.new += 1
         else:
             result.unfinished += 1

@@ -95,7 +95,7 @@ def tell(
     need = total * figures.record_bytes
     several = f", {figures.captions:.2f} captions an image" if figures.captions > 1 else ""
     say(
-        f"disk: about {figures.record_bytes / 1e3:,.0f} KB a record, {need / 1e9:,.1f} GB in all (with 16 channels "
+        f"disk: about {figures.record_bytes / 1e3:,.0f} KB a record, {_bytes(need)} in all (with 16 channels "
         f"at 1/8 and 1,024-wide tokens, {figures.tokens:.0f} a caption{several}); while an existing dataset is made "
         "anew with other encoders, twice that"
     )
@@ -181,6 +181,10 @@ def _trial(plan: Plan, encoders: Encoders) -> float:
     except ValueError as error:
         raise PreprocessError(f"the encoders cannot take a picture of {width}x{height}: {error}") from error
     return seconds
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def _duration(seconds: float) -> str:

@@ -315,8 +315,10 @@ def _tell(options: SubsetOptions, pool: Pool, choice: Choice, result: Result, jo
     _tell_figures(about["figures"], say)
     if not couples["all"]:
         say(
-            "  note: no two captions differ in the words of the gate's edit "
-            f"({'; '.join(f'{rule.old} => {rule.new}' for rule in options.rules())}); give --edit here and to validate"
+            "  warning: no two captions differ in the words of the gate's edit "
+            f"({'; '.join(f'{rule.old} => {rule.new}' for rule in options.rules())}), so its third test cannot pass: "
+            "choose words that your captions have, and give them here and to validate, as "
+            '--edit "on the left=>on the right:right"'
         )
     if about["distorted"]:
         square = " to be square; without --square they keep their shape" if options.square else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import shlex
 from collections.abc import Sequence, Set
 from pathlib import Path
@@ -137,14 +138,21 @@ def tell_result(
     )
     for line in next_steps(output, manifest):
         journal.say(line)
-    share = manifest.rejects / max(1, manifest.rejects + total)
-    if share > plan.options.max_rejects:
-        journal.say(
-            f"error: {share:.1%} of the inputs were rejected, more than --max-rejects {plan.options.max_rejects:g}; "
-            "the dataset is complete without them"
-        )
+    if too_many := too_many_rejects(manifest.rejects, total, plan.options.max_rejects):
+        journal.say(f"error: {too_many}. The dataset is complete without them")
         return MANY_REJECTS
     return 0
+
+
+def too_many_rejects(rejects: int, records: int, most: float) -> str:
+    """What is to be said where a larger share of the inputs than `most` (--max-rejects) is rejected; else ""."""
+    share = rejects / max(1, rejects + records)
+    if share <= most:
+        return ""
+    return (
+        f"{rejects:,} of {rejects + records:,} inputs are rejected ({share:.1%}), more than {most:.1%} (--max-rejects "
+        f"{most:g}). If that is right, give --max-rejects {math.ceil(100 * share) / 100:g}"
+    )
 
 
 _GATE_SET = 300  # images that the gate's model can learn by heart

@@ -316,7 +316,7 @@ def test_bad_inputs_are_rejected_with_their_reason(
     assert verify(tmp_path / "data") == []
     assert {p: p.read_bytes() for p in before} == before, "sources are never touched"
     assert build(options(photos, tmp_path / "data", max_rejects=0.1)).status == 3
-    assert "more than --max-rejects 0.1" in capsys.readouterr().out
+    assert "(--max-rejects 0.1)" in capsys.readouterr().out
     assert_as_fresh(photos, tmp_path / "data", tmp_path)
 
 

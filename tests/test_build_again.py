@@ -212,6 +212,26 @@ def test_a_dry_run_compares_and_writes_nothing(scene: Scene, draw_photo) -> None
     assert set(tree(scene.data.parent)) - set(before) == {str(scene.data.parent / "plan.png")}
 
 
+def test_a_copy_is_new_and_a_renamed_picture_is_kept(scene: Scene) -> None:
+    shutil.copy(scene.photos / "set0" / "p00.png", scene.photos / "set0" / "copy.png")
+    shutil.copy(scene.photos / "set0" / "p00.json", scene.photos / "set0" / "copy.json")
+    said = scene.build("--dry-run")
+    assert f"{COUNT + 1} images: {COUNT} kept, 1 new, 0 changed, 0 dropped" in said
+    assert "to encode: 0 pictures, the captions of 0 images" in said
+    for suffix in (".png", ".json"):
+        (scene.photos / "set0" / f"copy{suffix}").unlink()
+        (scene.photos / "set0" / f"p00{suffix}").rename(scene.photos / "set0" / f"renamed{suffix}")
+    assert f"{COUNT} images: {COUNT} kept, 0 new" in scene.build("--dry-run")
+
+
+def test_a_dry_run_tells_of_too_many_rejects(scene: Scene, draw_photo) -> None:
+    for number in range(3):
+        write_image(scene.photos / f"mute{number}.png", 40 + number, None, draw_photo)
+    said = scene.build("--dry-run")
+    assert "status 3: 3 of 15 inputs are rejected (20.0%)" in said and "give --max-rejects 0.2" in said
+    scene.build("--max-rejects", "0.2")
+
+
 def test_a_dry_run_with_encoders_that_are_not_here(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are taken to be those that the dataset was built with, where the names are the same."""
     text = (scene.data / "build.json").read_text()

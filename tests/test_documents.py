@@ -195,7 +195,7 @@ def test_every_link_leads_somewhere(path: Path) -> None:
 
 def test_every_page_is_linked_from_the_readme_and_short() -> None:
     readme = DOCUMENTS[0].read_text(encoding="utf-8")
-    assert len(readme.splitlines()) <= 205
+    assert len(readme.splitlines()) <= 210
     for path in DOCUMENTS[2:]:
         assert f"(docs/{path.name})" in readme
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 135, path.name

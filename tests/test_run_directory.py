@@ -10,12 +10,13 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from training_helpers import REPOSITORY, tiny_config
+from training_helpers import REPOSITORY, tiny_config, write_dataset
 
 from fluxdit_jax.config import default_config
-from fluxdit_jax.records import Manifest, load_manifest
+from fluxdit_jax.records import MANIFEST, DatasetError, Manifest, load_manifest
 from fluxdit_jax.run_directory import (
     SHAPE_KEYS,
     RunError,
@@ -26,6 +27,7 @@ from fluxdit_jax.run_directory import (
     load_config,
     load_dataset,
     record_start,
+    require_dataset,
 )
 
 pytest_plugins = ("training_fixtures",)
@@ -185,7 +187,7 @@ def test_a_changed_digit_a_missing_data_set_and_a_missing_configuration_are_name
         load_config(workdir)
     path.write_text(whole)
     (workdir / "dataset.json").unlink()
-    with pytest.raises(RunError, match="dataset.json cannot be read"):
+    with pytest.raises(RunError, match="dataset.json does not exist.*not a run directory"):
         load_dataset(workdir)
     path.unlink()
     (workdir / "checkpoints" / "3").mkdir(parents=True)
@@ -216,6 +218,18 @@ def test_another_data_set_is_refused_but_the_same_one_may_move(config, manifest,
     with pytest.raises(RunError, match="27 images, was 24; resolution 64, was 32") as refusal:
         check_resume(workdir, config, grown)
     assert "allow_changes" in str(refusal.value) and f"resume.from_run={workdir}" in str(refusal.value)
+
+
+def test_a_folder_is_the_data_set_of_a_run_or_the_difference_is_named(config, manifest, workdir, tmp_path):
+    record_start(workdir, config, manifest)
+    require_dataset(Path(config.data.path), workdir)
+    with pytest.raises(DatasetError, match="no such folder.*--data of validate"):
+        require_dataset(tmp_path / "gone", workdir)
+    write_dataset(tmp_path / "grown", train=27)
+    with pytest.raises(RunError, match="27 images, was 24.*--data"):
+        require_dataset(tmp_path / "grown", workdir)
+    (tmp_path / "grown" / MANIFEST).write_text("{")  # the shards' own checksums tell
+    require_dataset(tmp_path / "grown", workdir)
 
 
 def test_other_latent_statistics_are_another_data_set(config, manifest, workdir):

@@ -161,12 +161,8 @@ def tell_pictures(report: dict[str, Any], manifest: Manifest) -> None:
             "gate: passed on pictures of %s; an older version wrote the report: it does not say of what", path
         )
         return
-    log.info(
-        "gate: passed on %d pictures of %s, %d of them drawn portraits of `preprocess demo`",
-        tested,
-        path,
-        drawn,
-    )
+    of_demo = f", {drawn} of them drawn portraits of `preprocess demo`" if drawn else ""
+    log.info("gate: passed on %d pictures of %s%s", tested, path, of_demo)
     same = data.get("shards_sha256") == [shard.sha256 for shard in manifest.shards.get("train", ())]
     if 2 * drawn > tested and not same:
         log.warning(

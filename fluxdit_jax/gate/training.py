@@ -66,7 +66,8 @@ def _unfinished(losses: list, step: int | None, planned: int | None) -> list[tup
             (cause, f"The weights are of step {step:,} of {planned:,}: train on, then validate again.{falls}")
         ]
     if len(losses) < ENOUGH:
-        return [(cause, "The run has logged almost no losses: was it trained at all?")]
+        few = f"metrics.jsonl has {len(losses)} losses, too few to judge the training: train for longer"
+        return [("little trained", f"{few}, or log more often (config.log.every).")]
     if _falling(losses):
         before, last = _falling(losses)
         return [
