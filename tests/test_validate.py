@@ -112,7 +112,7 @@ def test_options_choose_what_is_measured(untrained, capsys):
         (["--edit=fox=>cat"], ["'fox=>cat'", "OLD WORDS=>NEW WORDS:DIRECTION"]),
         (["--edit=zebra=>cat:left"], ["'zebra'"]),
         (["--unrelated=zebra=>cat"], ["--unrelated"]),
-        (["--data=/nowhere"], ["/nowhere", "missing"]),
+        (["--data=/nowhere"], ["/nowhere", "no such folder", "--data"]),
         (["--vae=/nowhere"], ["/nowhere"]),
     ],
 )
