@@ -338,18 +338,15 @@ def ema_steps(workdir: Path, folder: str = EMA) -> list[int]:
     return sorted(int(path.name) for path in (workdir / folder).glob("*") if path.name.isdigit())
 
 
-def restore_ema(
-    workdir: Path, step: int | None = None, like: Any = None, folder: str = EMA
-) -> tuple[int, Any]:
+def restore_ema(workdir: Path, step: int | None = None, folder: str = EMA) -> tuple[int, Any]:
     """Loads EMA weights as host numpy arrays: (step, nested dict of f32).
 
     Args:
       step: which; None takes the newest.
-      like: a tree of the shapes that they must have; None takes them as they are.
       folder: `EMA`, or `SHORT_EMA` for those with the shorter memory (config.ema.short_decay).
 
     Raises:
-      CheckpointError: there are none, or not of that step, or of other shapes, or they cannot be read or used.
+      CheckpointError: there are none, or not of that step, or they cannot be read or used.
     """
     steps = ema_steps(workdir, folder)
     if not steps:
@@ -358,24 +355,36 @@ def restore_ema(
     step = steps[-1] if step is None else step
     if step not in steps:
         raise CheckpointError(f"{workdir / folder} has no step {step}; it has {', '.join(map(str, steps))}")
-    path = (workdir / folder / str(step)).absolute()
+    return step, read_ema(workdir / folder / str(step))[0]
+
+
+def read_ema(path: Path) -> tuple[Any, str]:
+    """(EMA weights as host numpy arrays, their digest) of a directory that `save_ema` wrote.
+
+    Raises:
+      CheckpointError: they cannot be read or used.
+    """
+    path = path.absolute()
     try:
         with ocp.PyTreeCheckpointer() as reader:
             metadata = reader.metadata(path)
             shapes = metadata.item_metadata.tree
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
             ema = reader.restore(path, restore_args=as_numpy)
-        written = (metadata.custom_metadata or {}).get(_DIGEST)
-        if written is not None and written != tree_digest(ema):
-            raise OSError("its numbers are not those that were written")
-        fault = weights_fault(ema)
-        if fault:
-            raise OSError(f"its weights are broken: {fault}")
+        return ema, checked_digest(ema, (metadata.custom_metadata or {}).get(_DIGEST))
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
-    if like is not None:
-        require_same_shapes(str(path), ema, like)
-    return step, ema
+
+
+def checked_digest(ema: Any, written: str | None) -> str:
+    """The digest of weights that were read; `OSError` if it is not the one that was written, or they are broken."""
+    digest = tree_digest(ema)
+    if written is not None and written != digest:
+        raise OSError("its numbers are not those that were written")
+    fault = weights_fault(ema)
+    if fault:
+        raise OSError(f"its EMA weights are broken: {fault}")
+    return digest
 
 
 def require_same_shapes(what: str, saved: Any, wanted: Any) -> None:

@@ -74,7 +74,7 @@ def _describe_length(whole: Length, flops: int, config: ConfigDict, devices_used
     if epochs > MANY_EPOCHS and whole.images > SMALL_SET:
         few = max(1, round(MANY_EPOCHS / 10 * whole.images / whole.global_batch))
         log.warning(
-            "train.steps is %d: %.3g epochs of %d images. So many teach a model its images by heart and little else; "
+            "train.steps is %d: %.3g epochs of %d images. After so many a model has memorised its images; "
             "%d epochs are --config.train.steps=%d",
             *(whole.steps, epochs, whole.images, MANY_EPOCHS // 10, few),
         )

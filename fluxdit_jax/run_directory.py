@@ -123,8 +123,7 @@ def all_changes(workdir: Path, config: ConfigDict, manifest: Manifest) -> tuple[
     recorded, new = _recorded(workdir), config.to_dict()
     new["data"]["path"] = _whole(config.data.path)
     changes, free = (config_changes(recorded, ConfigDict(new), of_free_keys=free) for free in (False, True))
-    if _dataset_identity(load_dataset(workdir)) != _dataset_identity(manifest):
-        difference = difference_from(workdir, manifest)
+    if difference := dataset_difference(load_dataset(workdir), manifest):
         changes.append(
             f"data.path: {config.data.path} is not the data set of this run ({DATASET}): {difference}"
         )
@@ -251,20 +250,26 @@ def require_dataset(directory: Path, workdir: Path) -> None:
         if not directory.is_dir():
             raise
         return
-    if _dataset_identity(now) != _dataset_identity(load_dataset(workdir)):
+    if difference := dataset_difference(load_dataset(workdir), now):
         raise RunError(
-            f"{directory} is not the data set that {workdir} was last trained on: {difference_from(workdir, now)}. "
+            f"{directory} is not the data set that {workdir} was last trained on: {difference}. "
             "Give the one it was trained on, with --data; or train on with this one "
             "(--config.resume.allow_changes=True), and then validate"
         )
 
 
 def difference_from(workdir: Path, new: Manifest) -> str:
-    """How a data set differs from that of a run, in words."""
+    """How a data set differs from that of a run, in words; a run without a readable one says so."""
     try:
-        old = load_dataset(workdir)
+        return dataset_difference(load_dataset(workdir), new) or "the same data set"
     except (RunError, DatasetError):
         return f"cannot be compared, {workdir / DATASET} cannot be read"
+
+
+def dataset_difference(old: Manifest, new: Manifest) -> str:
+    """How the train split of a data set differs from that of another, in words; "" if it is the same."""
+    if _dataset_identity(old) == _dataset_identity(new):
+        return ""
     images = new.records("train"), old.records("train")
     found = [f"{images[0]} images, was {images[1]}"] if images[0] != images[1] else []
     for name in ("resolution", "fit"):
@@ -273,8 +278,7 @@ def difference_from(workdir: Path, new: Manifest) -> str:
     for name in ("vae", "text", "vision"):
         ids = getattr(new, name).id, getattr(old, name).id
         found += [f"{name} encoder {ids[0]}, was {ids[1]}"] if ids[0] != ids[1] else []
-    same = _dataset_identity(old) == _dataset_identity(new)
-    return "; ".join(found) or ("the same data set" if same else "as many images, with other contents")
+    return "; ".join(found) or "as many images, with other contents"
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -19,7 +19,7 @@ SCALARS = {
     "heldout_loss": (
         LEARNING,
         "Loss of the EMA on the held-out images, at fixed noise and times. Healthy: falls, ever more slowly. "
-        "Rises while `loss` falls: the model learns its images by heart; stop, or find more images.",
+        "Rises while `loss` falls: the model memorises its images; stop, or find more images.",
     ),
     "loss": (
         LEARNING,

@@ -20,14 +20,13 @@ from fluxdit_jax.checkpoint import (
     CHECKPOINTS,
     EMA,
     CheckpointError,
+    checked_digest,
     checkpoint_steps,
     ema_digest,
     ema_steps,
     first_line,
-    restore_ema,
+    read_ema,
 )
-from fluxdit_jax.digest import tree_digest
-from fluxdit_jax.soundness import weights_fault
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,16 +105,12 @@ def restore_weights(workdir: Path, step: int | None = None, folder: str = EMA) -
 
 def _read(workdir: Path, step: int, path: Path, folder: str) -> Weights:
     if path.parent.name != CHECKPOINTS:
-        _, ema = restore_ema(workdir, step, folder=folder)
-        return Weights(ema, step, folder, path, tree_digest(ema))
+        ema, digest = read_ema(path)
+        return Weights(ema, step, folder, path, digest)
     try:
         ema = _read_average(path, folder)
-        digest, written = tree_digest(ema), _meta(path).get(AVERAGE_DIGEST.format(folder))
-        if written is not None and written != digest:
-            raise OSError("its numbers are not those that were written")
-        fault = weights_fault(ema)
-        if fault:
-            raise OSError(f"its EMA weights are broken: {fault}")
+        written = _meta(path).get(AVERAGE_DIGEST.format(folder))
+        digest = checked_digest(ema, written)
     except Exception as error:  # whatever reading a damaged file raises
         raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
     kept = ema_steps(workdir, folder)

@@ -65,18 +65,24 @@ def _other_tables(plan: Plan) -> list[str]:
     tries = [("--modulus", options.resolution, modulus) for modulus in smaller]
     tries += [("--resolution", side, 0) for side in larger]
     for name, resolution, modulus in tries:
-        modulus = modulus or min(options.modulus, buckets.default_modulus(resolution))
-        try:
-            table = buckets.bucket_table(resolution, modulus, options.max_aspect)
-        except PreprocessError:
-            continue
-        worse = sum(bend(i, _nearest(table, i), "resize") > VISIBLE for i in plan.items)
-        if worse <= _FEW * len(plan.items):
+        tried = _tried(plan, resolution, modulus or min(options.modulus, buckets.default_modulus(resolution)))
+        if tried and tried[0] <= _FEW * len(plan.items):
+            worse, soft = tried
             left = f"{worse} would be" if worse else "none would be"
-            soft = sum(_enlargement(i, _nearest(table, i)) > options.max_upscale for i in plan.items)
             left += f", {soft} enlarged more than {options.max_upscale:g} times" if soft else ""
             return [f"{name} {modulus if name == '--modulus' else resolution} ({left})"]
     return []
+
+
+def _tried(plan: Plan, resolution: int, modulus: int) -> tuple[int, int] | None:
+    """(images bent visibly, images enlarged beyond --max-upscale) in another bucket table; None if there is none."""
+    try:
+        table = buckets.bucket_table(resolution, modulus, plan.options.max_aspect)
+    except PreprocessError:
+        return None
+    fitted = [(item, _nearest(table, item)) for item in plan.items]
+    bent = sum(bend(item, bucket, "resize") > VISIBLE for item, bucket in fitted)
+    return bent, sum(_enlargement(item, bucket) > plan.options.max_upscale for item, bucket in fitted)
 
 
 def _nearest(table: tuple[buckets.Size, ...], item: Item) -> buckets.Size:
@@ -99,29 +105,23 @@ def tell_enlarged(plan: Plan, say: Callable[[str], None]) -> int:
         f"{shown(worst.key)}, {_enlargement(worst, worst.bucket):.1f} times): they will look soft"
     )
     if len(enlarged) > _FEW * len(plan.items) and (fitting := fitting_resolution(plan)):
-        side, count = fitting
+        side, bent, count = fitting
         left = f"{count:,} are" if count else "none is"
-        table = buckets.bucket_table(side, _modulus(options, side), options.max_aspect)
-        bent = sum(bend(i, _nearest(table, i), "resize") > VISIBLE for i in plan.items)
         also = f", {bent:,} stretched by more than {VISIBLE:.0%}" if bent and options.fit == "resize" else ""
         say(f"  --resolution {side} would fit: at that size {left} enlarged so much{also}")
     return len(enlarged)
 
 
-def fitting_resolution(plan: Plan) -> tuple[int, int] | None:
-    """The largest --resolution at which few images are enlarged beyond --max-upscale, and how many are."""
+def fitting_resolution(plan: Plan) -> tuple[int, int, int] | None:
+    """The largest --resolution at which few images are enlarged beyond --max-upscale; (it, images bent, enlarged)."""
     options = plan.options
     sides = np.sort([math.sqrt(i.header.height * i.header.width) for i in plan.items])
     most = options.max_upscale * sides[int(_FEW * len(sides))]
     for side in reversed(_SIDES):
         if side < options.resolution and side <= 1.03 * most:  # a bucket may be 6 % smaller than its budget
-            try:
-                table = buckets.bucket_table(side, _modulus(options, side), options.max_aspect)
-            except PreprocessError:
-                continue
-            count = sum(_enlargement(i, _nearest(table, i)) > options.max_upscale for i in plan.items)
-            if count <= _FEW * len(plan.items):
-                return side, count
+            tried = _tried(plan, side, _modulus(options, side))
+            if tried and tried[1] <= _FEW * len(plan.items):
+                return side, *tried
     return None
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
+from fluxdit_jax.command import duration
 from fluxdit_jax.untrusted import shown
 from preprocess import PreprocessError, advice, buckets
 from preprocess.comparison import Comparison
 from preprocess.encode import Encoders
 from preprocess.plan import Plan
-from preprocess.report import padding
+from preprocess.report import byte_size, padding
 from preprocess.units import disk_errors
 
 # TFLOP of the default encoders, counted by torch's FlopCounterMode: Flux VAE at 1024 px, DINOv3-L at 512 px,
@@ -95,7 +96,7 @@ def tell(
     need = total * figures.record_bytes
     several = f", {figures.captions:.2f} captions an image" if figures.captions > 1 else ""
     say(
-        f"disk: about {figures.record_bytes / 1e3:,.0f} KB a record, {_bytes(need)} in all (with 16 channels "
+        f"disk: about {figures.record_bytes / 1e3:,.0f} KB a record, {byte_size(need)} in all (with 16 channels "
         f"at 1/8 and 1,024-wide tokens, {figures.tokens:.0f} a caption{several}); while an existing dataset is made "
         "anew with other encoders, twice that"
     )
@@ -151,13 +152,13 @@ def _tell_time(
     if encoders is not None:
         seconds = total * _trial(plan, encoders)
         say(
-            f"time: about {_duration(seconds)} for {total:,} images with these encoders on this machine, by a trial"
+            f"time: about {duration(seconds)} for {total:,} images with these encoders on this machine, by a trial"
         )
         return
     pixels = np.mean([item.bucket[0] * item.bucket[1] for item in plan.items])
     work = _VAE_AT_1024 * pixels / 1024**2 + _VISION + _TEXT_A_TOKEN * figures.tokens * figures.captions
     rates = {"20 TFLOP/s (an APU)": 20, "60 (an RTX 4090)": 60, "0.5 (8 CPU cores)": 0.5}
-    times = ", ".join(f"{_duration(total * work / rate)} at {name}" for name, rate in rates.items())
+    times = ", ".join(f"{duration(total * work / rate)} at {name}" for name, rate in rates.items())
     say(
         f"time: about {work:.1f} TFLOP an image with the default encoders: {times} really reached; with encoders in "
         "local directories this is measured instead"
@@ -181,13 +182,3 @@ def _trial(plan: Plan, encoders: Encoders) -> float:
     except ValueError as error:
         raise PreprocessError(f"the encoders cannot take a picture of {width}x{height}: {error}") from error
     return seconds
-
-
-def _bytes(count: float) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -98,8 +98,8 @@ def _overview(dataset: Dataset) -> list[str]:
         shards = manifest.shards[split]
         size = sum(shard.bytes for shard in shards)
         lines.append(
-            f"  {split:8} {manifest.records(split):9,} records in {len(shards)} shards, {_bytes(size)} "
-            f"({_bytes(size / manifest.records(split))} a record)"
+            f"  {split:8} {manifest.records(split):9,} records in {len(shards)} shards, {byte_size(size)} "
+            f"({byte_size(size / manifest.records(split))} a record)"
         )
     lines.append(f"  {manifest.resolution} px, modulus {manifest.modulus}, fit {manifest.fit}")
     for name in ("vae", "text", "vision"):
@@ -199,7 +199,8 @@ def _reject_lines(dataset: Dataset) -> list[str]:
     ]
 
 
-def _bytes(count: float) -> str:
+def byte_size(count: float) -> str:
+    """A number of bytes as people say it: "340 KB", "2.05 MB"."""
     for unit in ("B", "KB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

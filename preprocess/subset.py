@@ -1,4 +1,4 @@
-"""`python -m preprocess subset`: the pictures that the gate's run learns by heart, as a folder to build from.
+"""`python -m preprocess subset`: the pictures that the gate's run memorises, as a folder to build from.
 
 The new folder is made beside the old one and takes its place when it is whole. What was chosen and why is in
 `OUTPUT/.subset`, which `build` does not look into.

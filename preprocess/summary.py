@@ -155,7 +155,7 @@ def too_many_rejects(rejects: int, records: int, most: float) -> str:
     )
 
 
-_GATE_SET = 300  # images that the gate's model can learn by heart
+_GATE_SET = 300  # images that the gate's model can memorise
 
 
 def next_steps(output: Path, manifest: Manifest) -> list[str]:

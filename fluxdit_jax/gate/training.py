@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from fluxdit_jax.health import WEAK
+
 ENOUGH = 8  # logged losses from which on a curve says something
 FALLING = 0.75  # last loss over the one before it; a schedule that ends low takes off less than that
 LOST = 0.5  # share of what the loss had gained
-WEAK = 0.3  # RMS of the predicted over that of the target velocity
 LEARNED = 0.3  # share of its first loss that a network which draws something has gained
 
 # The health message of `metrics.jsonl` that belongs to a cause.
