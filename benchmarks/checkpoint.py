@@ -278,14 +278,10 @@ def _spread(ratio: dict[str, float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["demo", "nano"])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
-        "--work", type=given_path, default=Path(tempfile.gettempdir()), help="on the disk to measure"
-    )
+    parser.add_argument("--work", type=given_path, default=Path(tempfile.gettempdir()), help="on the disk to measure")
     parser.add_argument("--name", default="checkpoint", help="of the result")
     arguments = parser.parse_args()
     absl_logging.set_verbosity(absl_logging.WARNING)

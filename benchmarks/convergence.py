@@ -96,9 +96,7 @@ class Gate:
         album = Album(tuple(records), tuple(truths), settings.model.patch)
         self._memorisation, self._swap = Memorisation.plan(album), Swap.plan(album, 60)
         rules, unrelated = choose_rules(captions, []), choose_unrelated(captions, None)
-        self._edit = Edit.plan(
-            album, rules, unrelated, 40, lambda texts: encode_prompts(texts, manifest, None)
-        )
+        self._edit = Edit.plan(album, rules, unrelated, 40, lambda texts: encode_prompts(texts, manifest, None))
         self._generator = Generator(
             settings.model,
             tokens=settings.tokens,
@@ -169,9 +167,7 @@ def _turned(editing: Edit, painter: Painter, chosen: range) -> list[bool]:
     return result
 
 
-def measure(
-    name: str, directory: str, seed: int, averages: bool, probe: int, limit: int | None
-) -> dict[str, Any]:
+def measure(name: str, directory: str, seed: int, averages: bool, probe: int, limit: int | None) -> dict[str, Any]:
     """Trains one variant until the gate passes, or to step `limit`; returns its row."""
     what, changes = VARIANTS[name]
     config = demo.get_config()
@@ -220,9 +216,7 @@ def measure(
             painter = gate.painter(state.ema)
             part = gate.part(painter)
             curve.append({"step": number, "loss": round(loss, 4), **_rounded(part)})
-            bar.set_postfix_str(
-                " ".join(f"{key} {value}" for key, value in curve[-1].items() if key != "step")
-            )
+            bar.set_postfix_str(" ".join(f"{key} {value}" for key, value in curve[-1].items() if key != "step"))
             if kept and number % (3 * probe) == 0:
                 weights = {"raw": state.params, **{str(decay): tree for decay, tree in kept.items()}}
                 seen = {label: gate.part(gate.painter(tree)) for label, tree in weights.items()}
@@ -287,9 +281,7 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", nargs="*", metavar="VARIANT", help=", ".join(VARIANTS))
     parser.add_argument("--data", type=expanded, help="the demonstration set, preprocessed")
     parser.add_argument("--seed", type=int, default=0)
@@ -306,9 +298,7 @@ def main() -> None:
         devices.use_compilation_cache()
         keep_freed_memory(large_too=True)
         for name in arguments.variants or VARIANTS:
-            row = measure(
-                name, arguments.data, arguments.seed, arguments.averages, arguments.probe, arguments.limit
-            )
+            row = measure(name, arguments.data, arguments.seed, arguments.averages, arguments.probe, arguments.limit)
             rows = [other for other in known() if other["name"] != row["name"]]
             write(NAME, [*rows, row])
     print(show(known()))

@@ -83,9 +83,7 @@ def agreement() -> dict[str, Any]:
     variables = os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", code]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=120, cwd=environment.ROOT, env=variables
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=environment.ROOT, env=variables)
         return json.loads(done.stdout.splitlines()[-1])
     except (subprocess.TimeoutExpired, IndexError, ValueError) as error:
         return {"error": repr(error)}
@@ -169,9 +167,7 @@ class Bench:
 
     def _expected(self, spec: dict[str, Any]) -> float:
         """Seconds a configuration may take: as the longest of its side, or as before without compiling."""
-        before = [
-            row for row in self.rows if row["spec"] == spec and row["run"] == self.run and "seconds" in row
-        ]
+        before = [row for row in self.rows if row["spec"] == spec and row["run"] == self.run and "seconds" in row]
         if before:
             return before[0]["wall_s"] - 0.7 * before[0]["compile_s"]
         return 0.8 * self._longest[spec["side"]]
@@ -326,9 +322,7 @@ def keep_trace(directory: Path, profile: dict[str, Any], target: str) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     real = [name for name in TARGETS if name != "toy"]
     order = ["prod-1024", "nano-512", "prod-512", "prod-256"]
     parser.add_argument("--targets", nargs="+", choices=real, default=order)
@@ -343,9 +337,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="trace the best of each target and group it")
     parser.add_argument("--append", action="store_true", help="go on from results/gpu.json")
     parser.add_argument("--eager", action="store_true", help="PyTorch without torch.compile")
-    parser.add_argument(
-        "--smoke", action="store_true", help="toy size on a CPU; results to a temporary folder"
-    )
+    parser.add_argument("--smoke", action="store_true", help="toy size on a CPU; results to a temporary folder")
     a = parser.parse_args()
     if a.smoke:
         a.targets, a.repeats, a.rounds, a.memory_gb = ["toy"], min(a.repeats, 3), min(a.rounds, 2), 0.0
@@ -374,9 +366,7 @@ def main() -> None:
     for directory in directories:
         directory.mkdir(parents=True, exist_ok=True)
     made = environment.describe()
-    print(
-        f"{made['made']}, commit {made['commit']}, {', '.join(made['gpu']) or 'no GPU'}, Python {made['python']}"
-    )
+    print(f"{made['made']}, commit {made['commit']}, {', '.join(made['gpu']) or 'no GPU'}, Python {made['python']}")
     print(", ".join(f"{name} {version}" for name, version in made["packages"].items()))
     bench = Bench(a, gpu, directories)
     if a.append:

@@ -104,9 +104,7 @@ def pretend(gpu: str, count: int) -> list[Any]:
     jax.devices()  # the CPU backend, for what is computed on the host
     jax.default_backend = lambda: "gpu"  # what our code asks
     cudnn.check_compute_capability = lambda least: capability >= tuple(int(x) for x in least.split("."))
-    cudnn.is_cuda_compute_capability_equal = lambda other: (
-        capability == tuple(int(x) for x in other.split("."))
-    )
+    cudnn.is_cuda_compute_capability_equal = lambda other: capability == tuple(int(x) for x in other.split("."))
     cudnn.check_cudnn_version = lambda: 10_000 * CUDNN[0] + 100 * CUDNN[1] + CUDNN[2]
     return topology.devices
 
@@ -119,9 +117,7 @@ def compile_step(devices: list[Any], target: str, batch: int, remat: str) -> dic
     from benchmarks import gpu, gpu_sides
     from fluxdit_jax.program import Program
 
-    settings, statistics = gpu_sides.settings(
-        gpu_sides.TARGETS[target], gpu.make(target, "jax", batch, remat)
-    )
+    settings, statistics = gpu_sides.settings(gpu_sides.TARGETS[target], gpu.make(target, "jax", batch, remat))
     mesh = jax.sharding.Mesh(np.array([devices]), ("data", "fsdp"))
     program = Program(settings, mesh, statistics)
     plan = program.memory(program.compile())

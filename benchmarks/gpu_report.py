@@ -14,11 +14,7 @@ NEAR = 0.98  # of the best images/s: as good, so that of such the one with least
 
 def timed(rows: list[Row], target: str, side: str) -> list[Row]:
     """The rows of a target and side that have a time."""
-    return [
-        row
-        for row in rows
-        if row["spec"]["target"] == target and row["spec"]["side"] == side and "seconds" in row
-    ]
+    return [row for row in rows if row["spec"]["target"] == target and row["spec"]["side"] == side and "seconds" in row]
 
 
 def allowed(row: Row, memory_gb: float = 0.0) -> bool:
@@ -55,9 +51,7 @@ def table(rows: list[Row]) -> str:
     cells = []
     for row in rows:
         spec, seconds = row["spec"], row.get("seconds")
-        low, middle, high = (
-            (min(seconds), statistics.median(seconds), max(seconds)) if seconds else (None, None, None)
-        )
+        low, middle, high = (min(seconds), statistics.median(seconds), max(seconds)) if seconds else (None, None, None)
         spread = f"{1e3 * middle:.1f} ({1e3 * low:.1f} to {1e3 * high:.1f})" if seconds else row["status"]
         cells.append(
             [spec["target"], spec["side"], row.get("attention", "-"), spec["remat"], spec["batch"], spread,
@@ -80,18 +74,12 @@ def verdict(rows: list[Row], target: str, memory_gb: float) -> list[str]:
         ratios = [a / b for a, b in pairs(rows, champion["spec"], rival["spec"])]
         ratios = ratios or [champion["images_s"] / rival["images_s"]]
         what = f"{rival['spec']['remat']} remat, micro-batch {rival['spec']['batch']}"
-        spread = (
-            f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} rounds)"
-        )
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} rounds)"
         target_ratio = " (target 1.2)" if target == "prod-1024" else ""
         said.append(f"{target}: {spread} times PyTorch at its best, {what}{target_ratio}")
-    plain = [
-        row for row in timed(rows, target, "jax") if row["spec"] == champion["spec"] | {"attention": "xla"}
-    ]
+    plain = [row for row in timed(rows, target, "jax") if row["spec"] == champion["spec"] | {"attention": "xla"}]
     if plain and champion["attention"] == "cudnn":
-        said.append(
-            f"{target}: cuDNN's attention {champion['images_s'] / plain[-1]['images_s']:.2f} times XLA's"
-        )
+        said.append(f"{target}: cuDNN's attention {champion['images_s'] / plain[-1]['images_s']:.2f} times XLA's")
     wanted = {"prod-1024": " (target 50%)", "nano-512": " (target 40%)"}.get(target, "")
     if champion.get("mfu") is not None:
         said.append(f"{target}: MFU {champion['mfu']:.1%}{wanted}")
@@ -145,7 +133,5 @@ def report(rows: list[Row], memory_gb: float, left: list[str]) -> str:
     for target in targets:
         lines += verdict(rows, target, memory_gb)
     if left:
-        lines.append(
-            f"left out for want of time ({len(left)}); --append goes on with them: " + "; ".join(left)
-        )
+        lines.append(f"left out for want of time ({len(left)}); --append goes on with them: " + "; ".join(left))
     return "\n".join(lines)

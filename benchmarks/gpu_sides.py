@@ -100,9 +100,7 @@ def settings(target: Target, spec: dict[str, Any]) -> tuple[Any, tuple[np.ndarra
 
     encoders = (encoder(16, factor=8), encoder(c.model.text_width), encoder(c.model.vision_width))
     size, zeros, ones = (target.resolution,) * 2, (0.0,) * 16, (1.0,) * 16
-    manifest = Manifest(
-        "random", target.resolution, 64, "resize", *encoders, (size,), zeros, ones, 1, TEXT_TOKENS, {}
-    )
+    manifest = Manifest("random", target.resolution, 64, "resize", *encoders, (size,), zeros, ones, 1, TEXT_TOKENS, {})
     return configuration.resolve(c, manifest), patch_statistics(zeros, ones, c.model.patch)
 
 
@@ -135,9 +133,7 @@ def run_jax(spec: dict[str, Any], a: argparse.Namespace, result: dict[str, Any])
     from fluxdit_jax.program import Program
 
     if jax.default_backend() != "gpu" and not a.cpu:
-        raise RuntimeError(
-            f"JAX {jax.__version__} sees no GPU but {jax.devices()}: is its CUDA plugin installed?"
-        )
+        raise RuntimeError(f"JAX {jax.__version__} sees no GPU but {jax.devices()}: is its CUDA plugin installed?")
     target = TARGETS[spec["target"]]
     resolved, statistics = settings(target, spec)
     result["device"], result["versions"] = jax.devices()[0].device_kind, {"jax": jax.__version__}
@@ -155,9 +151,7 @@ def run_jax(spec: dict[str, Any], a: argparse.Namespace, result: dict[str, Any])
     jax.block_until_ready(state)
     memory = jax.local_devices()[0].memory_stats() or {}
     result["limit_gb"] = memory["bytes_limit"] / 1e9 if "bytes_limit" in memory else None
-    result["peak_before_steps_gb"] = (
-        devices.peak_memory_gb()
-    )  # compiling tries kernels, creating draws weights
+    result["peak_before_steps_gb"] = devices.peak_memory_gb()  # compiling tries kernels, creating draws weights
     drawn = 0
 
     def put():
@@ -303,14 +297,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("spec", type=json.loads, help="target, side, batch, remat, attention")
     parser.add_argument("--repeats", type=int, default=10, help="timed micro-batches")
-    parser.add_argument(
-        "--memory-gb", type=float, default=0.0, help="of PyTorch; JAX's is set by environment"
-    )
+    parser.add_argument("--memory-gb", type=float, default=0.0, help="of PyTorch; JAX's is set by environment")
     parser.add_argument("--trace", help="write a profile here instead of timing (JAX)")
     parser.add_argument("--cpu", action="store_true", help="a CPU will do")
     parser.add_argument("--eager", action="store_true", help="PyTorch without torch.compile")

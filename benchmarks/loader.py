@@ -89,9 +89,7 @@ def peers_python() -> Path:
         (site / "__init__.py").write_text("")
         (site / "datasets.py").write_text("class VisionDataset: pass\n")
         (site / "transforms" / "__init__.py").write_text("")
-        (site / "transforms" / "functional.py").write_text(
-            "def to_tensor(image): raise NotImplementedError\n"
-        )
+        (site / "transforms" / "functional.py").write_text("def to_tensor(image): raise NotImplementedError\n")
     return python
 
 
@@ -140,9 +138,7 @@ def make_records(root: Path, side: int, count: int, python: Path) -> set[str]:
             writer.close()
             path = root / "ours" / name
             size = f"{side * 8}x{side * 8}"
-            shards.append(
-                Shard(name, sha256_file(path), path.stat().st_size, len(numbers), {size: len(numbers)})
-            )
+            shards.append(Shard(name, sha256_file(path), path.stat().st_size, len(numbers), {size: len(numbers)}))
     encoder = EncoderIdentity("none", "", "00" * 32, "float32", 1024)
     manifest = Manifest(
         name="bench", resolution=side * 8, modulus=64, fit="resize",
@@ -170,9 +166,7 @@ class Side:
             start_new_session=True,
         )  # fmt: skip
         if self._process.stdout.readline().strip() != "ready":
-            raise SystemExit(
-                f"error: the side {name} did not start; run {script} {name} {root / folder} by hand"
-            )
+            raise SystemExit(f"error: the side {name} did not start; run {script} {name} {root / folder} by hand")
 
     def ask(self, word: str, value: float) -> str:
         """Its answer to one line, JSON."""
@@ -222,9 +216,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(SIDES))
     parser.add_argument("--no-cold", action="store_true")
     parser.add_argument("--no-hot", action="store_true")
-    parser.add_argument(
-        "--append", action="store_true", help="to results/loader.json, instead of writing it anew"
-    )
+    parser.add_argument("--append", action="store_true", help="to results/loader.json, instead of writing it anew")
     options = parser.parse_args()
     peers, rows = peers_python(), []
     shared = set(SHARED.glob("[0-9]*_*"))

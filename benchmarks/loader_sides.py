@@ -127,9 +127,7 @@ def _loader(dataset, workers):
     from torch.utils.data import DataLoader
 
     options = {"prefetch_factor": 2, "persistent_workers": True} if workers else {}
-    loader = DataLoader(
-        dataset, batch_size=BATCH, drop_last=True, num_workers=workers, collate_fn=collate, **options
-    )
+    loader = DataLoader(dataset, batch_size=BATCH, drop_last=True, num_workers=workers, collate_fn=collate, **options)
     while True:
         yield from loader
 

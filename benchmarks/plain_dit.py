@@ -109,9 +109,7 @@ class PlainDiT(nnx.Module):
         x = self.patch_embed(x_BxNxP.astype(dtype)) + places
         length_B = grid_Bx2[:, 0] * grid_Bx2[:, 1]
 
-        text = jnp.where(
-            keep_text_B[:, None, None], self.text_embed(text_BxTxE.astype(dtype)), self.null_text[...]
-        )
+        text = jnp.where(keep_text_B[:, None, None], self.text_embed(text_BxTxE.astype(dtype)), self.null_text[...])
         text_length_B = jnp.where(keep_text_B, text_length_B, 1)
         vision = self.vision_embed(vision_BxV.astype(dtype) * math.sqrt(config.vision_width))
         vision = jnp.where(keep_vision_B[:, None], vision, self.null_vision[...])

@@ -60,9 +60,7 @@ def draw(folder: Path, count: int) -> None:
         path.parent.mkdir(exist_ok=True)
         rng = np.random.default_rng(number)
         height, width = SIZES[number % len(SIZES)]
-        coarse = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8)).resize(
-            (width, height), Image.BICUBIC
-        )
+        coarse = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8)).resize((width, height), Image.BICUBIC)
         y, x = rng.integers(0, 2048 - height), rng.integers(0, 2048 - width)
         pixels = np.asarray(coarse, np.float32) + texture[y : y + height, x : x + width]
         Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(path, quality=90)
@@ -222,8 +220,7 @@ def show(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         seconds = {
-            what: statistics.median(run[what] for run in row["build"] if what in run)
-            for what in row["build"][0]
+            what: statistics.median(run[what] for run in row["build"] if what in run) for what in row["build"][0]
         }
         whole = seconds["encode"]
         shares = [seconds[f"encode: {what}"] / whole for what in ("text", "vae", "vision")]
@@ -255,9 +252,7 @@ def plan(work: Path, count: int) -> None:
     start = time.perf_counter()
     status, peak = run_preprocess(arguments)
     seconds = time.perf_counter() - start
-    print(
-        f"plan of {count:,} files: {seconds:.1f} s, {count / seconds:,.0f}/s, peak {peak:.0f} MB (exit {status})"
-    )
+    print(f"plan of {count:,} files: {seconds:.1f} s, {count / seconds:,.0f}/s, peak {peak:.0f} MB (exit {status})")
 
 
 def rows_of_plan(count: int) -> None:
@@ -277,31 +272,21 @@ def rows_of_plan(count: int) -> None:
         header = Header(1000 + number % 500, 1200, 1, "JPEG")
         path = f"/data/photos/{number // 1000:05}/{number:08}.jpg"
         caption = f"{number:08} " + "word " * 58
-        items.append(
-            Item(path[13:], Place(path), (caption,), content, header, buckets[number % len(buckets)])
-        )
+        items.append(Item(path[13:], Place(path), (caption,), content, header, buckets[number % len(buckets)]))
     make_units(items, 0.02, 1000)
     used = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    print(
-        f"{count:,} planned items: {used / count:,.0f} bytes each, {used / count * 1e7 / 1e9:.1f} GB for ten million"
-    )
+    print(f"{count:,} planned items: {used / count:,.0f} bytes each, {used / count * 1e7 / 1e9:.1f} GB for ten million")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, nargs="*", default=[], help="builds of so many images")
     parser.add_argument("--encoders", nargs="+", choices=ENCODERS, default=["tiny"])
     parser.add_argument("--repeats", type=int, default=3, help="builds of each")
     parser.add_argument("--plan", type=int, default=0, help="plan so many files")
     parser.add_argument("--rows", type=int, default=0, help="memory of so many planned items")
-    parser.add_argument(
-        "--work", type=expanded, default=str(Path(tempfile.gettempdir()) / "bench_preprocess")
-    )
-    parser.add_argument(
-        "--plain-bare", action="store_true", help="leave glibc as it is for the encoders alone"
-    )
+    parser.add_argument("--work", type=expanded, default=str(Path(tempfile.gettempdir()) / "bench_preprocess"))
+    parser.add_argument("--plain-bare", action="store_true", help="leave glibc as it is for the encoders alone")
     parser.add_argument("--name", default="preprocess", help="of the result")
     parser.add_argument("more", nargs="*", help="further options of build, after --")
     arguments = parser.parse_args()

@@ -102,9 +102,7 @@ def random_dataset(folder: Path, side: int) -> Path:
     return folder
 
 
-def measure(
-    trees: dict[str, Path], config: str, data: Path, work: Path, repeats: int
-) -> list[dict[str, Any]]:
+def measure(trees: dict[str, Path], config: str, data: Path, work: Path, repeats: int) -> list[dict[str, Any]]:
     """A row for cold and a row for warm of each tree, which are started in turn."""
     kinds = [(label, cache) for label in trees for cache in ("cold", "warm")]
     runs: dict[tuple[str, str], list[dict[str, float]]] = {kind: [] for kind in kinds}
@@ -139,13 +137,9 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", nargs="+", choices=SIDE, default=["demo", "nano"])
-    parser.add_argument(
-        "--against", type=given_path, help="another checkout, to be started in turn with this one"
-    )
+    parser.add_argument("--against", type=given_path, help="another checkout, to be started in turn with this one")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--name", default="startup", help="of the result")
     arguments = parser.parse_args()
@@ -161,9 +155,7 @@ def main() -> None:
     for label, found in imports.items():
         print(f"\nimporting fluxdit_jax.train of {label}: {found['seconds']:.2f} s, {found['modules']} modules, "
               f"of {', '.join(UNWANTED)}: {found['unwanted']}")  # fmt: skip
-        print(
-            table(["package", "s"], [[name, f"{value:.2f}"] for name, value in found["by_package"].items()])
-        )
+        print(table(["package", "s"], [[name, f"{value:.2f}"] for name, value in found["by_package"].items()]))
 
 
 if __name__ == "__main__":

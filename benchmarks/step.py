@@ -150,21 +150,15 @@ def measure(a: argparse.Namespace) -> None:
         rounds.append(run_round(sides, a.smoke, a.repeats))
         if not a.smoke:  # after each, so that a stopped run leaves whole rounds
             rows = summary(rounds, flops)
-            environment.write(
-                "step", {"agreement": same, "flops": flops, "sides": rows, "each_round": rounds}
-            )
+            environment.write("step", {"agreement": same, "flops": flops, "sides": rows, "each_round": rounds})
     print_summary(summary(rounds, flops))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--rounds", type=int, help="3; with --smoke 1")
-    parser.add_argument(
-        "--repeats", type=int, help="timed steps in a process, after one untimed: 3; with --smoke 1"
-    )
+    parser.add_argument("--repeats", type=int, help="timed steps in a process, after one untimed: 3; with --smoke 1")
     parser.add_argument("--append", action="store_true", help="add rounds to those in results/step.json")
     parser.add_argument("--smoke", action="store_true", help="toy size; writes nothing")
     parser.add_argument("--compile", action="store_true", help="measure compiling instead")
@@ -183,9 +177,7 @@ def main() -> None:
     elif a.compile:
         rows = compile_rows()
         print(
-            environment.table(
-                ["depth", "cache", "s"], [[r["depth"], r["cache"], f"{r['seconds']:.1f}"] for r in rows]
-            )
+            environment.table(["depth", "cache", "s"], [[r["depth"], r["cache"], f"{r['seconds']:.1f}"] for r in rows])
         )
         print(f"28 against 4 blocks: {rows[1]['seconds'] / rows[0]['seconds']:.2f}x (target 1.3)")
         environment.write("step_compile", rows)

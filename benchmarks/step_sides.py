@@ -193,9 +193,7 @@ def run_torch(side: str, size: Size, dtype: str, compiled: bool, repeats: int, d
     network, forward = torch_network(side, size)
     network.to(device)
     called = torch.compile(network) if compiled else network
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01, fused=True
-    )
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     batch = {
         name: torch.from_numpy(value.astype(np.int64) if value.dtype == np.uint32 else value).to(device)
         for name, value in inputs(size).items()
@@ -239,9 +237,7 @@ def agree(size: Size) -> dict[str, float]:
     keep = np.ones(size.batch, bool)
 
     def loss(params):
-        y = model.apply(
-            graph, params, b["latent"], t, b["grid"], b["text"], b["text_length"], b["vision"], keep, keep
-        )
+        y = model.apply(graph, params, b["latent"], t, b["grid"], b["text"], b["text_length"], b["vision"], keep, keep)
         return jax.numpy.mean(y**2)
 
     ours, gradient = jax.jit(jax.value_and_grad(loss))(params)

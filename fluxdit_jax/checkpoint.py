@@ -109,9 +109,7 @@ class Checkpoints:
         self.poll(wait=True)
         if step in self._manager.all_steps():
             if step not in self._own:
-                raise CheckpointError(
-                    f"{self._root / CHECKPOINTS / str(step)} is there already: move it away"
-                )
+                raise CheckpointError(f"{self._root / CHECKPOINTS / str(step)} is there already: move it away")
             return True
         fault = state_fault(state)
         if fault:
@@ -240,9 +238,7 @@ class Checkpoints:
                 self._check_shapes(step, abstract)
                 restored = self._manager.restore(
                     step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
-                    ),
+                    args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()),
                 )
                 state, meta = restored["state"], restored["meta"]
                 del restored
@@ -258,9 +254,7 @@ class Checkpoints:
             except CheckpointError:
                 raise
             except Exception as error:  # noqa: BLE001  whatever reading a damaged file raises
-                log.error(
-                    "checkpoints/%d cannot be restored (%s); trying the one before", step, first_line(error)
-                )
+                log.error("checkpoints/%d cannot be restored (%s); trying the one before", step, first_line(error))
                 damaged.append((step, error))
                 continue
             self._set_aside([step for step, _ in damaged])
@@ -318,9 +312,7 @@ def ways_on(workdir: Path) -> str:
 def checkpoint_steps(workdir: Path) -> list[int]:
     """Steps with a complete resumable checkpoint in a run directory, ascending. Raises `OSError`."""
     folder = workdir / CHECKPOINTS
-    return (
-        sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
-    )
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
 
 
 def ema_digest(workdir: Path, step: int, folder: str = EMA) -> str | None:

@@ -55,9 +55,7 @@ def default_config() -> ConfigDict:
     c.model.channels = 16  # latent channels; must be the dataset's
     c.model.text_width = 1024  # width of a text token; must be the dataset's
     c.model.vision_width = 1024  # width of the vision vector; must be the dataset's
-    c.model.dtype = (
-        "auto"  # of the network: bfloat16, float32; auto: float32 on a CPU, as few have fast bfloat16
-    )
+    c.model.dtype = "auto"  # of the network: bfloat16, float32; auto: float32 on a CPU, as few have fast bfloat16
     c.model.remat = "none"  # what is recomputed in the backward pass: none, dots, attention, block
     c.model.attention = "auto"  # cudnn, xla; auto: cudnn (flash) on an NVIDIA GPU in bfloat16
 
@@ -99,9 +97,7 @@ def default_config() -> ConfigDict:
 
     c.health = ConfigDict()
     c.health.action = "warn"  # what a diagnosis does: warn, stop
-    c.health.max_skipped = (
-        100  # micro-batches in a row without a finite gradient that end the run, whatever the action
-    )
+    c.health.max_skipped = 100  # micro-batches in a row without a finite gradient that end the run, whatever the action
 
     c.log = ConfigDict()
     c.log.every = 50  # steps between logged scalars
@@ -112,9 +108,7 @@ def default_config() -> ConfigDict:
     c.log.preview_guidance = 1.0  # text guidance of a preview; 1: none
     c.log.heldout_every = 1000  # steps between held-out losses; 0: none (also without a holdout split)
     c.log.heldout_count = 128  # pictures of the holdout split
-    c.log.peak_tflops = placeholder(
-        float
-    )  # of one device in bfloat16, for the MFU; None: by the device's name
+    c.log.peak_tflops = placeholder(float)  # of one device in bfloat16, for the MFU; None: by the device's name
     c.log.vae = placeholder(str)  # directory or id of the decoder; None: the one named in the dataset
 
     c.gate = ConfigDict()
@@ -124,20 +118,14 @@ def default_config() -> ConfigDict:
     c.mesh = ConfigDict()
     c.mesh.data = -1  # devices that split the batch; -1: all that are left
     c.mesh.fsdp = 1  # devices that split the weights
-    c.mesh.coordinator = placeholder(
-        str
-    )  # several processes: host:port of process 0; auto: ask the cluster (SLURM)
+    c.mesh.coordinator = placeholder(str)  # several processes: host:port of process 0; auto: ask the cluster (SLURM)
     c.mesh.processes = 1  # with host:port: how many processes
     c.mesh.process = 0  # with host:port: the number of this one
 
     c.resume = ConfigDict()
     c.resume.allow_changes = False  # resume although keys that change the mathematics were changed
-    c.resume.from_run = placeholder(
-        str
-    )  # a new run starts from this run's weights (another stage, resolution, data)
-    c.resume.take = (
-        "ema"  # of that run: ema (weights; optimizer and step anew), state (everything, steps go on)
-    )
+    c.resume.from_run = placeholder(str)  # a new run starts from this run's weights (another stage, resolution, data)
+    c.resume.take = "ema"  # of that run: ema (weights; optimizer and step anew), state (everything, steps go on)
     return c
 
 
@@ -274,9 +262,7 @@ def check(c: ConfigDict) -> None:
     _require(c.seed < 2**31, "seed", c.seed, "below 2**31")
     _require(math.isfinite(c.flow.mean), "flow.mean", c.flow.mean, "a finite number")
     dropped = c.flow.drop_text + c.flow.drop_vision + c.flow.drop_both
-    _require(
-        dropped <= 1, "flow.drop_*", round(dropped, 6), "at most 1 in sum: they are one categorical draw"
-    )
+    _require(dropped <= 1, "flow.drop_*", round(dropped, 6), "at most 1 in sum: they are one categorical draw")
 
     choices = {
         "model.dtype": (c.model.dtype, ("auto", "bfloat16", "float32")),
@@ -317,9 +303,7 @@ def check(c: ConfigDict) -> None:
         _require(0 < c.log.peak_tflops < math.inf, "log.peak_tflops", c.log.peak_tflops, "finite and above 0")
     weights = c.data.caption_weights
     _require(len(weights) <= MAX_CAPTIONS, "data.caption_weights", weights, f"at most {MAX_CAPTIONS} weights")
-    _require(
-        not weights or sum(weights) > 0, "data.caption_weights", weights, "not all 0, or () for all alike"
-    )
+    _require(not weights or sum(weights) > 0, "data.caption_weights", weights, "not all 0, or () for all alike")
     if c.data.text_tokens is not None:
         _require(c.data.text_tokens > 0, "data.text_tokens", c.data.text_tokens, "above 0")
     _require(

@@ -69,9 +69,7 @@ def require_checkpoints(workdir: Path) -> None:
     )
 
 
-def begin(
-    workdir: Path, config: ConfigDict, manifest: Manifest, checkpoints: Checkpoints, state: TrainState
-) -> None:
+def begin(workdir: Path, config: ConfigDict, manifest: Manifest, checkpoints: Checkpoints, state: TrainState) -> None:
     """Sets aside what is beyond the state's step, and records the start and its changes. Every process calls it."""
     step, found = int(state.step), checkpoints.latest_step()
     averages = {EMA: state.ema} | ({} if state.short_ema is None else {SHORT_EMA: state.short_ema})

@@ -271,9 +271,7 @@ def batches(
     width = source.manifest.vae.width * patch**2
     memory = BatchMemory(
         local,
-        batch_shapes(
-            local, width, tokens, text_tokens, source.manifest.text.width, source.manifest.vision.width
-        ),
+        batch_shapes(local, width, tokens, text_tokens, source.manifest.text.width, source.manifest.vision.width),
     )
 
     def rest_of_epoch(position: int, number: int) -> Iterator[int]:

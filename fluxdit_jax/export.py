@@ -72,9 +72,7 @@ def export(workdir: Path, out: Path, step: int | None = None, folder: str = EMA)
     return out / WEIGHTS
 
 
-def _write(
-    work: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str], texts: dict[str, str]
-) -> None:
+def _write(work: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str], texts: dict[str, str]) -> None:
     try:
         save_file(tensors, work / WEIGHTS, metadata=metadata)
     except SafetensorError as error:
@@ -157,15 +155,11 @@ def _verdict(workdir: Path, weights: Weights) -> str:
         measured = report.get("weights")
         other = measured.get("ema_step") if isinstance(measured, dict) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ExportError(
-            f"{path} cannot be read: {error}; validate the run again, or move it away"
-        ) from error
+        raise ExportError(f"{path} cannot be read: {error}; validate the run again, or move it away") from error
     if type(other) is not int:
         log.warning("%s does not say of which weights it is: the card says not validated", path)
         return "not validated (the report of this run does not say of which weights it is)"
-    log.warning(
-        "%s is of other weights, of step %d: the card says that these were not validated", path, other
-    )
+    log.warning("%s is of other weights, of step %d: the card says that these were not validated", path, other)
     return f"not validated (other weights of this run were: those of step {other:,})"
 
 

@@ -40,9 +40,7 @@ class ExportError(Exception):
 def flatten(tree: Any) -> dict[str, np.ndarray]:
     """Nested dicts of arrays as {"blocks.mlp.down.kernel": array}, f32."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        ".".join(key.key for key in path): np.ascontiguousarray(leaf, np.float32) for path, leaf in leaves
-    }
+    return {".".join(key.key for key in path): np.ascontiguousarray(leaf, np.float32) for path, leaf in leaves}
 
 
 def unflatten(tensors: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -106,11 +104,7 @@ def read_description(folder: Path) -> tuple[Settings, Manifest, dict[str, Any]]:
         raise ExportError(f"{path} does not exist: {folder} is no directory of fluxdit_jax.export") from error
     except KeyError as error:
         is_run = (folder / "dataset.json").exists()
-        what = (
-            "a run directory: give it with --workdir"
-            if is_run
-            else "no export, or an older version's: export again"
-        )
+        what = "a run directory: give it with --workdir" if is_run else "no export, or an older version's: export again"
         raise ExportError(f"{path} lacks {error}: it is {what}") from error
     except _UNUSABLE as error:
         raise ExportError(f"{path} cannot be used: {str(error)[:400]}") from error
@@ -162,9 +156,7 @@ def read_weights(folder: Path, settings: Settings, about: dict[str, Any]) -> Wei
             raise ValueError("its numbers are not float32")
         digest = tree_digest(ema)
         if digest != about["digest"]:
-            raise ValueError(
-                f"its numbers are not those that {DESCRIPTION} describes; copy the export again, whole"
-            )
+            raise ValueError(f"its numbers are not those that {DESCRIPTION} describes; copy the export again, whole")
         fault = weights_fault(ema)
         if fault:
             raise ValueError(f"its weights are broken: {fault}")

@@ -103,9 +103,7 @@ class Appended:
         else:
             self._waiting += line
         try:
-            while (
-                self._waiting
-            ):  # a part may be written before the disk is full; the rest of the line follows it
+            while self._waiting:  # a part may be written before the disk is full; the rest of the line follows it
                 del self._waiting[: os.write(self._descriptor, self._waiting)]
         except OSError as error:
             self.failures += 1

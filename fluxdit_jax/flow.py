@@ -126,9 +126,7 @@ def sample_means(values_BxNxP: jax.Array, valid_BxN: jax.Array) -> jax.Array:
     return total / (tokens * values_BxNxP.shape[-1])
 
 
-def loss_by_time(
-    loss_B: jax.Array, t_B: jax.Array, weight_B: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
+def loss_by_time(loss_B: jax.Array, t_B: jax.Array, weight_B: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """(sum of losses, number of samples) in each of `TIME_BINS` equal bins of t, f32 each.
 
     Args:

@@ -28,9 +28,7 @@ OUTBURSTS = 3  # loud steps within a window that are no accident
 SILENT = 100  # steps without any gradient before a part is called disconnected
 LEARNED = 0.05  # share of its first loss that a run must have gained before it can lose it again
 RISEN = 1.5  # a loss this many times the first one was thrown away at once
-NOISE = (
-    4.0  # standard deviations of single steps' losses; medians over a window wander by less than half of it
-)
+NOISE = 4.0  # standard deviations of single steps' losses; medians over a window wander by less than half of it
 STARVED = 0.25  # share of the time spent waiting for data
 
 
@@ -128,9 +126,7 @@ class Monitor:
             return f"weak so far: the prediction has {ratio:.2g} of the target's size"
         return "healthy"
 
-    def _change(
-        self, kind: str, present: bool, message: str, ended: str, serious: bool = True
-    ) -> Diagnosis | None:
+    def _change(self, kind: str, present: bool, message: str, ended: str, serious: bool = True) -> Diagnosis | None:
         if present and kind not in self._active:
             self._active.add(kind)
             return Diagnosis(kind, message, serious)
@@ -228,8 +224,7 @@ class Monitor:
         trivial = bool(self._losses) and median(self._losses) < TRIVIAL
         return self._change(
             "sinking",
-            (now < SINK * self._largest and (weak or trivial))
-            or (weak and self._seen > self._warmup_steps + BASELINE),
+            (now < SINK * self._largest and (weak or trivial)) or (weak and self._seen > self._warmup_steps + BASELINE),
             f"step {seen.step}: the gradient norm sank to {now:.3g} (it was {self._largest:.3g}) and the prediction "
             f"has {ratio:.2f} of the target's size: it collapses to the mean of all, "
             "which is a grey image. Look at the latent statistics in the manifest, at the conditions, and at layers "
@@ -238,9 +233,7 @@ class Monitor:
         )
 
     def _disconnected(self, seen: Observation) -> Diagnosis | None:
-        silent = sorted(
-            n for n, steps in self._silent_for.items() if steps >= SILENT and n not in self._silent
-        )
+        silent = sorted(n for n, steps in self._silent_for.items() if steps >= SILENT and n not in self._silent)
         why = (
             f"it had one before, so too large an update has put its units out: the learning rate "
             f"({self._learning_rate:g}) is too high. Go back to a checkpoint from before and lower optim.lr by 3"

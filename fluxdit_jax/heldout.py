@@ -84,9 +84,7 @@ class HeldOut:
         """`heldout_loss` and its split by time, of f32 EMA weights."""
         total, bins, counts = 0.0, np.zeros(flow.TIME_BINS), np.zeros(flow.TIME_BINS)
         for batch in self._batches:
-            loss, bin_loss, bin_count = jax.device_get(
-                self._measure(ema, sharding.put_batch(self._mesh, batch))
-            )
+            loss, bin_loss, bin_count = jax.device_get(self._measure(ema, sharding.put_batch(self._mesh, batch)))
             total, bins, counts = total + float(loss), bins + bin_loss, counts + bin_count
         scalars = {"heldout_loss": total / self._count}
         for i in np.flatnonzero(counts):

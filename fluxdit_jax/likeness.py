@@ -73,9 +73,7 @@ def structure_map(image: np.ndarray) -> np.ndarray:
     """
     height, width = image.shape[:2]
     scale = STRUCTURE / max(height, width)
-    small = (
-        shrink(image, max(1, round(height * scale)), max(1, round(width * scale))).astype(np.float64) / 255
-    )
+    small = shrink(image, max(1, round(height * scale)), max(1, round(width * scale))).astype(np.float64) / 255
     stops = np.log2(small**2.2 @ [0.2126, 0.7152, 0.0722] + _DARK)
     band = gaussian_filter(stops, _FINE, mode="nearest") - gaussian_filter(stops, _COARSE, mode="nearest")
     contrast = np.sqrt(gaussian_filter(np.square(band), _NEIGHBOURHOOD, mode="nearest"))

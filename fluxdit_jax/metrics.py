@@ -32,9 +32,7 @@ def unpack(values: np.ndarray, shapes: dict[str, Any]) -> dict[str, Any]:
     leaves, structure = jax.tree.flatten(shapes)
     ends = np.cumsum([math.prod(leaf.shape) for leaf in leaves])
     parts = np.split(np.asarray(values), ends[:-1])
-    return jax.tree.unflatten(
-        structure, [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
-    )
+    return jax.tree.unflatten(structure, [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)])
 
 
 class MetricsWriter:
@@ -120,9 +118,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     parsed, damaged = _read(path)
     if damaged:
-        raise LogError(
-            f"{damaged[0]}. The file is damaged there: take that line out, training itself does not need it"
-        )
+        raise LogError(f"{damaged[0]}. The file is damaged there: take that line out, training itself does not need it")
     return parsed
 
 

@@ -26,9 +26,7 @@ class Program:
       metric_shapes: of the metrics that the step packs into one vector; see `metrics.unpack`.
     """
 
-    def __init__(
-        self, settings: Settings, mesh: jax.sharding.Mesh, statistics: tuple[np.ndarray, np.ndarray]
-    ):
+    def __init__(self, settings: Settings, mesh: jax.sharding.Mesh, statistics: tuple[np.ndarray, np.ndarray]):
         self._settings, self._mesh, self._statistics = settings, mesh, statistics
         graph, shapes = model.build(settings.model)
         self._optimizer = build_optimizer(settings.optimizer)
@@ -68,14 +66,9 @@ class Program:
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """A micro-batch over all devices, as `data.collate` makes it."""
         s, m = self._settings, self._settings.model
-        shapes = data.batch_shapes(
-            s.batch_size, m.token_width, s.tokens, s.text_tokens, m.text_width, m.vision_width
-        )
+        shapes = data.batch_shapes(s.batch_size, m.token_width, s.tokens, s.text_tokens, m.text_width, m.vision_width)
         place = sharding.batch_sharding(self._mesh)
-        return {
-            name: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-            for name, (shape, dtype) in shapes.items()
-        }
+        return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, (shape, dtype) in shapes.items()}
 
     def compile(self) -> jax.stages.Compiled:
         """(state, batch) -> (state, packed metrics), the state donated."""

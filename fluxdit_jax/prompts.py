@@ -26,9 +26,7 @@ def read_prompts(path: Path) -> list[str]:
             raise SampleError(f"--prompts {path}: more than {_MAX_PROMPTS:,} bytes; split the file")
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise SampleError(
-            f"--prompts {path}: byte {error.start} is not UTF-8; save the file as UTF-8"
-        ) from error
+        raise SampleError(f"--prompts {path}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
     return [line.strip() for line in text.split("\n") if line.strip()]
 
 
@@ -38,9 +36,7 @@ def check_encoder(found: EncoderIdentity, trained: EncoderIdentity, option: str)
     A data set of precomputed vectors does not know what made them; then the width must do, and a note is printed.
     """
     if not trained.sha256 and found.width == trained.width:
-        print(
-            f"note: the data set took its vectors as given; whether {found.id!r} made them cannot be checked"
-        )
+        print(f"note: the data set took its vectors as given; whether {found.id!r} made them cannot be checked")
         return
     if (found.sha256, found.width) != (trained.sha256, trained.width):
         raise SampleError(

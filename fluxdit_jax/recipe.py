@@ -178,9 +178,7 @@ def _parsed(text: str) -> Recipe:
 
 
 def _checked(arguments: dict[str, Any]) -> dict[str, Any]:
-    missing = [
-        name for name in ARGUMENTS if name not in arguments and name != "model"
-    ]  # an older version's has none
+    missing = [name for name in ARGUMENTS if name not in arguments and name != "model"]  # an older version's has none
     if missing:
         raise ValueError(f"its recipe lacks {', '.join(missing)}")
     for name, fits in ARGUMENTS.items():
@@ -228,9 +226,7 @@ def _of_old(texts: dict[str, str], size: str) -> Recipe:
 def check_weights(again: Recipe, digest: str, others_wanted: bool, path: Path) -> None:
     """Refuses weights other than those of the recipe in `path`, unless others are asked for."""
     if not again.digest:
-        print(
-            "note: an older version wrote this recipe: it does not know the digest of its weights, nor --rescale"
-        )
+        print("note: an older version wrote this recipe: it does not know the digest of its weights, nor --rescale")
         return
     if digest == again.digest:
         return
@@ -266,7 +262,5 @@ def note_circumstances(again: Recipe, made: Recipe) -> None:
     there, here = again.circumstances, made.circumstances
     changed = [name for name in here if there and there.get(name) != here[name]]
     if changed:
-        listed = "; ".join(
-            f"{name} {shown(str(there.get(name))[:100])!r}, here {here[name]!r}" for name in changed
-        )
+        listed = "; ".join(f"{name} {shown(str(there.get(name))[:100])!r}, here {here[name]!r}" for name in changed)
         print(f"note: drawn under other circumstances, so that bits may differ: {listed}")

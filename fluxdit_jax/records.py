@@ -153,9 +153,7 @@ def check_fit(record: Record, manifest: Manifest) -> None:
     factor = manifest.vae.options["factor"]
     height, width = record.encoded_size
     if record.latent.shape != (manifest.vae.width, height // factor, width // factor):
-        fail(
-            f"latent {list(record.latent.shape)} does not fit an image of {width}x{height} pixels (width x height)"
-        )
+        fail(f"latent {list(record.latent.shape)} does not fit an image of {width}x{height} pixels (width x height)")
     if (height, width) not in manifest.buckets:
         fail(f"size {width}x{height} (width x height) is not in the bucket table")
     if record.vision.size != manifest.vision.width:
@@ -420,9 +418,7 @@ class Manifest:
             fields["latent_mean"] = tuple(float(v) for v in raw["latent_mean"])
             fields["latent_std"] = tuple(float(v) for v in raw["latent_std"])
         except (TypeError, ValueError, OverflowError) as error:
-            raise DatasetError(
-                f"{source}: shards, buckets, latent_mean or latent_std is malformed: {error}"
-            ) from error
+            raise DatasetError(f"{source}: shards, buckets, latent_mean or latent_std is malformed: {error}") from error
         manifest = cls(**fields)
         manifest._check(source)
         return manifest
@@ -438,9 +434,7 @@ class Manifest:
             raise DatasetError(f"{source}: latent_mean and latent_std must be finite, and every std above 0")
         factor = self.vae.options.get("factor")
         if type(factor) is not int or factor < 1:
-            raise DatasetError(
-                f"{source}: vae.options has the 'factor' {factor!r}; it must be pixels per latent side"
-            )
+            raise DatasetError(f"{source}: vae.options has the 'factor' {factor!r}; it must be pixels per latent side")
         if not self.buckets:
             raise DatasetError(f"{source}: the bucket table is empty")
         for size in self.buckets:

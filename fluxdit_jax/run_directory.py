@@ -124,9 +124,7 @@ def all_changes(workdir: Path, config: ConfigDict, manifest: Manifest) -> tuple[
     new["data"]["path"] = _whole(config.data.path)
     changes, free = (config_changes(recorded, ConfigDict(new), of_free_keys=free) for free in (False, True))
     if difference := dataset_difference(load_dataset(workdir), manifest):
-        changes.append(
-            f"data.path: {config.data.path} is not the data set of this run ({DATASET}): {difference}"
-        )
+        changes.append(f"data.path: {config.data.path} is not the data set of this run ({DATASET}): {difference}")
     return changes, free
 
 
@@ -208,9 +206,7 @@ def _recorded(workdir: Path) -> ConfigDict:
             )
         return ConfigDict(_with_tuples(values))
     except FileNotFoundError as error:
-        raise RunError(
-            f"{path} does not exist: {workdir} is not a run directory of fluxdit_jax.train"
-        ) from error
+        raise RunError(f"{path} does not exist: {workdir} is not a run directory of fluxdit_jax.train") from error
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise RunError(f"{path} cannot be read: {error}") from error
 
@@ -221,9 +217,7 @@ def load_dataset(workdir: Path) -> Manifest:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise RunError(
-            f"{path} does not exist: {workdir} is not a run directory of fluxdit_jax.train"
-        ) from error
+        raise RunError(f"{path} does not exist: {workdir} is not a run directory of fluxdit_jax.train") from error
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(f"{path} cannot be read: {error}") from error
     return Manifest.from_json(text, str(path))

@@ -98,11 +98,7 @@ def sample(arguments: argparse.Namespace) -> list[np.ndarray]:
     made = Recipe(
         arguments={name: getattr(arguments, name) for name in recipe.ARGUMENTS}
         | {"size": in_words(size), "step": weights.step, "weights": weights.folder}
-        | {
-            name: str(folder.absolute())
-            for name in ("workdir", "model")
-            if (folder := getattr(arguments, name))
-        },
+        | {name: str(folder.absolute()) for name in ("workdir", "model") if (folder := getattr(arguments, name))},
         digest=weights.digest,
         weights_path=str(weights.path.absolute()),
         batch_size=again.batch_size if again and again.batch_size else min(BATCH, len(requests)),
@@ -142,9 +138,7 @@ def _weights(arguments: argparse.Namespace, settings: Settings, about: dict[str,
     if arguments.model:
         for name, held in (("step", about["step"]), ("weights", about["folder"])):
             if name in asked and getattr(arguments, name) != held:
-                raise SampleError(
-                    f"--{name} {getattr(arguments, name)}: the export {arguments.model} has {held}"
-                )
+                raise SampleError(f"--{name} {getattr(arguments, name)}: the export {arguments.model} has {held}")
         return exported.read_weights(arguments.model, settings, about)
     try:
         return restore_weights(arguments.workdir, arguments.step, arguments.weights)
@@ -244,9 +238,7 @@ def _note_untrained(flow: FlowConfig, arguments: argparse.Namespace, vector: np.
     scales = [arguments.guidance_text, arguments.guidance_vision]
     scales += [*(arguments.sweep_text or ()), *(arguments.sweep_vision or ())]
     if any(scale != 1.0 for scale in scales) and not flow.drop_both:
-        print(
-            "note: this model never trained without conditions (flow.drop_both=0); guidance has nothing to lean on"
-        )
+        print("note: this model never trained without conditions (flow.drop_both=0); guidance has nothing to lean on")
 
 
 def _write_sweep(

@@ -50,9 +50,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         if values[name] is None:
             values[name] = value
     if (arguments.workdir is None) == (arguments.model is None):
-        parser.error(
-            "give --workdir of a run or --model of an export, or --recipe of a picture that names one"
-        )
+        parser.error("give --workdir of a run or --model of an export, or --recipe of a picture that names one")
     for name in ("workdir", "model"):
         values[name] = values[name] and Path(values[name])
     for name in ("text", "vision"):
@@ -131,9 +129,7 @@ def _check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namesp
     if not 0 <= arguments.rescale <= 1:
         parser.error("--rescale must be between 0 and 1")
     if arguments.method not in sampler.METHODS or arguments.weights not in (EMA, SHORT_EMA):
-        parser.error(
-            f"--recipe {arguments.recipe}: it has another --method or --weights than this version knows"
-        )
+        parser.error(f"--recipe {arguments.recipe}: it has another --method or --weights than this version knows")
     if arguments.out.suffix.lower() != ".png":
         parser.error("--out must end in .png")
 

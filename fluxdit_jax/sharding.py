@@ -33,9 +33,7 @@ def make_mesh(data: int, fsdp: int, batch_size: int) -> Mesh:
             f"config.mesh is data={data} x fsdp={fsdp} = {data * fsdp} devices, but there are {len(devices)}"
         )
     if batch_size % len(devices):
-        raise MeshError(
-            f"config.data.batch_size is {batch_size}; it must be a multiple of the {len(devices)} devices"
-        )
+        raise MeshError(f"config.data.batch_size is {batch_size}; it must be a multiple of the {len(devices)} devices")
     return Mesh(np.asarray(devices).reshape(data, fsdp), ("data", "fsdp"))
 
 
@@ -61,9 +59,7 @@ def tree_sharding(mesh: Mesh, tree: Any) -> Any:
         if size == 1 or leaf.ndim < 2 or leaf.size < _SMALLEST_SPLIT or not axes:
             return replicated(mesh)
         split = max(axes, key=lambda axis: leaf.shape[axis])
-        return NamedSharding(
-            mesh, PartitionSpec(*("fsdp" if axis == split else None for axis in range(leaf.ndim)))
-        )
+        return NamedSharding(mesh, PartitionSpec(*("fsdp" if axis == split else None for axis in range(leaf.ndim))))
 
     return jax.tree.map(leaf_sharding, tree)
 

@@ -77,7 +77,5 @@ class Shards:
                 f"`python -m preprocess verify {self._directory}` tells what is damaged"
             ) from error
         if (found := reader.num_records()) != expected:
-            raise DatasetError(
-                f"{file} holds {found} records, the manifest says {expected}: it is from another build"
-            )
+            raise DatasetError(f"{file} holds {found} records, the manifest says {expected}: it is from another build")
         return reader

@@ -18,9 +18,7 @@ from fluxdit_jax.state import TrainState
 # Root mean square of all weights of a network. They start at about 0.02 and stay below 1; numbers as large as this
 # overflow within a few layers.
 LARGEST_RMS = 100.0
-LARGEST_UPDATE = (
-    10.0  # norm of an update over that of the weights before it: nothing of what was learned is left then
-)
+LARGEST_UPDATE = 10.0  # norm of an update over that of the weights before it: nothing of what was learned is left then
 SUSPECT = 10  # micro-batches in a row without a finite gradient, after which the state is not saved any more
 
 
@@ -120,11 +118,7 @@ class Watchdog:
         return fault
 
     def _without_gradient(self, step: int) -> str:
-        rms = (
-            f", with a root mean square of {self._norm / math.sqrt(self._parameters):.3g}"
-            if self._norm
-            else ""
-        )
+        rms = f", with a root mean square of {self._norm / math.sqrt(self._parameters):.3g}" if self._norm else ""
         return (
             f"step {step}: {self.in_a_row} micro-batches in a row had a gradient with NaN or infinity "
             f"(health.max_skipped). The weights are finite{rms}, and unchanged since step {step}; they are not saved "

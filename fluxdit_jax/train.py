@@ -82,9 +82,7 @@ def train(config: ConfigDict) -> int:
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.data.batch_size)
         source = data.RecordSource(config.data.path, manifest, "train", config.data.on_corrupt)
         statistics = patch_statistics(manifest.latent_mean, manifest.latent_std, settings.model.patch)
-        report = (
-            require_report(config.gate.report, settings.model, manifest) if config.gate.required else None
-        )
+        report = require_report(config.gate.report, settings.model, manifest) if config.gate.required else None
         if config.resume.from_run is not None and not places(Path(config.resume.from_run)):
             raise RunError(f"config.resume.from_run is {config.resume.from_run!r}: no weights of a run there")
         workdir = Path(config.workdir)
@@ -141,9 +139,7 @@ def train(config: ConfigDict) -> int:
             reporting.Reporter(
                 writer=writer,
                 monitor=Monitor(config.optim.lr, config.optim.warmup_steps, _without_gradient(settings.flow)),
-                watchdog=Watchdog(
-                    config.health.max_skipped, model.count_parameters(settings.model), config.optim.lr
-                ),
+                watchdog=Watchdog(config.health.max_skipped, model.count_parameters(settings.model), config.optim.lr),
                 schedule=learning_rate(settings.optimizer, config.optim.lr),
                 metric_shapes=program.metric_shapes,
                 batch_size=config.data.batch_size,
@@ -155,9 +151,7 @@ def train(config: ConfigDict) -> int:
                 unfinished=meta.get("unfinished"),
             )
         )
-        trace = Trace(
-            workdir / "profile", configuration.profile_steps(config.profile) if config.profile else range(0)
-        )
+        trace = Trace(workdir / "profile", configuration.profile_steps(config.profile) if config.profile else range(0))
         closing.callback(trace.stop)
 
         # ------------------------------------------------------------ the loop: one micro-batch a turn
@@ -195,12 +189,8 @@ def train(config: ConfigDict) -> int:
             )
             look_due = look_due and not (stopping and not last)
             ema_due = mini == 0 and (last or step % config.checkpoint.ema_every == 0)
-            preview_due = preview is not None and (
-                look_due or (not mini and step % config.log.preview_every == 0)
-            )
-            heldout_due = heldout is not None and (
-                look_due or (not mini and step % config.log.heldout_every == 0)
-            )
+            preview_due = preview is not None and (look_due or (not mini and step % config.log.preview_every == 0))
+            heldout_due = heldout is not None and (look_due or (not mini and step % config.log.heldout_every == 0))
             if not (stopping or save_due or ema_due or preview_due or heldout_due):
                 checkpoints.poll()
                 continue
@@ -240,9 +230,7 @@ def train(config: ConfigDict) -> int:
         checkpoints.poll(wait=True)
         reporter.close()
         if step >= config.train.steps:
-            log.info(
-                "done: %d steps. EMA weights: %s; pictures: %s", step, workdir / "ema", workdir / "samples"
-            )
+            log.info("done: %d steps. EMA weights: %s; pictures: %s", step, workdir / "ema", workdir / "samples")
             log.info("next: python -m fluxdit_jax.sample --workdir=%s --prompt TEXT --out FILE.png", workdir)
             return 0 if checkpoints.failures == 0 else 1
         why, code = "another process was told to stop", 128 + signal.SIGTERM
@@ -283,9 +271,7 @@ def _first_state(
     weights = restore_weights(Path(config.resume.from_run))
     require_same_shapes(str(weights.path), weights.ema, program.abstract.params)
     difference = difference_from(Path(config.resume.from_run), manifest)
-    log.info(
-        "starting from the EMA of %s at step %d; data: %s", config.resume.from_run, weights.step, difference
-    )
+    log.info("starting from the EMA of %s at step %d; data: %s", config.resume.from_run, weights.step, difference)
     return program.from_ema(weights.ema), {"samples": 0}
 
 

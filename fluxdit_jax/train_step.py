@@ -18,9 +18,7 @@ Batch = dict[str, jax.Array]
 Metrics = dict[str, Any]
 
 
-def patch_statistics(
-    mean: tuple[float, ...], std: tuple[float, ...], patch: int
-) -> tuple[np.ndarray, np.ndarray]:
+def patch_statistics(mean: tuple[float, ...], std: tuple[float, ...], patch: int) -> tuple[np.ndarray, np.ndarray]:
     """Per-channel latent statistics laid out as a patch, f32 [P]. Patches are (row, column, channel)."""
     return np.tile(np.float32(mean), patch**2), np.tile(np.float32(std), patch**2)
 

@@ -49,9 +49,7 @@ def find_directory(identity: EncoderIdentity, path: str | None = None) -> Path:
         found = _with_weights(local)
         if found:
             return found
-        tried.append(
-            f"{local}: {f'no config.json with {WEIGHTS}' if local.is_dir() else 'no such directory'}"
-        )
+        tried.append(f"{local}: {f'no config.json with {WEIGHTS}' if local.is_dir() else 'no such directory'}")
     else:
         for offline in (True, False):
             try:

@@ -176,9 +176,7 @@ class Attention(nnx.Module):
     """One head over all positions of [B, h, w, C], plus the input. Memory is linear in the positions."""
 
     def __init__(self, channels: int, config: KlConfig, dtype: Any):
-        linear = functools.partial(
-            nnx.Linear, channels, channels, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)
-        )
+        linear = functools.partial(nnx.Linear, channels, channels, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
         self.group_norm = GroupNorm(channels, config.norm_num_groups, dtype)
         self.to_q, self.to_k, self.to_v = linear(), linear(), linear()
         self.to_out = nnx.List([linear()])
@@ -206,9 +204,7 @@ class MidBlock(nnx.Module):
 
     def __init__(self, channels: int, config: KlConfig, dtype: Any):
         self.resnets = nnx.List([Resnet(channels, channels, config, dtype) for _ in range(2)])
-        self.attentions = nnx.List(
-            [Attention(channels, config, dtype)] if config.mid_block_add_attention else []
-        )
+        self.attentions = nnx.List([Attention(channels, config, dtype)] if config.mid_block_add_attention else [])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.resnets[0](x)
@@ -233,10 +229,7 @@ class UpBlock(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, config: KlConfig, dtype: Any, last: bool):
         self.resnets = nnx.List(
-            [
-                Resnet(inputs if i == 0 else outputs, outputs, config, dtype)
-                for i in range(config.layers_per_block + 1)
-            ]
+            [Resnet(inputs if i == 0 else outputs, outputs, config, dtype) for i in range(config.layers_per_block + 1)]
         )
         self.upsamplers = nnx.List([] if last else [UpsampleConv(outputs, dtype)])
 

@@ -78,9 +78,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     except re.error as error:
         parser.error(f"--keys {arguments.keys!r} is not a regular expression: {error}")
     if not {"composition", "lighting"} <= groups.keys():
-        parser.error(
-            f"--keys {arguments.keys!r} must have the groups (?P<composition>...) and (?P<lighting>...)"
-        )
+        parser.error(f"--keys {arguments.keys!r} must have the groups (?P<composition>...) and (?P<lighting>...)")
     return arguments
 
 

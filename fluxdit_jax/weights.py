@@ -92,9 +92,7 @@ def restore_weights(workdir: Path, step: int | None = None, folder: str = EMA) -
         chosen = max(found) if step is None else step
         if chosen not in found:
             listed = ", ".join(map(str, sorted(found)))
-            raise CheckpointError(
-                f"{workdir} has no step {chosen} in {CHECKPOINTS}/ or {folder}/; it has {listed}"
-            )
+            raise CheckpointError(f"{workdir} has no step {chosen} in {CHECKPOINTS}/ or {folder}/; it has {listed}")
         try:
             return _read(workdir, chosen, found[chosen], folder)
         except CheckpointError:

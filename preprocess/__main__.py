@@ -135,9 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m preprocess", description="Turns images with captions into an encoded dataset."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_build(
-        commands.add_parser("build", help="encode a folder of images and captions", description=_BUILD)
-    )
+    _add_build(commands.add_parser("build", help="encode a folder of images and captions", description=_BUILD))
     inspect = commands.add_parser("inspect", help="print and draw what is in a dataset")
     inspect.add_argument("dataset", type=expanded, help="the dataset directory")
     inspect.add_argument("--output", type=expanded, help="folder for the pictures (default: DATASET/inspect)")
@@ -147,9 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="read everything and name what is damaged")
     verify.add_argument("dataset", type=expanded, help="the dataset directory")
     verify.add_argument("--workers", type=int, default=2, help="shards read at a time (default: 2)")
-    verify.add_argument(
-        "--repair", action="store_true", help="encode again what is damaged, and nothing else"
-    )
+    verify.add_argument("--repair", action="store_true", help="encode again what is damaged, and nothing else")
     verify.set_defaults(run=_verify)
     export = commands.add_parser("export", help="write the records as WebDataset tar files")
     export.add_argument("dataset", type=expanded, help="the dataset directory")
@@ -159,9 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="draw the demonstration pictures with their captions")
     demo.add_argument("--output", type=expanded, required=True, help="folder to write them to")
     demo.set_defaults(run=_demo)
-    _add_subset(
-        commands.add_parser("subset", help="choose the pictures that the gate overfits", description=_SUBSET)
-    )
+    _add_subset(commands.add_parser("subset", help="choose the pictures that the gate overfits", description=_SUBSET))
     return parser
 
 
@@ -242,13 +236,9 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     option("--vae", "Hugging Face id, directory, or builtin:dct", type=expanded)
     option("--text-encoder", "Hugging Face id, directory, or builtin:hash", type=expanded)
     option("--vision-encoder", "Hugging Face id, directory, or builtin:tone", type=expanded)
-    option(
-        "--vision-embeddings", "folder of KEY.npy (float32 [1024]) instead of a vision encoder", type=expanded
-    )
+    option("--vision-embeddings", "folder of KEY.npy (float32 [1024]) instead of a vision encoder", type=expanded)
     option("--resolution", "side of the square with the pixel budget")
-    option(
-        "--modulus", "bucket sides are multiples of this; a multiple of 16 (default: 64, less below 1024 px)"
-    )
+    option("--modulus", "bucket sides are multiples of this; a multiple of 16 (default: 64, less below 1024 px)")
     option("--fit", "how an image is brought to its bucket", choices=("resize", "pad", "crop"))
     option("--max-aspect", "reject images longer than this against their shorter side")
     option("--min-side", "reject images with a shorter side than this, pixels")

@@ -19,9 +19,7 @@ Size = tuple[int, int]  # (height, width), pixels
 
 
 @functools.lru_cache
-def bucket_table(
-    resolution: int, modulus: int, max_aspect: float = 4.0, fill: float = FILL
-) -> tuple[Size, ...]:
+def bucket_table(resolution: int, modulus: int, max_aspect: float = 4.0, fill: float = FILL) -> tuple[Size, ...]:
     """Every (height, width) whose sides are multiples of `modulus` and whose area is in the budget.
 
     Args:
@@ -46,10 +44,7 @@ def bucket_table(
     most = math.isqrt(int(budget * max_aspect)) // modulus + 1
     sides = [n * modulus for n in range(1, most + 1)]
     table = [
-        (h, w)
-        for h in sides
-        for w in sides
-        if fill * budget <= h * w <= budget and max(h, w) <= max_aspect * min(h, w)
+        (h, w) for h in sides for w in sides if fill * budget <= h * w <= budget and max(h, w) <= max_aspect * min(h, w)
     ]
     if not table:
         raise PreprocessError(
@@ -71,9 +66,7 @@ def default_modulus(resolution: int) -> int:
 def nearest(table: tuple[Size, ...], height: int, width: int) -> Size:
     """The bucket closest in log aspect ratio; of equals, the largest."""
     aspect = math.log(width / height)
-    return min(
-        table, key=lambda size: (round(abs(math.log(size[1] / size[0]) - aspect), 12), -size[0] * size[1])
-    )
+    return min(table, key=lambda size: (round(abs(math.log(size[1] / size[0]) - aspect), 12), -size[0] * size[1]))
 
 
 def distortion(size: Size, bucket: Size) -> float:

@@ -51,9 +51,7 @@ class Result:
     changed: bool
 
 
-def build(
-    options: Options, damaged: frozenset[tuple[str, int]] | None = None, replace: bool = False
-) -> Result:
+def build(options: Options, damaged: frozenset[tuple[str, int]] | None = None, replace: bool = False) -> Result:
     """Builds, continues or updates a dataset.
 
     Args:
@@ -131,9 +129,7 @@ def _identities(encoders: Encoders) -> Identities:
     return Identities(encoders.vae.identity, encoders.text.identity, encoders.vision_identity)
 
 
-def _likely_identities(
-    options: Options, vectors: Vectors | None, earlier: list[repeat.Earlier | None]
-) -> Identities:
+def _likely_identities(options: Options, vectors: Vectors | None, earlier: list[repeat.Earlier | None]) -> Identities:
     """Of encoders that would have to be downloaded: those that were used under the same names, if they were."""
     check_arguments(options.dtype, options.latent)
     dtype = dtype_name(choose_dtype(options.dtype, choose_device(options.device)))
@@ -175,9 +171,7 @@ def _list(options: Options, output: Path) -> tuple[Scan, Vectors | None]:
     return listing, Vectors(options.vision_embeddings, (f.key for f in listing.found), options.vision_encoder)
 
 
-def _plan(
-    options: Options, listing: Scan, vectors: Vectors | None, journal: Journal, keep: bool = True
-) -> Plan:
+def _plan(options: Options, listing: Scan, vectors: Vectors | None, journal: Journal, keep: bool = True) -> Plan:
     with journal.bar(len(listing.found[: options.limit or None]), "plan") as bar:
         try:
             plan = make_plan(listing, options, vectors, bar.update)
@@ -278,9 +272,7 @@ def _load(options: Options, vectors: Vectors | None) -> Encoders:
         lambda: load_vae(options.vae, options.device, options.dtype, options.latent, options.seed),
         lambda: load_text_encoder(options.text_encoder, options.device, options.dtype, options.max_tokens),
         lambda: (
-            None
-            if vectors is not None
-            else load_vision_encoder(options.vision_encoder, options.device, options.dtype)
+            None if vectors is not None else load_vision_encoder(options.vision_encoder, options.device, options.dtype)
         ),
     )
     encoders = Encoders(vae=vae, text=text, vision=vision, vectors=vectors)

@@ -69,9 +69,7 @@ class SubsetOptions:
             if not low <= value <= high:
                 raise PreprocessError(f"--{name} must be from {low} to {high}, got {value}")
         if self.square and (self.resolution < TOKEN_SIDE or self.resolution % TOKEN_SIDE):
-            raise PreprocessError(
-                f"--square --resolution must be a multiple of {TOKEN_SIDE}, got {self.resolution}"
-            )
+            raise PreprocessError(f"--square --resolution must be a multiple of {TOKEN_SIDE}, got {self.resolution}")
         self.rules()
         return self
 
@@ -165,9 +163,7 @@ def _of_dataset(options: SubsetOptions, directory: Path, journal: Journal) -> Po
             f"none of the {len(keys):,} pictures of {directory} is in {root} (the first is {keys[0]!r}): say where "
             "they are with --images DIR"
         )
-    left_out = [
-        _left_out(key, root / key, "not in the input folder any more") for key in sorted(chosen - set(by_key))
-    ]
+    left_out = [_left_out(key, root / key, "not in the input folder any more") for key in sorted(chosen - set(by_key))]
     with journal.bar(len(by_key), "read") as bar:
         plan = make_plan(Scan(root, list(by_key.values())), build, None, bar.update)
     left_out += plan.rejects
@@ -177,9 +173,7 @@ def _of_dataset(options: SubsetOptions, directory: Path, journal: Journal) -> Po
     for item in plan.items:
         position = positions[item.key]
         if item.content != hashes[position].as_py():
-            left_out.append(
-                _left_out(item.key, item.image.path, "picture changed since the dataset was built")
-            )
+            left_out.append(_left_out(item.key, item.image.path, "picture changed since the dataset was built"))
         else:
             same.append(item)
     known = _read_records(dataset, [positions[item.key] for item in same], journal)
@@ -262,9 +256,7 @@ def _left_out(key: str, path: Path | str, reason: str, detail: str = "") -> Reje
     return Reject.of(key, str(path), Rejected(reason, detail))
 
 
-def _read_records(
-    dataset: Dataset, positions: list[int], journal: Journal
-) -> dict[str, _Known | DatasetError]:
+def _read_records(dataset: Dataset, positions: list[int], journal: Journal) -> dict[str, _Known | DatasetError]:
     """Of these rows of the index, by key."""
     table = dataset.index.take(positions)
     known: dict[str, _Known | DatasetError] = {}

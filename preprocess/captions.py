@@ -34,9 +34,7 @@ _MARKS = (
 # for a character that could not be decoded.
 _BLANK = frozenset("\u115f\u1160\u3164\uffa0\u2800\ufffd\ufffc")
 NUL_HINT = "it has NUL characters, as UTF-16 without a byte order mark does: save it as UTF-8"
-UTF8_HINT = (
-    "save it as UTF-8: `iconv -f ENCODING -t UTF-8`, with WINDOWS-1252, UTF-16LE or what `file -i` finds"
-)
+UTF8_HINT = "save it as UTF-8: `iconv -f ENCODING -t UTF-8`, with WINDOWS-1252, UTF-16LE or what `file -i` finds"
 _ISO_2022 = re.compile(r"\x1b[$(][@BJ]")  # how it changes to another alphabet
 
 
@@ -70,9 +68,7 @@ class Source:
         return self.texts
 
 
-def choose(
-    sources: tuple[Source, ...], names: tuple[str, ...]
-) -> tuple[tuple[str, ...], collections.Counter[str]]:
+def choose(sources: tuple[Source, ...], names: tuple[str, ...]) -> tuple[tuple[str, ...], collections.Counter[str]]:
     """The captions of a picture, all different, in order; and what was passed over, counted by reason.
 
     Args:
@@ -107,11 +103,7 @@ def choose(
                 raise Rejected("several captions of one name", what)
             for text in texts:
                 if text in found or len(found) == MAX_CAPTIONS:
-                    what = (
-                        f"more than {MAX_CAPTIONS} captions"
-                        if text not in found
-                        else "the same caption again"
-                    )
+                    what = f"more than {MAX_CAPTIONS} captions" if text not in found else "the same caption again"
                     passed_over[what] += 1
                 else:
                     found[text] = None

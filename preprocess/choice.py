@@ -163,9 +163,7 @@ def couples(candidates: Candidates, rules: Sequence[Rule]) -> list[Couple]:
     taken: set[int] = set()
     for rule in rules:
         sides = [side_of(caption, rule) for caption in candidates.captions]
-        old, new = (
-            [r for r, s in enumerate(sides) if s == side and r not in taken] for side in ("old", "new")
-        )
+        old, new = ([r for r, s in enumerate(sides) if s == side and r not in taken] for side in ("old", "new"))
         if not old or not new:
             continue
         cost = distances(candidates.light[old], candidates.light[new])
@@ -236,9 +234,7 @@ def choose(candidates: Candidates, count: int, rules: Sequence[Rule], light_shar
         size = min(total, math.ceil(1.2 * size))
 
 
-def _choose_in_light(
-    light: np.ndarray, space: np.ndarray, known: list[Couple], count: int, size: int
-) -> Choice:
+def _choose_in_light(light: np.ndarray, space: np.ndarray, known: list[Couple], count: int, size: int) -> Choice:
     """`choose` from the `size` candidates that are densest in light."""
     centre, far = neighbourhood(light, size)
     near = np.argsort(far, kind="stable")[:size]
@@ -254,9 +250,7 @@ def _choose_in_light(
     quota = count // 4
     chosen: list[Couple] = []
     for twins in (True, False):
-        kind = sorted(
-            (c for c in known if c.twins == twins), key=lambda c: (max(far[c.old], far[c.new]), c.old)
-        )
+        kind = sorted((c for c in known if c.twins == twins), key=lambda c: (max(far[c.old], far[c.new]), c.old))
         here = sum(c.old in inside and c.new in inside for c in kind)
         left = {c.old: c for c in kind[: max(here, quota - len(chosen))]}  # the nearest in light come first
         while left and len(chosen) < quota:

@@ -129,9 +129,7 @@ def _known(existing: Existing) -> set[str]:
     return names
 
 
-def _change(
-    item: Item, old: dict, prints: Fingerprints, before: Fingerprints | None, contents: set[str]
-) -> str:
+def _change(item: Item, old: dict, prints: Fingerprints, before: Fingerprints | None, contents: set[str]) -> str:
     """Why a record must be made again, the weightiest reason; "" if it stays."""
     latent, text, vision = prints.ids(item)
     same_text = text == old["text_id"]
@@ -184,9 +182,7 @@ def tell(journal: Journal, found: Comparison, plan: Plan) -> None:
         journal.event("gone", keys=sorted(key for keys in found.dropped.values() for key in keys))
 
 
-def require_kept(
-    found: Comparison, output: str, differences: dict[str, str], repairing: bool = False
-) -> None:
+def require_kept(found: Comparison, output: str, differences: dict[str, str], repairing: bool = False) -> None:
     """Checks that a build leaves a finished dataset what it has.
 
     Args:

@@ -118,9 +118,7 @@ def _batches(unit: Unit, tensors: list[list[Any]], size: int) -> list[list[int]]
         if latent is None or vision is None:
             groups[item.bucket, latent is None, vision is None].append(index)
     return [
-        members[start : start + size]
-        for _, members in sorted(groups.items())
-        for start in range(0, len(members), size)
+        members[start : start + size] for _, members in sorted(groups.items()) for start in range(0, len(members), size)
     ]
 
 

@@ -68,9 +68,7 @@ def forecast(plan: Plan) -> Forecast:
     )
 
 
-def tell(
-    plan: Plan, found: Comparison, encoders: Encoders | None, drawing: str, say: Callable[[str], None]
-) -> None:
+def tell(plan: Plan, found: Comparison, encoders: Encoders | None, drawing: str, say: Callable[[str], None]) -> None:
     """Prints the forecast.
 
     Args:
@@ -120,9 +118,7 @@ def _tell_bends(plan: Plan, figures: Forecast, say: Callable[[str], None]) -> No
     for index in np.argsort(-bends, kind="stable")[:5]:
         item = plan.items[index]
         height, width = item.bucket
-        say(
-            f"  {bends[index]:6.1%}  {shown(item.key)}  {item.header.width}x{item.header.height} to {width}x{height}"
-        )
+        say(f"  {bends[index]:6.1%}  {shown(item.key)}  {item.header.width}x{item.header.height} to {width}x{height}")
 
 
 def _tell_rejects(plan: Plan, say: Callable[[str], None]) -> None:
@@ -151,9 +147,7 @@ def _tell_time(
         return
     if encoders is not None:
         seconds = total * _trial(plan, encoders)
-        say(
-            f"time: about {duration(seconds)} for {total:,} images with these encoders on this machine, by a trial"
-        )
+        say(f"time: about {duration(seconds)} for {total:,} images with these encoders on this machine, by a trial")
         return
     pixels = np.mean([item.bucket[0] * item.bucket[1] for item in plan.items])
     work = _VAE_AT_1024 * pixels / 1024**2 + _VISION + _TEXT_A_TOKEN * figures.tokens * figures.captions

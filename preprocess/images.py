@@ -171,9 +171,7 @@ def _decode(data: bytes, header: Header, bucket: Size, fit: str, noise_key: str)
         image, png = formats.open_image(data)
         with image:
             if sorted(image.size) != sorted((header.width, header.height)):
-                raise Rejected(
-                    "damaged image", f"the header says {header.width}x{header.height}, not so the file"
-                )
+                raise Rejected("damaged image", f"the header says {header.width}x{header.height}, not so the file")
             profile = colour.profile_of(image, png, read_exif(image, png), data)
             plain = _without_alpha(_loaded(image, data))
     except Rejected:
@@ -181,9 +179,7 @@ def _decode(data: bytes, header: Header, bucket: Size, fit: str, noise_key: str)
     except Exception as error:  # noqa: BLE001  the plugins raise whatever their decoder met
         raise Rejected("damaged image", _describe(error)) from error
     turned = header.orientation >= 5
-    if (plain.height, plain.width) != (
-        (header.width, header.height) if turned else (header.height, header.width)
-    ):
+    if (plain.height, plain.width) != ((header.width, header.height) if turned else (header.height, header.width)):
         raise Rejected("damaged image", f"the header says {header.width}x{header.height}, not so the pixels")
     plan = geometry((header.height, header.width), bucket, fit)
     box, (rows, columns) = _lying_box(plan.box, header), plan.size

@@ -158,9 +158,7 @@ class Rows:
                 first = 1 + max((source.group for source in found.captions), default=-1)
                 groups: dict[str, int] = {}  # by table
                 numbers = [groups.setdefault(row.name.rpartition(":")[0], len(groups)) for row in rows]
-                behind = tuple(
-                    dataclasses.replace(row, group=first + number) for row, number in zip(rows, numbers)
-                )
+                behind = tuple(dataclasses.replace(row, group=first + number) for row, number in zip(rows, numbers))
                 self._result.found[index] = dataclasses.replace(found, captions=found.captions + behind)
 
 
@@ -187,9 +185,7 @@ def scan_table(result: Scan, path: Path, names: tuple[str, ...], outside: bool) 
     result.found += [Found(key, Place(str(file)), tuple(rows)) for key, (file, rows) in pictures.items()]
 
 
-def _rows(
-    result: Scan, path: Path, names: tuple[str, ...], is_picture: Callable[[str], bool]
-) -> Iterator[tables.Row]:
+def _rows(result: Scan, path: Path, names: tuple[str, ...], is_picture: Callable[[str], bool]) -> Iterator[tables.Row]:
     try:
         with Place(str(path)).open() as file:
             yield from tables.read_table(file, extension(path.name), names, is_picture)

@@ -69,9 +69,7 @@ def _in_xmp(image: Image.Image, png: Png | None) -> int | None:
         packets = [image.info.get("XML:com.adobe.xmp"), image.info.get("xmp")]
     else:
         packets = [png.texts.get(b"XML:com.adobe.xmp")]
-        packets += [
-            _raw_profile(png.texts.get(b"Raw profile type " + kind, b"")) for kind in (b"xmp", b"APP1")
-        ]
+        packets += [_raw_profile(png.texts.get(b"Raw profile type " + kind, b"")) for kind in (b"xmp", b"APP1")]
     for packet in packets:
         data = packet.encode() if isinstance(packet, str) else packet
         if data and (found := _IN_XMP.search(data)):

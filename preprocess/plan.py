@@ -265,9 +265,7 @@ def _wrong_extension(item: Item) -> bool:
     return has_other_extension(item.key, item.header.format)
 
 
-def _nothing(
-    scan: Scan, found: list[Found], items: list[Item], rejects: list[Reject], options: Options
-) -> str:
+def _nothing(scan: Scan, found: list[Found], items: list[Item], rejects: list[Reject], options: Options) -> str:
     if items:
         return (
             f"--holdout {options.holdout} puts all {len(items)} images into the holdout split and leaves none to "

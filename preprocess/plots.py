@@ -28,8 +28,7 @@ def draw_latents(sample: list[Record], manifest: Manifest, path: Path) -> None:
     """Histograms of every latent channel, as stored (left) and normalised by the manifest (right)."""
     mean, std = np.array(manifest.latent_mean), np.array(manifest.latent_std)
     channels = [
-        np.concatenate([record.latent[c].astype(np.float32).ravel() for record in sample])
-        for c in range(len(mean))
+        np.concatenate([record.latent[c].astype(np.float32).ravel() for record in sample]) for c in range(len(mean))
     ]
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     stored, normal = figure.subplots(1, 2)
@@ -114,9 +113,7 @@ def draw_contact(dataset, cells: int, device: str, path: Path) -> str:  # noqa: 
         axes.set_yticks([])
     for axes in figure.axes[len(positions) :]:
         axes.set_axis_off()
-    figure.suptitle(
-        "original | decoded from the stored latent" if vae else "original | latent in false colours"
-    )
+    figure.suptitle("original | decoded from the stored latent" if vae else "original | latent in false colours")
     figure.savefig(path, dpi=110, metadata={"Comment": MARK})
     if missing:
         note += f" The source of {missing} of {len(positions)} records is not where it was or has changed."

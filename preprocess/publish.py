@@ -129,9 +129,7 @@ def _index_part(info: UnitInfo, table: pa.Table) -> pa.Table:
     return pa.table(columns | {column: table[column] for column in table.column_names})
 
 
-def _manifest(
-    name: str, plan: Plan, placed: list[tuple[UnitInfo, pa.Table, str]], identities: Identities
-) -> Manifest:
+def _manifest(name: str, plan: Plan, placed: list[tuple[UnitInfo, pa.Table, str]], identities: Identities) -> Manifest:
     options = plan.options
     shards: dict[str, list[Shard]] = {}
     for info, table, _ in placed:
@@ -307,9 +305,7 @@ def load_options(directory: Path) -> Options:
     path = directory / OPTIONS_FILE
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        if raw.get("checksum", records.json_checksum(raw["options"])) != records.json_checksum(
-            raw["options"]
-        ):
+        if raw.get("checksum", records.json_checksum(raw["options"])) != records.json_checksum(raw["options"]):
             raise ValueError(
                 "its checksum is not that of its content: it is damaged, or was edited by hand; give the `build` "
                 "command of the dataset again, it writes the file anew"

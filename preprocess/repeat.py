@@ -127,9 +127,7 @@ def complete(given: dict[str, Any]) -> tuple[Options, list[str]]:
     ]
     values |= given
     if "input" not in values:
-        where = (
-            "holds no dataset" if earlier is None else f"does not say what it was built from ({OPTIONS_FILE})"
-        )
+        where = "holds no dataset" if earlier is None else f"does not say what it was built from ({OPTIONS_FILE})"
         raise PreprocessError(f"--input is needed: --output {output} {where}")
     return Options(**values), taken
 

@@ -61,9 +61,7 @@ class Dataset:
         return sorted({round(i) for i in np.linspace(0, total - 1, min(count, total))})
 
 
-def inspect(
-    directory: str | Path, output: str | Path | None = None, cells: int = 24, device: str = "auto"
-) -> None:
+def inspect(directory: str | Path, output: str | Path | None = None, cells: int = 24, device: str = "auto") -> None:
     """Prints the report and draws `latents.png`, `buckets.png` and `contact.png`.
 
     Args:
@@ -168,9 +166,7 @@ _QUANTILES = (("min", 0), ("p5", 0.05), ("median", 0.5), ("p95", 0.95), ("p99", 
 
 def _latent_lines(dataset: Dataset) -> list[str]:
     manifest = dataset.manifest
-    lines = [
-        f"latents: mean and std per channel over {manifest.latent_count:,} values each of the train split"
-    ]
+    lines = [f"latents: mean and std per channel over {manifest.latent_count:,} values each of the train split"]
     for name, values in (("mean", manifest.latent_mean), ("std", manifest.latent_std)):
         for start in range(0, len(values), 8):
             head = f"  {name if start == 0 else '':4}"

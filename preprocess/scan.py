@@ -24,9 +24,7 @@ from preprocess.system_folders import hidden, is_plot, names_an_image, of_a_syst
 TABLE = "metadata"  # a table in a folder: of this name, with an extension of `tables.TYPES`
 
 
-def scan(
-    source: str | Path, caption_field: str = "", exclude: Path | None = None, outside: bool = False
-) -> Scan:
+def scan(source: str | Path, caption_field: str = "", exclude: Path | None = None, outside: bool = False) -> Scan:
     """Lists an input: a folder, a table of image paths and captions, or a `.tar`.
 
     Args:

@@ -115,9 +115,7 @@ class Sidecars:
         if self._samples:
             found += self._of_sample(picture, names, bool(found))
         groups: dict[str, int] = {}
-        return tuple(
-            dataclasses.replace(source, group=groups.setdefault(kind, len(groups))) for kind, source in found
-        )
+        return tuple(dataclasses.replace(source, group=groups.setdefault(kind, len(groups))) for kind, source in found)
 
     def unused(self) -> Iterator[tuple[str, Place]]:
         """The caption files that belong to no picture asked for so far."""
@@ -148,9 +146,7 @@ class Sidecars:
     def _source(self, files: list[_File], at: str, suffix: str, exact: tuple[str, ...]) -> Source:
         best = files[0]
         if len(files) > 1:
-            best = min(
-                files, key=lambda f: (not f.name.startswith(exact), not f.name.endswith(suffix), f.name)
-            )
+            best = min(files, key=lambda f: (not f.name.startswith(exact), not f.name.endswith(suffix), f.name))
         self._used.setdefault(at, set()).add(best.name)
         return Source(best.name[best.name.rfind("/") + 1 :], 0, best.place, TYPES[suffix])
 

@@ -76,9 +76,7 @@ def subset(options: SubsetOptions) -> Result:
             shutil.rmtree(staging / name, ignore_errors=True)
         pool = gather(options, staging / "work", journal)
         if Path(pool.build.input).resolve().is_relative_to(output):
-            raise PreprocessError(
-                f"--output {options.output} must not hold the pictures that it is made from"
-            )
+            raise PreprocessError(f"--output {options.output} must not hold the pictures that it is made from")
         chosen, choice, about = _choose(options, pool)
         about["files"] = _write(staging / "next", options, pool, chosen, about, journal)
         text = json.dumps(about, indent=1) + "\n"
@@ -118,9 +116,7 @@ def _choose(options: SubsetOptions, pool: Pool) -> tuple[list[Chosen], Choice, d
         why = "first" if far == float("inf") else f"{far:.3f} in pose from all before"
         if row in partners:
             partner, twins = partners[row]
-            kind = (
-                "the edit turns its caption into that of" if twins else "has the other words of the edit than"
-            )
+            kind = "the edit turns its caption into that of" if twins else "has the other words of the edit than"
             why = f"couple: {kind} {names[choice.rows.index(partner)]}"
         chosen.append(Chosen(items[row], name, why))
     sizes = [((c.item.header.height, c.item.header.width), options.target(c.item)) for c in chosen]
@@ -162,9 +158,7 @@ def _told_options(options: SubsetOptions, pool: Pool) -> dict[str, Any]:
     for name in ("input", "output", "images", "workers", "device", "allow_fewer"):
         del raw[name]
     if pool.dataset:
-        raw |= {
-            name: getattr(pool.build, name) for name in ("text_encoder", "vision_encoder", "caption_field")
-        }
+        raw |= {name: getattr(pool.build, name) for name in ("text_encoder", "vision_encoder", "caption_field")}
     return raw
 
 
@@ -204,9 +198,7 @@ def _write(
                 picture = Image.fromarray(read_pixels(one.item, options.target(one.item)))
                 caption = _caption(one.item, pool.found[one.item.key], about["images"])
             except Rejected as rejected:
-                raise PreprocessError(
-                    f"{one.item.image.path}: {rejected}; give the same command again"
-                ) from rejected
+                raise PreprocessError(f"{one.item.image.path}: {rejected}; give the same command again") from rejected
             with replacing(path) as temporary:
                 picture.save(temporary, "PNG", compress_level=4)
             with replacing(path.with_suffix(".json")) as temporary:
@@ -226,9 +218,7 @@ def _caption(item: Item, found: Found, root: str) -> dict[str, Any]:
     raw: dict[str, Any] = {}
     file = next((source.place for source in found.captions if source.type == ".json"), None)
     if file is not None:
-        with contextlib.suppress(
-            ValueError, RecursionError, Rejected
-        ):  # its caption was in another source then
+        with contextlib.suppress(ValueError, RecursionError, Rejected):  # its caption was in another source then
             raw = json.loads(captions.decode(file.read(captions.MAX_BYTES)))
     raw = raw if isinstance(raw, dict) else {}
     source: dict[str, Any] = {"folder": root, "key": item.key, "sha256": item.content}
@@ -246,18 +236,14 @@ def _check_output(output: Path) -> None:
         return
     if not output.is_dir():
         raise PreprocessError(f"--output {output} exists and is not a folder")
-    there = {
-        p.relative_to(output).as_posix(): p for p in output.rglob("*") if not p.is_dir() or p.is_symlink()
-    }
+    there = {p.relative_to(output).as_posix(): p for p in output.rglob("*") if not p.is_dir() or p.is_symlink()}
     if not there:
         return
     files: dict[str, str] = {}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         files = dict(json.loads(there.pop(ABOUT).read_text(encoding="utf-8"))["files"])
     if not files:
-        raise PreprocessError(
-            f"--output {output} holds files and is no subset made here; give another folder"
-        )
+        raise PreprocessError(f"--output {output} holds files and is no subset made here; give another folder")
     for name, path in sorted(there.items()):
         if path.is_symlink() or name not in files or records.sha256_file(path) != files[name]:
             what = "was changed since" if name in files else "is not from there"
@@ -286,14 +272,8 @@ def _put(output: Path, staging: Path, text: str) -> bool:
 
 def _tell(options: SubsetOptions, pool: Pool, choice: Choice, result: Result, journal: Journal) -> None:
     about, say = result.about, journal.say
-    size = (
-        f"{options.resolution}x{options.resolution}"
-        if options.square
-        else f"{options.resolution} px by bucket"
-    )
-    say(
-        f"{'Done' if result.changed else 'Up to date'}: {len(choice.rows)} pictures, {size}, in {result.output}"
-    )
+    size = f"{options.resolution}x{options.resolution}" if options.square else f"{options.resolution} px by bucket"
+    say(f"{'Done' if result.changed else 'Up to date'}: {len(choice.rows)} pictures, {size}, in {result.output}")
     say(
         f"  from {about['candidates']:,} candidates among {about['pictures']:,} pictures; left out: "
         f"{about['copies']} copies byte by byte, {about['alike']} that look like another"
@@ -327,21 +307,15 @@ def _tell(options: SubsetOptions, pool: Pool, choice: Choice, result: Result, jo
             f"{VISIBLE:.0%}, which is visible (worst {about['worst_distortion'] - 1:.0%}){square}"
         )
     if about["enlarged"]:
-        say(
-            f"  warning: {about['enlarged']} pictures are enlarged more than {_ENLARGED:g} times: they will look soft"
-        )
+        say(f"  warning: {about['enlarged']} pictures are enlarged more than {_ENLARGED:g} times: they will look soft")
     say(f"Look at it:  {result.output / SHEET}  (why each: {ABOUT})")
     for command in commands(options, pool, result.output):
         say(command)
 
 
 def _tell_figures(figures: dict[str, dict[str, float]], say: Callable[[str], None]) -> None:
-    say(
-        "  The chosen pictures beside as many drawn at random, and beside the same choice if any light were allowed."
-    )
-    say(
-        "  A difference is 0 for two alike; given is the mean over all pairs, or to the nearest other picture."
-    )
+    say("  The chosen pictures beside as many drawn at random, and beside the same choice if any light were allowed.")
+    say("  A difference is 0 for two alike; given is the mean over all pairs, or to the nearest other picture.")
     say("                                             wanted    chosen   any light   at random")
     for name, label, wanted in (
         ("light_spread", "difference in light", "small"),

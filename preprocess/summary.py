@@ -49,9 +49,7 @@ def tell_plan(journal: Journal, plan: Plan, listing: Scan, beyond: Set[str] = fr
             f"(for example {shown(group[0])} = {shown(group[1])}); each is a record of its own"
         )
     if plan.wrong_extension:
-        journal.say(
-            f"  {plan.wrong_extension:,} images have another format than their extension says; read by content"
-        )
+        journal.say(f"  {plan.wrong_extension:,} images have another format than their extension says; read by content")
     repeated = advice.repeated_captions(item.caption for item in plan.items)
     for line in repeated:
         journal.say(line)
@@ -105,9 +103,7 @@ def tell_result(
         captions = total + sum(info.others for _, info, _ in finished)
         journal.say(f"  {several:,} records have several captions; {captions:,} captions in all")
     if counts.truncated:
-        journal.say(
-            f"  {counts.truncated:,} captions were longer than {plan.options.max_tokens} tokens and were cut"
-        )
+        journal.say(f"  {counts.truncated:,} captions were longer than {plan.options.max_tokens} tokens and were cut")
     if counts.profiles_ignored:
         journal.say(f"  {counts.profiles_ignored:,} unusable colour profiles were ignored")
     if plan.duplicates:

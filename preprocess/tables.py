@@ -56,9 +56,7 @@ def path_in(row: dict) -> str:
         if isinstance(value, str) and value:
             return value
     there = ", ".join(repr(name)[:40] for name in list(row)[:8]) or "no field at all"
-    raise Rejected(
-        "no image path", f"none of the fields {', '.join(PATH_FIELDS)} is a text; the row has {there}"
-    )
+    raise Rejected("no image path", f"none of the fields {', '.join(PATH_FIELDS)} is a text; the row has {there}")
 
 
 def _lines(file: BinaryIO, newline: str) -> Iterator[tuple[int, str | Rejected]]:
@@ -137,9 +135,7 @@ def _read_csv(file: BinaryIO, names: tuple[str, ...], is_picture: Callable[[str]
             return False
         name = values[path].strip()
         looks_so = PurePosixPath(name).suffix.lower() in (*EXTENSIONS, *OTHER_IMAGES)
-        return (looks_so and len(values) == len(header)) or (
-            bool(name) and len(values) > 1 and is_picture(name)
-        )
+        return (looks_so and len(values) == len(header)) or (bool(name) and len(values) > 1 and is_picture(name))
 
     while (entry := lines.next()) is not None:
         number, line = entry
@@ -185,9 +181,7 @@ def _require_columns(columns: list[str], names: tuple[str, ...]) -> None:
     there = ", ".join(repr(name)[:40] for name in columns[:20]) or "none"
     if not set(columns) & set(PATH_FIELDS):
         wanted = ", ".join(PATH_FIELDS)
-        raise Rejected(
-            "no column of image paths", f"the columns are {there}; the paths stand in one of {wanted}"
-        )
+        raise Rejected("no column of image paths", f"the columns are {there}; the paths stand in one of {wanted}")
     if not set(columns) & set(names):
         wanted = ", ".join(names)
         raise Rejected(
@@ -196,9 +190,7 @@ def _require_columns(columns: list[str], names: tuple[str, ...]) -> None:
         )
 
 
-def _row(
-    lines: _Lines, first: str, delimiter: str, width: int, is_row: Callable[[str], bool]
-) -> list[str] | Rejected:
+def _row(lines: _Lines, first: str, delimiter: str, width: int, is_row: Callable[[str], bool]) -> list[str] | Rejected:
     """The values of the row that begins with this line; [] for an empty one.
 
     A quote that is not closed would make the rows behind it a part of the caption. Where that can be seen only the
@@ -251,9 +243,7 @@ def _read_parquet(file: BinaryIO, names: tuple[str, ...]) -> Iterator[Row]:
         for group in range(table.num_row_groups):
             metadata = table.metadata.row_group(group)
             parts = [metadata.column(index) for index in range(metadata.num_columns)]
-            size = sum(
-                p.total_uncompressed_size for p in parts if p.path_in_schema.partition(".")[0] in wanted
-            )
+            size = sum(p.total_uncompressed_size for p in parts if p.path_in_schema.partition(".")[0] in wanted)
             if size > _MAX_GROUP:
                 raise Rejected("row group too large", f"{size:,} bytes of {', '.join(wanted)}")
             # A value that is stored once may stand in every row: few rows at a time bound what they take.

@@ -83,9 +83,7 @@ def parse(data: bytes) -> np.ndarray:
     try:
         file = io.BytesIO(data)
         version = np.lib.format.read_magic(file)
-        read = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        )
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(file)
     except Exception as error:  # noqa: BLE001  numpy parses the header with ast: many kinds of error
         raise Rejected("not a .npy vector", str(error)[:200]) from error

@@ -66,9 +66,7 @@ def verify(directory: str | Path, workers: int = 2) -> list[Finding]:
         ThreadPoolExecutor(workers) as pool,
         journal.bar(sum(s.records for _, s in shards), "verify", "record") as bar,
     ):
-        jobs = [
-            pool.submit(_check_shard, directory, s, split, manifest, index, bar.update) for split, s in shards
-        ]
+        jobs = [pool.submit(_check_shard, directory, s, split, manifest, index, bar.update) for split, s in shards]
         for (split, shard), job in zip(shards, jobs):
             found, of_shard, shard_keys = job.result()
             findings += found
@@ -99,9 +97,7 @@ def _by_shard(rows: Rows) -> dict[str, pa.Table]:
 def _check_metadata(directory: Path, manifest: Manifest, rejects_sha256: str) -> list[Finding]:
     findings = []
     if (directory / records.MANIFEST).read_text(encoding="utf-8") != manifest.to_json():
-        findings.append(
-            Finding(records.MANIFEST, WHOLE, "says the right things, but is not as it was written")
-        )
+        findings.append(Finding(records.MANIFEST, WHOLE, "says the right things, but is not as it was written"))
     listed = {shard.file for shards in manifest.shards.values() for shard in shards}
     for path in directory.glob("*.array_record*"):
         if path.name not in listed:
@@ -214,9 +210,7 @@ def _check_statistics(manifest: Manifest, moments: Moments | None) -> list[Findi
     ):
         error = float(np.abs(np.array(stated) - found).max())
         if not error <= 1e-9 * max(1.0, float(np.abs(found).max())):
-            findings.append(
-                Finding(records.MANIFEST, WHOLE, f"{name} is off by {error:.3g} from the records")
-            )
+            findings.append(Finding(records.MANIFEST, WHOLE, f"{name} is off by {error:.3g} from the records"))
     return findings
 
 
@@ -270,13 +264,9 @@ def salvage_index(directory: Path, options: Options) -> None:
                     record = records.decode_record(data, manifest.text.width)
                     moments.append(Moments.of(record.latent))
                     others.append(len(record.other_captions))
-                    rows.append(
-                        {"split": split, "shard": shard.file, "row": row, **_index_row(record, prints)}
-                    )
+                    rows.append({"split": split, "shard": shard.file, "row": row, **_index_row(record, prints)})
             # Rows of unreadable records are missing, so the unit's name fits no plan and it is made again.
-            whole = [
-                [r["key"], r["content_hash"], r["latent_id"], r["text_id"], r["vision_id"]] for r in rows
-            ]
+            whole = [[r["key"], r["content_hash"], r["latent_id"], r["text_id"], r["vision_id"]] for r in rows]
             infos.append(
                 UnitInfo(
                     uid=digest(records.WRITER_OPTIONS, split, whole),

@@ -155,9 +155,7 @@ def save_sheet(sheet: Image.Image, name: str) -> None:
 
 def draw_guidance(work: Path) -> None:
     texts, visions = (1, 2, 4, 7), (1, 1.5, 3)
-    caption = (
-        "portrait of a woman with red curly hair in a green coat, looking right, in front of a brick wall"
-    )
+    caption = "portrait of a woman with red curly hair in a green coat, looking right, in front of a brick wall"
     images = sample.sample(
         sample.parse_arguments(
             ["--workdir", str(work / "healthy"), "--prompt", caption]

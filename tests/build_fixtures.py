@@ -31,9 +31,7 @@ def write_image(path: Path, seed: int, caption: str | None, draw: Callable) -> N
 def write_photos(folder: Path, count: int, draw: Callable) -> Path:
     """`count` photographs of several sizes in two folders."""
     for seed in range(count):
-        write_image(
-            folder / f"set{seed % 2}" / f"p{seed:02}.png", seed, f"photo number {seed} of a dog", draw
-        )
+        write_image(folder / f"set{seed % 2}" / f"p{seed:02}.png", seed, f"photo number {seed} of a dog", draw)
     return folder
 
 
@@ -69,11 +67,7 @@ def index(directory: Path) -> list[dict]:
 
 def contents(directory: Path) -> dict[str, bytes]:
     """Every file of a dataset that the contract names."""
-    names = [
-        p
-        for p in directory.iterdir()
-        if p.name not in ("build.json", "build_log.jsonl", "plan.png", "inspect")
-    ]
+    names = [p for p in directory.iterdir() if p.name not in ("build.json", "build_log.jsonl", "plan.png", "inspect")]
     return {path.name: path.read_bytes() for path in names}
 
 

@@ -72,9 +72,7 @@ def write_dataset(album: Album, directory: Path) -> Manifest:
         latent_std=tuple(values.std(1)),
         latent_count=values.shape[1],
         text_tokens=max(len(record.text) for record in album.records),
-        shards={
-            "train": (Shard(file.name, sha256_file(file), file.stat().st_size, len(album.records), buckets),)
-        },
+        shards={"train": (Shard(file.name, sha256_file(file), file.stat().st_size, len(album.records), buckets),)},
     )
     (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest

@@ -53,9 +53,7 @@ def scene(subject: str, side: str, light: int, step: int = STEP) -> np.ndarray:
     cloth = shift(_texture(subject, 2.0), (0, offset - SIDE / 2, 0), order=1, mode="wrap")[:, :SIDE]
     paint = paint * (1 - mask) + (cloth * 0.8) * mask
     colour, (right, down) = LIGHTS[light]
-    fall = (
-        1 + right * np.linspace(-1, 1, SIDE)[None, :, None] + down * np.linspace(-1, 1, SIDE)[:, None, None]
-    )
+    fall = 1 + right * np.linspace(-1, 1, SIDE)[None, :, None] + down * np.linspace(-1, 1, SIDE)[:, None, None]
     return np.rint(255 * np.clip(paint * fall * colour, 0, 1) ** (1 / 1.6)).astype(np.uint8)
 
 

@@ -31,9 +31,7 @@ def racer(folder: Path, rounds: int, barrier, answers) -> None:
 def main(folder: Path, rounds: int, racers: int) -> int:
     context = multiprocessing.get_context("fork")
     barrier, answers = context.Barrier(racers + 1), context.Queue()
-    processes = [
-        context.Process(target=racer, args=(folder, rounds, barrier, answers)) for _ in range(racers)
-    ]
+    processes = [context.Process(target=racer, args=(folder, rounds, barrier, answers)) for _ in range(racers)]
     for process in processes:
         process.start()
     wrong = 0

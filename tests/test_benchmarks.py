@@ -29,9 +29,7 @@ def test_the_plain_dit_answers_as_the_model_does_its_flops_are_counted_alike_and
 
     @jax.jit
     def answer_and_gradient(params):
-        moved = jax.tree.map(
-            lambda leaf: leaf + 0.1 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), params
-        )
+        moved = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), params)
         return run(params), jax.grad(lambda params: jnp.mean(jnp.square(run(params) - 1.0)))(moved)
 
     answer, gradient = answer_and_gradient(params)

@@ -30,9 +30,7 @@ def row(batch, remat, images_s, *, side="jax", peak=10.0, plan=10.0, turn="run/0
 @pytest.mark.parametrize("target", gpu_sides.TARGETS)
 def test_each_configuration_is_what_a_run_would_get(target):
     for batch, remat in gpu.OURS[target]:
-        settings, (mean, _) = gpu_sides.settings(
-            gpu_sides.TARGETS[target], gpu.make(target, "jax", batch, remat)
-        )
+        settings, (mean, _) = gpu_sides.settings(gpu_sides.TARGETS[target], gpu.make(target, "jax", batch, remat))
         assert (settings.batch_size, settings.model.remat) == (batch, remat)
         assert settings.tokens == gpu_sides.TARGETS[target].side ** 2
         assert settings.optimizer.accumulate * batch == settings.effective_batch

@@ -168,9 +168,7 @@ def test_one_more_image_is_one_image_encoded(photos: Path, tmp_path: Path, draw_
     counts = result.counts
     assert (counts.pictures, counts.latents, counts.texts, counts.visions) == (1, 1, 1, 1)
     after = {p.name: p.stat().st_ino for p in (tmp_path / "data").glob("*array_record*")}
-    assert len(set(untouched.values()) - set(after.values())) == 1, (
-        "one shard was written again, the others kept"
-    )
+    assert len(set(untouched.values()) - set(after.values())) == 1, "one shard was written again, the others kept"
     assert_as_fresh(photos, tmp_path / "data", tmp_path)
 
 
@@ -265,9 +263,7 @@ def test_a_damaged_record_is_not_taken_over(photos: Path, tmp_path: Path) -> Non
     data[position] ^= 1
     shard.write_bytes(data)
     other = next(r for r in index(tmp_path / "data") if r["shard"] == shard.name and r["key"] != row["key"])
-    (photos / other["key"]).with_suffix(".json").write_text(
-        '{"caption": "edited, so the shard is made again"}'
-    )
+    (photos / other["key"]).with_suffix(".json").write_text('{"caption": "edited, so the shard is made again"}')
     counts = build(options(photos, tmp_path / "data")).counts
     assert (counts.latents, counts.texts) == (1, 2)
     assert_as_fresh(photos, tmp_path / "data", tmp_path)
@@ -352,9 +348,7 @@ def test_an_encoder_that_returns_nan(photos: Path, tmp_path: Path, tiny_dino_dir
         ({"vae": "builtin:hash"}, "there is no encoder 'builtin:hash' here"),
     ],
 )
-def test_impossible_wishes_are_one_line_errors(
-    photos: Path, tmp_path: Path, more: dict, message: str
-) -> None:
+def test_impossible_wishes_are_one_line_errors(photos: Path, tmp_path: Path, more: dict, message: str) -> None:
     with pytest.raises(PreprocessError, match=message):
         build(dataclasses.replace(options(photos, tmp_path / "data"), **more))
     assert not (tmp_path / "data" / records.MANIFEST).exists()
@@ -383,16 +377,12 @@ def test_a_second_build_is_refused_with_the_owner(photos: Path, tmp_path: Path) 
 
 
 def run(*arguments: str, **more) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "preprocess", *arguments], capture_output=True, text=True, **more
-    )
+    return subprocess.run([sys.executable, "-m", "preprocess", *arguments], capture_output=True, text=True, **more)
 
 
 def test_command_line(photos: Path, tmp_path: Path) -> None:
     data = str(tmp_path / "data")
-    done = run(
-        "build", "--input", str(photos), "--output", data, "--resolution", "128", "--holdout", "0", *FLAGS
-    )
+    done = run("build", "--input", str(photos), "--output", data, "--resolution", "128", "--holdout", "0", *FLAGS)
     assert done.returncode == 0, done.stderr
     assert "24 records (train 24)" in done.stdout
     assert f"python -m fluxdit_jax.train --config=configs/demo.py --config.data.path={data}" in done.stdout
@@ -415,12 +405,8 @@ def test_help_loads_nothing_heavy() -> None:
 
 
 def test_a_reader_that_goes_away_stops_nothing(photos: Path, tmp_path: Path) -> None:
-    command = (
-        f"{sys.executable} -m preprocess build --input {photos} --output {tmp_path / 'data'} --resolution 128"
-    )
-    result = subprocess.run(
-        ["bash", "-c", f"{command} {' '.join(FLAGS)} | true"], capture_output=True, text=True
-    )
+    command = f"{sys.executable} -m preprocess build --input {photos} --output {tmp_path / 'data'} --resolution 128"
+    result = subprocess.run(["bash", "-c", f"{command} {' '.join(FLAGS)} | true"], capture_output=True, text=True)
     assert "Traceback" not in result.stderr
     assert records.load_manifest(tmp_path / "data").records("train") > 0
 
@@ -480,9 +466,7 @@ def test_a_signal_stops_it_cleanly(number: signal.Signals, tmp_path: Path, draw_
 # ------------------------------------------------------------------------------------------------- dry run
 
 
-def test_dry_run_tells_and_writes_no_dataset(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_dry_run_tells_and_writes_no_dataset(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (photos / "bad.png").write_bytes(b"")
     (photos / "bad.txt").write_text("a zero-byte file")
     dry_run(options(photos, tmp_path / "data"))
@@ -514,9 +498,7 @@ def test_other_fits(fit: str, photos: Path, tmp_path: Path, capsys: pytest.Captu
     vae = load_vae("builtin:dct")
     for key, record in found.items():
         data = (photos / key).read_bytes()
-        pixels = decode(
-            data, read_header(data, Limits()), record.encoded_size, fit, record.content_hash
-        ).pixels
+        pixels = decode(data, read_header(data, Limits()), record.encoded_size, fit, record.content_hash).pixels
         np.testing.assert_array_equal(record.latent, vae.encode(pixels[None])[0])
     assert_as_fresh(photos, tmp_path / "data", tmp_path, fit=fit)
 
@@ -542,9 +524,7 @@ def test_a_dataset_inside_its_input_is_not_read_as_input(photos: Path, tmp_path:
 def test_precomputed_vectors(photos: Path, tmp_path: Path) -> None:
     folder = tmp_path / "vectors"
     rng = np.random.default_rng(0)
-    vectors = {
-        p.relative_to(photos).as_posix(): rng.normal(size=1024) * 7 for p in sorted(photos.rglob("*.png"))
-    }
+    vectors = {p.relative_to(photos).as_posix(): rng.normal(size=1024) * 7 for p in sorted(photos.rglob("*.png"))}
     for key, vector in vectors.items():
         (folder / key).parent.mkdir(parents=True, exist_ok=True)
         np.save(folder / f"{key}.npy", vector.astype(np.float32))

@@ -141,9 +141,7 @@ def test_other_encoders_and_another_reading(scene: Scene, tiny_t5_dir: Path) -> 
 # --------------------------------------------------------------------------------- what is left out is as before
 
 
-def test_the_output_alone_repeats_its_build_anywhere(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch, draw_photo
-) -> None:
+def test_the_output_alone_repeats_its_build_anywhere(scene: Scene, monkeypatch: pytest.MonkeyPatch, draw_photo) -> None:
     monkeypatch.chdir(scene.photos)
     assert "Up to date" in scene.build() and scene.files() == scene.before
     write_image(scene.photos / "more.png", 50, "one more", draw_photo)
@@ -151,10 +149,7 @@ def test_the_output_alone_repeats_its_build_anywhere(
     (scene.photos / "set1" / "p03.png").unlink()
     said = scene.build()
     assert "12 images: 11 kept, 1 new, 0 changed, 1 dropped" in said
-    assert (
-        "to encode: 1 pictures" in said
-        and "1 of 12 records of the dataset are no longer in the input" in said
-    )
+    assert "to encode: 1 pictures" in said and "1 of 12 records of the dataset are no longer in the input" in said
     assert records.load_manifest(scene.data).resolution == 128
 
 
@@ -204,9 +199,7 @@ def test_a_dry_run_compares_and_writes_nothing(scene: Scene, draw_photo) -> None
     assert "will be refused" in said and "11 encoded at another size" in said
     assert "will be refused" not in scene.build("--dry-run", "--resolution", "256", "--replace")
     scene.build("--dry-run", "--input", str(scene.photos), "--output", str(scene.photos / "out"), *SMALL)
-    scene.build(
-        "--dry-run", "--input", str(scene.photos), "--max-aspect", "1.01", "--min-side", "9000", status=1
-    )
+    scene.build("--dry-run", "--input", str(scene.photos), "--max-aspect", "1.01", "--min-side", "9000", status=1)
     assert tree(scene.data.parent) == before
     scene.build("--dry-run", "--draw", str(scene.data.parent / "plan.png"))
     assert set(tree(scene.data.parent)) - set(before) == {str(scene.data.parent / "plan.png")}

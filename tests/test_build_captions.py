@@ -84,18 +84,14 @@ def test_records_hold_what_the_encoder_says_of_each_caption(built: Path) -> None
     assert verify(built / "data") == []
 
 
-def test_records_of_one_caption_are_the_same_bytes_beside_others(
-    built: Path, tmp_path: Path, draw_photo
-) -> None:
+def test_records_of_one_caption_are_the_same_bytes_beside_others(built: Path, tmp_path: Path, draw_photo) -> None:
     """A shard without a picture of several captions is that of a dataset that has none, and so is features.json."""
     photos = write_photos(tmp_path / "photos", 24, draw_photo)
     build(options(photos, tmp_path / "data"))
     one, several = contents(tmp_path / "data"), contents(built / "data")
     assert one["features.json"] == several["features.json"]
     of_one, of_several = read(tmp_path / "data"), read(built / "data")
-    same = {
-        key for key in of_one if records.encode_record(of_one[key]) == records.encode_record(of_several[key])
-    }
+    same = {key for key in of_one if records.encode_record(of_one[key]) == records.encode_record(of_several[key])}
     assert same == of_one.keys() - SEVERAL.keys()
     assert b"several" not in one[records.INDEX] and b"others" not in one[records.INDEX]
 
@@ -151,9 +147,7 @@ def test_plain_tfds_reads_the_first_caption(built: Path) -> None:
         "        print(json.dumps([one['key'].decode(), one['caption'].decode(), len(one['text']), sorted(one)]))\n"
         "assert not {'tensorflow', 'torch', 'jax'} & set(sys.modules)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(built / "data")], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code, str(built / "data")], capture_output=True, text=True, check=True)
     found, rows = read(built / "data"), [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rows) == 24
     for key, words, tokens, names in rows:
@@ -244,17 +238,13 @@ def test_real_text_encoder(built: Path, tmp_path: Path, tiny_t5_dir: Path) -> No
     assert verify(tmp_path / "data") == []
 
 
-def test_a_further_caption_that_becomes_nan_rejects_its_picture(
-    built: Path, tmp_path: Path, tiny_t5_dir: Path
-) -> None:
+def test_a_further_caption_that_becomes_nan_rejects_its_picture(built: Path, tmp_path: Path, tiny_t5_dir: Path) -> None:
     from safetensors.numpy import load_file, save_file
 
     model = tmp_path / "t5"
     shutil.copytree(tiny_t5_dir, model)
     tensors = load_file(model / "model.safetensors")
-    tensors["shared.weight"][2] = (
-        np.nan
-    )  # of the token <unk>: only the quotation marks are not in the vocabulary
+    tensors["shared.weight"][2] = np.nan  # of the token <unk>: only the quotation marks are not in the vocabulary
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     more = {"text_encoder": str(model), "device": "cpu", "max_rejects": 0.5, "holdout": 0.0}
     build(options(built / "photos", tmp_path / "data", **more))
@@ -310,9 +300,7 @@ def test_a_record_whose_longest_caption_is_not_that_of_the_index_is_named(
     count = sum(r["shard"] == row["shard"] for r in index(data))
     written = [content for _, content in read_rows(shard, list(range(count)))]
     record = records.decode_record(written[row["row"]], 1024)
-    shorter = dataclasses.replace(
-        record, other_captions=record.other_captions[:1], other_texts=record.other_texts[:1]
-    )
+    shorter = dataclasses.replace(record, other_captions=record.other_captions[:1], other_texts=record.other_texts[:1])
     written[row["row"]] = records.encode_record(shorter)
     write_shard(shard, written)
     assert any(f.row == row["row"] and "tokens" in f.what for f in verify(data))
@@ -321,9 +309,7 @@ def test_a_record_whose_longest_caption_is_not_that_of_the_index_is_named(
 # ------------------------------------------------------------------------------------------------ what is told
 
 
-def test_build_dry_run_and_inspect_count_them(
-    built: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_build_dry_run_and_inspect_count_them(built: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     build(options(built / "photos", built / "data"))
     told = capsys.readouterr().out
     assert f"4 images have several captions; {ALL} captions in all" in told
@@ -386,9 +372,7 @@ def test_export_writes_all_captions(built: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", ["photos", "data"])
 def test_subset_keeps_all_captions(source: str, built: Path, tmp_path: Path, capsys) -> None:  # noqa: ANN001
-    wanted = SubsetOptions(
-        str(built / source), str(tmp_path / "subset"), count=24, resolution=128, allow_fewer=True
-    )
+    wanted = SubsetOptions(str(built / source), str(tmp_path / "subset"), count=24, resolution=128, allow_fewer=True)
     result = subset(wanted)
     by_key = {one["key"]: one for one in result.about["chosen"]}
     assert SEVERAL.keys() <= by_key.keys()
@@ -405,9 +389,7 @@ def test_subset_keeps_all_captions(source: str, built: Path, tmp_path: Path, cap
     assert not subset(wanted).changed
 
 
-def test_subset_of_a_dataset_leaves_out_a_changed_further_caption(
-    copied: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_subset_of_a_dataset_leaves_out_a_changed_further_caption(copied: tuple[Path, Path], tmp_path: Path) -> None:
     photos, data = copied
     caption(photos, "set0/p16.png", ["a dog", "another one"])
     wanted = SubsetOptions(

@@ -128,9 +128,7 @@ def test_hash_text_counts_truncations():
 
 def test_an_image_does_not_depend_on_its_batch(photos):
     """Bitwise, or a record would change with the neighbours it was encoded with."""
-    many = np.concatenate(
-        [photos[:, :104, :136], photos[:, 104:208, 136:272], photos[:, ::2, ::2][:, :104, :136]]
-    )
+    many = np.concatenate([photos[:, :104, :136], photos[:, 104:208, 136:272], photos[:, ::2, ::2][:, :104, :136]])
     vae, tone = DctVae(), ToneVision()
     latents, vectors = vae.encode(many), tone.encode(many)
     decoded = vae.decode(latents)

@@ -96,9 +96,7 @@ def test_copies_and_lookalikes_are_left_out_and_the_largest_stays(draw_photo):
 
 def test_lookalikes_with_opposite_captions_are_both_kept():
     thumbnails = np.full((3, THUMBNAIL, THUMBNAIL, 3), 100, np.uint8)
-    given = candidates(
-        ["a man looking left", "a man looking right", "a man"], lights([3], [1]), thumbnails=thumbnails
-    )
+    given = candidates(["a man looking left", "a man looking right", "a man"], lights([3], [1]), thumbnails=thumbnails)
     kept, instead, _ = distinct(given, DEFAULT_RULES)
     assert kept == [0, 1, 2] and not instead
     kept, instead, _ = distinct(dataclasses.replace(given, captions=["a man"] * 3), DEFAULT_RULES)

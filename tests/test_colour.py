@@ -27,9 +27,7 @@ def to_xyz(points: tuple[float, ...]) -> np.ndarray:
     return xyz[:, :3] * np.linalg.solve(xyz[:, :3], xyz[:, 3])
 
 
-def expected(
-    values: np.ndarray, points: tuple[float, ...] = SRGB, exponent: float | None = None
-) -> np.ndarray:
+def expected(values: np.ndarray, points: tuple[float, ...] = SRGB, exponent: float | None = None) -> np.ndarray:
     """What uint8 values of this space are in sRGB, f64; the curve is sRGB's without an exponent."""
     share = values / 255
     linear = share**exponent if exponent else np.interp(share, LINEAR, SRGB_TABLE)
@@ -66,9 +64,7 @@ def profile(
     for kind, content in tags.items():
         table += kind + struct.pack(">2I", start + len(body), len(content))
         body += content + bytes(-len(content) % 4)
-    head = (
-        struct.pack(">I4xB3x", start + len(body), version) + b"mntr" + space + b"XYZ " + bytes(12) + b"acsp"
-    )
+    head = struct.pack(">I4xB3x", start + len(body), version) + b"mntr" + space + b"XYZ " + bytes(12) + b"acsp"
     return (head + bytes(28) + fixed(d50)).ljust(128, b"\0") + table + body
 
 
@@ -81,9 +77,7 @@ def gamma(exponent: float) -> bytes:
 
 
 def table(values: np.ndarray) -> bytes:
-    return b"curv\0\0\0\0" + struct.pack(
-        f">I{len(values)}H", len(values), *np.round(values * 65535).astype(int)
-    )
+    return b"curv\0\0\0\0" + struct.pack(f">I{len(values)}H", len(values), *np.round(values * 65535).astype(int))
 
 
 PARAMETRIC = b"para\0\0\0\0\0\3\0\0" + fixed([2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045])
@@ -147,9 +141,7 @@ def test_a_profile_counts_whatever_its_name(
 def test_a_jpeg_with_a_linear_profile() -> None:
     made = profile(gamma(1), name="GIMP built-in Linear sRGB")
     for mode in ("RGB", "L"):
-        data = encode(
-            Image.new("RGB", (64, 64), (55, 55, 55)).convert(mode), "JPEG", quality=100, icc_profile=made
-        )
+        data = encode(Image.new("RGB", (64, 64), (55, 55, 55)).convert(mode), "JPEG", quality=100, icc_profile=made)
         found = read(data)
         assert (found.pixels == 128).all() and not found.profile_ignored
         assert read_header(data, LIMITS).version == 2
@@ -257,9 +249,7 @@ LINEAR_SRGB = png_chunk(b"iCCP", b"sRGB\0\0" + zlib.compress(profile(gamma(1), n
         ([numbers(9, 16), LINEAR_SRGB], SRGB, 1.0),
     ],
 )
-def test_what_a_png_states(
-    chunks: list[bytes], points: tuple, exponent: float | None, patches: np.ndarray
-) -> None:
+def test_what_a_png_states(chunks: list[bytes], points: tuple, exponent: float | None, patches: np.ndarray) -> None:
     data = with_chunks(encode(picture(patches)), *chunks)
     check(data, expected(patches, points, exponent))
     assert read_header(data, LIMITS).version == 2
@@ -328,16 +318,11 @@ def camera(space: int | None, index: str | None) -> bytes:
     [(2, None, True), (0xFFFF, "R03", True), (2, "R03", True), (None, "R03", True), (1, None, False)]
     + [(1, "R03", False), (0xFFFF, None, False), (0xFFFF, "R98", False), (None, None, False)],
 )
-def test_cameras_say_adobe_rgb_in_exif(
-    space: int | None, index: str | None, adobe: bool, patches: np.ndarray
-) -> None:
+def test_cameras_say_adobe_rgb_in_exif(space: int | None, index: str | None, adobe: bool, patches: np.ndarray) -> None:
     data = encode(picture(patches), "WEBP", lossless=True, exif=camera(space, index))
     check(data, expected(patches, ADOBE, 563 / 256) if adobe else patches)
     assert read_header(data, LIMITS).version == (2 if adobe else 1)
-    jpeg = [
-        encode(picture(patches), "JPEG", quality=100, subsampling=0, exif=e)
-        for e in (b"", camera(space, index))
-    ]
+    jpeg = [encode(picture(patches), "JPEG", quality=100, subsampling=0, exif=e) for e in (b"", camera(space, index))]
     assert (read(jpeg[0]).pixels != read(jpeg[1]).pixels).any() == adobe
 
 

@@ -52,9 +52,7 @@ def test_errors_of_the_disk_name_the_file_and_say_what_to_do(number: int, words:
     assert explain(OSError(number, os.strerror(number), "a/b")).startswith(words)
 
 
-@pytest.mark.parametrize(
-    "shell", ["| head -0", "2>&1 | head -0", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full"]
-)
+@pytest.mark.parametrize("shell", ["| head -0", "2>&1 | head -0", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full"])
 def test_it_goes_on_when_nobody_reads(tmp_path, shell: str):
     done = run(
         "[print(n, file=f, flush=True) for n in range(9999) for f in (sys.stdout, sys.stderr)]\n"
@@ -98,9 +96,7 @@ def test_a_closed_event_loop_is_not_told_and_any_other_exception_in_a_callback_i
 
 def test_progress_bars_make_no_semaphore():
     """tqdm's own lock is one in /dev/shm, and stays there if the process is killed while it is made."""
-    code = (
-        "from tqdm import tqdm; tqdm(range(3), file=sys.stderr); print(hasattr(tqdm.get_lock(), 'mp_lock'))"
-    )
+    code = "from tqdm import tqdm; tqdm(range(3), file=sys.stderr); print(hasattr(tqdm.get_lock(), 'mp_lock'))"
     for before, expected in (("command.outlive_readers()", "False"), ("", "True")):
         done = subprocess.run(
             [sys.executable, "-c", f"import sys; from fluxdit_jax import command; {before or 0}; {code}"],

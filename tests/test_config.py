@@ -217,9 +217,7 @@ def test_whatever_stands_in_a_key_is_accepted_or_refused_by_its_name(changes):
     except ConfigError as refusal:
         text = str(refusal)
         assert text.startswith("config.") and len(text) < 600
-        assert any(
-            key in text or (key.startswith("flow.drop_") and "flow.drop_*" in text) for key, _ in changes
-        )
+        assert any(key in text or (key.startswith("flow.drop_") and "flow.drop_*" in text) for key, _ in changes)
     else:
         plain = json.loads(json.dumps(config.to_dict()), object_hook=with_tuples)
         assert plain == config.to_dict()

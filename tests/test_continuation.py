@@ -73,11 +73,7 @@ def go_back_to(workdir, step):
 
 
 def contents(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 # ------------------------------------------------------------------------------------------------ beyond the step
@@ -103,9 +99,7 @@ def test_another_rate_from_an_earlier_step_leaves_nothing_of_the_abandoned_steps
     for folder in (EMA, SHORT_EMA):
         assert ema_steps(workdir, folder) == [2, 4, 6, 7]
         for step in (2, 4):
-            assert tree_equal(
-                restore_ema(workdir, step, folder=folder), restore_ema(finished, step, folder=folder)
-            )
+            assert tree_equal(restore_ema(workdir, step, folder=folder), restore_ema(finished, step, folder=folder))
         newest = restore_ema(workdir, folder=folder)
         assert newest[0] == 7
         assert not tree_equal(restore_ema(workdir, 6, folder=folder), restore_ema(finished, 6, folder=folder))
@@ -116,9 +110,7 @@ def test_another_rate_from_an_earlier_step_leaves_nothing_of_the_abandoned_steps
     for folder in (EMA, SHORT_EMA):
         assert ema_steps(aside, folder) == [6, 8]
         assert contents(aside / folder) == {
-            name: bits
-            for name, bits in contents(finished / folder).items()
-            if name.split("/")[0] in ("6", "8")
+            name: bits for name, bits in contents(finished / folder).items() if name.split("/")[0] in ("6", "8")
         }
     assert sorted(path.name for path in (aside / "samples").iterdir()) == [
         "step_0000006.png",
@@ -176,9 +168,7 @@ def test_weights_of_the_same_step_but_of_another_run_are_replaced(config, workdi
     (workdir / "samples" / "step_0000004.png").write_bytes(b"picture")
     run(config, train__steps=4)
     for folder in (EMA, SHORT_EMA):
-        assert tree_equal(
-            restore_ema(workdir, folder=folder), restore_ema(tmp_path / "other", 4, folder=folder)
-        )
+        assert tree_equal(restore_ema(workdir, folder=folder), restore_ema(tmp_path / "other", 4, folder=folder))
         assert tree_equal(
             restore_ema(workdir / "abandoned" / "1", 4, folder=folder),
             restore_ema(finished, 4, folder=folder),
@@ -281,9 +271,7 @@ def test_killed_before_its_first_checkpoint_the_same_command_starts_again(config
     done = train_command.run(config=write_config(file, config))
     assert done.returncode == 0, done.stderr
     assert "the run goes on from step 0 (new)" in done.stderr and "abandoned/1" in done.stderr
-    assert (
-        ema_steps(workdir / "abandoned" / "1")[:2] == [2, 4] and logged(workdir / "abandoned" / "1")[0] == 1
-    )
+    assert ema_steps(workdir / "abandoned" / "1")[:2] == [2, 4] and logged(workdir / "abandoned" / "1")[0] == 1
     assert logged(workdir) == list(range(1, 9)) and ema_steps(workdir) == [2, 4, 6, 8]
 
 
@@ -349,9 +337,7 @@ def damaged_history(workdir):
     ],
     ids=["missing", "empty", "history", "damaged", "before", "no config", "curves", "damaged history"],
 )
-def test_a_run_whose_checkpoints_are_gone_is_refused_before_anything_is_changed(
-    config, workdir, damage, words
-):
+def test_a_run_whose_checkpoints_are_gone_is_refused_before_anything_is_changed(config, workdir, damage, words):
     damage(workdir)
     before = contents(workdir)
     with pytest.raises(RunError) as refusal:

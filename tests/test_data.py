@@ -253,9 +253,7 @@ def test_what_stands_in_does_not_depend_on_split_threads_processes_or_where_one_
 
 def test_the_last_of_an_epoch_gives_its_place_to_the_first_and_neighbours_to_the_one_behind(tmp_path):
     write_dataset(tmp_path / "d", train=200, holdout=0)
-    whole_epoch = identity(
-        whole(read(RecordSource(tmp_path / "d", load_manifest(tmp_path / "d"), "train"), 50))
-    )
+    whole_epoch = identity(whole(read(RecordSource(tmp_path / "d", load_manifest(tmp_path / "d"), "train"), 50)))
     number = {make_record(i, UNEVEN_SIZES[i % 3]).vision.tobytes(): i for i in range(200)}
     manifest = flip(tmp_path / "d", *(number[whole_epoch[place]] for place in (198, 199)))
     batch = whole(read(RecordSource(tmp_path / "d", manifest, "train", "skip"), 50))
@@ -388,9 +386,7 @@ def test_processes_read_disjoint_parts_of_the_same_batch(source):
 
 
 def test_memory_is_used_again_only_when_nothing_refers_to_it(source):
-    stream = batches(
-        source, seed=0, start=0, batch_size=4, patch=2, tokens=4, text_tokens=5, threads=1, prefetch=1
-    )
+    stream = batches(source, seed=0, start=0, batch_size=4, patch=2, tokens=4, text_tokens=5, threads=1, prefetch=1)
     held = [next(stream) for _ in range(6)]
     for first, second in itertools.combinations(held, 2):
         assert not any(np.shares_memory(first[name], second[name]) for name in first)
@@ -444,9 +440,7 @@ def test_the_layout_of_a_patch():
     tokens = patchify(latent, 2)
     for token in range(6):
         row, column = divmod(token, 3)
-        expected = [
-            latent[c, 2 * row + y, 2 * column + x] for y in range(2) for x in range(2) for c in range(2)
-        ]
+        expected = [latent[c, 2 * row + y, 2 * column + x] for y in range(2) for x in range(2) for c in range(2)]
         assert tokens[token].tolist() == expected
 
 

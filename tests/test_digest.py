@@ -50,9 +50,7 @@ def test_values_that_change_places_change_it():
     assert len(digests) == 3
 
 
-@pytest.mark.parametrize(
-    "meta", [{}, {"samples": 9, "batch_size": 4}, {"samples": 8}, {"Samples": 8, "batch_size": 4}]
-)
+@pytest.mark.parametrize("meta", [{}, {"samples": 9, "batch_size": 4}, {"samples": 8}, {"Samples": 8, "batch_size": 4}])
 def test_the_object_beside_the_numbers_counts(meta):
     assert tree_digest(TREE, meta) != tree_digest(TREE, META)
 

@@ -71,9 +71,7 @@ def test_grey_and_noise_give_no_score(subject):
 def test_smooth_blobs_give_no_score_but_by_chance(grain):
     """The hardest case: the scenes are smooth noise themselves."""
     found = [
-        displacement(scene(subject, "left", 0), smooth_noise(grain)).shift
-        for subject in SUBJECTS
-        for _ in range(15)
+        displacement(scene(subject, "left", 0), smooth_noise(grain)).shift for subject in SUBJECTS for _ in range(15)
     ]
     assert sum(shift is not None for shift in found) <= 6  # of 60
 
@@ -93,9 +91,7 @@ def test_every_true_pair_of_the_demonstration_set_is_measured_right(demo_picture
     for i, looking in enumerate(demo_looking):
         if looking != "left":
             continue
-        for number, word in enumerate(
-            ("right", "front"), start=1
-        ):  # the compositions that follow, where they exist
+        for number, word in enumerate(("right", "front"), start=1):  # the compositions that follow, where they exist
             j = i + 5 * number
             if j < len(images) and demo_looking[j] == word:
                 measured.append(displacement(images[i], images[j]).shift)

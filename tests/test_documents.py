@@ -94,8 +94,7 @@ def known_options() -> dict[str, set[str]]:
     """The options of each program, from its own --help."""
     names = ["build", "inspect", "verify", "export", "demo", "subset"]
     found = {
-        f"preprocess {name}": options_of(help_of(lambda name=name: preprocess.main([name, "--help"])))
-        for name in names
+        f"preprocess {name}": options_of(help_of(lambda name=name: preprocess.main([name, "--help"]))) for name in names
     }
     found["fluxdit_jax.sample"] = options_of(help_of(lambda: sample.parse_arguments(["--help"])))
     found["fluxdit_jax.validate"] = options_of(help_of(lambda: validate.parse_arguments(["--help"])))

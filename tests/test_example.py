@@ -20,8 +20,7 @@ def by_the_library(data):
     """Of every feature: its byte strings, or its integers."""
     feature = tf_example_pb2.Example.FromString(data).features.feature
     return {
-        name.encode(): list(value.bytes_list.value) or list(value.int64_list.value)
-        for name, value in feature.items()
+        name.encode(): list(value.bytes_list.value) or list(value.int64_list.value) for name, value in feature.items()
     }
 
 

@@ -34,9 +34,7 @@ def test_lines_that_a_full_disk_refused_follow_in_order_when_there_is_room(tmp_p
         room(100 if 5 <= number < 30 else UNLIMITED)
         file.write(line)
         if number == 20:
-            assert (tmp_path / "log.jsonl").read_text() == "".join(lines)[
-                :100
-            ]  # it ends in the middle of a line
+            assert (tmp_path / "log.jsonl").read_text() == "".join(lines)[:100]  # it ends in the middle of a line
     file.close()
     assert (tmp_path / "log.jsonl").read_text() == "".join(lines)
     assert file.failures > 10
@@ -79,9 +77,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, room):
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
-def test_the_board_counts_what_it_could_not_write_and_leaves_no_empty_files(
-    tmp_path: Path, room, package_log
-):
+def test_the_board_counts_what_it_could_not_write_and_leaves_no_empty_files(tmp_path: Path, room, package_log):
     board = Board(tmp_path / "tensorboard", 0)
     room(8)
     for step in range(20):

@@ -35,9 +35,7 @@ INSTALLED = [name for name, extensions in PLUGINS.items() if extensions[0] in fo
 @pytest.mark.parametrize("format", SAVED)
 def test_a_format_is_known_by_its_first_bytes(format: str) -> None:  # noqa: A002
     for mode in ("RGB", "L"):
-        assert (
-            formats.format_of(encode(four_quarters().convert(mode), format, **SAVED[format])[:64]) == format
-        )
+        assert formats.format_of(encode(four_quarters().convert(mode), format, **SAVED[format])[:64]) == format
 
 
 @pytest.mark.parametrize(
@@ -96,9 +94,7 @@ def test_the_extension_of_another_format(name: str, format: str, other: bool) ->
 
 @pytest.mark.parametrize(("extension", "package"), [(".heic", "pillow-heif"), (".hif", "pillow-heif")])
 def test_what_to_install_is_named(extension: str, package: str) -> None:
-    assert f"pip install {package}" in formats.not_read(extension) and extension in formats.not_read(
-        extension
-    )
+    assert f"pip install {package}" in formats.not_read(extension) and extension in formats.not_read(extension)
     assert "pip install pillow-jxl-plugin" in formats.not_read(".jxl")
     assert "pip" not in formats.not_read(".gif") and "convert" in formats.not_read(".gif")
 
@@ -174,9 +170,7 @@ def test_the_header_of_jpeg_xl(stream: list[tuple[int, int]], size: tuple[int, i
         assert formats.jxl.is_animated(data) == animated
 
 
-@pytest.mark.parametrize(
-    "data", [b"\xff\x0a", JXL_BOX, JXL_BOX[:13], b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(1000)]
-)
+@pytest.mark.parametrize("data", [b"\xff\x0a", JXL_BOX, JXL_BOX[:13], b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(1000)])
 def test_a_jpeg_xl_without_a_header_is_an_error(data: bytes) -> None:
     with pytest.raises(ValueError, match="JPEG XL"):
         formats.stated_size(data)
@@ -212,9 +206,7 @@ def test_a_webp_or_jpeg_of_more_than_pillows_limit_is_opened() -> None:
 
 
 def test_a_webp_that_states_too_much_takes_no_memory() -> None:
-    data = encode(
-        four_quarters().convert("RGBA"), "WEBP", lossless=True, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"
-    )
+    data = encode(four_quarters().convert("RGBA"), "WEBP", lossless=True, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0")
     assert data[12:16] == b"VP8X"
     large = data[:24] + b"\xff" * 6 + data[30:]
     with pytest.raises(Rejected, match="16777216x16777216"):
@@ -253,9 +245,7 @@ def test_build_reads_them_all(tmp_path: Path, draw_photo) -> None:
         picture = Image.fromarray(draw_photo(150, 170, seed))
         format = {"g.png": "PNG", "h.webp": "WEBP"}.get(name, "JPEG")  # noqa: A001
         data = encode(picture, format)
-        data = {"e.jpg": data[:-2], "f.jpg": data[:-60], "h.webp": data[:4] + bytes(4) + data[8:]}.get(
-            name, data
-        )
+        data = {"e.jpg": data[:-2], "f.jpg": data[:-60], "h.webp": data[:4] + bytes(4) + data[8:]}.get(name, data)
         (folder / name).write_bytes(data)
         (folder / name).with_suffix(".txt").write_text(f"picture {name}")
     command = [

@@ -60,13 +60,9 @@ def test_a_perfect_model_passes_with_full_marks():
     assert numbers["psnr_worst_db"] == 99 and numbers["shuffled_follow_their_new_conditions"] == 1
     assert found["memorisation"].controls[0].value == 0
     numbers = found["vision_swap"].numbers
-    assert (
-        numbers["pairs"] == 60 and numbers["exactly_the_true_answer"] == numbers["true_answers_passing"] == 1
-    )
+    assert numbers["pairs"] == 60 and numbers["exactly_the_true_answer"] == numbers["true_answers_passing"] == 1
     numbers = found["text_edit"].numbers
-    assert numbers["effect_median"] == pytest.approx(
-        0.25, abs=1 / 64
-    )  # the subject stands 16 of 64 pixels apart
+    assert numbers["effect_median"] == pytest.approx(0.25, abs=1 / 64)  # the subject stands 16 of 64 pixels apart
     assert numbers["calibration"] == {
         "true_pairs": 40,
         "right_way": 1.0,
@@ -177,10 +173,7 @@ class UnstableUnderEdits(Oracle):
 
     def see(self, one):
         image = super().see(one)
-        if (
-            self.shown(one)[0] == self.words(one.caption)[0]
-            and self.shown(one)[1] != self.words(one.caption)[1]
-        ):
+        if self.shown(one)[0] == self.words(one.caption)[0] and self.shown(one)[1] != self.words(one.caption)[1]:
             blobs = noise_of(one).permutation(image.reshape(-1, 3)).reshape(image.shape)
             return np.rint(gaussian_filter(blobs.astype(float), (1, 1, 0))).astype(np.uint8)
         return image
@@ -414,8 +407,7 @@ def test_the_same_picture_twice_in_a_set_is_not_held_against_the_model():
 def test_a_set_whose_captions_name_one_picture_each_is_told_so():
     """Then the caption says all, the light included, and a model that never looks at the vector memorises well."""
     renamed = [
-        dataclasses.replace(ALBUM.records[i], caption=f"{ALBUM.caption(i)} number {i}")
-        for i in range(len(ALBUM))
+        dataclasses.replace(ALBUM.records[i], caption=f"{ALBUM.caption(i)} number {i}") for i in range(len(ALBUM))
     ]
     distinct = Album(tuple(renamed), ALBUM.truths, ALBUM.patch)
 
@@ -426,9 +418,7 @@ def test_a_set_whose_captions_name_one_picture_each_is_told_so():
     remembered = Memorisation.plan(distinct).measure(CaptionIsAll(distinct))
     assert remembered.passed
     swapped = Swap.plan(distinct, 60).measure(CaptionIsAll(distinct))
-    assert (
-        not swapped.passed and swapped.numbers["tone_of_b"] < 0.1 and swapped.numbers["shared_captions"] == 0
-    )
+    assert not swapped.passed and swapped.numbers["tone_of_b"] < 0.1 and swapped.numbers["shared_captions"] == 0
     advice = advise(remembered, swapped, verdicts(Oracle(ALBUM))["text_edit"], FLAT)[1].advice
     assert "belong to one picture each" in " ".join(advice)
 

@@ -128,9 +128,7 @@ def test_the_json_has_the_verdict_and_everything_behind_it(passing, tmp_path):
         2,
         3,
     )
-    assert (
-        read_back["encoders"]["text"]["id"] == "builtin:hash" and read_back["dataset"]["format_version"] == 1
-    )
+    assert read_back["encoders"]["text"]["id"] == "builtin:hash" and read_back["dataset"]["format_version"] == 1
     assert list(path.parent.iterdir()) == [path]  # no temporary file is left
 
 
@@ -139,9 +137,7 @@ def test_a_failed_report_says_which_and_why(failing):
     assert found["passed"] is False and found["verdict"] == "FAIL: memorisation, vision swap, text edit"
     for metric in found["metrics"].values():
         assert metric["reasons"] and metric["advice"]
-    assert {tuple(cause["tests"]) for cause in found["advice"]} == {
-        ("memorisation", "vision swap", "text edit")
-    }
+    assert {tuple(cause["tests"]) for cause in found["advice"]} == {("memorisation", "vision swap", "text edit")}
 
 
 def test_json_has_no_nan(tmp_path):
@@ -159,10 +155,7 @@ def test_the_page_is_whole_and_needs_nothing_from_outside(passing, tmp_path):
     assert "@import" not in path.read_text() and "url(" not in path.read_text()
     text = " ".join(outline.text)
     assert (
-        text.index("PASS")
-        < text.index("1. Memorisation")
-        < text.index("2. Vision swap")
-        < text.index("3. Text edit")
+        text.index("PASS") < text.index("1. Memorisation") < text.index("2. Vision swap") < text.index("3. Text edit")
     )
     for words in (
         "40 of 40",
@@ -204,9 +197,7 @@ def test_a_failing_page_says_fail_and_where_to_look(failing):
 
 
 def test_the_worst_cases_are_shown():
-    cases = tuple(
-        Case(f"case {k}", "", float(k), k > 2, ()) for k in np.random.default_rng(0).permutation(50)
-    )
+    cases = tuple(Case(f"case {k}", "", float(k), k > 2, ()) for k in np.random.default_rng(0).permutation(50))
     verdict = Verdict("x", "x", "x", 1.0, 0.9, "x", {}, (), (), cases)
     chosen = dict(report.chosen_cases(verdict, each=3))
     assert [case.score for case in chosen["best"]] == [49, 48, 47]
@@ -219,10 +210,7 @@ def test_the_worst_cases_are_shown():
 def test_tensorboard_gets_numbers_and_grids(passing, tmp_path):
     report.write_tensorboard(passing, 1500, tmp_path)
     board = EventAccumulator(str(tmp_path), size_guidance={"images": 0}).Reload()
-    assert (
-        board.Scalars("validation/passed")[0].value == 1
-        and board.Scalars("validation/passed")[0].step == 1500
-    )
+    assert board.Scalars("validation/passed")[0].value == 1 and board.Scalars("validation/passed")[0].step == 1500
     assert board.Scalars("validation/vision_swap/value")[0].value == 1
     assert board.Scalars("validation/text_edit/effect_median")[0].value == pytest.approx(0.25, abs=0.02)
     for name in ("memorisation", "vision_swap", "text_edit"):
@@ -257,9 +245,7 @@ def test_ticks_are_round_and_inside():
 
 def test_the_training_curve_falls_from_left_to_right():
     svg = charts.curve([(e["step"], e["loss"]) for e in LOG], "step", "loss")
-    points = [
-        tuple(map(float, p.split(","))) for p in re.search(r'class="raw" points="([^"]+)"', svg)[1].split()
-    ]
+    points = [tuple(map(float, p.split(","))) for p in re.search(r'class="raw" points="([^"]+)"', svg)[1].split()]
     assert len(points) == len(LOG)
     assert all(x1 < x2 and y1 < y2 for (x1, y1), (x2, y2) in zip(points, points[1:]))  # y points down
     assert charts.curve([], "step", "loss") == "" and charts.curve([(0, 1.0)], "step", "loss") == ""

@@ -64,9 +64,7 @@ def test_an_album_knows_the_true_answer_of_a_grid():
     answer = ALBUM.true_answer(caption, ALBUM.places.index(("c05", "l2")))
     assert ALBUM.places[answer] == ("c03", "l2")
     assert ALBUM.true_answer("portrait of a stranger, looking right", 0) is None
-    foreign = Album(
-        ALBUM.records, ALBUM.truths, ALBUM.patch, keys=r"shot_(?P<composition>\d)(?P<lighting>\d)"
-    )
+    foreign = Album(ALBUM.records, ALBUM.truths, ALBUM.patch, keys=r"shot_(?P<composition>\d)(?P<lighting>\d)")
     assert foreign.true_answer(caption, 0) is None and foreign.places[0] is None
 
 

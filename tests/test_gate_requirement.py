@@ -71,9 +71,7 @@ def write(folder, config=NANO, of=None, failed=()):
 def test_a_larger_model_of_the_same_family_may_start(tmp_path):
     path = write(tmp_path)
     assert require_report(path, LARGE, manifest(name="other pictures"))["passed"] is True
-    assert (
-        require_report(tmp_path, LARGE, manifest())["weights"]["ema_step"] == 1500
-    )  # the run directory will do
+    assert require_report(tmp_path, LARGE, manifest())["weights"]["ema_step"] == 1500  # the run directory will do
 
 
 def test_moved_encoders_with_the_same_weights_are_the_same(tmp_path):

@@ -18,9 +18,7 @@ def test_a_rule_is_read():
     )
 
 
-@pytest.mark.parametrize(
-    "text", ["looking left", "a=>b", "a=>b:sideways", "=>b:left", "a=>:left", "a->b:left", ""]
-)
+@pytest.mark.parametrize("text", ["looking left", "a=>b", "a=>b:sideways", "=>b:left", "a=>:left", "a->b:left", ""])
 def test_a_rule_that_cannot_be_read_is_refused(text):
     with pytest.raises(EditError, match="OLD WORDS=>NEW WORDS:DIRECTION"):
         Rule.parse(text)

@@ -104,9 +104,7 @@ def test_a_spike_that_comes_down_later_is_called_over():
 
 def test_a_second_spike_is_named_again():
     run = [
-        changed(seen, gradient_norm=seen.gradient_norm * 50)
-        if 1000 <= seen.step < 1200 or seen.step >= 2500
-        else seen
+        changed(seen, gradient_norm=seen.gradient_norm * 50) if 1000 <= seen.step < 1200 or seen.step >= 2500 else seen
         for seen in healthy(3000)
     ]
     assert kinds(watch(run)) == ["spiked", "spiked", "spiked"]
@@ -125,9 +123,7 @@ def test_weights_thrown_in_the_first_steps_are_named_although_the_loss_never_fel
     run = [changed(seen, loss=2.0, rms_ratio=3.0 if 4 <= seen.step <= 6 else 0.1) for seen in healthy(100)]
     said = watch(run)
     assert kinds(said)[0] == "diverged" and said[0][0] == WINDOW and said[0][1].serious
-    assert (
-        "worse than predicting nothing" in said[0][1].message and "0.001) is too high" in said[0][1].message
-    )
+    assert "worse than predicting nothing" in said[0][1].message and "0.001) is too high" in said[0][1].message
 
 
 def test_one_outburst_is_forgiven():

@@ -85,8 +85,7 @@ def test_grey_modes_and_16_bits(mode: str) -> None:
 
 def test_16_bit_colour_png() -> None:
     rows = b"".join(
-        b"\0" + b"".join(struct.pack(">3H", x * 1024, 65535 - x * 1024, 32768) for x in range(64))
-        for _ in range(16)
+        b"\0" + b"".join(struct.pack(">3H", x * 1024, 65535 - x * 1024, 32768) for x in range(64)) for _ in range(16)
     )
     data = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">2I5B", 64, 16, 16, 2, 0, 0, 0))
     data += png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b"")
@@ -167,12 +166,7 @@ def test_crop_keeps_the_middle_and_pad_keeps_all() -> None:
 
 def bomb() -> bytes:
     header = png_chunk(b"IHDR", struct.pack(">2I5B", 60_000, 60_000, 8, 2, 0, 0, 0))
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + header
-        + png_chunk(b"IDAT", zlib.compress(b"\0" * 100))
-        + png_chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(b"\0" * 100)) + png_chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize(

@@ -71,9 +71,7 @@ def test_kill_9_at_random_moments_changes_nothing(config, whole, train_command, 
         with train_command.start(config=file) as process:
             if killed < KILLS:
                 if rng.random() < 0.8:  # else anywhere from the first import on
-                    while process.poll() is None and not (
-                        log.exists() and log.read_text().count("step ") > before
-                    ):
+                    while process.poll() is None and not (log.exists() and log.read_text().count("step ") > before):
                         time.sleep(0.01)
                 time.sleep(rng.uniform(0, 3))
                 if process.poll() is None:

@@ -47,9 +47,7 @@ def test_a_font_that_lacks_a_character_is_noticed() -> None:
     latin = labels.Face()
     assert latin.has("a") and not latin.has("山") and not latin.has("Ж")
     assert labels.Face(str(FONTS / "DejaVuSans.ttf")).has("Ж")
-    assert not labels.Face(str(FONTS / "DejaVuSans.ttf")).has(
-        "\u093f"
-    )  # a mark that stands on no circle of its own
+    assert not labels.Face(str(FONTS / "DejaVuSans.ttf")).has("\u093f")  # a mark that stands on no circle of its own
 
 
 def test_a_font_of_the_system_is_found(tmp_path: Path) -> None:
@@ -65,9 +63,7 @@ def test_a_font_of_the_system_is_found(tmp_path: Path) -> None:
         chr(code)
         for code in range(0x2000, 0xFFFF)
         if labels.Face(str(FONTS / "STIXGeneral.ttf")).has(chr(code))
-        and not any(
-            face.has(chr(code)) for face in (labels.Face(), labels.Face(str(FONTS / "DejaVuSans.ttf")))
-        )
+        and not any(face.has(chr(code)) for face in (labels.Face(), labels.Face(str(FONTS / "DejaVuSans.ttf"))))
         and not chr(code).isspace()
     )
     code = f"from fluxdit_jax.labels import drawable; print(*drawable({lacking!r}))"
@@ -82,9 +78,7 @@ def test_a_missing_script_is_told_once(package_log: list[str]) -> None:
     labels._tell_scripts.cache_clear()
     for _ in range(2):
         labels.drawable("\U00012000")
-    assert [
-        line for line in package_log if "CUNEIFORM" in line and line.startswith("WARNING")
-    ] == package_log[:1]
+    assert [line for line in package_log if "CUNEIFORM" in line and line.startswith("WARNING")] == package_log[:1]
     assert len(package_log) == 1
 
 

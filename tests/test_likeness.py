@@ -19,9 +19,9 @@ def test_distances_are_root_mean_squares():
 
 def test_pictures_of_other_shapes_are_compared_at_a_common_size():
     tall = np.asarray(Image.fromarray(FOX).resize((96, 160), Image.Resampling.BICUBIC))
-    near, far = likeness.distances(
-        likeness.thumbnails([tall]), likeness.thumbnails([FOX, scene("teapot", "left", 0)])
-    )[0]
+    near, far = likeness.distances(likeness.thumbnails([tall]), likeness.thumbnails([FOX, scene("teapot", "left", 0)]))[
+        0
+    ]
     assert near < 5 < far
 
 
@@ -73,9 +73,7 @@ def test_the_figures_claimed_on_the_demonstration_set(demo_pictures):
     alike = structures @ structures.T
     apart = np.linalg.norm(tones[:, None] - tones[None], axis=-1)
     a, b = np.nonzero((composition[:, None] != composition[None]) & (light[:, None] != light[None]))
-    truth = np.array(
-        [np.flatnonzero((composition == composition[i]) & (light == light[j]))[0] for i, j in zip(a, b)]
-    )
+    truth = np.array([np.flatnonzero((composition == composition[i]) & (light == light[j]))[0] for i, j in zip(a, b)])
     assert len(a) == 7600
     assert np.mean(alike[truth, a] > alike[truth, b]) > 0.99
     assert np.mean(apart[truth, b] < apart[truth, a]) > 0.97

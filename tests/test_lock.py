@@ -52,9 +52,7 @@ def test_a_lock_whose_file_was_removed_is_taken_on_the_new_file(tmp_path: Path) 
 def test_many_at_once_one_wins(tmp_path: Path) -> None:
     path = tmp_path / ".build" / "lock"
     racers = [
-        subprocess.Popen(
-            [sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+        subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for _ in range(4)
     ]
     deadline = time.monotonic() + 60
@@ -92,9 +90,7 @@ def test_an_owner_that_could_not_write_its_line_is_another_process(tmp_path: Pat
 
 def test_a_suspended_process_at_the_gate_keeps_nobody_out(tmp_path: Path) -> None:
     """Its lock of the folder itself is waited for, and then gone without."""
-    code = (
-        "import fcntl, os, sys, time; f = os.open(sys.argv[1], os.O_RDONLY); fcntl.flock(f, fcntl.LOCK_EX)\n"
-    )
+    code = "import fcntl, os, sys, time; f = os.open(sys.argv[1], os.O_RDONLY); fcntl.flock(f, fcntl.LOCK_EX)\n"
     code += "print('held', flush=True); time.sleep(600)"
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:

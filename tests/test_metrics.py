@@ -196,9 +196,7 @@ def test_a_broken_line_in_the_middle_is_told_by_number(tmp_path):
 def test_what_is_written_is_on_disk_at_once(tmp_path):
     writer = MetricsWriter(tmp_path, 0)
     writer.scalars(1, {"loss": 0.5})
-    assert [event.value for event in board(tmp_path).Scalars("1_learning/loss")] == [
-        0.5
-    ]  # the writer is not closed
+    assert [event.value for event in board(tmp_path).Scalars("1_learning/loss")] == [0.5]  # the writer is not closed
     writer.close()
 
 
@@ -216,9 +214,7 @@ def test_a_full_disk_costs_the_board_a_record_and_not_the_run(tmp_path, package_
     writer.scalars(1, {("loss", ""): 1.0})
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (next((tmp_path / "tensorboard").iterdir()).stat().st_size + 9, limit[1])
-    )
+    resource.setrlimit(resource.RLIMIT_FSIZE, (next((tmp_path / "tensorboard").iterdir()).stat().st_size + 9, limit[1]))
     try:
         writer.scalars(2, {("loss", ""): 2.0})
         writer.scalars(3, {("loss", ""): 3.0})

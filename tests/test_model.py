@@ -199,9 +199,7 @@ def test_attention_that_is_kept_is_not_computed_again(monkeypatch):
 
         return str(jax.make_jaxpr(jax.grad(loss))(lively(shapes))).count("= exp ")
 
-    assert (
-        exponentials("none") == exponentials("dots") == exponentials("attention") == exponentials("block") - 2
-    )
+    assert exponentials("none") == exponentials("dots") == exponentials("attention") == exponentials("block") - 2
 
 
 # ------------------------------------------------------------------------------------------------ padding and masks
@@ -218,9 +216,7 @@ def test_padding_tokens_change_nothing(network):
     np.testing.assert_array_equal(real_tokens(network(garbage), inputs), real_tokens(out, inputs))
     # how many there are
     longer = inputs | {"x": np.pad(inputs["x"], ((0, 0), (0, 5), (0, 0)))}
-    np.testing.assert_allclose(
-        real_tokens(network(longer), inputs), real_tokens(out, inputs), rtol=1e-4, atol=1e-5
-    )
+    np.testing.assert_allclose(real_tokens(network(longer), inputs), real_tokens(out, inputs), rtol=1e-4, atol=1e-5)
     # a real token does matter
     changed = inputs | {"x": inputs["x"].copy()}
     changed["x"][0, 3] += 0.1
@@ -454,9 +450,7 @@ def product_flops(jaxpr) -> int:
             inner = math.prod(left[axis] for axis in contracted)
             total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
         repeats = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        total += repeats * sum(
-            product_flops(inner) for inner in jax.extend.core.jaxprs_in_params(equation.params)
-        )
+        total += repeats * sum(product_flops(inner) for inner in jax.extend.core.jaxprs_in_params(equation.params))
     return total
 
 

@@ -66,9 +66,7 @@ def write_weights(workdir, settings, step, seed):
 def write_checkpoint(scene, step, seed):
     """What a run that is training writes between two EMA weights."""
     workdir, settings, _ = scene
-    state = create_state(
-        model.initialize(settings.model, jax.random.key(seed)), build_optimizer(tiny_optimizer())
-    )
+    state = create_state(model.initialize(settings.model, jax.random.key(seed)), build_optimizer(tiny_optimizer()))
     with Checkpoints(workdir, 1) as checkpoints:
         checkpoints.save(step, state, {"samples": 0, "batch_size": 4})
 

@@ -143,9 +143,7 @@ def test_clipping_by_the_global_norm_and_norms_from_before_it(params, clip):
         np.testing.assert_allclose(gradient_norms(state).groups[name], value, rtol=1e-5)
     factor = min(1.0, clip / float(norm))
     for name, moment in leaves(state.inner_opt_state[2][0].mu).items():
-        np.testing.assert_allclose(
-            moment, 0.1 * factor * leaves(gradient)[name], rtol=1e-4, atol=1e-7, err_msg=name
-        )
+        np.testing.assert_allclose(moment, 0.1 * factor * leaves(gradient)[name], rtol=1e-4, atol=1e-7, err_msg=name)
 
 
 def test_adamw_is_optax_adamw(params):
@@ -193,9 +191,7 @@ def test_muon_on_stacked_layers_is_muon_on_each_layer():
         for i in range(depth):
             alone, states[i] = update(tree(gradient[i : i + 1]), states[i], layers[i])
             kernel = together["blocks"]["mlp"]["down"]["kernel"][i]
-            np.testing.assert_allclose(
-                kernel, alone["blocks"]["mlp"]["down"]["kernel"][0], rtol=1e-3, atol=1e-7
-            )
+            np.testing.assert_allclose(kernel, alone["blocks"]["mlp"]["down"]["kernel"][0], rtol=1e-3, atol=1e-7)
 
 
 def test_muon_orthogonalises_kernels_of_blocks_and_gives_the_rest_to_adam(params):

@@ -164,8 +164,7 @@ def test_version_tells_what_only_this_reading_turns() -> None:
     exif = png_chunk(b"eXIf", exif_block(6).removeprefix(b"Exif\0\0"))
     raw = text_chunk("zTXt", b"Raw profile type exif", raw_profile("exif", exif_block(3)))
     versions = [
-        read_header(data, LIMITS).version
-        for data in (plain, with_chunks(plain, exif), with_chunks(plain, raw))
+        read_header(data, LIMITS).version for data in (plain, with_chunks(plain, exif), with_chunks(plain, raw))
     ]
     assert versions == [1, 1, 2]
     assert read_header(with_chunks(plain, exif, raw), LIMITS).version == 1

@@ -165,9 +165,7 @@ def test_damage_is_named_by_its_feature(values, words):
 
 def test_lengths_that_are_cut_short_are_named():
     data = encode_record(make_record(1, captions=3))
-    (_, end) = dict(zip(records._SEVERAL, example.spans(data, records._SEVERAL), strict=True))[
-        b"other_lengths"
-    ]
+    (_, end) = dict(zip(records._SEVERAL, example.spans(data, records._SEVERAL), strict=True))[b"other_lengths"]
     with pytest.raises(DatasetError, match="other_lengths: a list of integers is cut short"):
         decode_record(data[: end - 1] + b"\x80" + data[end:], TEXT_WIDTH)
 
@@ -325,9 +323,7 @@ def test_captions_do_not_depend_on_split_threads_processes_or_where_one_starts(s
     expected = read(source, 5, batch_size=24, caption_weights=weights)
     for size in (1, 3, 12):
         assert tree_equal(read(source, 120 // size, batch_size=size, caption_weights=weights), expected)
-    assert tree_equal(
-        read(source, 5, batch_size=24, threads=4, prefetch=8, caption_weights=weights), expected
-    )
+    assert tree_equal(read(source, 5, batch_size=24, threads=4, prefetch=8, caption_weights=weights), expected)
     parts = [
         batches(
             source, seed=3, start=0, batch_size=24, patch=2, tokens=4, text_tokens=5, threads=1, prefetch=1,

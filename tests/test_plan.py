@@ -21,22 +21,16 @@ OPTIONS = Options("in", "out")
 
 def item(number: int) -> Item:
     content = hashlib.sha256(b"%d" % number).hexdigest()
-    return Item(
-        f"{number:06}.jpg", Place("x"), (f"caption {number}",), content, Header(64, 64, 1, "JPEG"), (64, 64)
-    )
+    return Item(f"{number:06}.jpg", Place("x"), (f"caption {number}",), content, Header(64, 64, 1, "JPEG"), (64, 64))
 
 
 def prints(options: Options = OPTIONS, **changed: EncoderIdentity) -> Fingerprints:
-    return Fingerprints.of(
-        options, *({"vae": IDENTITY, "text": IDENTITY, "vision": IDENTITY} | changed).values()
-    )
+    return Fingerprints.of(options, *({"vae": IDENTITY, "text": IDENTITY, "vision": IDENTITY} | changed).values())
 
 
 @given(st.sets(st.integers(0, 10**6), min_size=1, max_size=300), st.integers(1, 40), st.floats(0, 0.9))
 @settings(deadline=None, max_examples=60)
-def test_every_item_is_in_one_unit_and_no_unit_is_too_large(
-    numbers: set[int], size: int, holdout: float
-) -> None:
+def test_every_item_is_in_one_unit_and_no_unit_is_too_large(numbers: set[int], size: int, holdout: float) -> None:
     items = [item(n) for n in numbers]
     units = make_units(items, holdout, size)
     assert sorted(i.key for u in units for i in u.items) == sorted(i.key for i in items)

@@ -52,9 +52,9 @@ def test_gradient_of_repeated_rows_is_their_sum_rounded_once(dtype):
     np.testing.assert_array_equal(np.asarray(y), np.repeat(np.asarray(x)[:, None], 300, axis=1))
     exact = np.asarray(dy, np.float64).sum(axis=1)
     assert dx.dtype == dtype
-    assert np.linalg.norm(np.asarray(dx, np.float64) - exact) < (
-        1e-6 if dtype == "float32" else 3e-3
-    ) * np.linalg.norm(exact)
+    assert np.linalg.norm(np.asarray(dx, np.float64) - exact) < (1e-6 if dtype == "float32" else 3e-3) * np.linalg.norm(
+        exact
+    )
 
 
 def test_bfloat16_attention_head_by_head_has_the_gradients_of_the_plain_one(monkeypatch):
@@ -63,9 +63,7 @@ def test_bfloat16_attention_head_by_head_has_the_gradients_of_the_plain_one(monk
     results = []
     for limit in (2**40, 0):
         monkeypatch.setattr(attention, "_LOGITS_AT_ONCE", limit)
-        back = jax.jit(
-            lambda q, k, v, g: jax.vjp(lambda *a: attention.attend(*a, lengths, "xla"), q, k, v)[1](g)
-        )
+        back = jax.jit(lambda q, k, v, g: jax.vjp(lambda *a: attention.attend(*a, lengths, "xla"), q, k, v)[1](g))
         results.append(back(q, k, v, g))
     for a, b in zip(*results, strict=True):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)

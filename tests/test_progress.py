@@ -101,9 +101,7 @@ def test_a_run_tells_its_pictures_epochs_and_time_and_warns_of_thousands_of_epoc
     config.train.steps, config.log.peak_tflops = 6000, 1e-6
     lines = described(config, package_log)
     assert "6000 steps of 8 = 48000 pictures = 2e+03 epochs of 24 images, about " in lines[-1]
-    assert not [
-        line for line in lines if line.startswith("WARNING")
-    ]  # a set as small is there to be memorised
+    assert not [line for line in lines if line.startswith("WARNING")]  # a set as small is there to be memorised
     monkeypatch.setattr(overview, "SMALL_SET", 20)
     warned = [line for line in described(config, package_log) if line.startswith("WARNING")]
     assert len(warned) == 1 and "train.steps is 6000" in warned[0] and "--config.train.steps=300" in warned[0]
@@ -129,9 +127,7 @@ def test_held_out_losses_and_checkpoints_come_by_time_too_and_change_nothing(con
     ]
     assert looks == [[3], [1, 2, 3]]
     log = (tmp_path / "by-time" / "train.log").read_text()
-    assert (
-        len(re.findall(r"step \d: held-out loss \d\.\d{4}", log)) == 3
-    )  # in the log, which the console shows too
+    assert len(re.findall(r"step \d: held-out loss \d\.\d{4}", log)) == 3  # in the log, which the console shows too
     assert tree_equal(restore_ema(tmp_path / "by-time"), restore_ema(tmp_path / "run"))
     assert ema_steps(tmp_path / "by-time") == [3] and plain == str(tmp_path / "run")
 

@@ -57,12 +57,8 @@ class Folder:
         path.write_bytes(data.encode() if isinstance(data, str) else data)
         return path
 
-    def build(
-        self, *more: str, source: Path | None = None, status: int | None = 0
-    ) -> dict[str, tuple[str, ...]]:
-        found = main(
-            ["build", "--input", str(source or self.root), "--output", str(self.output), *SMALL, *more]
-        )
+    def build(self, *more: str, source: Path | None = None, status: int | None = 0) -> dict[str, tuple[str, ...]]:
+        found = main(["build", "--input", str(source or self.root), "--output", str(self.output), *SMALL, *more])
         captured = self._capsys.readouterr()
         self.said = captured.out + captured.err
         assert status is None or found == status, self.said
@@ -486,10 +482,7 @@ def test_a_row_that_is_no_path_costs_one_row(folder: Folder) -> None:
     folder.write("list.jsonl", lines)
     expected = {"a.jpg": ("a",), "b.PNG": ("b",)}
     assert folder.build("--max-rejects", "1", source=folder.root / "list.jsonl") == expected
-    assert (
-        set(folder.rejects().values()) == {"missing file", "path leaves the input"}
-        and len(folder.rejects()) == 3
-    )
+    assert set(folder.rejects().values()) == {"missing file", "path leaves the input"} and len(folder.rejects()) == 3
     (folder.root / "list.jsonl").rename(folder.root / "metadata.jsonl")
     assert folder.build() == expected
     assert len(folder.said) < 20_000

@@ -29,9 +29,7 @@ from fluxdit_jax.records import (
 BF16 = ml_dtypes.bfloat16
 
 
-def record(
-    seed: int = 0, h: int = 4, w: int = 6, n: int = 3, key: str = "a/b.jpg", caption: str = "a dog"
-) -> Record:
+def record(seed: int = 0, h: int = 4, w: int = 6, n: int = 3, key: str = "a/b.jpg", caption: str = "a dog") -> Record:
     rng = np.random.default_rng(seed)
     vision = rng.normal(size=8).astype(np.float32)
     return Record(
@@ -182,7 +180,5 @@ def test_impossible_manifests_are_named(changes: dict, message: str) -> None:
 
 
 def test_a_missing_manifest_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(
-        DatasetError, match="is not a finished dataset .make one with `python -m preprocess build"
-    ):
+    with pytest.raises(DatasetError, match="is not a finished dataset .make one with `python -m preprocess build"):
         load_manifest(tmp_path)

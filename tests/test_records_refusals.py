@@ -42,9 +42,7 @@ def assert_same_record(a: Record, b: Record) -> None:
 
 def test_bytes_do_not_depend_on_memory_layout():
     record = make_record(1)
-    shuffled = dataclasses.replace(
-        record, latent=np.asfortranarray(record.latent), text=record.text[::-1][::-1]
-    )
+    shuffled = dataclasses.replace(record, latent=np.asfortranarray(record.latent), text=record.text[::-1][::-1])
     assert not shuffled.latent.flags.c_contiguous
     assert encode_record(shuffled) == encode_record(record)
 

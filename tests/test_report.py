@@ -46,9 +46,7 @@ def test_figures_and_pictures(data: Path, capsys: pytest.CaptureFixture) -> None
     assert "false colours" not in told and "not where it was" not in told
 
 
-def test_without_sources_and_without_the_vae(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_without_sources_and_without_the_vae(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     shutil.rmtree(tmp_path / "photos" / "set0")
     manifest = json.loads((data / "manifest.json").read_text())
     assert manifest["vae"]["id"] == "builtin:dct"
@@ -61,9 +59,7 @@ def test_without_sources_and_without_the_vae(
 def test_padding() -> None:
     assert padding({(128, 128): 10, (112, 144): 0}, factor=8) == 0
     assert padding({(128, 128): 1, (112, 144): 1}, factor=8) == pytest.approx(0.5 / 64)
-    assert padding({(128, 128): 0, (112, 144): 1}, factor=8) == pytest.approx(1 / 64), (
-        "the table counts, not the use"
-    )
+    assert padding({(128, 128): 0, (112, 144): 1}, factor=8) == pytest.approx(1 / 64), "the table counts, not the use"
 
 
 def test_what_is_no_dataset(tmp_path: Path, data: Path) -> None:

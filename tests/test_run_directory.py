@@ -82,9 +82,7 @@ def test_a_start_records_everything_and_a_second_one_resumes(config, manifest, w
         ("ema.decay", 0.999),
     ],
 )
-def test_a_change_of_the_mathematics_is_refused_by_key_with_both_values(
-    config, manifest, workdir, key, value
-):
+def test_a_change_of_the_mathematics_is_refused_by_key_with_both_values(config, manifest, workdir, key, value):
     record_start(workdir, config, manifest)
     group, _, last = key.rpartition(".")
     place = config[group] if group else config
@@ -205,9 +203,7 @@ def test_another_data_set_is_refused_but_the_same_one_may_move(config, manifest,
     assert check_resume(workdir, config, manifest) is True
     assert [change.split(":")[0] for change in all_changes(workdir, config, manifest)[1]] == ["data.path"]
     shard = dataclasses.replace(manifest.shards["train"][0], sha256="other")
-    other = dataclasses.replace(
-        manifest, shards=manifest.shards | {"train": (shard, *manifest.shards["train"][1:])}
-    )
+    other = dataclasses.replace(manifest, shards=manifest.shards | {"train": (shard, *manifest.shards["train"][1:])})
     with pytest.raises(RunError, match="is not the data set of this run"):
         check_resume(workdir, config, other)
     assert load_dataset(workdir) == manifest
@@ -302,9 +298,7 @@ def test_the_lock_is_not_inherited_by_children(workdir):
         child.wait()
 
 
-@pytest.mark.parametrize(
-    "text", [f"pid {os.getppid()} on {socket.gethostname()}", "pid 1 on elsewhere", "", "\0\xff"]
-)
+@pytest.mark.parametrize("text", [f"pid {os.getppid()} on {socket.gethostname()}", "pid 1 on elsewhere", "", "\0\xff"])
 def test_what_a_dead_owner_left_stops_nobody(workdir, text):
     """A process number that is another's by now, another host, nothing, rubbish: the kernel holds the lock."""
     workdir.mkdir(parents=True, exist_ok=True)

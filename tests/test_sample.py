@@ -62,9 +62,7 @@ def test_what_the_encoder_cuts_is_told(scene: Path, capsys: pytest.CaptureFixtur
     assert "prompt 2 has 601 tokens, of which 512 are kept" in capsys.readouterr().out
 
 
-def test_a_run_that_cuts_its_captions_cuts_prompts_and_tells(
-    scene: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_run_that_cuts_its_captions_cuts_prompts_and_tells(scene: Path, capsys: pytest.CaptureFixture) -> None:
     c = config(scene / "ds", scene / "cutting")
     c.data.text_tokens, c.train.steps = 4, 2
     assert train(c) == 0
@@ -225,9 +223,7 @@ def test_a_recipe_of_an_older_version(scene: Path, capsys: pytest.CaptureFixture
     }  # fmt: skip
     with Image.open(scene / "x.png") as picture:
         path = with_text(picture, scene / "old.png", **old)
-        with_reference = with_text(
-            picture, scene / "old_reference.png", **old | {"reference": "/photos/a.jpg"}
-        )
+        with_reference = with_text(picture, scene / "old_reference.png", **old | {"reference": "/photos/a.jpg"})
     capsys.readouterr()
     assert (draw(scene, "--recipe", str(path), run="") == one).all()
     assert "older version" in capsys.readouterr().out
@@ -300,9 +296,7 @@ def test_a_recipes_encoder_is_not_fetched(scene: Path) -> None:
 # ---------------------------------------------------------------------------------- refused before drawing
 
 
-@pytest.mark.parametrize(
-    "kind", ["folder", "file above", "one of several", "name too long", "no folder's name"]
-)
+@pytest.mark.parametrize("kind", ["folder", "file above", "one of several", "name too long", "no folder's name"])
 def test_an_output_that_cannot_be_is_refused_first(scene: Path, tmp_path: Path, kind: str) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "d.png").mkdir()

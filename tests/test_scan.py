@@ -161,9 +161,7 @@ def test_metadata_jsonl(tmp_path: Path) -> None:
 
 def test_metadata_csv_and_the_deepest_table_wins(tmp_path: Path) -> None:
     touch(tmp_path, "a.png", "sub/b.png", "sub/c.png")
-    (tmp_path / "metadata.csv").write_text(
-        'file_name,text\na.png,"one, two"\nsub/b.png,from above\nsub/c.png,c\n'
-    )
+    (tmp_path / "metadata.csv").write_text('file_name,text\na.png,"one, two"\nsub/b.png,from above\nsub/c.png,c\n')
     (tmp_path / "sub" / "metadata.csv").write_text("file_name,caption\nb.png,from beside\n")
     assert texts(scan(tmp_path)) == {
         "a.png": ("one, two",),
@@ -229,9 +227,7 @@ def test_webdataset_tar(tmp_path: Path) -> None:
         add(archive, "0001.jpg", b"twice")
     for source, prefix in ((tmp_path, "s-0.tar"), (tmp_path / "s-0.tar", "s-0.tar")):
         result = scan(source)
-        data = {
-            f.key: (f.image.read(100), caption_file(f) and caption_file(f).read(100)) for f in result.found
-        }
+        data = {f.key: (f.image.read(100), caption_file(f) and caption_file(f).read(100)) for f in result.found}
         assert data == {
             f"{prefix}/0001.jpg": (b"first", b'{"caption": "one"}'),
             f"{prefix}/0002.png": (b"second picture", b"{two}"),
@@ -292,9 +288,7 @@ def usable(name: str) -> bool:
     return not name.startswith(".") and len(name.encode()) <= 250
 
 
-@given(
-    st.sets(NAMES.filter(usable), min_size=1, max_size=6), st.sampled_from(["", "sub", "a b", "-rf", "Ü\n"])
-)
+@given(st.sets(NAMES.filter(usable), min_size=1, max_size=6), st.sampled_from(["", "sub", "a b", "-rf", "Ü\n"]))
 @example({"-rf", "a b", "new\nline", "ö" * 125, "x.tar", "a.b.c", "\u202e", "%2e%2e", "\\..\\x", "CON"}, "")
 @settings(max_examples=60, deadline=None)
 def test_whatever_a_file_is_called(names: set[str], folder: str) -> None:

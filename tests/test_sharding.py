@@ -227,11 +227,7 @@ def start_two(train_command, config_file):
 
 
 def losses_of(workdir):
-    return {
-        entry["step"]: entry["loss"]
-        for entry in read_metrics(Path(workdir) / "metrics.jsonl")
-        if "loss" in entry
-    }
+    return {entry["step"]: entry["loss"] for entry in read_metrics(Path(workdir) / "metrics.jsonl") if "loss" in entry}
 
 
 @pytest.mark.slow

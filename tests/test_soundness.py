@@ -87,9 +87,7 @@ def test_every_part_of_a_state_is_looked_at(part):
         return leaf.at[(0,) * leaf.ndim].set(jnp.nan) if leaf.dtype == jnp.float32 and leaf.ndim else leaf
 
     fault = state_fault(state._replace(**{part: jax.tree.map(poison, getattr(state, part))}))
-    assert {"params": "its weights", "ema": "its EMA", "short_ema": "short EMA", "opt_state": "moments"}[
-        part
-    ] in fault
+    assert {"params": "its weights", "ema": "its EMA", "short_ema": "short EMA", "opt_state": "moments"}[part] in fault
 
 
 def micro(step=1, mini=0, skipped=0, norm=1.0, update=0.1, distance=0.1):
@@ -163,9 +161,7 @@ def test_a_rate_far_too_high_ends_the_run_at_its_first_step_and_saves_nothing(co
     assert not [entry for entry in entries if "heldout_loss" in entry]
 
 
-def test_a_good_run_that_is_thrown_keeps_its_checkpoints_and_goes_on_with_the_rate_put_right(
-    config, finished
-):
+def test_a_good_run_that_is_thrown_keeps_its_checkpoints_and_goes_on_with_the_rate_put_right(config, finished):
     config.train.steps = 4
     assert train(config.copy_and_resolve_references()) == 0
     before = {p: p.read_bytes() for p in Path(config.workdir, "checkpoints").rglob("*") if p.is_file()}
@@ -173,9 +169,7 @@ def test_a_good_run_that_is_thrown_keeps_its_checkpoints_and_goes_on_with_the_ra
     thrown.train.steps, thrown.optim.lr, thrown.resume.allow_changes = 8, 1e30, True
     with pytest.raises(BrokenRun, match="step 5"):
         train(thrown)
-    assert {
-        p: p.read_bytes() for p in Path(config.workdir, "checkpoints").rglob("*") if p.is_file()
-    } == before
+    assert {p: p.read_bytes() for p in Path(config.workdir, "checkpoints").rglob("*") if p.is_file()} == before
     assert ema_steps(Path(config.workdir)) == [2, 4]
     config.train.steps, config.resume.allow_changes = 8, True
     assert train(config) == 0
@@ -201,17 +195,13 @@ def overflowing(tmp_path_factory):
 
 
 @pytest.mark.parametrize("batch_size", [4, 8])
-def test_a_run_without_any_finite_gradient_ends_and_does_not_blame_the_weights(
-    config, overflowing, batch_size
-):
+def test_a_run_without_any_finite_gradient_ends_and_does_not_blame_the_weights(config, overflowing, batch_size):
     config.data.path, config.data.batch_size, config.log.heldout_every = str(overflowing), batch_size, 0
     config.health.max_skipped = 40
     with pytest.raises(BrokenRun, match="step 0: 40 micro-batches in a row"):
         train(config)
     log = log_of(config.workdir)
-    assert (
-        "The weights are finite" in log and "preprocess verify" in log and "40 micro-batches in a row" in log
-    )
+    assert "The weights are finite" in log and "preprocess verify" in log and "40 micro-batches in a row" in log
     for misleading in ("exactly zero", "grey image", "has broken the weights"):
         assert misleading not in log
     assert steps_of(config.workdir) == [] and ema_steps(Path(config.workdir)) == []
@@ -234,9 +224,7 @@ def test_a_signal_in_the_middle_of_nothing_but_nan_does_not_save_it_over_good_ch
     monkeypatch.setattr(data, "batches", batches)
     before = {p: p.read_bytes() for p in Path(config.workdir, "checkpoints").rglob("*") if p.is_file()}
     assert train(config) == 128 + signal.SIGTERM
-    assert {
-        p: p.read_bytes() for p in Path(config.workdir, "checkpoints").rglob("*") if p.is_file()
-    } == before
+    assert {p: p.read_bytes() for p in Path(config.workdir, "checkpoints").rglob("*") if p.is_file()} == before
     assert "this state is not saved" in log_of(config.workdir)
 
 
@@ -276,9 +264,7 @@ def write_as_before(workdir, step, state):
     meta = {"samples": 4, "batch_size": 4}
     meta |= {"digest": tree_digest(state, meta)}
     with ocp.CheckpointManager(workdir / "checkpoints") as manager:
-        manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-        )
+        manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)))
     with ocp.StandardCheckpointer() as saver:
         saver.save(workdir / "ema" / str(step), state.ema, custom_metadata={"digest": tree_digest(state.ema)})
 

@@ -109,9 +109,7 @@ def test_utf16_without_a_mark_is_named() -> None:
     with pytest.raises(Rejected) as caught:
         rows("file_name,text\na.png,a\n".encode("utf-16-le"))
     assert "UTF-16" in caught.value.detail
-    assert {reason for _, reason in rows('{"file_name": "a"}\n'.encode("utf-16-le"), ".jsonl")} == {
-        "NUL in the table"
-    }
+    assert {reason for _, reason in rows('{"file_name": "a"}\n'.encode("utf-16-le"), ".jsonl")} == {"NUL in the table"}
 
 
 @pytest.mark.parametrize("delimiter", [";", "\t", "|", ","])

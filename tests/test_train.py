@@ -50,9 +50,7 @@ def scalars(workdir):
     clock = {"images_per_second", "tokens_per_second", "data_wait", "mfu", "device_memory_gb"}
     found: dict[int, dict] = {}
     for entry in read_metrics(Path(workdir) / "metrics.jsonl"):
-        values = {
-            name: value for name, value in entry.items() if name not in clock and not isinstance(value, str)
-        }
+        values = {name: value for name, value in entry.items() if name not in clock and not isinstance(value, str)}
         assert not found.get(entry["step"], {}).keys() & (values.keys() - {"step"}), "a step is logged twice"
         found.setdefault(entry["step"], {}).update(values)
     return {step: values for step, values in found.items() if len(values) > 1}
@@ -171,9 +169,7 @@ def test_training_learns(finished):
     logged = scalars(finished)
     assert logged[8]["heldout_loss"] < logged[4]["heldout_loss"]
     assert logged[8]["velocity_rms_ratio"] > logged[1]["velocity_rms_ratio"]
-    assert logged[1]["learning_rate"] == pytest.approx(5e-3) and logged[3]["learning_rate"] == pytest.approx(
-        1e-2
-    )
+    assert logged[1]["learning_rate"] == pytest.approx(5e-3) and logged[3]["learning_rate"] == pytest.approx(1e-2)
 
 
 def test_a_finished_run_is_done_at_once_also_if_it_is_now_shorter(finished, config, tmp_path):
@@ -207,13 +203,9 @@ def test_a_run_in_two_goes_is_the_run_in_one(finished, config, first):
 
 @pytest.mark.parametrize(
     ("after", "number"),
-    rest_slow(
-        (7, signal.SIGTERM), (2, signal.SIGINT), (8, signal.SIGINT), (15, signal.SIGTERM), (4, signal.SIGHUP)
-    ),
+    rest_slow((7, signal.SIGTERM), (2, signal.SIGINT), (8, signal.SIGINT), (15, signal.SIGTERM), (4, signal.SIGHUP)),
 )
-def test_a_signal_saves_within_the_step_and_the_same_command_goes_on(
-    config, finished, monkeypatch, after, number
-):
+def test_a_signal_saves_within_the_step_and_the_same_command_goes_on(config, finished, monkeypatch, after, number):
     with monkeypatch.context() as patch:
         interrupt(patch, after, number)
         run(config, expected=128 + number)
@@ -369,9 +361,7 @@ def test_a_plan_is_held_against_what_jax_may_take_too():
     require_fit(found, 24.0, None, [])
     require_fit(found, 24.0, 23.4, [])
     smaller = ("config.x", lambda: MemoryPlan({}, 0, 18 * 10**9))
-    with pytest.raises(
-        OutOfMemory, match=r"20.00 GB .*JAX may take 19.05 GB \(XLA_PYTHON_CL.*config.x fits, with 18"
-    ):
+    with pytest.raises(OutOfMemory, match=r"20.00 GB .*JAX may take 19.05 GB \(XLA_PYTHON_CL.*config.x fits, with 18"):
         require_fit(found, 24.0, 19.05, [smaller])
     with pytest.raises(OutOfMemory, match="config.device_memory_gb is 16"):
         require_fit(found, 16.0, 19.05, [])
@@ -539,9 +529,7 @@ def test_a_run_may_go_on_with_the_whole_state_of_another(config, finished):
 def test_places_are_kept_and_nothing_is_compiled_twice(config, tiny_dataset):
     manifest = load_manifest(tiny_dataset)
     settings = resolve(config, manifest)
-    program = Program(
-        settings, make_mesh(-1, 1, 4), patch_statistics(manifest.latent_mean, manifest.latent_std, 2)
-    )
+    program = Program(settings, make_mesh(-1, 1, 4), patch_statistics(manifest.latent_mean, manifest.latent_std, 2))
     compiled = program.compile()
     state = program.create()
     source = data.RecordSource(tiny_dataset, manifest, "train")

@@ -35,9 +35,7 @@ MEAN, STD = (0.5, -1.0, 0.0, 2.0), (2.0, 1.0, 0.5, 3.0)
 DROPS = {"drop_text": 0.2, "drop_vision": 0.2, "drop_both": 0.1}
 
 
-def programs(
-    accumulate=1, effective=4, dtype="float32", warmup=0, lr=1e-3, eps=1e-3, name="adamw", **flow_changes
-):
+def programs(accumulate=1, effective=4, dtype="float32", warmup=0, lr=1e-3, eps=1e-3, name="adamw", **flow_changes):
     """(a fresh state, the jitted step) of the tiny network, at an EMA target of 0.9999."""
     changes = tuple(sorted((DROPS | flow_changes).items()))
     return _programs(accumulate, effective, dtype, warmup, lr, eps, name, changes)
@@ -203,9 +201,7 @@ def test_the_schedule_counts_optimizer_steps():
         before = state.params
         for number in range(3):
             state, _ = step(state, make_batch(first_index=4 * number))
-        moved = max(
-            np.abs(a - b).max() for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(before))
-        )
+        moved = max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(before)))
         np.testing.assert_allclose(moved, expected, rtol=0.05)
 
 
@@ -355,9 +351,7 @@ def test_the_ema_warms_up():
         state, metrics = step(state, make_batch(first_index=4 * number))
         decay = (1 + number) / (10 + number)
         assert np.isclose(ema_decay(jnp.asarray(number), 0.9999), decay)
-        ema = jax.tree.map(
-            lambda old, new, d=decay: d * np.asarray(old, np.float64) + (1 - d) * new, ema, state.params
-        )
+        ema = jax.tree.map(lambda old, new, d=decay: d * np.asarray(old, np.float64) + (1 - d) * new, ema, state.params)
         for a, b in zip(jax.tree.leaves(ema), jax.tree.leaves(state.ema)):
             np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6)
         distance = np.sqrt(

@@ -44,9 +44,7 @@ def untrained(dataset, tmp_path_factory) -> Path:
     record_start(workdir, config, manifest)
     with Checkpoints(workdir, 1) as checkpoints:
         for step in (0, 7):
-            checkpoints.save_ema(
-                step, model.initialize(resolve(config, manifest).model, jax.random.key(step))
-            )
+            checkpoints.save_ema(step, model.initialize(resolve(config, manifest).model, jax.random.key(step)))
     return workdir
 
 
@@ -78,9 +76,7 @@ def test_the_ema_of_a_newer_checkpoint_is_validated_and_named(untrained, tmp_pat
     config, of = load_config(untrained), load_dataset(untrained)
     params = model.initialize(resolve(config, of).model, jax.random.key(1))
     with Checkpoints(workdir, 1) as checkpoints:
-        checkpoints.save(
-            20, create_state(params, build_optimizer(tiny_optimizer())), {"samples": 1, "batch_size": 1}
-        )
+        checkpoints.save(20, create_state(params, build_optimizer(tiny_optimizer())), {"samples": 1, "batch_size": 1})
     status, report = gate(workdir, *QUICK, "--limit=4", "--pairs=2", "--edits=2")
     assert status == 1 and report["weights"]["digest"] == tree_digest(jax.tree.map(np.asarray, params))
     assert (report["weights"]["ema_step"], report["weights"]["from"]) == (20, "checkpoints")
@@ -152,9 +148,7 @@ def test_the_painter_draws_each_picture_once_and_the_same_in_any_company(untrain
     decoder = load_decoder(manifest.vae)
 
     def painter() -> Painter:
-        return validate.make_painter(
-            arguments, resolve(config, manifest), manifest, restore_ema(untrained)[1], decoder
-        )
+        return validate.make_painter(arguments, resolve(config, manifest), manifest, restore_ema(untrained)[1], decoder)
 
     scenes = album(("fox", "teapot"))
     wanted: list[Wanted] = [scenes.wanted(i, i, i) for i in range(5)]

@@ -41,10 +41,7 @@ def changed(value: float) -> np.ndarray:
     return array
 
 
-HUGE = (
-    b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,), }".ljust(127)
-    + b"\n"
-)
+HUGE = b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,), }".ljust(127) + b"\n"
 
 
 @pytest.mark.parametrize(
@@ -72,8 +69,7 @@ def test_bad_vectors(data: bytes, reason: str) -> None:
 
 
 @given(
-    st.binary(max_size=300)
-    | st.binary(max_size=150).map(lambda b: npy(GOOD)[: len(b)] + b + npy(GOOD)[2 * len(b) :])
+    st.binary(max_size=300) | st.binary(max_size=150).map(lambda b: npy(GOOD)[: len(b)] + b + npy(GOOD)[2 * len(b) :])
 )
 @settings(deadline=None, max_examples=300)
 def test_any_bytes(data: bytes) -> None:

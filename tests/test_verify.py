@@ -43,9 +43,7 @@ def encoded_by_repair(directory: Path, capsys: pytest.CaptureFixture) -> tuple[i
     """Repairs and returns how many latents, captions and vectors were encoded."""
     capsys.readouterr()
     repair(directory, verify(directory))
-    line = next(
-        line for line in capsys.readouterr().out.splitlines() if "encoded" in line and "latents" in line
-    )
+    line = next(line for line in capsys.readouterr().out.splitlines() if "encoded" in line and "latents" in line)
     words = line.replace(",", "").split()
     return int(words[1]), int(words[3]), int(words[5])
 
@@ -70,9 +68,7 @@ def test_a_flipped_bit_is_found_at_its_row_and_only_that_record_is_made_again(
 
 def test_random_flips_anywhere_are_found_and_repaired(built: Path, tmp_path: Path) -> None:
     rng = random.Random(0)
-    names = sorted(
-        p.name for p in (built / "data").iterdir() if p.name not in ("build.json", "build_log.jsonl")
-    )
+    names = sorted(p.name for p in (built / "data").iterdir() if p.name not in ("build.json", "build_log.jsonl"))
     for trial in range(24):
         name = names[trial % len(names)]
         size = (built / "data" / name).stat().st_size
@@ -91,9 +87,7 @@ def test_random_flips_anywhere_are_found_and_repaired(built: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("how", ["shorter", "longer", "gone", "empty"])
-def test_a_shard_of_another_length(
-    how: str, built: Path, copied: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_shard_of_another_length(how: str, built: Path, copied: Path, capsys: pytest.CaptureFixture) -> None:
     manifest = records.load_manifest(copied)
     shard = manifest.shards["train"][1]
     path = copied / shard.file
@@ -118,9 +112,7 @@ def test_other_files_are_written_anew_without_encoding(
     assert verify(copied) == [] and contents(copied) == contents(built / "data")
 
 
-def test_a_damaged_index_is_salvaged_from_the_records(
-    built: Path, copied: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_damaged_index_is_salvaged_from_the_records(built: Path, copied: Path, capsys: pytest.CaptureFixture) -> None:
     flip(copied / records.INDEX, (copied / records.INDEX).stat().st_size // 2)
     assert encoded_by_repair(copied, capsys) == (0, 0, 0)
     assert contents(copied) == contents(built / "data")
@@ -141,9 +133,7 @@ def test_a_foreign_shard_and_a_swapped_one(copied: Path) -> None:
 
 def test_the_command_line(built: Path, copied: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "-m", "preprocess", *arguments], capture_output=True, text=True
-        )
+        return subprocess.run([sys.executable, "-m", "preprocess", *arguments], capture_output=True, text=True)
 
     digit = (copied / records.MANIFEST).read_text().index('"latent_count": ') + len('"latent_count": ')
     flip(copied / records.MANIFEST, digit)
@@ -162,9 +152,7 @@ def test_repair_without_the_sources_says_so(copied: Path) -> None:
     shard = copied / records.load_manifest(copied).shards["train"][0].file
     flip(shard, 70_000)
     findings = verify(copied)
-    with pytest.raises(
-        PreprocessError, match="build.json cannot be read: its checksum is not that of its content"
-    ):
+    with pytest.raises(PreprocessError, match="build.json cannot be read: its checksum is not that of its content"):
         repair(copied, findings)
     (copied / "build.json").write_text(json.dumps({"options": moved["options"]}))
     with pytest.raises(PreprocessError, match="there is no such file or folder"):

@@ -68,9 +68,7 @@ def test_a_recipe_lives_as_long_as_its_weights_do(early: Path, tmp_path: Path) -
     export(early / "early", tmp_path / "kept")
     shutil.rmtree(early / "early" / "checkpoints" / "8")
     with_ema(early, 4)
-    with pytest.raises(
-        SampleError, match=f"one.png.*step 8, digest {digest[:12]}.*not there any more.*it has 4"
-    ):
+    with pytest.raises(SampleError, match=f"one.png.*step 8, digest {digest[:12]}.*not there any more.*it has 4"):
         draw(early, *again, run="")
     assert (draw(early, *again, "--model", str(tmp_path / "kept"), run="") == one).all()
     with_ema(early, 8)  # the same weights, kept for ever

@@ -275,9 +275,7 @@ class TrainCommand:
 
 def write_config(path: Path, config: ConfigDict) -> Path:
     """A configuration file that gives `config`."""
-    changed = "\n".join(
-        f"    c.{key} = {value!r}" for key, value in _flat(config.to_dict()) if value is not None
-    )
+    changed = "\n".join(f"    c.{key} = {value!r}" for key, value in _flat(config.to_dict()) if value is not None)
     path.write_text(
         "from fluxdit_jax.config import default_config\n\n\n"
         f"def get_config():\n    c = default_config()\n{changed}\n    return c\n"

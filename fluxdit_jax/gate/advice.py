@@ -182,9 +182,7 @@ def _swap(verdict: Verdict) -> Advice:
     if not random.passed:
         seen = "A random vector brings B's light as well as B's vector does: the vector carries no light."
         advice.append(("vision path", seen))
-    return advice or [
-        ("the set", "More pictures: this set has too few pairs of different caption and light.")
-    ]
+    return advice or [("the set", "More pictures: this set has too few pairs of different caption and light.")]
 
 
 def _edit(verdict: Verdict) -> Advice:

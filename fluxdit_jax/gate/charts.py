@@ -30,9 +30,7 @@ def scatter(chart: Chart, labels: Sequence[str]) -> str:
     x_low, x_high = _padded([*chart.x, *chart.x_lines])
     y_low, y_high = _padded([*chart.y, *chart.y_lines])
     place_x, place_y = _axes(x_low, x_high, y_low, y_high)
-    parts = [
-        _frame(ticks(x_low, x_high), ticks(y_low, y_high), place_x, place_y, chart.x_title, chart.y_title)
-    ]
+    parts = [_frame(ticks(x_low, x_high), ticks(y_low, y_high), place_x, place_y, chart.x_title, chart.y_title)]
     parts += [_line("limit", place_x(x), _TOP, place_x(x), _HEIGHT - _BOTTOM) for x in chart.x_lines]
     parts += [_line("limit", _LEFT, place_y(y), _WIDTH - _RIGHT, place_y(y)) for y in chart.y_lines]
     for x, y, passed, label in zip(chart.x, chart.y, chart.passed, labels, strict=True):
@@ -102,9 +100,7 @@ def _frame(x_ticks, y_ticks, place_x, place_y, x_title: str, y_title: str, name_
         (f"translate({middle} {_HEIGHT - 8})", x_title),
         (f"translate(13 {centre}) rotate(-90)", y_title),
     ):
-        parts.append(
-            f'<text class="axis" transform="{place}" text-anchor="middle">{html.escape(title)}</text>'
-        )
+        parts.append(f'<text class="axis" transform="{place}" text-anchor="middle">{html.escape(title)}</text>')
     return "".join(parts)
 
 

@@ -58,11 +58,7 @@ class Edit:
           encode: tokens bf16 [n, E] of captions; asked only for those that no record has.
         """
         by_rule = [
-            [
-                (i, rule, new)
-                for i in range(len(album))
-                if (new := edited(album.caption(i), rule.old, rule.new))
-            ]
+            [(i, rule, new) for i in range(len(album)) if (new := edited(album.caption(i), rule.old, rule.new))]
             for rule in rules
         ]
         share = max(1, limit // len(rules))
@@ -96,9 +92,7 @@ class Edit:
         album = self.album
         plain, changed = draw(self.plain), draw(self.edited)
         moves = [displacement(p, e, case[1].axis) for p, e, case in zip(plain, changed, self.cases)]
-        likeness = [
-            float(structure(p) @ album.structures[case[0]]) for p, case in zip(plain, self.cases, strict=True)
-        ]
+        likeness = [float(structure(p) @ album.structures[case[0]]) for p, case in zip(plain, self.cases, strict=True)]
         # A picture that is not the one expected gives no score, whatever seems to move in it.
         shifts = [
             move.along(case[1].sign) if alike >= RESEMBLES else None
@@ -148,9 +142,7 @@ class Edit:
         }
         reasons = []
         if len(self.cases) < ENOUGH:
-            reasons.append(
-                f"only {len(self.cases)} captions can be edited; at least {ENOUGH} are needed to judge"
-            )
+            reasons.append(f"only {len(self.cases)} captions can be edited; at least {ENOUGH} are needed to judge")
         if right.mean() < RIGHT:
             reasons.append(
                 f"the subject moves the right way in {percent(right.mean())} of the cases, {percent(RIGHT)} are "
@@ -158,9 +150,7 @@ class Edit:
                 f"{percent(numbers['not_measurable'])} not recognisable)"
             )
         if lost > UNMOVED:
-            reasons.append(
-                f"the model is not stable: {percent(lost)} of its pictures from other noises are others"
-            )
+            reasons.append(f"the model is not stable: {percent(lost)} of its pictures from other noises are others")
         if calibration and calibration["right_way"] < 1:
             reasons.append(
                 f"the measure itself is right on only {percent(calibration['right_way'])} of the true pairs of "
@@ -179,8 +169,7 @@ class Edit:
             controls=controls,
             reasons=tuple(reasons),
             cases=tuple(
-                self._case(k, plain[k], changed[k], shifts[k], moves[k], bool(right[k]))
-                for k in range(len(self.cases))
+                self._case(k, plain[k], changed[k], shifts[k], moves[k], bool(right[k])) for k in range(len(self.cases))
             ),
             chart=Chart(
                 "Every case: how far did the subject move, and is it still the same scene?",

@@ -7,9 +7,7 @@ from scipy.optimize import linear_sum_assignment
 
 from fluxdit_jax.gate.album import Album
 
-CLEARLY = (
-    8.0  # colour difference (CIE76) of two tones that nobody would call the same; 2.3 is just noticeable
-)
+CLEARLY = 8.0  # colour difference (CIE76) of two tones that nobody would call the same; 2.3 is just noticeable
 
 
 def tone_distances(album: Album) -> np.ndarray:

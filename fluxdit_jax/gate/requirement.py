@@ -157,9 +157,7 @@ def tell_pictures(report: dict[str, Any], manifest: Manifest) -> None:
     data = report["dataset"]
     path, tested, drawn = (data.get(name) for name in ("path", "pictures_tested", "drawn_portraits"))
     if type(tested) is not int or type(drawn) is not int:
-        log.info(
-            "gate: passed on pictures of %s; an older version wrote the report: it does not say of what", path
-        )
+        log.info("gate: passed on pictures of %s; an older version wrote the report: it does not say of what", path)
         return
     of_demo = f", {drawn} of them drawn portraits of `preprocess demo`" if drawn else ""
     log.info("gate: passed on %d pictures of %s%s", tested, path, of_demo)

@@ -17,9 +17,7 @@ PASSING = 0.80  # share of the pairs
 ENOUGH = 50  # pairs
 CONTROLLED = 30  # pairs that are drawn again for each control
 OWN = 0.80  # share of them that must take B's structure with B's caption
-RANDOM = (
-    0.65  # ... that must be farther from B's tone with a random vector; some random light is B's by chance
-)
+RANDOM = 0.65  # ... that must be farther from B's tone with a random vector; some random light is B's by chance
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -128,9 +126,7 @@ class Swap:
             numbers=numbers,
             controls=controls,
             reasons=tuple(reasons),
-            cases=tuple(
-                self._case(k, swapped[k], answers[k], margin[k], gain[k]) for k in range(len(self.pairs))
-            ),
+            cases=tuple(self._case(k, swapped[k], answers[k], margin[k], gain[k]) for k in range(len(self.pairs))),
             chart=Chart(
                 "Every pair: whose composition, whose light?",
                 "tone: nearer to A  |  nearer to B",

@@ -52,9 +52,7 @@ def read_training(log: list[dict[str, Any]], step: int | None = None, planned: i
     unfinished = _unfinished(losses, step, planned)
     more = [*_skipped(log), *_lagging(log)]
     eighth = max(1, len(losses) // 8)
-    means = [
-        float(np.mean([loss for _, loss in part])) for part in (losses[:eighth], losses[-eighth:]) if part
-    ]
+    means = [float(np.mean([loss for _, loss in part])) for part in (losses[:eighth], losses[-eighth:]) if part]
     known = means if len(losses) >= ENOUGH else (None, None)
     return Training((*serious, *unfinished, *more), bool(serious or unfinished), *known)
 
@@ -63,9 +61,7 @@ def _unfinished(losses: list, step: int | None, planned: int | None) -> list[tup
     cause = "not trained to the end"
     if step is not None and planned is not None and step < planned:
         falls = " The loss still falls." if _falling(losses) else ""
-        return [
-            (cause, f"The weights are of step {step:,} of {planned:,}: train on, then validate again.{falls}")
-        ]
+        return [(cause, f"The weights are of step {step:,} of {planned:,}: train on, then validate again.{falls}")]
     if len(losses) < ENOUGH:
         few = f"metrics.jsonl has {len(losses)} losses, too few to judge the training: train for longer"
         return [("little trained", f"{few}, or log more often (config.log.every).")]

@@ -22,9 +22,7 @@ from preprocess.demo.cast import COMPOSITIONS, LIGHTS, Composition
 from preprocess.demo.portrait import compose
 
 
-def draw_dataset(
-    output: Path, progress: bool = True, compositions: Sequence[Composition] = COMPOSITIONS
-) -> int:
+def draw_dataset(output: Path, progress: bool = True, compositions: Sequence[Composition] = COMPOSITIONS) -> int:
     """Writes the set into `output` as `cNN_lM.png` with `cNN_lM.json` beside it; returns its number of images.
 
     The JSON has `caption`, and as ground truth `composition`, `character`, `looking`, `lighting` and `light`.

@@ -43,9 +43,7 @@ def brick_wall(scene: Scene) -> None:
     edge = np.minimum(np.minimum(fx, length - fx), np.minimum(fy, row_height - fy))
     brick = _soft(edge - joint / 2, 0.01 * s)
     tone = np.sin(12.9 * row + 78.2 * np.floor(x))
-    albedo = rgb("#8d8075") + brick[..., None] * (
-        rgb("#9c6a57") * (1 + 0.22 * tone[..., None]) - rgb("#8d8075")
-    )
+    albedo = rgb("#8d8075") + brick[..., None] * (rgb("#9c6a57") * (1 + 0.22 * tone[..., None]) - rgb("#8d8075"))
     _fill(scene, albedo, 0.006 * s * brick)
 
 
@@ -103,9 +101,7 @@ def sea(scene: Scene) -> None:
     horizon = 0.46 * scene.height
     t = np.clip(scene.y / horizon, 0, 1)[..., None]
     sky = rgb("#7ba4c6") + t * (rgb("#d6d6cb") - rgb("#7ba4c6"))
-    cloud = np.clip(_noise(scene, 21, 1.6) + 0.5 * _noise(scene, 22, 3.5) - 0.15, 0, 1)[..., None] * (
-        1 - 0.4 * t
-    )
+    cloud = np.clip(_noise(scene, 21, 1.6) + 0.5 * _noise(scene, 22, 3.5) - 0.15, 0, 1)[..., None] * (1 - 0.4 * t)
     sky = sky + 0.6 * cloud * (rgb("#eceae4") - sky)
     d = np.clip((scene.y - horizon) / (scene.height - horizon), 0, 1)
     wave = np.sin(26 * np.sqrt(d + 0.002) + 0.6 * np.sin(scene.x / (0.16 * s)))
@@ -164,9 +160,7 @@ def winter_town(scene: Scene) -> None:
         scene.paint(roof, rgb("#d8dbe0"), 0.02 * s * blur(roof, 0.01 * s))
         for floor in range(3):
             for column in (0.3, 0.7):
-                pane = _box(
-                    scene, left + column * (right - left), y + (0.08 + 0.14 * floor) * s, 0.02 * s, 0.03 * s
-                )
+                pane = _box(scene, left + column * (right - left), y + (0.08 + 0.14 * floor) * s, 0.02 * s, 0.03 * s)
                 scene.paint(pane, rgb("#d8c08a"))
 
 

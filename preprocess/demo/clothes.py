@@ -53,9 +53,7 @@ def paint_body(scene: Scene, head: Head, person: Person, body: np.ndarray) -> No
     else:
         if person.clothes in ("coat", "cardigan"):  # the shirt shows in the opening
             depth = 0.25 if person.clothes == "coat" else 0.30
-            opening = scene.polygon(
-                [(x - 0.115 * s, y - 0.01 * s), (x, y + depth * s), (x + 0.115 * s, y - 0.01 * s)]
-            )
+            opening = scene.polygon([(x - 0.115 * s, y - 0.01 * s), (x, y + depth * s), (x + 0.115 * s, y - 0.01 * s)])
             scene.paint(opening, second, inflate(opening, 0.02 * s))
         neck = _neck(scene, head, wide, _NECKLINE.get(person.clothes, 0.055))
         scene.paint(neck, skin * 0.94, inflate(neck, 0.03 * s), gloss=0.08)
@@ -91,9 +89,7 @@ def _trimming(scene: Scene, head: Head, person: Person) -> None:
             button = scene.ellipse(u, v, 0.014 * s, 0.014 * s)
             scene.paint(button, second * 0.8, inflate(button, 0.006 * s), gloss=0.4)
     if person.clothes == "sweater":
-        collar = scene.stroke(
-            place([(-0.095, -0.005), (0, 0.062), (0.095, -0.005)]), [0.035 * s, 0.042 * s, 0.035 * s]
-        )
+        collar = scene.stroke(place([(-0.095, -0.005), (0, 0.062), (0.095, -0.005)]), [0.035 * s, 0.042 * s, 0.035 * s])
         scene.paint(collar, cloth, inflate(collar, 0.014 * s))
     if person.clothes in ("dress", "blouse"):
         low = _NECKLINE[person.clothes]
@@ -103,9 +99,7 @@ def _trimming(scene: Scene, head: Head, person: Person) -> None:
     if person.clothes == "scarf":
         tail = scene.stroke(place([(0.05, 0.05), (0.09, 0.2), (0.075, 0.36)]), [0.09 * s, 0.095 * s, 0.1 * s])
         scene.paint(tail, second * 0.85, inflate(tail, 0.025 * s))
-        wrap = scene.stroke(
-            place([(-0.15, -0.02), (0, 0.052), (0.15, -0.02)]), [0.09 * s, 0.115 * s, 0.09 * s]
-        )
+        wrap = scene.stroke(place([(-0.15, -0.02), (0, 0.052), (0.15, -0.02)]), [0.09 * s, 0.115 * s, 0.09 * s])
         scene.paint(wrap, second, inflate(wrap, 0.03 * s))
 
 
@@ -149,9 +143,7 @@ def paint_hat(scene: Scene, head: Head, person: Person) -> None:
         scene.cast(dome, 0.015 * s)
         ribs = 1 + 0.10 * np.sin((scene.x - head.cx) / (0.012 * s))[..., None]
         scene.paint(dome, colour * ribs, inflate(dome, 0.04 * s))
-        band = scene.stroke(
-            head.points([(-1.16, -0.38), (0, -0.55), (1.16, -0.38)], back=0.08), [0.3 * head.ry] * 3
-        )
+        band = scene.stroke(head.points([(-1.16, -0.38), (0, -0.55), (1.16, -0.38)], back=0.08), [0.3 * head.ry] * 3)
         scene.paint(band, colour * 1.25 * ribs, inflate(band, 0.022 * s))
         x, y = head.at(-0.1 * head.turn, -1.5)
         ball = blur(scene.ellipse(x, y, 0.24 * head.rx, 0.24 * head.rx), 0.004 * s)
@@ -182,8 +174,6 @@ def paint_hat(scene: Scene, head: Head, person: Person) -> None:
         brim = scene.polygon(spline(head.points(brim, back=-0.12)))
         scene.cast(np.maximum(brim, crown), 0.03 * s)
         scene.paint(crown, colour, inflate(crown, 0.045 * s), gloss=0.05)
-        band = scene.stroke(
-            head.points([(-0.98, -0.68), (0, -0.66), (0.98, -0.68)], back=0.06), [0.2 * head.ry] * 3
-        )
+        band = scene.stroke(head.points([(-0.98, -0.68), (0, -0.66), (0.98, -0.68)], back=0.06), [0.2 * head.ry] * 3)
         scene.paint(band * crown, colour * 0.4)
         scene.paint(brim, colour * 1.05, inflate(brim, 0.02 * s), gloss=0.05)

@@ -37,9 +37,7 @@ def hair_over(scene: Scene, head: Head, person: Person) -> np.ndarray:
     top, side, grow = _CUT[person.hair]
     mask = skull_cap(scene, head, grow)
     if person.hair == "curls":
-        mask = np.maximum(
-            mask, _curls(scene, head, [(a, 0.98) for a in np.linspace(0.1, np.pi - 0.1, 9)], 0.27)
-        )
+        mask = np.maximum(mask, _curls(scene, head, [(a, 0.98) for a in np.linspace(0.1, np.pi - 0.1, 9)], 0.27))
     mask = mask * (1 - _face_opening(scene, head, top, side))
     if person.hair in ("short", "bun", "afro"):
         mask = mask * _trimmed(scene, head, 0.10 if person.hair == "short" else 0.18)

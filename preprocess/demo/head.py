@@ -116,9 +116,7 @@ def paint_ears(scene: Scene, head: Head, person: Person) -> None:
         x, y = head.ear(side)
         ear = scene.ellipse(x, y, 0.135 * head.rx, 0.185 * head.ry, 0.15 * side)
         scene.paint(ear, skin, inflate(ear, 0.014 * s), gloss=0.1)
-        inner = blur(
-            scene.ellipse(x, y - 0.01 * head.ry, 0.07 * head.rx, 0.11 * head.ry, 0.15 * side), 0.004 * s
-        )
+        inner = blur(scene.ellipse(x, y - 0.01 * head.ry, 0.07 * head.rx, 0.11 * head.ry, 0.15 * side), 0.004 * s)
         scene.paint(inner, skin * 0.62, opacity=0.6)
 
 
@@ -139,9 +137,7 @@ def _nose(scene: Scene, head: Head, skin: np.ndarray, outline: np.ndarray) -> No
             opacity=0.55,
         )
     base = [head.on(-0.19, 0.385, 1.02), head.on(0, 0.43, 1.08), head.on(0.19, 0.385, 1.02)]
-    scene.paint(
-        blur(scene.stroke(base, [0.03 * rx, 0.07 * rx, 0.03 * rx]), 0.004 * s), skin * 0.38, opacity=0.7
-    )
+    scene.paint(blur(scene.stroke(base, [0.03 * rx, 0.07 * rx, 0.03 * rx]), 0.004 * s), skin * 0.38, opacity=0.7)
 
 
 def _eye(scene: Scene, head: Head, person: Person, side: int, outline: np.ndarray) -> None:

@@ -113,9 +113,7 @@ def load_text_encoder(
     return T5Text(spec, device, dtype, max_tokens)
 
 
-def load_vision_encoder(
-    spec: str = DEFAULT_VISION, device: str = "auto", dtype: str = "auto"
-) -> VisionEncoder:
+def load_vision_encoder(spec: str = DEFAULT_VISION, device: str = "auto", dtype: str = "auto") -> VisionEncoder:
     """Loads a DINOv3 or DINOv2 ViT, or `builtin:tone`. Otherwise as `load_vae`."""
     check_arguments(dtype)
     if spec == "precomputed" or spec.startswith("precomputed:"):

@@ -134,15 +134,9 @@ class DctVae:
           ValueError: not a float array of 16 channels.
         """
         latents = np.asarray(latents)
-        if (
-            latents.ndim != 4
-            or latents.shape[1] != sum(_KEPT)
-            or latents.dtype.kind in "iub"
-            or not latents.size
-        ):
+        if latents.ndim != 4 or latents.shape[1] != sum(_KEPT) or latents.dtype.kind in "iub" or not latents.size:
             raise ValueError(
-                f"builtin:dct decodes float [B, {sum(_KEPT)}, h, w], "
-                f"got {latents.dtype} {list(latents.shape)}"
+                f"builtin:dct decodes float [B, {sum(_KEPT)}, h, w], got {latents.dtype} {list(latents.shape)}"
             )
         return _one_by_one(self._decode_one, latents)
 
@@ -197,9 +191,7 @@ class HashText:
         self._position_table = _positions(max_tokens)
         self._vectors: dict[str, np.ndarray] = {}
         options = {"max_tokens": max_tokens, "position_weight": _POSITION_WEIGHT, "pattern": _WORD.pattern}
-        self.identity = _identity(
-            "builtin:hash", _TEXT_WIDTH, options, _word_vector(_END), self._position_table[-1]
-        )
+        self.identity = _identity("builtin:hash", _TEXT_WIDTH, options, _word_vector(_END), self._position_table[-1])
 
     def encode(self, captions: list[str]) -> list[np.ndarray]:
         """One bfloat16 [n, 1024] per caption, variance about 1; n counts an end token, so n >= 1.
@@ -324,9 +316,7 @@ class ToneVision:
         # The colour of the light, by two classical estimates that paint disturbs less than it does the mean:
         # shades of grey (Finlayson and Trezzi 2004, Minkowski norm 6) and grey edge (van de Weijer et al. 2007).
         lights = np.mean(cells**6, axis=(1, 2)) ** (1 / 6)  # [1, 3]
-        edges = np.sqrt(
-            np.mean(np.diff(cells, axis=1) ** 2, (1, 2)) + np.mean(np.diff(cells, axis=2) ** 2, (1, 2))
-        )
+        edges = np.sqrt(np.mean(np.diff(cells, axis=1) ** 2, (1, 2)) + np.mean(np.diff(cells, axis=2) ** 2, (1, 2)))
 
         cells = cells.reshape(1, -1, 3)
         luma = np.log2(cells @ np.array([0.2126, 0.7152, 0.0722], np.float32) + _FLOOR)  # [1, 1024]

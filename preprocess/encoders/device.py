@@ -28,9 +28,7 @@ def choose_device(device: str) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise PreprocessError(
-            f"--device {device}: not a device; use auto, cpu, cuda, cuda:N or mps"
-        ) from error
+        raise PreprocessError(f"--device {device}: not a device; use auto, cpu, cuda, cuda:N or mps") from error
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise PreprocessError(
             f"--device {device}: this PyTorch ({torch.__version__}) sees {torch.cuda.device_count()} such "
@@ -104,6 +102,4 @@ def in_halves(encode: Callable[[np.ndarray], np.ndarray], images: np.ndarray, op
             ) from error
     torch.cuda.empty_cache()
     middle = len(images) // 2
-    return np.concatenate(
-        [in_halves(encode, images[:middle], option), in_halves(encode, images[middle:], option)]
-    )
+    return np.concatenate([in_halves(encode, images[:middle], option), in_halves(encode, images[middle:], option)])

@@ -29,8 +29,7 @@ class T5Text:
         found = weights.find(spec, OPTION, weights.TRANSFORMERS_WEIGHTS, extra=_TOKENIZER_FILES)
         if found.config.get("model_type") not in ("t5", "mt5", "umt5"):
             raise PreprocessError(
-                f"{OPTION} {spec}: config.json says model_type {found.config.get('model_type')!r}; "
-                "a T5 model is needed"
+                f"{OPTION} {spec}: config.json says model_type {found.config.get('model_type')!r}; a T5 model is needed"
             )
         self._device = devices.choose_device(device)
         self._dtype = devices.choose_dtype(dtype, self._device)

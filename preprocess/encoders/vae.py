@@ -28,9 +28,7 @@ class TorchVae:
         found = weights.find(spec, OPTION, weights.DIFFUSERS_WEIGHTS, subfolder="vae")
         name = found.config.get("_class_name")
         if name not in _CLASSES:
-            raise PreprocessError(
-                f"{OPTION} {spec}: config.json says {name!r}; supported are {', '.join(_CLASSES)}"
-            )
+            raise PreprocessError(f"{OPTION} {spec}: config.json says {name!r}; supported are {', '.join(_CLASSES)}")
         self._device = devices.choose_device(device)
         self._dtype = devices.choose_dtype(dtype, self._device)
         self._tiny = name == "AutoencoderTiny"

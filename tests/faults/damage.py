@@ -139,9 +139,7 @@ def plan(scene: Scene, quick: bool, seed: int) -> list[Trial]:
         for file in files[use.of]:
             if name == "gate" and not file.startswith("validation/"):
                 continue
-            faults = [
-                fault for fault in FAULTS for _ in range(cheap.get(name, 1) if fault == "bit flip" else 1)
-            ]
+            faults = [fault for fault in FAULTS for _ in range(cheap.get(name, 1) if fault == "bit flip" else 1)]
             of_use += [Trial(use, file, fault, rng.randrange(1 << 30)) for fault in faults]
         trials += rng.sample(of_use, min(dear.get(name, len(of_use)), len(of_use)))
     if not quick:

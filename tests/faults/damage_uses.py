@@ -114,8 +114,7 @@ def _digest(arrays: list[np.ndarray]) -> str:
 def _passed_over(expected: dict, result: dict, folder: Path) -> bool:
     """Whether the results differ only where another record was said to stand in or was left out."""
     same = all(
-        replaced or old == new
-        for old, new, replaced in zip(expected["rows"], result["rows"], result["replaced"])
+        replaced or old == new for old, new, replaced in zip(expected["rows"], result["rows"], result["replaced"])
     )
     known = set(result["rows"]) <= set(expected["rows"])
     held = result["holdout"].items() <= expected["holdout"].items()

@@ -55,9 +55,7 @@ def as_script(description: str, work: Callable[[bool], list[Row]]) -> int:
     return tell(rows)
 
 
-def on_training_scene(
-    script: str, work_on: Callable[..., list[Row]], quick: bool, **options: bool
-) -> list[Row]:
+def on_training_scene(script: str, work_on: Callable[..., list[Row]], quick: bool, **options: bool) -> list[Row]:
     """The rows of `work_on(scene, quick)`, of a scene in a temporary folder; after `forked.enter`."""
     from training_scene import make
 
@@ -74,9 +72,7 @@ def through_script(script: str, quick: bool) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "rows.json"
         command = [sys.executable, script, "--json", str(answer), *(["--quick"] if quick else [])]
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-        )
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         if not answer.exists():
             raise RuntimeError(f"{script} ended with {done.returncode}: {done.stdout[-3000:]}")
         rows = [tuple(row) for row in json.loads(answer.read_text())]

@@ -98,9 +98,7 @@ def enter(*modules: str) -> None:
     sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
     from tqdm import tqdm
 
-    tqdm.monitor_interval = (
-        0  # its thread's lock, held at the moment of a fork, would stay locked in the child
-    )
+    tqdm.monitor_interval = 0  # its thread's lock, held at the moment of a fork, would stay locked in the child
     for module in modules:
         importlib.import_module(module)
 

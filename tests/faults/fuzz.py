@@ -142,9 +142,7 @@ def main() -> int:
     for name in arguments.target or TARGETS:
         with contextlib.redirect_stdout(io.StringIO()):
             tally = explore(TARGETS[name], arguments.seconds, arguments.seed)
-        print(
-            f"{TARGETS[name].what:60} tried {tally.tried:7,}  accepted {tally.accepted:6,}  lost {len(tally.lost)}"
-        )
+        print(f"{TARGETS[name].what:60} tried {tally.tried:7,}  accepted {tally.accepted:6,}  lost {len(tally.lost)}")
         for line in tally.lost:
             print(f"    {line}")
         lost, tried, accepted = lost + len(tally.lost), tried + tally.tried, accepted + tally.accepted

@@ -28,9 +28,7 @@ INTERESTING = [
 
 
 @st.composite
-def damaged(
-    draw: st.DrawFn, examples: list[bytes], tokens: tuple[bytes, ...] = (b"\0", b"\xff", b"\n")
-) -> bytes:
+def damaged(draw: st.DrawFn, examples: list[bytes], tokens: tuple[bytes, ...] = (b"\0", b"\xff", b"\n")) -> bytes:
     """One of the examples with up to five changes."""
     data = bytearray(draw(st.sampled_from(examples)))
     for _ in range(draw(st.integers(0, 5))):
@@ -139,6 +137,4 @@ def json_text(tree: Any) -> st.SearchStrategy[bytes]:
         b"{",
         b"]",
     )
-    return odd_tree(tree).map(lambda found: written(found).encode("utf-8", "replace")) | damaged(
-        [whole], tokens
-    )
+    return odd_tree(tree).map(lambda found: written(found).encode("utf-8", "replace")) | damaged([whole], tokens)

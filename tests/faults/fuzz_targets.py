@@ -340,9 +340,7 @@ HOSTILE_LOGS = (
     b"[" * 100_000 + b"\n{}\n",
     b"\xff\n\n",
 )
-HOSTILE_INDEXES = tuple(
-    json.dumps({"weight_map": {"x": x}}).encode() for x in ("/etc/passwd", "../vae/a.safetensors")
-)
+HOSTILE_INDEXES = tuple(json.dumps({"weight_map": {"x": x}}).encode() for x in ("/etc/passwd", "../vae/a.safetensors"))
 CAPTION_FILES = [b"a dog", "ein Hündchen".encode()]
 PROMPTS = [b"a dog\na cat\n", "\ufeffein Hund\r\n\r\n".encode()]
 VECTORS = [vector(np.ones(1024, np.float32)), vector(np.array([{}], object))]

@@ -135,9 +135,7 @@ def scalars(run: Path) -> dict[str, list[tuple[int, float | None]]]:
 
 def board_differences(run: Path) -> list[str]:
     """How TensorBoard and metrics.jsonl differ: each scalar must stand once in both, to f32."""
-    accumulator = EventAccumulator(
-        str(run / "tensorboard"), size_guidance={"scalars": 0, "images": 0}
-    ).Reload()
+    accumulator = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "images": 0}).Reload()
     written = scalars(run)
     tags = {name: on_board(name)[0] for name in written}
     names = {tag: name for name, tag in tags.items()}
@@ -145,14 +143,10 @@ def board_differences(run: Path) -> list[str]:
     wrong = [f"only in one of the two: {name}" for name in sorted(shown ^ set(written))]
     for name in sorted(shown & set(written)):
         events = [(event.step, event.value) for event in accumulator.Scalars(tags[name])]
-        lines = [
-            (step, math.nan if value is None else float(np.float32(value))) for step, value in written[name]
-        ]
+        lines = [(step, math.nan if value is None else float(np.float32(value))) for step, value in written[name]]
         if [step for step, _ in events] != [step for step, _ in lines]:
             missing = sorted({s for s, _ in lines} - {s for s, _ in events})
-            wrong.append(
-                f"{name}: {len(events)} in TensorBoard, {len(lines)} in metrics.jsonl, missing {missing[:5]}"
-            )
+            wrong.append(f"{name}: {len(events)} in TensorBoard, {len(lines)} in metrics.jsonl, missing {missing[:5]}")
         elif not np.array_equal(np.float32(events), np.float32(lines), equal_nan=True):
             wrong.append(f"{name}: other values in TensorBoard")
     return wrong
@@ -187,9 +181,7 @@ def differences(run: Path, whole: Path) -> list[str]:
             steps = dict(others)
             mine = [pair for pair in mine if pair[0] in steps]
         if mine != others:
-            first = next(
-                (f"{a} and {b}" for a, b in zip(mine, others, strict=False) if a != b), "a line less"
-            )
+            first = next((f"{a} and {b}" for a, b in zip(mine, others, strict=False) if a != b), "a line less")
             wrong.append(f"{name}: {first}")
     (step, ema), (other_step, other) = restore_ema(run), restore_ema(whole)
     if step != other_step or not helpers.tree_equal(ema, other):

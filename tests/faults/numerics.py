@@ -54,9 +54,7 @@ CASES = {
     "a zero vector": lambda r: {"vision": np.zeros_like(r.vision)},
     "no text token": lambda r: {"text": np.zeros((0, TEXT_WIDTH), BF16)},
     "an empty caption of one token": lambda r: {"caption": "", "text": r.text[:1]},
-    "a caption of 512 tokens": lambda r: {
-        "text": np.random.default_rng(0).normal(size=(512, TEXT_WIDTH)).astype(BF16)
-    },
+    "a caption of 512 tokens": lambda r: {"text": np.random.default_rng(0).normal(size=(512, TEXT_WIDTH)).astype(BF16)},
     "a latent of one token": lambda r: {"latent": r.latent[:, :2, :2].copy(), "encoded_size": (16, 16)},
 }
 RIGHT = {"an empty caption of one token", "a caption of 512 tokens", "a latent of one token"}
@@ -66,9 +64,7 @@ def dataset(folder: Path, split: str, case: str) -> None:
     """A dataset whose record number `BAD` of the split is the case's."""
     manifest = write_dataset(folder, train=24, holdout=8, sizes=LATENT_SIZES, shards=1)
     first = 0 if split == "train" else 1000
-    made = [
-        make_record(first + i, LATENT_SIZES[i % len(LATENT_SIZES)]) for i in range(manifest.records(split))
-    ]
+    made = [make_record(first + i, LATENT_SIZES[i % len(LATENT_SIZES)]) for i in range(manifest.records(split))]
     base = dataclasses.replace(make_record(first + BAD), latent=make_record(first + BAD, (4, 4)).latent)
     made[BAD] = dataclasses.replace(base, **CASES[case](base))
     (shard,) = manifest.shards[split]
@@ -127,9 +123,7 @@ def run(quick: bool = False) -> list[Row]:
         damage_scene.fast_compilation(Path(folder) / "cache")
         for case in CASES:
             expected = [GOOD if case in RIGHT else "refused"]
-            expected += [
-                GOOD if case in RIGHT else {"stop": "refused", "skip": "passed over"}[p] for _, p in places
-            ]
+            expected += [GOOD if case in RIGHT else {"stop": "refused", "skip": "passed over"}[p] for _, p in places]
             found = [writer(case)]
             wanted = [("train", "stop")] if quick else places
             for number, (split, policy) in enumerate(wanted):

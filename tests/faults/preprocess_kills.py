@@ -196,9 +196,7 @@ def kill_at_random(kind: str, kills: int, seed: int = 0) -> Tally:
         while tally.killed < kills:
             clock = time.monotonic()
             if attempt(photos, output, tally, after=rng.uniform(0.02, 1.05) * whole):
-                whole = min(
-                    whole, time.monotonic() - clock
-                )  # the first is slow where the files are not in memory
+                whole = min(whole, time.monotonic() - clock)  # the first is slow where the files are not in memory
                 expect(output, reference, tally, "after a run that ended")
                 begin(output, start)
         attempt(photos, output, tally)

@@ -94,9 +94,7 @@ def run_part(part: str, quick: bool) -> tuple[list[Row], str, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a share of each part")
-    parser.add_argument(
-        "--only", nargs="+", choices=PARTS, help="these parts (the results of the others are kept)"
-    )
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts (the results of the others are kept)")
     parser.add_argument("--jobs", type=int, default=1, help="parts at a time (each uses about one core)")
     arguments = parser.parse_args()
     name = "faults_quick" if arguments.quick else "faults"

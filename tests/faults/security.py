@@ -131,9 +131,7 @@ def names(root: Path) -> Row:
     wrong = []
     for path in export(root / "data", root / "tar"):
         with tarfile.open(path) as archive:
-            wrong += [
-                m.name for m in archive if not (m.isreg() and m.name[:9].isdecimal() and m.name[9] == ".")
-            ]
+            wrong += [m.name for m in archive if not (m.isreg() and m.name[:9].isdecimal() and m.name[9] == ".")]
             archive.extractall(root / "unpacked", filter="data")
     there = {path.name for path in root.iterdir()}
     wrong += sorted(there - {"data", "tar", "unpacked"})
@@ -149,9 +147,7 @@ def names(root: Path) -> Row:
             Dataset(root, manifest, None),
         )
         wrong += [] if found is None else [f"inspect showed {key!r}"]
-    return _row(
-        "keys that lead elsewhere: tar members of an export, pictures of inspect", 2 * len(KEYS), wrong
-    )
+    return _row("keys that lead elsewhere: tar members of an export, pictures of inspect", 2 * len(KEYS), wrong)
 
 
 def _renamed(record: records.Record, key: str, content: str = "") -> records.Record:
@@ -195,9 +191,7 @@ def bombs(side: int) -> dict[str, bytes]:
         "JPEG of 65,500 x 65,500": bytes(jpeg),
         "BMP of 2^31 x 2^31": bytes(bmp),
         "AVIF of 2^31 x 2^31": bytes(avif),
-        f"TIFF of {side} x {side} in a few kilobytes": bad_inputs.coded(
-            flat, "TIFF", compression="tiff_adobe_deflate"
-        ),
+        f"TIFF of {side} x {side} in a few kilobytes": bad_inputs.coded(flat, "TIFF", compression="tiff_adobe_deflate"),
         f"WebP of {side} x {side} in a few kilobytes": bad_inputs.coded(flat, "WEBP"),
     }
 

@@ -22,16 +22,12 @@ def forbidden(source: str, name: str) -> list[str]:
     for node in ast.walk(ast.parse(source)):
         what = ""
         if isinstance(node, ast.Import | ast.ImportFrom):
-            names = (
-                {alias.name for alias in node.names} if isinstance(node, ast.Import) else {node.module or ""}
-            )
+            names = {alias.name for alias in node.names} if isinstance(node, ast.Import) else {node.module or ""}
             what = ", ".join(sorted({n.partition(".")[0] for n in names} & MODULES))
         elif isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             keywords = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
-            if called in BUILTINS | CALLS or (
-                isinstance(node.func, ast.Attribute) and node.func.attr in METHODS
-            ):
+            if called in BUILTINS | CALLS or (isinstance(node.func, ast.Attribute) and node.func.attr in METHODS):
                 what = called
             elif called in ("np.load", "numpy.load") and keywords.get("allow_pickle", False) is not False:
                 what = f"{called} with allow_pickle"

@@ -103,9 +103,7 @@ class Signalled(Tally):
             return act
 
         for name, number in ENDS.items():
-            self.train(
-                f"train: SIG{name}, and its echo 20 ms later", twice(number, 0.02), (128 + number, 0), saved
-            )
+            self.train(f"train: SIG{name}, and its echo 20 ms later", twice(number, 0.02), (128 + number, 0), saved)
             early = (128 + number, -number, 0)
             self.train(
                 f"train: SIG{name} while it starts",
@@ -121,9 +119,7 @@ class Signalled(Tally):
 
     def training_outputs(self, quick: bool) -> None:
         nothing = lambda child: None  # noqa: E731
-        self.train(
-            "train: stderr's reader is gone (| head -1)", nothing, (0,), prepare=lambda: broken_pipe(2)
-        )
+        self.train("train: stderr's reader is gone (| head -1)", nothing, (0,), prepare=lambda: broken_pipe(2))
         if quick:
             return
         self.train("train: stdout's reader is gone", nothing, (0,), prepare=lambda: broken_pipe(1))

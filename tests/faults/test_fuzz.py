@@ -42,9 +42,7 @@ sys.exit(fuzz.main())
 
 
 def test_no_parser_falls_and_the_fuzzing_would_see_it() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(FOLDER)], capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(FOLDER)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     planted = dict(line.split(" ", 1) for line in lines[:4])

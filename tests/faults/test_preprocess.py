@@ -77,9 +77,7 @@ def test_killed_with_real_encoders_it_ends_byte_identical(
             output,
             *models,
         ]
-        return subprocess.Popen(
-            [*map(str, command), *more], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        return subprocess.Popen([*map(str, command), *more], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     assert start(tmp_path / "a" / "data").wait() == 0
     output = tmp_path / "b" / "data"

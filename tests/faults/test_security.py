@@ -76,9 +76,7 @@ def test_the_look_at_our_code_sees(line: str) -> None:
 
 
 def test_and_leaves_in_peace() -> None:
-    innocent = (
-        "model.eval()\nnp.load(p)\nnp.load(p, allow_pickle=False)\nf(trust_remote_code=False)\nrun(['ls'])\n"
-    )
+    innocent = "model.eval()\nnp.load(p)\nnp.load(p, allow_pickle=False)\nf(trust_remote_code=False)\nrun(['ls'])\n"
     assert security_code.forbidden(innocent, "file.py") == []
 
 

@@ -97,9 +97,7 @@ class Disks(Tally):
                 remount(disk, "rw")
                 again = self.scene.train(disk / "run")
                 wrong += [again.err[-600:]] if again.status else []
-                wrong += (
-                    [] if again.status else differences(self.scene.outcome(disk / "run"), self.scene.expected)
-                )
+                wrong += [] if again.status else differences(self.scene.outcome(disk / "run"), self.scene.expected)
                 self.judge("train: a read-only file system", wrong, f"begun: {begun}")
 
     def unreadable(self) -> None:
@@ -108,9 +106,7 @@ class Disks(Tally):
         for error in (errno.EACCES, errno.EIO):
             for name in ("config.json", "dataset.json", "metrics.jsonl", "checkpoints"):
                 shutil.rmtree(run, ignore_errors=True)
-                self.scene.train(
-                    run, under=run / "ema" / "2", fault=Fault(1, "kill")
-                )  # there are checkpoints now
+                self.scene.train(run, under=run / "ema" / "2", fault=Fault(1, "kill"))  # there are checkpoints now
                 ended = self.scene.train(run, under=run / name, fault=Fault(1, "fail", error, reads=True))
                 wrong = plain(ended, run, (1,))
                 again = self.scene.train(run)
@@ -158,9 +154,7 @@ class Disks(Tally):
         for error in (errno.EACCES, errno.EIO):
             for file in ("config.json", "dataset.json", "ema"):
                 source = scene.root / "whole" / file
-                ended = scene.start(
-                    module, *arguments, under=source, fault=Fault(1, "fail", error, reads=True)
-                )
+                ended = scene.start(module, *arguments, under=source, fault=Fault(1, "fail", error, reads=True))
                 wrong = plain(ended, scene.root, (1, 2))
                 wrong += ["its output changed"] if scene.files(out) != expected else []
                 self.judge(f"{name}: a file cannot be read", wrong, f"{errno.errorcode[error]} {file}")

@@ -72,9 +72,7 @@ class Kills:
         told = scene.outcome(run) if ended.status == 0 else ""
         litter = scene.litter(run)
         if ended.status or told != scene.expected or litter or "cannot be restored" in ended.err:
-            self.blame(
-                hits, f"{ended.status} {difference(told, scene.expected)} {litter} {ended.err[-1500:]}"
-            )
+            self.blame(hits, f"{ended.status} {difference(told, scene.expected)} {litter} {ended.err[-1500:]}")
         return len(hits)
 
     def changes(self, kills: int) -> None:
@@ -87,9 +85,7 @@ class Kills:
             acts = ["tear" if (number + place) % 3 == 0 else "kill" for place in range(CHAIN)]
             done += self.train([{"fault": Fault(at, act)} for at, act in zip(places, acts)])
         while done < kills:
-            done += self.train(
-                [{"fault": Fault(self.rng.randint(1, whole // 2), "kill")} for _ in range(CHAIN)]
-            )
+            done += self.train([{"fault": Fault(self.rng.randint(1, whole // 2), "kill")} for _ in range(CHAIN)])
 
     def reads(self, kills: int) -> None:
         """While a checkpoint is read: the first kill is in the middle of the run, so that there is one."""
@@ -113,9 +109,7 @@ class Kills:
                 self.train([more | {"fault": Fault(1 + number // 2, "tear" if number % 4 == 1 else "kill")}])
             else:
                 self.train([more | {"after": self.rng.uniform(1, 6)}])
-            ended = self.scene.train(
-                self.scene.root / "cold-run", cache=cache
-            )  # the cache was hit: does it work?
+            ended = self.scene.train(self.scene.root / "cold-run", cache=cache)  # the cache was hit: does it work?
             shutil.rmtree(self.scene.root / "cold-run", ignore_errors=True)
             if ended.status:
                 self.blame(["compilation cache"], ended.err[-1500:])
@@ -136,9 +130,7 @@ class Kills:
         whole = scene.start(module, *arguments, under=out)
         assert whole.status in status, whole.err
         expected = scene.files(out)
-        reads = len(
-            scene.start(module, *arguments, under=scene.root / "whole", fault=Fault(reads=True)).calls
-        )
+        reads = len(scene.start(module, *arguments, under=scene.root / "whole", fault=Fault(reads=True)).calls)
         for number in range(kills):
             if number % 2:  # over what an earlier run of it wrote, or where nothing is
                 shutil.rmtree(out, ignore_errors=True)
@@ -215,9 +207,7 @@ def work_on(scene, quick: bool) -> list[Row]:  # noqa: ANN001
     )
     for method, few, many in parts:
         if count := few if quick else many:
-            with tqdm(
-                total=3 * count if method == kills.programs else count, desc=method.__name__, unit="kill"
-            ) as bar:
+            with tqdm(total=3 * count if method == kills.programs else count, desc=method.__name__, unit="kill") as bar:
                 kills.progress = bar.update
                 method(count)
     return kills.rows()

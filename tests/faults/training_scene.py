@@ -41,9 +41,7 @@ BUILD = (
 )
 # What a report says of when it was made and how long that took.
 _PARTS = rb"(load|draw|measure|total)"
-CLOCK = re.compile(
-    rb'"made": "[^"]*"|"' + _PARTS + rb'": [\d.]+|\d+ s in all, [^<]*|' + _PARTS + rb" [\d.]+ s,?"
-)
+CLOCK = re.compile(rb'"made": "[^"]*"|"' + _PARTS + rb'": [\d.]+|\d+ s in all, [^<]*|' + _PARTS + rb" [\d.]+ s,?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +55,7 @@ class Scene:
 
     def train(self, run: Path, *arguments: str, **more):  # noqa: ANN003, ANN201
         """`python -m fluxdit_jax.train` on the run directory `run`; more goes to `forked.run`."""
-        return self.start(
-            "fluxdit_jax.train", f"--config={self.config}", f"--config.workdir={run}", *arguments, **more
-        )
+        return self.start("fluxdit_jax.train", f"--config={self.config}", f"--config.workdir={run}", *arguments, **more)
 
     def start(self, module: str, *arguments: str, begin=forked.run, **more):  # noqa: ANN001, ANN003, ANN201
         """begin: `forked.run`, or `forked.start` to have the child while it runs."""
@@ -150,15 +146,12 @@ def _outcome(run: Path) -> str:
     meta = json.loads((run / "checkpoints" / str(state) / "meta" / "metadata").read_text())
     return json.dumps(
         {
-            "scalars": [
-                {name: line[name] for name in told if name in line} for line in lines if "loss" in line
-            ],
+            "scalars": [{name: line[name] for name in told if name in line} for line in lines if "loss" in line],
             "heldout": [line for line in lines if "heldout_loss" in line],
             "ema": {step: tree_digest(restore_ema(run, step)[1]) for step in ema_steps(run)},
             "state": [state, meta["digest"]],
             "pictures": {
-                path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-                for path in sorted((run / "samples").glob("*"))
+                path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((run / "samples").glob("*"))
             },
         }
     )

@@ -102,9 +102,7 @@ class Two(Tally):
             "train": (train, one, one / ".lock", (0,), lambda: scene.outcome(one) == scene.expected),
         }
         if not quick:
-            for name, (module, arguments, out) in reversed(
-                scene.programs().items()
-            ):  # an export tells the verdict
+            for name, (module, arguments, out) in reversed(scene.programs().items()):  # an export tells the verdict
 
                 def start(module=module, arguments=arguments, **more):  # noqa: ANN001, ANN003, ANN202
                     return scene.start(module, *arguments, **more)
