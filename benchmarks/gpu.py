@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -43,6 +44,8 @@ from tqdm import tqdm
 
 from benchmarks import environment
 from benchmarks.gpu_sides import PROGRAM, TARGETS
+from fluxdit_jax import cuda_stack
+from fluxdit_jax.environment import stacks
 
 NAME = "gpu"
 # (micro-batch, remat), most promising first; a larger micro-batch is not tried where a smaller one did not fit.
@@ -63,7 +66,7 @@ THEIRS = {
     "toy": [(2, "none")],
 }
 NEEDED = {
-    "jax": {"jax": "jax[cuda12]", "flax": "flax", "optax": "optax", "ml_collections": "ml-collections",
+    "jax": {"jax": "jax", "flax": "flax", "optax": "optax", "ml_collections": "ml-collections",
             "grain": "grain", "array_record": "array-record", "tensorflow_datasets": "tensorflow-datasets",
             "tensorboard": "tensorboard", "PIL": "pillow"},
     "torch": {"torch": "torch", "jax": "jax", "flax": "flax"},  # of JAX only the sizes and FLOPs of the network
@@ -72,8 +75,15 @@ SEARCH_SHARE = 0.6  # of a target's time; the rest is for the rounds
 
 
 def missing(side: str) -> list[str]:
-    """The packages a side needs that this Python lacks, by their names in the registry."""
-    return [package for module, package in NEEDED[side].items() if importlib.util.find_spec(module) is None]
+    """The packages a side needs that this Python lacks, by their names in the registry; JAX for this driver's CUDA.
+
+    Raises:
+      cuda_stack.StackError: no build fits the driver.
+    """
+    lacking = [package for module, package in NEEDED[side].items() if importlib.util.find_spec(module) is None]
+    if side == "jax" and (extra := cuda_stack.choose(cuda_stack.find_card(), cuda_stack.find_torch(), encoders=True)):
+        lacking = [f"jax[{extra}]" if package == "jax" else package for package in lacking]
+    return lacking
 
 
 def agreement() -> dict[str, Any]:
@@ -351,6 +361,8 @@ def main() -> None:
     gpu = None if a.smoke else first_gpu()
     if gpu is None and not a.smoke:
         sys.exit("error: nvidia-smi finds no NVIDIA GPU; --smoke tries this script on a CPU")
+    if problems := stacks(importlib.metadata.distributions(), cuda_stack.find_card()):
+        sys.exit(f"error: {'; '.join(problems)}")
     sides = []
     for side in a.sides:
         lacking = missing(side)

@@ -6,8 +6,7 @@
 
 For an environment of its own with the GPU's compiler, neither GPU nor driver needed (4 GB):
 
-    python3.11 -m venv ENV; grep -v -e torch -e diffusers -e transformers requirements.txt > /tmp/r
-    ENV/bin/pip install -r /tmp/r "jax[cuda12]==$(sed -n 's/^jax==//p' requirements.txt)"
+    python3 -m venv ENV; ENV/bin/pip install -c requirements.txt -e ".[cuda13]"
 
 The whole step of `fluxdit_jax.train` is compiled, with cuDNN's attention, against a device described below. Nothing is
 run, so there are no times. Products are cuBLAS's: without a device to tune on, XLA's Triton products fail at shapes

@@ -8,6 +8,7 @@ import io
 import re
 import sys
 import tokenize
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -16,13 +17,16 @@ from ml_collections import ConfigDict
 from fluxdit_jax.config import default_config
 from fluxdit_jax.paths import expanded
 
+SHIPPED = Path(__file__).parent / "configs"  # a link to configs/; in an installed package the files themselves
+
 HELP = """\
 usage: python -m fluxdit_jax.train --config=FILE --config.data.path=DATASET --config.workdir=RUN
            [--config.GROUP.KEY=VALUE ...]
 
 Trains, or resumes the run in RUN: the same command goes on where it was stopped.
 
-  --config=FILE            configs/demo.py (a demonstration), nano.py (the gate), prod.py (production), or your own
+  --config=FILE            configs/demo.py (a demonstration), nano.py (the gate), prod.py (production), or your own;
+                           where there is no such file, the package's: --config=demo works from any folder
   --config.GROUP.KEY=VALUE overrides a key of it, as --config.optim.lr=5e-5
   --keys                   prints every key with its default (not the file's) and meaning; --keys=GROUP: of a group
   --help                   this
@@ -59,7 +63,7 @@ def parse(argv: list[str]) -> list[str]:
             print("\n".join(lines))
             sys.exit(0)
     try:
-        left_over = flags.FLAGS([_with_home(argument) for argument in argv])
+        left_over = flags.FLAGS([_found(argument) for argument in argv])
         getattr(flags.FLAGS.config, "workdir", None)  # a file that is not there is only told when it is used
         return left_over
     except _FAULTS as error:
@@ -69,10 +73,21 @@ def parse(argv: list[str]) -> list[str]:
         sys.exit(f"error in the flags or the configuration file: {unknown}{' '.join(words.split())}{keys}")
 
 
-def _with_home(argument: str) -> str:
-    """`--config=~/experiment.py` with the home directory; the keys in the file have theirs from `config.check`."""
-    name, equals, file = argument.partition("=")
-    return f"{name}={expanded(file)}" if equals and name in ("--config", "-config") else argument
+def _found(argument: str) -> str:
+    """`--config=FILE` with the home directory, and where FILE is not there but the package has one, with that.
+
+    `demo` and `configs/demo.py` are then the package's, so that the README's commands work from any folder. The keys in
+    the file have their home directory from `config.check`.
+    """
+    name, equals, given = argument.partition("=")
+    if not equals or name not in ("--config", "-config"):
+        return argument
+    file = expanded(given)
+    shipped = SHIPPED / f"{Path(file).stem}.py"
+    if not Path(file).exists() and file in (shipped.stem, f"configs/{shipped.name}") and shipped.is_file():
+        print(f"{file}: taken from the package, {shipped}", file=sys.stderr)
+        file = str(shipped)
+    return f"{name}={file}"
 
 
 def near_keys(arguments: list[str]) -> str:

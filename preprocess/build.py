@@ -14,8 +14,14 @@ from fluxdit_jax.allocator import keep_freed_memory
 from fluxdit_jax.records import EncoderIdentity, Manifest
 from preprocess import PreprocessError, comparison, repeat
 from preprocess.encode import Counts, Encoders, Encoding
-from preprocess.encoders import check_arguments, load_all, load_text_encoder, load_vae, load_vision_encoder
-from preprocess.encoders.device import choose_device, choose_dtype, dtype_name
+from preprocess.encoders import (
+    check_arguments,
+    load_all,
+    load_text_encoder,
+    load_vae,
+    load_vision_encoder,
+    require_libraries,
+)
 from preprocess.existing import Existing
 from preprocess.findings import Reject, Scan, counted
 from preprocess.forecast import tell
@@ -119,10 +125,15 @@ def dry_run(options: Options, drawing: str = "", replace: bool = False) -> Plan:
     return plan
 
 
+def _real(options: Options) -> list[tuple[str, str]]:
+    """(option, spec) of the encoders that need PyTorch."""
+    specs = [("--vae", options.vae), ("--text-encoder", options.text_encoder)]
+    specs += [] if options.vision_embeddings else [("--vision-encoder", options.vision_encoder)]
+    return [(option, spec) for option, spec in specs if not spec.startswith("builtin:")]
+
+
 def _are_here(options: Options) -> bool:
-    specs = [options.vae, options.text_encoder]
-    specs += [] if options.vision_embeddings else [options.vision_encoder]
-    return all(spec.startswith("builtin:") or Path(spec).is_dir() for spec in specs)
+    return all(Path(spec).is_dir() for _, spec in _real(options))
 
 
 def _identities(encoders: Encoders) -> Identities:
@@ -132,6 +143,10 @@ def _identities(encoders: Encoders) -> Identities:
 def _likely_identities(options: Options, vectors: Vectors | None, earlier: list[repeat.Earlier | None]) -> Identities:
     """Of encoders that would have to be downloaded: those that were used under the same names, if they were."""
     check_arguments(options.dtype, options.latent)
+    for option, spec in _real(options):
+        require_libraries(option, spec)
+    from preprocess.encoders.device import choose_device, choose_dtype, dtype_name
+
     dtype = dtype_name(choose_dtype(options.dtype, choose_device(options.device)))
     found = {}
     for part, option in (("vae", "vae"), ("text", "text_encoder"), ("vision", "vision_encoder")):
@@ -267,7 +282,7 @@ def _build(
 
 def _load(options: Options, vectors: Vectors | None) -> Encoders:
     # What an encoder on a CPU allocates for each picture would else be faulted in anew: 1.4 to 1.8 times the images/s.
-    keep_freed_memory(large_too=choose_device(options.device).type == "cpu")
+    keep_freed_memory(large_too=_on_cpu(options))
     vae, text, vision = load_all(
         lambda: load_vae(options.vae, options.device, options.dtype, options.latent, options.seed),
         lambda: load_text_encoder(options.text_encoder, options.device, options.dtype, options.max_tokens),
@@ -281,6 +296,15 @@ def _load(options: Options, vectors: Vectors | None) -> Encoders:
             f"--modulus {options.modulus} is not a multiple of the VAE's factor {encoders.vae.factor}"
         )
     return encoders
+
+
+def _on_cpu(options: Options) -> bool:
+    for option, spec in _real(options):
+        require_libraries(option, spec)
+        from preprocess.encoders.device import choose_device
+
+        return choose_device(options.device).type == "cpu"
+    return True  # the built-in ones know no device
 
 
 class _Progress:

@@ -78,7 +78,7 @@ class Options:
         result = dataclasses.replace(
             self,
             modulus=self.modulus or default_modulus(self.resolution),
-            workers=self.workers or len(os.sched_getaffinity(0)),
+            workers=self.workers or _cores(),
         )
         result.buckets()
         return result
@@ -110,3 +110,8 @@ class Options:
             return cls(**raw).checked()
         except TypeError as error:
             raise PreprocessError(f"{source}: not the options of a build: {error}") from error
+
+
+def _cores() -> int:
+    """That this process may use, where the system tells; all of them on macOS."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -82,6 +82,7 @@ def draw(workdir: Path, shown: tuple[str, ...] = SHOWN, step: int | None = None)
 
 def main(workdir: Path, out: Path) -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
+    out.parent.mkdir(parents=True, exist_ok=True)
     pictures.grid(draw(workdir), row_titles=ROWS, cell=160).save(out, optimize=True)
     print(out)
 

@@ -8,7 +8,8 @@ data="${DATA:-data}"
 run="${RUN:-runs/demo}"
 
 bash scripts/install.sh
-python=.venv/bin/python
+venv="${VENV:-.venv}"
+python="$venv/bin/python"
 started=$SECONDS
 stage() { printf '\n== %s  (%d s so far)\n' "$1" "$((SECONDS - started))"; }
 
@@ -36,7 +37,7 @@ stage "done"
 cat <<END
 pictures      $run/samples/quickstart.png, sample.png, step_*.png
 report        $run/validation/report.html
-TensorBoard   .venv/bin/tensorboard --logdir $run/tensorboard
+TensorBoard   $venv/bin/tensorboard --logdir $run/tensorboard
 EMA weights   $run/ema/
 draw more     $python -m fluxdit_jax.sample --workdir=$run --prompt "..." --reference IMAGE --out picture.png
 END

@@ -6,6 +6,7 @@ Everything heavy (torch, transformers, diffusers) is imported when a real encode
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -92,6 +93,7 @@ def load_vae(
         from preprocess.encoders import builtin
 
         return _builtin(spec, {"builtin:dct": builtin.DctVae})()
+    require_libraries("--vae", spec)
     from preprocess.encoders.vae import TorchVae
 
     return TorchVae(spec, device, dtype, latent, seed)
@@ -108,6 +110,7 @@ def load_text_encoder(
         from preprocess.encoders import builtin
 
         return _builtin(spec, {"builtin:hash": builtin.HashText})(max_tokens)
+    require_libraries("--text-encoder", spec)
     from preprocess.encoders.text import T5Text
 
     return T5Text(spec, device, dtype, max_tokens)
@@ -125,6 +128,7 @@ def load_vision_encoder(spec: str = DEFAULT_VISION, device: str = "auto", dtype:
         from preprocess.encoders import builtin
 
         return _builtin(spec, {"builtin:tone": builtin.ToneVision})()
+    require_libraries("--vision-encoder", spec)
     from preprocess.encoders.vision import TorchVision
 
     return TorchVision(spec, device, dtype)
@@ -147,6 +151,20 @@ def load_all(*loaders: Callable[[], Any]) -> list[Any]:
     if missing:
         raise together(missing)
     return loaded
+
+
+def require_libraries(option: str, spec: str) -> None:
+    """Raises `PreprocessError` if a real encoder's libraries, the extra [encoders], cannot be imported."""
+    for library in ("torch", "transformers", "diffusers"):
+        try:
+            importlib.import_module(library)
+        except (ImportError, OSError) as error:  # OSError: torch's own shared libraries
+            raise PreprocessError(
+                f"{option} {spec}: a real encoder needs the extra [encoders] (torch, transformers, diffusers), and "
+                f"{library} cannot be imported ({error}). Install it: bash scripts/install.sh --encoders, or pip "
+                "install 'fluxdit_jax[encoders]'. To try the system without it use the built-in encoders: --vae "
+                "builtin:dct --text-encoder builtin:hash --vision-encoder builtin:tone"
+            ) from error
 
 
 def _builtin(spec: str, known: dict[str, type]) -> type:
