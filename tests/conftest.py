@@ -26,30 +26,35 @@ def pytest_runtest_teardown() -> None:
 @pytest.fixture(scope="session")
 def tiny_vae_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """AutoencoderKL in the Flux layout; see `tiny_models.save_tiny_vae`."""
+    pytest.importorskip("torch")
     return tiny_models.save_tiny_vae(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")
 def tiny_tiny_vae_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """AutoencoderTiny; see `tiny_models.save_tiny_tiny_vae`."""
+    pytest.importorskip("torch")
     return tiny_models.save_tiny_tiny_vae(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")
 def tiny_t5_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """T5 encoder and tokenizer, width 64; see `tiny_models.save_tiny_t5`."""
+    pytest.importorskip("torch")
     return tiny_models.save_tiny_t5(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")
 def tiny_dino_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """DINOv3 ViT, width 32, patch 16; see `tiny_models.save_tiny_dino`."""
+    pytest.importorskip("torch")
     return tiny_models.save_tiny_dino(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")
 def tiny_dino2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """DINOv2 ViT, width 32, patch 14; see `tiny_models.save_tiny_dino2`."""
+    pytest.importorskip("torch")
     return tiny_models.save_tiny_dino2(tmp_path_factory.mktemp("models"))
 
 

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict, config_flags
 from PIL import Image
 from training_helpers import REPOSITORY
 
-from fluxdit_jax import arguments, export, sample, train, validate
+from fluxdit_jax import arguments, environment, export, sample, train, validate
 from fluxdit_jax import config as configuration
 from preprocess import __main__ as preprocess
 
@@ -32,10 +32,11 @@ pytest_plugins = ("training_fixtures",)
 DOCUMENTS = [
     REPOSITORY / "README.md",
     REPOSITORY / "preprocess" / "README.md",
+    REPOSITORY / "CONTRIBUTING.md",
     *sorted((REPOSITORY / "docs").glob("*.md")),
 ]
-OTHERS = {"bash", "source", "tensorboard", "pip"}  # programs that are not of this project
-FOREIGN = {"--logdir"}  # options of those
+OTHERS = {"bash", "source", "tensorboard", "pip", ".venv/bin/pip", "pre-commit", "rm"}  # not of this project
+FOREIGN = {"--logdir", "--index-url", "--no-deps"}  # options of those
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,7 @@ def known_options() -> dict[str, set[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["export", "--help"])
         found["fluxdit_jax.export"] = options_of(help_of(export.main))
+    found["scripts/install.sh"] = options_of((REPOSITORY / "scripts" / "install.sh").read_text())
     return found
 
 
@@ -127,6 +129,8 @@ def test_every_command_is_understood_by_its_program(command: Command, known_opti
         for word in command.words[1:]:
             if word.endswith((".sh", ".py")):
                 assert (REPOSITORY / word).is_file(), word
+        if "scripts/install.sh" in command.words:
+            assert {word for word in command.words if word.startswith("--")} <= known_options["scripts/install.sh"]
         return
     if command.module == "preprocess":
         options = known_options[f"preprocess {command.arguments[0]}"]
@@ -195,7 +199,7 @@ def test_every_link_leads_somewhere(path: Path) -> None:
 def test_every_page_is_linked_from_the_readme_and_short() -> None:
     readme = DOCUMENTS[0].read_text(encoding="utf-8")
     assert len(readme.splitlines()) <= 210
-    for path in DOCUMENTS[2:]:
+    for path in DOCUMENTS[3:]:
         assert f"(docs/{path.name})" in readme
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 135, path.name
     figures = list((REPOSITORY / "docs" / "figures").iterdir())
@@ -246,6 +250,8 @@ def run(command: Command, folder: Path) -> int:
     words = adapted(command, folder)
     if command.module == "preprocess":
         return preprocess.main(words)
+    if command.module == "fluxdit_jax.environment":
+        return environment.main(words)
     if command.module == "fluxdit_jax.train":
         return train.train(read_config(words))
     if command.module == "fluxdit_jax.validate":
