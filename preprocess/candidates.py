@@ -8,10 +8,10 @@ A picture with several captions is judged by its first.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -191,9 +191,8 @@ def _of_dataset(options: SubsetOptions, directory: Path, journal: Journal) -> Po
             said[item.key] = record
     items, looks, rejects = _look_at(sound, options, None, journal)
     vision = np.array([said[item.key].vision for item in items], np.float64)
-    features = _features(
-        items, np.array([said[item.key].text for item in items]), vision, looks, dataset.manifest.vision
-    )
+    text = np.array([said[item.key].text for item in items])
+    features = _features(items, text, vision, looks, dataset.manifest.vision)
     return Pool(build, True, len(keys), items, by_key, features, left_out + rejects)
 
 
@@ -234,8 +233,7 @@ def _of_folder(options: SubsetOptions, cache: Path, journal: Journal) -> Pool:
         for item in items:
             if item.caption not in texts:
                 name = digest(dataclasses.asdict(text_encoder.identity), item.caption)
-                make = functools.partial(embed, item.caption)
-                texts[item.caption] = _cached(cache, name, text_encoder.identity, make)
+                texts[item.caption] = _cached(cache, name, text_encoder.identity, partial(embed, item.caption))
             bar.update()
     vision = np.array([look.vision for look in looks], np.float64)
     text = np.array([texts[item.caption] for item in items])
