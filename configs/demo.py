@@ -10,10 +10,12 @@
 loss of 0.10, 100 of 100 pictures recognised at a median of 29.5 dB, and PASS from `fluxdit_jax.validate`.
 """
 
+from ml_collections import ConfigDict
+
 from fluxdit_jax.config import default_config
 
 
-def get_config():
+def get_config() -> ConfigDict:
     c = default_config()
     c.model.width = 192
     c.model.depth = 4

@@ -12,10 +12,12 @@ loss 0.078) and passed: 100 of 100 memorised at a median of 32.3 dB, 60 of 60 sw
 Photographs, real encoders and a 24 GB card are not yet run.
 """
 
+from ml_collections import ConfigDict
+
 from fluxdit_jax.config import default_config
 
 
-def get_config():
+def get_config() -> ConfigDict:
     c = default_config()
     c.model.width = 384
     c.model.depth = 12

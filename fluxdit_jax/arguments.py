@@ -128,7 +128,8 @@ def described_keys(prefix: str = "") -> list[str]:
 
 def _meanings() -> dict[str, str]:
     """{key: the comment behind its default} of `config.default_config`, where the keys are declared."""
-    meanings, key = {}, None
+    meanings: dict[str, str] = {}
+    key = None
     source = inspect.getsource(default_config)
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         assigned = re.match(r"\s*c\.([\w.]+) = ", token.line)

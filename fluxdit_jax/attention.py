@@ -88,7 +88,9 @@ def _split_by_sample(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(axes)) if axes else x
 
 
-def _attend_at_once(q_BxNxHxd, k_BxMxHxd, v_BxMxHxd, valid_BxM):
+def _attend_at_once(
+    q_BxNxHxd: jax.Array, k_BxMxHxd: jax.Array, v_BxMxHxd: jax.Array, valid_BxM: jax.Array
+) -> jax.Array:
     scale = 1.0 / math.sqrt(q_BxNxHxd.shape[-1])
     logits = jnp.einsum("bnhd,bmhd->bhnm", q_BxNxHxd, k_BxMxHxd, preferred_element_type=jnp.float32) * scale
     logits = jnp.where(valid_BxM[:, None, None, :], logits, -jnp.inf)
@@ -102,15 +104,19 @@ def _attend_at_once(q_BxNxHxd, k_BxMxHxd, v_BxMxHxd, valid_BxM):
 
 
 @jax.custom_vjp
-def _attend_one_by_one(q_BxNxHxd, k_BxMxHxd, v_BxMxHxd, valid_BxM):
+def _attend_one_by_one(
+    q_BxNxHxd: jax.Array, k_BxMxHxd: jax.Array, v_BxMxHxd: jax.Array, valid_BxM: jax.Array
+) -> jax.Array:
     return _forward(q_BxNxHxd, k_BxMxHxd, v_BxMxHxd, valid_BxM)[0]
 
 
-def _forward(q_BxNxHxd, k_BxMxHxd, v_BxMxHxd, valid_BxM):
+def _forward(
+    q_BxNxHxd: jax.Array, k_BxMxHxd: jax.Array, v_BxMxHxd: jax.Array, valid_BxM: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     B, _, H, d = q_BxNxHxd.shape
     scale = 1.0 / math.sqrt(d)
 
-    def one(head):
+    def one(head: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         q, k, v, valid_M = head
         logits = jnp.where(valid_M[None, :], product_f32(q, k, 1, 1) * scale, -jnp.inf)
         largest = jnp.max(logits, axis=1, keepdims=True)
@@ -125,13 +131,13 @@ def _forward(q_BxNxHxd, k_BxMxHxd, v_BxMxHxd, valid_BxM):
     return out_BxNxHxd, (q_BxNxHxd, k_BxMxHxd, v_BxMxHxd, valid_BxM, out_BxNxHxd, log_total)
 
 
-def _backward(kept, g_BxNxHxd):
+def _backward(kept: tuple[jax.Array, ...], g_BxNxHxd: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q_BxNxHxd, k_BxMxHxd, v_BxMxHxd, valid_BxM, out_BxNxHxd, log_total = kept
     B, _, H, d = q_BxNxHxd.shape
     scale = 1.0 / math.sqrt(d)
     inner_BxNxH = jnp.sum(g_BxNxHxd.astype(jnp.float32) * out_BxNxHxd.astype(jnp.float32), axis=-1)
 
-    def one(head):
+    def one(head: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
         q, k, kT, v, g, log_total_N, inner_N, valid_M = head
         valid = valid_M[:, None]
         weights = jnp.exp(jnp.where(valid, product_f32(k, q, 1, 1) * scale, -jnp.inf) - log_total_N)

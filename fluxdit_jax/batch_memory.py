@@ -40,7 +40,7 @@ class _Loan:
         whole = np.frombuffer(slot.memory, np.uint8)
         self.__array_interface__: dict[str, Any] = whole.__array_interface__
 
-    def __del__(self):
+    def __del__(self) -> None:
         self._free.append(self._slot)
 
 
@@ -52,7 +52,8 @@ class BatchMemory:
         Args:
           rows: samples of a batch. shapes: of each array, (shape, dtype).
         """
-        self._rows, self._free = rows, collections.deque()
+        self._rows = rows
+        self._free: collections.deque[_Slot] = collections.deque()
         self._layout, self._size = [], 0
         for name, (shape, dtype) in shapes.items():
             bytes_of = int(np.prod(shape)) * dtype.itemsize

@@ -18,6 +18,7 @@ import itertools
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,7 @@ class Checkpoints:
         if state.short_ema is not None:
             self.save_ema(step, state.short_ema, SHORT_EMA)
 
-    def _start(self, folder: str, step: int, save) -> bool:
+    def _start(self, folder: str, step: int, save: Callable[[], object]) -> bool:
         try:
             save()
         except Exception as error:  # noqa: BLE001  Orbax raises whatever the file system raised

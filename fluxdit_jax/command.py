@@ -112,7 +112,8 @@ def without_traceback(record: logging.LogRecord) -> bool:
 
 def thread_error(failed: threading.ExceptHookArgs) -> None:
     """A `threading.excepthook` of one line: Orbax raises in its threads what it raises again where it is asked."""
-    print(f"thread {failed.thread.name if failed.thread else '?'}: {explain(failed.exc_value)}", file=sys.stderr)
+    why = failed.exc_type.__name__ if failed.exc_value is None else explain(failed.exc_value)
+    print(f"thread {failed.thread.name if failed.thread else '?'}: {why}", file=sys.stderr)
 
 
 def without_closed_loops(unraisable: Any) -> None:

@@ -115,17 +115,16 @@ def choose(card: Card | None, torch: Torch | None, encoders: bool) -> str:
             f"{CUDA13_DRIVER}. Update the driver, or install for the CPU: bash scripts/install.sh --cpu"
         )
     torch = torch if torch is not None and torch.satisfies else None
-    old_card = card.capability is not None and card.capability < CUDA13_CAPABILITY
-    runs_13 = card.major >= CUDA13_DRIVER and not old_card
-    brings = 13 if torch is None and encoders else torch.cuda if torch is not None else None
-    if runs_13:
+    brings = torch.cuda if torch else 13 if encoders else None
+    limit = f"the NVIDIA driver {card.driver}" if card.major < CUDA13_DRIVER else ""
+    if card.capability is not None and card.capability < CUDA13_CAPABILITY:
+        limit = f"the card's compute capability {card.capability[0]}.{card.capability[1]}"
+    if not limit:
         return "cuda12" if brings == 12 else "cuda13"
     if brings == 13:
-        limit = f"the card's compute capability {card.capability[0]}.{card.capability[1]}" if old_card else (
-            f"the NVIDIA driver {card.driver}")  # fmt: skip
         there = f"torch {torch.version}, which is installed, needs" if torch else "PyPI's torch needs"
         raise StackError(
-            f"{limit} runs CUDA 12 only, and {there} CUDA 13 (driver {CUDA13_DRIVER} or later, capability 7.5). Update "
+            f"{limit} allows CUDA 12 only, and {there} CUDA 13 (driver {CUDA13_DRIVER} or later, capability 7.5). Update "
             "the driver; or first put torch's build for CUDA 12 there (bash scripts/install.sh; .venv/bin/pip install "
             "torch --index-url https://download.pytorch.org/whl/cu126) and give this command again; or install --train "
             "here and encode on another machine"

@@ -150,7 +150,7 @@ def collate(
     text_tokens: int,
     replaced: list[bool] | None = None,
     memory: BatchMemory | None = None,
-) -> dict:
+) -> dict[str, np.ndarray]:
     """Stacks records into the arrays `train_step.make_train_step` takes.
 
     Args:
@@ -256,7 +256,7 @@ def batches(
     caption_weights: Sequence[float] = (),
     process: int = 0,
     processes: int = 1,
-) -> Iterator[dict]:
+) -> Iterator[dict[str, np.ndarray]]:
     """Endless micro-batches from sample position `start` on, of the first sound record from each position on.
 
     Their arrays are read-only, and their memory is used again once nothing refers to any of them.
@@ -281,7 +281,7 @@ def batches(
         for i in itertools.chain(range(position + 1, begin + len(source)), range(begin, position)):
             yield order[i]
 
-    def read(number: int) -> dict:
+    def read(number: int) -> dict[str, np.ndarray]:
         first = start + number * batch_size + process * local
         index = list(range(first, first + local))
         wanted = [order[i] for i in index]

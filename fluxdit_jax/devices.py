@@ -73,7 +73,7 @@ def join_processes(coordinator: str | None, processes: int, process: int) -> Non
 
 def use_compilation_cache() -> None:
     """Keeps compiled programs on disk, in $JAX_COMPILATION_CACHE_DIR if set: a second start skips the compiler."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fluxdit_jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -169,7 +169,7 @@ def owned_twice(installed: Iterable[metadata.Distribution]) -> dict[str, list[st
     for one in installed:
         for file in one.files or []:
             if "__pycache__" not in file.parts:
-                owners[os.path.normpath(one.locate_file(file))][one.name or "?"] = (
+                owners[os.path.normpath(str(one.locate_file(file)))][one.name or "?"] = (
                     file.hash.value if file.hash else None
                 )
     return {

@@ -116,7 +116,9 @@ def _manifest(raw: dict[str, Any], source: str) -> Manifest:
     whole = Manifest(
         name="export",
         **{name: raw[name] for name in ("resolution", "modulus", "fit", "latent_mean", "latent_std")},
-        **{name: EncoderIdentity(**raw["encoders"][name]) for name in ("vae", "text", "vision")},
+        vae=EncoderIdentity(**raw["encoders"]["vae"]),
+        text=EncoderIdentity(**raw["encoders"]["text"]),
+        vision=EncoderIdentity(**raw["encoders"]["vision"]),
         buckets=tuple(sizes),
         latent_count=1,
         text_tokens=raw["longest_caption"],

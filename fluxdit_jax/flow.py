@@ -69,7 +69,7 @@ def draw_time(config: FlowConfig, seed: int, index_B: jax.Array, effective_batch
     if config.stratified:
         step_B, slot_B = index_B // effective_batch, index_B % effective_batch
 
-        def stratum(step, slot):
+        def stratum(step: jax.Array, slot: jax.Array) -> jax.Array:
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), _STRATA)
             return jax.random.permutation(key, effective_batch)[slot]
 

@@ -119,21 +119,21 @@ class Generator:
           guidance: other scales need no new compilation.
         """
         mean_P, std_P = self._statistics
-        result: list[np.ndarray] = [None] * len(noise_BxNxP)  # type: ignore[list-item]
+        result: dict[int, np.ndarray] = {}
         for rows, text_tokens in self._batches(wanted["text_length"]):
             done = len(rows)
             rows = rows[np.arange(self._batch_size).clip(max=done - 1)]  # the last batch is filled up
             part = {name: array[rows] for name, array in wanted.items()}
             part["text"] = _padded(part["text"], text_tokens)
-            scales = np.float32([guidance.text, guidance.vision, guidance.rescale])
+            scales = np.array([guidance.text, guidance.vision, guidance.rescale], np.float32)
             tokens = np.asarray(self._run(params, part, noise_BxNxP[rows], scales, plain=guidance.plain))
             tokens = tokens * std_P + mean_P
             for row in range(done):
-                grid = tuple(int(side) for side in part["grid"][row])
-                result[rows[row]] = unpatchify(tokens[row], grid, self._config.patch)
+                height, width = part["grid"][row].tolist()
+                result[rows[row]] = unpatchify(tokens[row], (height, width), self._config.patch)
             if progress is not None:
                 progress(done)
-        return result
+        return [result[row] for row in range(len(noise_BxNxP))]
 
     def _batches(self, text_length_B: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
         """Rows of a batch and the text tokens that all of them are padded to.
@@ -155,12 +155,16 @@ def _padded(text_BxTxE: np.ndarray, length: int) -> np.ndarray:
     return np.pad(text_BxTxE[:, :length], ((0, 0), (0, missing), (0, 0)))
 
 
-def _make_sampler(graph: Any, shift: float, steps: int, method: str):
-    def run(params, wanted, noise, scales_3, *, plain):
+def _make_sampler(graph: Any, shift: float, steps: int, method: str) -> Callable[..., jax.Array]:
+    def run(
+        params: Any, wanted: dict[str, jax.Array], noise: jax.Array, scales_3: jax.Array, *, plain: bool
+    ) -> jax.Array:
         valid = valid_tokens(wanted["grid"], noise.shape[1])[..., None]
 
-        def evaluate(x, t, keep_text, keep_vision, repeats=1):
-            def repeat(array):
+        def evaluate(
+            x: jax.Array, t: jax.Array, keep_text: jax.Array, keep_vision: jax.Array, repeats: int = 1
+        ) -> jax.Array:
+            def repeat(array: jax.Array) -> jax.Array:
                 return jnp.concatenate([array] * repeats) if repeats > 1 else array
 
             v = model.apply(
@@ -177,7 +181,7 @@ def _make_sampler(graph: Any, shift: float, steps: int, method: str):
             )
             return jnp.where(repeat(valid), v, 0.0)
 
-        def velocity(x, t):
+        def velocity(x: jax.Array, t: jax.Array) -> jax.Array:
             keep_text, keep_vision = wanted["keep_text"], wanted["keep_vision"]
             if plain:
                 return evaluate(x, t, keep_text, keep_vision)

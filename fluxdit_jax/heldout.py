@@ -66,7 +66,7 @@ class HeldOut:
             batch["weight"] = weights[start : start + batch_size]
             self._batches.append(batch)
 
-        def measure(ema: Any, batch: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def measure(ema: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
             params = jax.tree.map(lambda p: p.astype(config.dtype), ema)
             x0, valid = normalize_latents(batch, *statistics)
             noise = flow.draw_noise(0, batch["index"], x0.shape[1:])

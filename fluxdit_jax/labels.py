@@ -41,7 +41,9 @@ class Face:
 @functools.lru_cache(maxsize=64)
 def _font(face: Face, size: int) -> ImageFont.FreeTypeFont:
     if not face.file:
-        return ImageFont.load_default(size=size)
+        font = ImageFont.load_default(size=size)
+        assert isinstance(font, ImageFont.FreeTypeFont)  # as it is where a size is given
+        return font
     return ImageFont.truetype(face.file, size, index=face.index)
 
 

@@ -63,12 +63,13 @@ class Lock:
 
     def _take(self, folder: Path, gated: bool) -> bool:
         """Whether the lock was taken on the file that is there now; False: the owner before has removed it."""
-        self._descriptor: int | None = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._descriptor: int | None = descriptor
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            owner = self._read_owner(0.0 if gated else _PATIENCE)
-            os.close(self._descriptor)
+            owner = _read_owner(descriptor, 0.0 if gated else _PATIENCE)
+            os.close(descriptor)
             raise self.error(self.refusal.format(folder=folder, owner=owner, option=self._option)) from error
         except OSError as error:
             log.warning(
@@ -77,23 +78,16 @@ class Lock:
                 error.strerror,
             )
         with contextlib.suppress(FileNotFoundError):
-            if self._path.stat().st_ino == os.fstat(self._descriptor).st_ino:
+            if self._path.stat().st_ino == os.fstat(descriptor).st_ino:
                 with contextlib.suppress(OSError):  # a full disk does not keep the lock from being held
-                    os.ftruncate(self._descriptor, 0)
+                    os.ftruncate(descriptor, 0)
                     os.write(
-                        self._descriptor,
+                        descriptor,
                         self.line.format(pid=os.getpid(), host=socket.gethostname()).encode(),
                     )
                 return True
-        os.close(self._descriptor)
+        os.close(descriptor)
         return False
-
-    def _read_owner(self, patience: float) -> str:
-        """The owner's line. It stays empty where the disk was full."""
-        deadline = time.monotonic() + patience
-        while not (line := os.pread(self._descriptor, 200, 0)) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        return line.decode("utf-8", "replace").strip() or "another process"
 
     def release(self) -> None:
         """May be called twice."""
@@ -131,3 +125,11 @@ def _take_gate(descriptor: int) -> bool:
             time.sleep(0.002)
         except OSError:  # a file system that locks no folders
             return False
+
+
+def _read_owner(descriptor: int, patience: float) -> str:
+    """The owner's line. It stays empty where the disk was full."""
+    deadline = time.monotonic() + patience
+    while not (line := os.pread(descriptor, 200, 0)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return line.decode("utf-8", "replace").strip() or "another process"

@@ -52,7 +52,10 @@ def plan(compiled: jax.stages.Compiled, state: Any, batch: Any) -> MemoryPlan:
         "gradient accumulator": _bytes(inner.acc_grads),
         "EMA": _bytes((state.ema, state.short_ema)),
     }
-    return MemoryPlan(parts, _bytes(batch), compiled.memory_analysis().temp_size_in_bytes)
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        log.warning("this device's compiler does not say what a step needs: activations and scratch are not counted")
+    return MemoryPlan(parts, _bytes(batch), 0 if analysis is None else analysis.temp_size_in_bytes)
 
 
 def require_fit(

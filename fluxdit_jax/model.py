@@ -145,7 +145,7 @@ class SelfAttention(nnx.Module):
         self.k_scale = nnx.Param(jnp.ones((config.head_dim,)))
         self.out = Dense(config.width, config.width, rngs=rngs)
 
-    def __call__(self, x_BxNxD, cos, sin, length_B):
+    def __call__(self, x_BxNxD: jax.Array, cos: jax.Array, sin: jax.Array, length_B: jax.Array) -> jax.Array:
         B, N, D = x_BxNxD.shape
         q, k, v = (y.reshape(B, N, self.heads, -1) for y in jnp.split(self.qkv(x_BxNxD), 3, axis=-1))
         q = rotate(rms_norm(q, self.q_scale[...]), cos, sin)
@@ -163,7 +163,7 @@ class CrossAttention(nnx.Module):
         self.k_scale = nnx.Param(jnp.ones((config.head_dim,)))
         self.out = Dense(config.width, config.width, rngs=rngs)
 
-    def __call__(self, x_BxNxD, text_BxTxD, text_length_B):
+    def __call__(self, x_BxNxD: jax.Array, text_BxTxD: jax.Array, text_length_B: jax.Array) -> jax.Array:
         B, N, D = x_BxNxD.shape
         T = text_BxTxD.shape[1]
         q = rms_norm(self.q(x_BxNxD).reshape(B, N, self.heads, -1), self.q_scale[...])
@@ -180,7 +180,7 @@ class Mlp(nnx.Module):
         self.gate_up = Dense(config.width, 2 * config.mlp_hidden, rngs=rngs)
         self.down = Dense(config.mlp_hidden, config.width, rngs=rngs)
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
         return self.down(jax.nn.silu(gate) * up)
 
@@ -192,7 +192,16 @@ class Block(nnx.Module):
         self.mlp = Mlp(config, rngs=rngs)
         self.table = nnx.Param(jnp.zeros((N_BLOCK_MODULATIONS, config.width)))
 
-    def __call__(self, x_BxNxD, modulation_Bx7xD, text_BxTxD, text_length_B, cos, sin, length_B):
+    def __call__(
+        self,
+        x_BxNxD: jax.Array,
+        modulation_Bx7xD: jax.Array,
+        text_BxTxD: jax.Array,
+        text_length_B: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        length_B: jax.Array,
+    ) -> jax.Array:
         m = modulation_Bx7xD + self.table[...]
         shift1, scale1, gate1, gate_cross, shift2, scale2, gate2 = (
             repeat_rows(m[:, i], x_BxNxD.shape[1]) for i in range(N_BLOCK_MODULATIONS)
@@ -225,7 +234,7 @@ class DiT(nnx.Module):
 
         @nnx.split_rngs(splits=config.depth)
         @nnx.vmap(in_axes=(0,), out_axes=0)
-        def stack(rngs):
+        def stack(rngs: nnx.Rngs) -> Block:
             return Block(config, rngs=rngs)
 
         self.blocks = stack(rngs)
@@ -273,7 +282,7 @@ class DiT(nnx.Module):
 
         graph, stacked = nnx.split(self.blocks)
 
-        def body(x, block_parameters):
+        def body(x: jax.Array, block_parameters: Any) -> tuple[jax.Array, None]:
             block = nnx.merge(graph, block_parameters)
             return block(row_major(x), block_modulation, text, text_length_B, cos, sin, length_B), None
 
@@ -295,12 +304,12 @@ def build(config: ModelConfig) -> tuple[Any, Any]:
     return graph, nnx.to_pure_dict(state)
 
 
-def initialize(config: ModelConfig, key: jax.Array) -> dict:
+def initialize(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     """Creates the f32 parameters: nested dicts of arrays."""
     return nnx.to_pure_dict(nnx.split(DiT(config, rngs=nnx.Rngs(params=key)))[1])
 
 
-def apply(graph: Any, params: dict, *args: jax.Array) -> jax.Array:
+def apply(graph: Any, params: dict[str, Any], *args: jax.Array) -> jax.Array:
     """Runs the network with a parameter tree as `build` describes it. See `DiT.__call__`."""
     return nnx.merge(graph, params)(*args)
 

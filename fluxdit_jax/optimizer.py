@@ -42,18 +42,18 @@ class OptimizerConfig:
     accumulate: int
 
 
-def path_name(path: tuple) -> str:
+def path_name(path: tuple[Any, ...]) -> str:
     """`blocks/mlp/down/kernel` for a key path of the parameter tree."""
     return "/".join(str(key.key) for key in path)
 
 
-def group_name(path: tuple) -> str:
+def group_name(path: tuple[Any, ...]) -> str:
     """The group a parameter is reported under: its module; within the blocks, the module's parts."""
     parts = path_name(path).split("/")
     return "/".join(parts[:2]) if parts[0] == "blocks" else parts[0]
 
 
-def is_matrix(path: tuple) -> bool:
+def is_matrix(path: tuple[Any, ...]) -> bool:
     """Whether a parameter is a kernel: weight decay is for those, never for biases, scales, tables, nulls.
 
     By name, because in the scanned stack kernels have three dimensions and biases two.
@@ -61,7 +61,7 @@ def is_matrix(path: tuple) -> bool:
     return path_name(path).endswith("/kernel")
 
 
-def is_hidden_matrix(path: tuple) -> bool:
+def is_hidden_matrix(path: tuple[Any, ...]) -> bool:
     """Whether Muon orthogonalises it: kernels inside the blocks; the first and last layers stay with Adam."""
     return is_matrix(path) and path_name(path).startswith("blocks/")
 
@@ -104,13 +104,13 @@ def record_norms() -> optax.GradientTransformation:
     It stands inside `MultiSteps`, where alone the accumulated gradient of a whole step can be seen.
     """
 
-    def init(params):
+    def init(params: Any) -> NormsState:
         names = sorted({group_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)})
         # one array each: the state is donated, and a buffer can be donated only once
         zeros = {name: jnp.zeros((), jnp.float32) for name in ["", *names]}
         return NormsState(zeros.pop(""), zeros)
 
-    def update(updates, state, params=None):
+    def update(updates: Any, state: NormsState, params: Any = None) -> tuple[Any, NormsState]:
         del state, params
         return updates, NormsState(*group_norms(updates))
 
@@ -137,7 +137,7 @@ def build_optimizer(config: OptimizerConfig) -> MultiSteps:
     """
     by_path = jax.tree_util.tree_map_with_path
 
-    def matrices(params):
+    def matrices(params: Any) -> Any:
         return by_path(lambda path, _: is_matrix(path), params)
 
     if config.name == "adamw":
@@ -151,7 +151,7 @@ def build_optimizer(config: OptimizerConfig) -> MultiSteps:
         )
     elif config.name == "muon":
         # Stacked kernels are [depth, in, out]: the leading axis is a batch, not part of the matrix.
-        def matrix_axes(params):
+        def matrix_axes(params: Any) -> Any:
             axes = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
             return by_path(lambda path, _: axes if is_hidden_matrix(path) else None, params)
 

@@ -17,7 +17,8 @@ from fluxdit_jax.config import Settings
 from fluxdit_jax.data import RecordSource
 from fluxdit_jax.generation import Generator, record_conditions
 from fluxdit_jax.records import Manifest, Record
-from fluxdit_jax.vae import DecoderError, load_decoder
+from fluxdit_jax.vae import load_decoder
+from fluxdit_jax.vae_files import DecoderError
 
 log = logging.getLogger(__name__)
 

@@ -36,11 +36,11 @@ def _matmul_cpu(x_MxK: jax.Array, w_KxN: jax.Array) -> jax.Array:
     return product_f32(x_MxK, w_KxN, 1, 0).astype(x_MxK.dtype)
 
 
-def _forward(x_MxK, w_KxN):
+def _forward(x_MxK: jax.Array, w_KxN: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return _matmul_cpu(x_MxK, w_KxN), (x_MxK, w_KxN)
 
 
-def _backward(kept, dy_MxN):
+def _backward(kept: tuple[jax.Array, jax.Array], dy_MxN: jax.Array) -> tuple[jax.Array, jax.Array]:
     x_MxK, w_KxN = kept
     dx = product_f32(dy_MxN, w_KxN, 1, 1).astype(x_MxK.dtype)
     dw = product_f32(transpose(x_MxK), dy_MxN, 1, 0).astype(w_KxN.dtype)
@@ -60,11 +60,11 @@ def _repeat_rows_cpu(x_BxD: jax.Array, rows: int) -> jax.Array:
     return jnp.broadcast_to(x_BxD[:, None], (x_BxD.shape[0], rows, x_BxD.shape[1]))
 
 
-def _repeat_forward(x_BxD, rows):
+def _repeat_forward(x_BxD: jax.Array, rows: int) -> tuple[jax.Array, None]:
     return _repeat_rows_cpu(x_BxD, rows), None
 
 
-def _repeat_backward(rows, _, dy_BxNxD):
+def _repeat_backward(rows: int, _: None, dy_BxNxD: jax.Array) -> tuple[jax.Array]:
     dy_BxNxD = jax.lax.optimization_barrier(dy_BxNxD)  # what makes it is not to be drawn into the product
     ones_Bx1xN = jnp.ones((dy_BxNxD.shape[0], 1, rows), dy_BxNxD.dtype)
     contracted = (((2,), (1,)), ((0,), (0,)))

@@ -56,6 +56,10 @@ def _list_of(check: Callable[[Any], bool], most: int) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list) and 0 < len(value) <= most and all(map(check, value))
 
 
+def _table(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
 def _optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or check(value)
 
@@ -137,7 +141,7 @@ def read(path: Path) -> Recipe:
     """
     try:
         with Image.open(path, formats=["PNG"]) as picture:  # reads the texts and no pixels
-            texts = {name: str(text) for name, text in picture.info.items() if isinstance(text, str)}
+            texts = {str(name): text for name, text in picture.info.items() if isinstance(text, str)}
             size = f"{picture.width}x{picture.height}"
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         raise SampleError(f"--recipe {path} cannot be read as a PNG: {explain(error)}") from error
@@ -161,20 +165,23 @@ def _parsed(text: str) -> Recipe:
     arguments = raw.get("arguments")
     if not isinstance(arguments, dict):
         raise ValueError("its recipe has no arguments")
-    recipe = Recipe(
-        _checked(arguments), raw.get("digest"), batch_size=raw.get("batch_size"), vector=_vector(raw.get("vector")),
-        circumstances=raw.get("circumstances"),
-    )  # fmt: skip
-    reference = raw.get("reference")
-    for name, value, fits in (
-        ("digest", recipe.digest, _text(recipe.digest)),
-        ("batch_size", recipe.batch_size, _integer(1, 4096)(recipe.batch_size)),
-        ("circumstances", recipe.circumstances, isinstance(recipe.circumstances, dict)),
-        ("reference", reference, reference is None or isinstance(reference, dict)),
+    arguments, vector = _checked(arguments), _vector(raw.get("vector"))
+    for name, fits in (
+        ("digest", _text),
+        ("batch_size", _integer(1, 4096)),
+        ("circumstances", _table),
+        ("reference", _optional(_table)),
     ):
-        if not fits:
-            raise ValueError(f"{name} of its recipe is {value!r}, which cannot be")
-    return dataclasses.replace(recipe, reference=reference)
+        if not fits(raw.get(name)):
+            raise ValueError(f"{name} of its recipe is {raw.get(name)!r}, which cannot be")
+    return Recipe(
+        arguments,
+        raw["digest"],
+        batch_size=raw["batch_size"],
+        vector=vector,
+        reference=raw.get("reference"),
+        circumstances=raw["circumstances"],
+    )
 
 
 def _checked(arguments: dict[str, Any]) -> dict[str, Any]:

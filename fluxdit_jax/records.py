@@ -206,25 +206,26 @@ def decode_record(data: bytes, text_width: int) -> Record:
         if spans is None:  # not in the usual form: the library reads it, and writes it in that form
             data = _rewritten(data)
             spans = example.spans(data, _FEATURES) or example.spans(data, _SEVERAL)
-        caption, content_hash, encoded, key, shape, latent, original, *others, text, vision = spans
-        shape, encoded = (
-            _integers(data, shape, "latent/shape", 3),
-            _integers(data, encoded, "encoded_size", 2),
-        )
+        if spans is None:
+            raise ValueError("it has fields that are not those of a tf.train.Example")
+        caption, content_hash, encoded, key, latent_shape, latent, original, *others, text, vision = spans
+        shape = _integers(data, latent_shape, "latent/shape", 3)
+        encoded_height, encoded_width = _integers(data, encoded, "encoded_size", 2)
+        height, width = _integers(data, original, "original_size", 2)
         values, tokens = _array(data, latent, "latent/value", BF16), _array(data, text, "text", BF16)
         if min(shape) < 1 or math.prod(shape) != values.size:
             raise DatasetError(f"latent has {values.size} values, which do not fit its shape {list(shape)}")
         if tokens.size == 0 or tokens.size % text_width:
             raise DatasetError(f"text has {tokens.size} values, which are not rows of width {text_width}")
-        captions, texts = _others(data, *others, text_width) if others else ((), ())
+        captions, texts = _others(data, others, text_width) if others else ((), ())
         return Record(
             key=data[slice(*key)].decode(),
             caption=data[slice(*caption)].decode(),
             latent=values.reshape(shape),
             text=tokens.reshape(-1, text_width),
             vision=_array(data, vision, "vision", _F32),
-            original_size=_integers(data, original, "original_size", 2),
-            encoded_size=encoded,
+            original_size=(height, width),
+            encoded_size=(encoded_height, encoded_width),
             content_hash=data[slice(*content_hash)].decode(),
             other_captions=captions,
             other_texts=texts,
@@ -235,7 +236,8 @@ def decode_record(data: bytes, text_width: int) -> Record:
         raise DatasetError(f"not a fluxdit record: {type(error).__name__}: {error}") from error
 
 
-def _others(data: bytes, captions: tuple, lengths: tuple, text: tuple, width: int) -> tuple[tuple, tuple]:
+def _others(data: bytes, spans: list[tuple[int, int]], width: int) -> tuple[tuple[str, ...], tuple[np.ndarray, ...]]:
+    captions, lengths, text = spans
     rows = _array(data, text, "other_text", BF16)
     return other_captions.unpack(data[slice(*captions)], data[slice(*lengths)], rows, width)
 

@@ -71,7 +71,8 @@ class Reporter:
         self._start_step()
         self._start_window()
         if unfinished is not None:
-            self._step_losses, self._losses = unfinished["step_losses"], unfinished["losses"]
+            self._step_losses: list[float] = unfinished["step_losses"]
+            self._losses: list[float] = unfinished["losses"]
             self._bins = np.asarray(unfinished["bins"])
             self._window_skipped = unfinished["skipped"]
             self._window_replaced = unfinished.get("replaced", 0)
@@ -109,13 +110,13 @@ class Reporter:
         }
 
     def _start_step(self) -> None:
-        self._step_losses: list[float] = []  # of the micro-batches so far
+        self._step_losses = []  # of the micro-batches so far
         self._step_skipped = 0
         self._step_started = time.monotonic()
         self._step_waited = 0.0
 
     def _start_window(self) -> None:
-        self._losses: list[float] = []
+        self._losses = []
         self._bins = np.zeros((2, TIME_BINS))
         self._window_samples = 0
         self._window_tokens = 0

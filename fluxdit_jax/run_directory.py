@@ -223,7 +223,7 @@ def load_dataset(workdir: Path) -> Manifest:
     return Manifest.from_json(text, str(path))
 
 
-def _dataset_identity(manifest: Manifest) -> tuple:
+def _dataset_identity(manifest: Manifest) -> tuple[list[str], tuple[float, ...], tuple[float, ...]]:
     """What makes two data sets the same for training: their train shards, and the statistics that follow."""
     shards = [shard.sha256 for shard in manifest.shards.get("train", ())]
     return shards, manifest.latent_mean, manifest.latent_std
@@ -277,7 +277,7 @@ def dataset_difference(old: Manifest, new: Manifest) -> str:
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"group.key": value} of nested dicts."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{key}.")

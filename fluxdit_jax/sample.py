@@ -33,7 +33,8 @@ from fluxdit_jax.sample_arguments import parse_arguments
 from fluxdit_jax.sizes import choose_size, in_words
 from fluxdit_jax.train_step import patch_statistics
 from fluxdit_jax.untrusted import shown
-from fluxdit_jax.vae import DecoderError, load_decoder
+from fluxdit_jax.vae import load_decoder
+from fluxdit_jax.vae_files import DecoderError
 from fluxdit_jax.weights import Weights, restore_weights
 from preprocess import PreprocessError
 
@@ -205,9 +206,11 @@ def _vector(
         pixels, sha256 = reference
         told = {"path": str(arguments.reference.absolute()), "sha256": sha256}
         return encode_reference(pixels, manifest, arguments.vision_encoder), told
-    if again is None or again.reference is None and again.vector is None:
+    if again is None:
         return None, None
     if again.vector is None:
+        if again.reference is None:
+            return None, None
         raise SampleError(
             f"--recipe {arguments.recipe}: an older version wrote it, without the vision vector. Its reference was "
             f"{shown(str(again.reference.get('path')))}; give it with --reference"

@@ -48,7 +48,7 @@ def integrate(velocity: Velocity, noise: jax.Array, steps: int, shift: float, me
         raise ValueError(f"sampler method must be one of {METHODS}, got {method!r}")
     grid = time_grid(steps, shift)
 
-    def step(x, times):
+    def step(x: jax.Array, times: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         t, t_next = times
         h = t_next - t
         k1 = velocity(x, t)
@@ -69,9 +69,9 @@ def guide(
     none: jax.Array,
     text: jax.Array,
     both: jax.Array,
-    text_scale: float,
-    vision_scale: float,
-    rescale: float = 0.0,
+    text_scale: float | jax.Array,
+    vision_scale: float | jax.Array,
+    rescale: float | jax.Array = 0.0,
 ) -> jax.Array:
     """Guidance with one scale per condition (arXiv:2211.09800, equation 3).
 

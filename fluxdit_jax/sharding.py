@@ -53,7 +53,7 @@ def tree_sharding(mesh: Mesh, tree: Any) -> Any:
     Decided by shape alone, so that masters, moments, accumulator and EMA of one parameter lie alike.
     """
 
-    def leaf_sharding(leaf) -> NamedSharding:
+    def leaf_sharding(leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
         size = mesh.shape["fsdp"]
         axes = [axis for axis in range(leaf.ndim) if leaf.shape[axis] % size == 0]
         if size == 1 or leaf.ndim < 2 or leaf.size < _SMALLEST_SPLIT or not axes:

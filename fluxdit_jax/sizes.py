@@ -28,7 +28,7 @@ def pictures_by_size(manifest: Manifest) -> dict[Size, int]:
             size = int(height), int(width)
             counts[size] = counts.get(size, 0) + count
 
-    def rank(size: Size) -> tuple:
+    def rank(size: Size) -> tuple[int, float, int]:
         return -counts[size], max(size) / min(size), -size[0] * size[1]
 
     return {size: counts[size] for size in sorted(counts, key=rank)}

@@ -57,6 +57,6 @@ def shape_difference(saved: Any, wanted: Any) -> str | None:
     return None
 
 
-def _path(path: tuple) -> str:
+def _path(path: tuple[Any, ...]) -> str:
     names = (getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))) for key in path)
     return "/".join(str(name) for name in names)

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 _ECHO_SECONDS = 1.0  # a terminal and a launcher in it both pass on one Ctrl-C
 
 
-class Signals(contextlib.AbstractContextManager):
+class Signals(contextlib.AbstractContextManager["Signals"]):
     """The first SIGINT, SIGTERM or SIGHUP asks the loop to save and stop; a second SIGINT or SIGTERM acts as usual.
 
     SIGHUP never insists: when a terminal closes, the kernel sends one and the shell another. And what comes within a

@@ -54,7 +54,7 @@ from fluxdit_jax.state import TrainState
 from fluxdit_jax.stopping import Signals, any_process
 from fluxdit_jax.trace import Trace
 from fluxdit_jax.train_step import patch_statistics
-from fluxdit_jax.vae import DecoderError
+from fluxdit_jax.vae_files import DecoderError
 from fluxdit_jax.weights import places, restore_weights
 
 log = logging.getLogger("fluxdit_jax")
@@ -208,10 +208,10 @@ def train(config: ConfigDict) -> int:
                 log.warning("the last micro-batches had no finite gradient: this state is not saved")
             elif stopping:  # before all else: what asked to stop may not wait for pictures
                 checkpoints.save(step, state, state_meta)
-            if complete and heldout_due:
+            if heldout is not None and complete and heldout_due:
                 with reporter.progress.doing("measuring the held-out loss"):
                     _measure_heldout(heldout, state, step, writer)
-            if complete and preview_due:
+            if preview is not None and complete and preview_due:
                 with reporter.progress.doing("drawing pictures"):
                     _write_preview(preview, state.ema, step, workdir, writer)
             if complete and look_due:
@@ -296,7 +296,9 @@ def _without_gradient(f: FlowConfig) -> frozenset[str]:
     )
 
 
-def _make_heldout(config: ConfigDict, settings: Settings, manifest: Manifest, mesh: Any, statistics: Any):
+def _make_heldout(
+    config: ConfigDict, settings: Settings, manifest: Manifest, mesh: Any, statistics: Any
+) -> HeldOut | None:
     if not config.log.heldout_every or not manifest.records("holdout"):
         return None
     return HeldOut(

@@ -20,7 +20,7 @@ Metrics = dict[str, Any]
 
 def patch_statistics(mean: tuple[float, ...], std: tuple[float, ...], patch: int) -> tuple[np.ndarray, np.ndarray]:
     """Per-channel latent statistics laid out as a patch, f32 [P]. Patches are (row, column, channel)."""
-    return np.tile(np.float32(mean), patch**2), np.tile(np.float32(std), patch**2)
+    return np.tile(np.array(mean, np.float32), patch**2), np.tile(np.array(std, np.float32), patch**2)
 
 
 def valid_tokens(grid_Bx2: jax.Array, tokens: int) -> jax.Array:
@@ -85,7 +85,7 @@ def make_train_step(
     """
     mean_P, std_P = statistics
 
-    def loss_fn(params, batch):
+    def loss_fn(params: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
         index = batch["index"]
         x0, valid = normalize_latents(batch, mean_P, std_P)
         t = flow.draw_time(flow_config, seed, index, effective_batch)
@@ -120,11 +120,11 @@ def make_train_step(
             before.acc_grads,
         )
 
-        def update(params, inner, mean, ema, short_ema):
+        def update(params: Any, inner: Any, mean: Any, ema: Any, short_ema: Any) -> tuple[Any, tuple[jax.Array, ...]]:
             updates, inner = optimizer.inner_opt.update(mean, inner, params)
             params = optax.apply_updates(params, updates)
 
-            def averaged(ema, target):
+            def averaged(ema: Any, target: float) -> Any:
                 return optax.incremental_update(params, ema, 1 - ema_decay(before.gradient_step, target))
 
             ema = averaged(ema, ema_target)

@@ -18,7 +18,7 @@ def shown(text: str, lines: bool = False) -> str:
       lines: line ends and tabs may stay, because the text is a whole message of ours.
     """
 
-    def escape(found: re.Match) -> str:
+    def escape(found: re.Match[str]) -> str:
         if lines and found[0] in "\n\t":
             return found[0]
         return found[0].encode("unicode_escape").decode()

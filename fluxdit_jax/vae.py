@@ -72,7 +72,7 @@ class NetworkDecoder:
         self,
         network: KlDecoder | TinyDecoder,
         config: KlConfig | TinyConfig,
-        params: nnx.State,
+        params: nnx.State[Any, Any],
         whole: int = WHOLE,
         strip: int = STRIP,
     ):
@@ -84,10 +84,10 @@ class NetworkDecoder:
         self._params = params
         self._network = nnx.merge(graph, params)
 
-        def head(params: nnx.State, latents_1hwC: jax.Array) -> jax.Array:
+        def head(params: nnx.State[Any, Any], latents_1hwC: jax.Array) -> jax.Array:
             return nnx.merge(graph, params).head(latents_1hwC)
 
-        def both(params: nnx.State, latents_1hwC: jax.Array) -> jax.Array:
+        def both(params: nnx.State[Any, Any], latents_1hwC: jax.Array) -> jax.Array:
             network = nnx.merge(graph, params)
             return network.tail(network.head(latents_1hwC))
 

@@ -119,7 +119,7 @@ def read_config(directory: Path) -> tuple[type, KlConfig | TinyConfig]:
     values = {}
     for field in dataclasses.fields(config_class):
         if field.name in raw:
-            if not _fits(raw[field.name], field.type):
+            if not _fits(raw[field.name], str(field.type)):
                 raise DecoderError(f"{file}: {field.name} is {raw[field.name]!r}; expected {field.type}")
             value = raw[field.name]
             values[field.name] = tuple(value) if isinstance(value, list) else value
@@ -166,7 +166,7 @@ def weight_files(directory: Path) -> list[Path]:
     return sorted(directory / name for name in names)
 
 
-def read_params(files: list[Path], network: KlDecoder | TinyDecoder) -> nnx.State:
+def read_params(files: list[Path], network: KlDecoder | TinyDecoder) -> nnx.State[Any, Any]:
     """Reads the decoder's weights (stored as f32, f16 or bf16) into the dtype of the abstract `network`.
 
     Raises:
@@ -213,7 +213,7 @@ def read_params(files: list[Path], network: KlDecoder | TinyDecoder) -> nnx.Stat
     return nnx.from_flat_state(loaded)
 
 
-def _stored_name(path: tuple) -> str:
+def _stored_name(path: tuple[Any, ...]) -> str:
     """A parameter's path in the module to its name in the file."""
     *module, leaf = map(str, path)
     return ".".join([*module, {"kernel": "weight", "scale": "weight", "bias": "bias"}[leaf]])

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-ACTIVATIONS: dict[str, Callable] = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
@@ -73,7 +73,7 @@ class TinyConfig:
 Moments = tuple[jax.Array, jax.Array]  # mean and variance of each channel group, f32 [B, groups] each
 
 
-def moments_of(x_BHWC: jax.Array, groups: int, rows: tuple | None = None) -> Moments:
+def moments_of(x_BHWC: jax.Array, groups: int, rows: tuple[int | jax.Array, int | jax.Array] | None = None) -> Moments:
     """Moments of x, or of its rows `rows[0]` to `rows[1]` (excluded; both may be traced).
 
     Two passes: one pass (the mean of squares less the square of the mean) loses digits.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -47,7 +48,7 @@ _all_moments = jax.jit(moments_of, static_argnums=1)
 
 
 def by_strips(
-    layer: Callable,
+    layer: Callable[..., jax.Array],
     module: nnx.Module,
     inputs: tuple[np.ndarray, ...],
     moments: Moments | None,
@@ -71,17 +72,15 @@ def by_strips(
     graph, state = nnx.split(module)
     _, H, W, _ = inputs[0].shape
     # Of the jitted function, because that remembers the trace.
-    shape = _strip.eval_shape(layer, graph, groups, state, inputs, moments, (0, H))[0].shape
-    scale = shape[1] // H
-    widest = max(scale**2 * shape[-1], *(x.shape[-1] for x in inputs))
+    whole = _strip.eval_shape(layer, graph, groups, state, inputs, moments, (0, H))[0]
+    scale = whole.shape[1] // H
+    widest = max(scale**2 * whole.shape[-1], *(x.shape[-1] for x in inputs))
     rows = max(4 * halo, values // (W * widest))
-    output, parts, counts = None, [], []
+    output, parts, counts = np.empty(whole.shape, whole.dtype), [], []
     for start, top, bottom in strips(H, rows, 2 * halo):
         windows = tuple(x[:, start : start + rows] for x in inputs)
         owned = ((top - start) * scale, (bottom - start) * scale)
         part, part_moments = _strip(layer, graph, groups, state, windows, moments, owned)
-        if output is None:
-            output = np.empty(shape, part.dtype)
         output[:, top * scale : bottom * scale] = np.asarray(part)[:, owned[0] : owned[1]]
         parts.append(part_moments)
         counts.append(bottom - top)
@@ -90,10 +89,10 @@ def by_strips(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _strip(
-    layer: Callable,
-    graph: nnx.GraphDef,
+    layer: Callable[..., jax.Array],
+    graph: nnx.GraphDef[Any],
     groups: int,
-    state: nnx.State,
+    state: nnx.State[Any, Any],
     windows: tuple[jax.Array, ...],
     moments: Moments | None,
     owned: tuple[int, int],

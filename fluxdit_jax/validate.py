@@ -40,6 +40,7 @@ from fluxdit_jax.gate.page import write_page
 from fluxdit_jax.gate.painter import Painter, Wanted
 from fluxdit_jax.gate.rules import EditError, Rule, choose_rules, choose_unrelated
 from fluxdit_jax.gate.swap import Swap
+from fluxdit_jax.gate.verdict import Verdict
 from fluxdit_jax.generation import Generator
 from fluxdit_jax.metrics import LogError, read_metrics
 from fluxdit_jax.paths import expanded, given_path
@@ -49,7 +50,8 @@ from fluxdit_jax.records import DatasetError, Manifest, Record
 from fluxdit_jax.report import FOLDER, Circumstances, build_report, write_json, write_tensorboard
 from fluxdit_jax.run_directory import RunError, RunLock, load_config, load_dataset, require_dataset
 from fluxdit_jax.train_step import patch_statistics
-from fluxdit_jax.vae import DecoderError, load_decoder
+from fluxdit_jax.vae import load_decoder
+from fluxdit_jax.vae_files import DecoderError
 from fluxdit_jax.weights import restore_weights
 from preprocess import PreprocessError
 
@@ -153,27 +155,25 @@ def validate(arguments: argparse.Namespace) -> bool:
     seconds["load"] = time.monotonic() - started
 
     # ------------------------------------------------------------ what is to be drawn for the three tests
-    tests = [
-        Memorisation.plan(album),
-        Swap.plan(album, arguments.pairs),
-        Edit.plan(
-            album,
-            rules,
-            unrelated,
-            arguments.edits,
-            lambda captions: encode_prompts(captions, manifest, arguments.text_encoder, settings.text_limit),
-        ),
-    ]
+    memorisation, swap = Memorisation.plan(album), Swap.plan(album, arguments.pairs)
+    edit = Edit.plan(
+        album,
+        rules,
+        unrelated,
+        arguments.edits,
+        lambda captions: encode_prompts(captions, manifest, arguments.text_encoder, settings.text_limit),
+    )
 
     # ------------------------------------------------------------ drawing, all of it in one go
     drawing = time.monotonic()
     painter = make_painter(arguments, settings, manifest, weights.ema, decoder)
-    count = paint(painter, [wanted for test in tests for wanted in test.wanted()])
+    count = paint(painter, [*memorisation.wanted(), *swap.wanted(), *edit.wanted()])
     seconds["draw"] = time.monotonic() - drawing
 
     # ------------------------------------------------------------ measuring
     measuring = time.monotonic()
-    verdicts = advise(*(test.measure(painter) for test in tests), log, weights.step, config.train.steps)
+    measured = memorisation.measure(painter), swap.measure(painter), edit.measure(painter)
+    verdicts = advise(*measured, log, weights.step, config.train.steps)
     seconds["measure"] = time.monotonic() - measuring
     seconds["total"] = time.monotonic() - started
 
@@ -215,7 +215,7 @@ def make_painter(
     arguments: argparse.Namespace,
     settings: Settings,
     manifest: Manifest,
-    ema: dict,
+    ema: dict[str, Any],
     decoder: pictures.Decoder,
 ) -> Painter:
     """The run's model as a painter."""
@@ -241,13 +241,13 @@ def paint(painter: Painter, wanted: list[Wanted]) -> int:
     return count
 
 
-def read_log(workdir: Path) -> list[dict]:
+def read_log(workdir: Path) -> list[dict[str, Any]]:
     """`metrics.jsonl` of the run; empty if there is none."""
     path = workdir / "metrics.jsonl"
     return read_metrics(path) if path.exists() else []
 
 
-def tell(verdicts: list, report: dict, folder: Path) -> None:
+def tell(verdicts: list[Verdict], report: dict[str, Any], folder: Path) -> None:
     """The verdict on the terminal."""
     for verdict in verdicts:
         print(f"{'pass' if verdict.passed else 'FAIL'}  {verdict.title}: {verdict.statement}")

@@ -219,11 +219,11 @@ _BUILD = (
 def _add_build(parser: argparse.ArgumentParser) -> None:
     default = Options(input="", output="")
 
-    def option(name: str, help: str, **more) -> None:  # noqa: A002
+    def option(name: str, help: str, **more: Any) -> None:  # noqa: A002
         value = getattr(default, name.strip("-").replace("-", "_"))
         shown = f" (default: {value})" if value not in ("", 0) else ""
-        more = {"default": argparse.SUPPRESS, "type": type(value)} | more
-        parser.add_argument(name, help=(help + shown).replace("%", "%%"), **more)
+        usual: dict[str, Any] = {"default": argparse.SUPPRESS, "type": type(value)}
+        parser.add_argument(name, help=(help + shown).replace("%", "%%"), **usual | more)
 
     parser.add_argument(
         "--input",

@@ -14,8 +14,8 @@ from preprocess.place import Place
 from preprocess.sidecars import TYPES, Sidecars, extension
 from preprocess.system_folders import hidden, names_an_image, of_a_system
 
-COMPRESSED = (".gz", ".tgz", ".bz2", ".tbz", ".tbz2", ".xz", ".txz", ".lzma", ".zst", ".tzst", ".lz4", ".br")
-COMPRESSED += (".zip", ".7z", ".rar")
+_PACKED = (".gz", ".tgz", ".bz2", ".tbz", ".tbz2", ".xz", ".txz", ".lzma", ".zst", ".tzst", ".lz4", ".br")
+COMPRESSED = (*_PACKED, ".zip", ".7z", ".rar")
 _MAX_HEADER = 1_000_000  # bytes of a name or of other headers in an archive
 _MAGIC = {
     b"\x1f\x8b": "gzip",
@@ -85,7 +85,8 @@ def scan_tar(result: Scan, path: Path, prefix: str) -> None:
 
 
 def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    with tarfile.open(fileobj=_Headers(file), mode="r:") as archive:
+    # the stub asks for `write` and `close`, which a reader does not call
+    with tarfile.open(fileobj=_Headers(file), mode="r:") as archive:  # type: ignore[call-overload]
         for member in archive:
             if member.size < 0:  # it would be read again and again
                 raise tarfile.ReadError(f"member {member.name!r} has the size {member.size}")

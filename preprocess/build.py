@@ -174,8 +174,8 @@ def _compared(
 ) -> comparison.Comparison:
     old = None
     if before and before.identities:
-        old = dataclasses.replace(plan.options, fit=before.values.get("fit", plan.options.fit))
-        old = Fingerprints.of(old, before.identities.vae, before.identities.text, before.identities.vision)
+        options = dataclasses.replace(plan.options, fit=before.values.get("fit", plan.options.fit))
+        old = Fingerprints.of(options, before.identities.vae, before.identities.text, before.identities.vision)
     return comparison.compare(plan, prints, existing, old, beyond)
 
 
@@ -317,7 +317,7 @@ class _Progress:
     def __call__(self, images: int) -> None:
         seconds = self._encoding.watch.seconds
         total = sum(seconds.values()) or 1.0
-        shares = {what: f"{seconds[what] / total:.0%}" for what in ("text", "vae", "vision")}
+        shares = {what: f"{seconds.get(what, 0.0) / total:.0%}" for what in ("text", "vae", "vision")}
         rejects = self._rejects + self._encoding.counts.rejected
         self._bar.set_postfix(shares | {"rejects": rejects}, refresh=False)
         self._bar.update(images)

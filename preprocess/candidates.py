@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -177,7 +178,8 @@ def _of_dataset(options: SubsetOptions, directory: Path, journal: Journal) -> Po
         else:
             same.append(item)
     known = _read_records(dataset, [positions[item.key] for item in same], journal)
-    sound = []
+    sound: list[Item] = []
+    said: dict[str, _Known] = {}
     for item in same:
         record, path = known[item.key], item.image.path
         if isinstance(record, DatasetError):
@@ -186,11 +188,11 @@ def _of_dataset(options: SubsetOptions, directory: Path, journal: Journal) -> Po
             left_out.append(_left_out(item.key, path, "caption changed since the dataset was built"))
         else:
             sound.append(item)
+            said[item.key] = record
     items, looks, rejects = _look_at(sound, options, None, journal)
-    vision = np.array([known[item.key].vision for item in items], np.float64)
-    features = _features(
-        items, np.array([known[item.key].text for item in items]), vision, looks, dataset.manifest.vision
-    )
+    vision = np.array([said[item.key].vision for item in items], np.float64)
+    text = np.array([said[item.key].text for item in items])
+    features = _features(items, text, vision, looks, dataset.manifest.vision)
     return Pool(build, True, len(keys), items, by_key, features, left_out + rejects)
 
 
@@ -221,6 +223,9 @@ def _of_folder(options: SubsetOptions, cache: Path, journal: Journal) -> Pool:
         name = digest(dataclasses.asdict(vision_encoder.identity), item.content, options.target(item))
         return _cached(cache, name, vision_encoder.identity, lambda: vision_encoder.encode(pixels[None])[0])
 
+    def embed(caption: str) -> np.ndarray:
+        return _pooled(text_encoder.encode([caption])[0])
+
     candidates = [item for item in plan.items if item.key in chosen]
     items, looks, rejects = _look_at(candidates, options, see, journal)
     texts: dict[str, np.ndarray] = {}
@@ -228,12 +233,7 @@ def _of_folder(options: SubsetOptions, cache: Path, journal: Journal) -> Pool:
         for item in items:
             if item.caption not in texts:
                 name = digest(dataclasses.asdict(text_encoder.identity), item.caption)
-                texts[item.caption] = _cached(
-                    cache,
-                    name,
-                    text_encoder.identity,
-                    lambda i=item: _pooled(text_encoder.encode([i.caption])[0]),
-                )
+                texts[item.caption] = _cached(cache, name, text_encoder.identity, partial(embed, item.caption))
             bar.update()
     vision = np.array([look.vision for look in looks], np.float64)
     text = np.array([texts[item.caption] for item in items])
@@ -345,7 +345,7 @@ def _look_at(
                     rejects.append(Reject.of(item.key, item.image.path, result))
                 else:
                     seen, pixels = result
-                    if see:
+                    if see and pixels is not None:
                         seen.vision = see(item, pixels)
                     kept.append(item)
                     looks.append(seen)

@@ -58,9 +58,15 @@ class Candidates:
 
     def at(self, rows: Sequence[int]) -> Candidates:
         """Those of these rows."""
+        rows = list(rows)
         return Candidates(
-            *([getattr(self, name)[row] for row in rows] for name in ("captions", "contents", "pixels")),
-            *(getattr(self, name)[list(rows)] for name in ("text", "vision", "light", "thumbnails")),
+            [self.captions[row] for row in rows],
+            [self.contents[row] for row in rows],
+            [self.pixels[row] for row in rows],
+            self.text[rows],
+            self.vision[rows],
+            self.light[rows],
+            self.thumbnails[rows],
         )
 
 
@@ -168,7 +174,7 @@ def couples(candidates: Candidates, rules: Sequence[Rule]) -> list[Couple]:
             continue
         cost = distances(candidates.light[old], candidates.light[new])
         cost += distances(candidates.text[old], candidates.text[new])
-        wanted = [edited(candidates.captions[row], rule.old, rule.new).casefold() for row in old]
+        wanted = [(edited(candidates.captions[row], rule.old, rule.new) or "").casefold() for row in old]
         twins = np.array(wanted)[:, None] == np.array([candidates.captions[r].casefold() for r in new])[None]
         cost -= 100 * twins  # more than any distance: they are unit vectors
         for i, j in zip(*linear_sum_assignment(cost)):

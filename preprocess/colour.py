@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import struct
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageChops, ImageCms
@@ -54,15 +55,19 @@ def profile_of(image: Image.Image, png: Png | None, exif: Image.Exif, data: byte
 def icc_profile(image: Image.Image, png: Png | None) -> bytes | None:
     """The embedded profile; None if there is none, `UNUSABLE` if it is in pieces."""
     if png is not None:
-        profile = png.profile()
-        return None if profile is None else profile or UNUSABLE
+        return _embedded(png)
     if "icc_profile" not in image.info:
         return None
     return image.info["icc_profile"] or UNUSABLE
 
 
+def _embedded(png: Png) -> bytes | None:
+    profile = png.profile()
+    return None if profile is None else profile or UNUSABLE
+
+
 def _of_png(png: Png) -> bytes | None:
-    profile = icc_profile(None, png)
+    profile = _embedded(png)
     if len(numbers := png.chunks.get(b"cICP", b"")) >= 4:
         stated = _of_numbers(numbers[0], numbers[1])
         if stated != UNUSABLE or profile is None:  # a profile is the second choice for what it cannot show
@@ -136,7 +141,7 @@ def _made(chromaticities: tuple[float, ...], exponent: float | None) -> bytes:
     return header.ljust(128, b"\0") + table + body
 
 
-def _fixed(values: np.ndarray | tuple | list) -> bytes:
+def _fixed(values: np.ndarray | Sequence[float]) -> bytes:
     return struct.pack(f">{len(values)}i", *(round(float(value) * 65536) for value in values))
 
 
@@ -159,8 +164,14 @@ def to_srgb(image: Image.Image, profile: bytes) -> tuple[Image.Image, bool]:
         image = image.convert("L")
     transform = _transform(profile, image.mode)
     if isinstance(transform, ImageCms.ImageCmsTransform):
-        return ImageCms.applyTransform(image, transform), False
+        return _applied(image, transform), False
     return image.convert("RGB"), not transform
+
+
+def _applied(image: Image.Image, transform: ImageCms.ImageCmsTransform) -> Image.Image:
+    converted = ImageCms.applyTransform(image, transform)
+    assert converted is not None  # it is where the picture is not changed in place
+    return converted
 
 
 def _is_gray(image: Image.Image) -> bool:
@@ -179,7 +190,7 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | bool:
         if mode == "L":  # the table that littleCMS makes is too coarse for the shadows of a linear gray
             exact = ImageCms.buildTransform(source, _SRGB, mode, "RGB", flags=ImageCms.Flags.NOOPTIMIZE)
             grays = _grays().convert("L")
-            if _differ(ImageCms.applyTransform(grays, transform), ImageCms.applyTransform(grays, exact)):
+            if _differ(_applied(grays, transform), _applied(grays, exact)):
                 return exact
         return transform
     except Exception:  # noqa: BLE001  a profile is data from a stranger; the picture is worth more
@@ -197,11 +208,11 @@ def _is_srgb(source: ImageCms.ImageCmsProfile) -> bool:
 
 
 def _moves(image: Image.Image, transform: ImageCms.ImageCmsTransform) -> bool:
-    return _differ(image, ImageCms.applyTransform(image, transform))
+    return _differ(image, _applied(image, transform))
 
 
 def _differ(one: Image.Image, other: Image.Image) -> bool:
-    return max(high for _, high in ImageChops.difference(one, other).getextrema()) > _TOLERANCE
+    return bool(np.asarray(ImageChops.difference(one, other)).max() > _TOLERANCE)
 
 
 def _is_named_srgb(source: ImageCms.ImageCmsProfile) -> bool:
@@ -243,7 +254,7 @@ def _by_name(image: Image.Image, embedded: bytes | None) -> Image.Image:
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(embedded or b""))
         if image.mode != "RGB" or not _is_named_srgb(source):
-            return ImageCms.applyTransform(image, ImageCms.buildTransform(source, _SRGB, image.mode, "RGB"))
+            return _applied(image, ImageCms.buildTransform(source, _SRGB, image.mode, "RGB"))
     except Exception:  # noqa: BLE001
         pass
     return image.convert("RGB")

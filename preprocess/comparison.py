@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Set
+from collections.abc import Iterator, Set
+from typing import Any
 
 import pyarrow as pa
 
@@ -112,7 +113,7 @@ def compare(
     return result
 
 
-def _rows(table: pa.Table):  # noqa: ANN202
+def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
     """The rows of an index one after the other, without a list of all."""
     for batch in table.to_batches(max_chunksize=4096):
         yield from batch.to_pylist()
@@ -129,7 +130,9 @@ def _known(existing: Existing) -> set[str]:
     return names
 
 
-def _change(item: Item, old: dict, prints: Fingerprints, before: Fingerprints | None, contents: set[str]) -> str:
+def _change(
+    item: Item, old: dict[str, Any], prints: Fingerprints, before: Fingerprints | None, contents: set[str]
+) -> str:
     """Why a record must be made again, the weightiest reason; "" if it stays."""
     latent, text, vision = prints.ids(item)
     same_text = text == old["text_id"]

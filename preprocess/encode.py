@@ -27,7 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from fluxdit_jax.records import Record
+from fluxdit_jax.records import EncoderIdentity, Record
+from preprocess.buckets import Size
 from preprocess.encoders import TextEncoder, Vae, VisionEncoder
 from preprocess.findings import Reject
 from preprocess.images import Rejected, decode
@@ -49,8 +50,14 @@ class Encoders:
     vectors: Vectors | None = None
 
     @property
-    def vision_identity(self):  # noqa: ANN201
-        return self.vectors.identity if self.vision is None else self.vision.identity
+    def precomputed(self) -> Vectors:
+        """The vectors that stand in for a vision encoder."""
+        assert self.vectors is not None
+        return self.vectors
+
+    @property
+    def vision_identity(self) -> EncoderIdentity:
+        return self.precomputed.identity if self.vision is None else self.vision.identity
 
     def prepare(self, pixels: np.ndarray) -> np.ndarray:
         """The picture as the vision encoder wants it, made in the loading threads if it can be."""
@@ -62,7 +69,7 @@ class Encoders:
 class Stopwatch:
     """Wall seconds of the encoding thread, by what it did."""
 
-    seconds: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @contextlib.contextmanager
     def __call__(self, what: str) -> Iterator[None]:
@@ -70,7 +77,7 @@ class Stopwatch:
         try:
             yield
         finally:
-            self.seconds[what] += time.perf_counter() - start
+            self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
 
 
 @dataclasses.dataclass
@@ -113,7 +120,7 @@ class _Loaded:
 
 def _batches(unit: Unit, tensors: list[list[Any]], size: int) -> list[list[int]]:
     """Items whose picture is needed, in batches of one bucket and one kind of need."""
-    groups: dict[tuple, list[int]] = collections.defaultdict(list)
+    groups: dict[tuple[Size, bool, bool], list[int]] = collections.defaultdict(list)
     for index, (item, (latent, _, vision)) in enumerate(zip(unit.items, tensors)):
         if latent is None or vision is None:
             groups[item.bucket, latent is None, vision is None].append(index)
@@ -156,12 +163,12 @@ class Encoding:
         """
         # Room for every loading thread to work on the next picture while one waits.
         ahead = max(_AHEAD, -(-2 * self._options.workers // self._options.batch_size))
-        feed: queue.Queue = queue.Queue(ahead)
+        feed: queue.Queue[Any] = queue.Queue(ahead)
         pool = ThreadPoolExecutor(self._options.workers, "decode")
         writer = ThreadPoolExecutor(1, "write")
         feeder = threading.Thread(target=self._feed, args=(units, pool, feed), name="feed", daemon=True)
         feeder.start()
-        writing: Future | None = None
+        writing: Future[UnitInfo] | None = None
         try:
             while (entry := self._next(feed)) is not None:
                 kind, job, payload = entry
@@ -194,7 +201,7 @@ class Encoding:
 
     # ------------------------------------------------------------------------------------- feeder thread
 
-    def _feed(self, units: list[tuple[str, Unit]], pool: ThreadPoolExecutor, feed: queue.Queue) -> None:
+    def _feed(self, units: list[tuple[str, Unit]], pool: ThreadPoolExecutor, feed: queue.Queue[Any]) -> None:
         try:
             for uid, unit in units:
                 ids = [self._prints.ids(item) for item in unit.items]
@@ -214,14 +221,14 @@ class Encoding:
         except BaseException as error:  # noqa: BLE001  it is raised again in the caller's thread
             self._put(feed, error)
 
-    def _put(self, feed: queue.Queue, entry: Any) -> bool:
+    def _put(self, feed: queue.Queue[Any], entry: Any) -> bool:
         while not self._stop.is_set():
             with contextlib.suppress(queue.Full):
                 feed.put(entry, timeout=0.1)
                 return True
         return False
 
-    def _next(self, feed: queue.Queue) -> Any:
+    def _next(self, feed: queue.Queue[Any]) -> Any:
         with self.watch("waiting for old tensors"):
             entry = feed.get()
         if isinstance(entry, BaseException):
@@ -268,7 +275,7 @@ class Encoding:
             texts = tuple(itertools.islice(encoded, len(job.unit.items[index].captions)))
             self._take(job, index, 1, texts, "text encoder")
 
-    def _encode_batch(self, job: _Job, batch: list[int], loads: list[Future]) -> None:
+    def _encode_batch(self, job: _Job, batch: list[int], loads: list[Future[_Loaded | Rejected]]) -> None:
         with self.watch("waiting for pictures"):
             loaded = [load.result() for load in loads]
         good: list[tuple[int, _Loaded]] = []
@@ -287,15 +294,17 @@ class Encoding:
         need_latent, need_vision = self._needs(job, indices[0])
         if need_latent:
             with self.watch("vae"):
-                latents = self._encoders.vae.encode(np.stack([result.pixels for _, result in good]))
+                pixels = [result.pixels for _, result in good if result.pixels is not None]
+                latents = self._encoders.vae.encode(np.stack(pixels))
             self.counts.latents += len(good)
-            for index, latent in zip(indices, latents):
+            for index, latent in zip(indices, latents, strict=True):
                 self._take(job, index, 0, latent, "VAE")
         if need_vision and self._encoders.vision:
             with self.watch("vision"):
-                vectors = self._encoders.vision.encode(np.stack([result.prepared for _, result in good]))
+                prepared = [result.prepared for _, result in good if result.prepared is not None]
+                vectors = self._encoders.vision.encode(np.stack(prepared))
             self.counts.visions += len(good)
-            for index, vector in zip(indices, vectors):
+            for index, vector in zip(indices, vectors, strict=True):
                 self._take(job, index, 2, vector, "vision encoder")
         elif need_vision:
             for index in indices:
@@ -304,7 +313,7 @@ class Encoding:
     def _take_vector(self, job: _Job, index: int) -> None:
         item = job.unit.items[index]
         try:
-            data, vector = self._encoders.vectors.read(item.key)
+            data, vector = self._encoders.precomputed.read(item.key)
             if hashlib.sha256(data).hexdigest() != item.vector:
                 raise Rejected("changed during the build", "its vector", transient=True)
             job.tensors[index][2] = vector

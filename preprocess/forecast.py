@@ -149,7 +149,7 @@ def _tell_time(
         seconds = total * _trial(plan, encoders)
         say(f"time: about {duration(seconds)} for {total:,} images with these encoders on this machine, by a trial")
         return
-    pixels = np.mean([item.bucket[0] * item.bucket[1] for item in plan.items])
+    pixels = float(np.mean([item.bucket[0] * item.bucket[1] for item in plan.items]))
     work = _VAE_AT_1024 * pixels / 1024**2 + _VISION + _TEXT_A_TOKEN * figures.tokens * figures.captions
     rates = {"20 TFLOP/s (an APU)": 20, "60 (an RTX 4090)": 60, "0.5 (8 CPU cores)": 0.5}
     times = ", ".join(f"{duration(total * work / rate)} at {name}" for name, rate in rates.items())

@@ -12,6 +12,7 @@ from PIL import (  # the plugins register the formats when they are imported
     AvifImagePlugin,
     BmpImagePlugin,
     Image,
+    ImageFile,
     JpegImagePlugin,
     MpoImagePlugin,
     PngImagePlugin,
@@ -22,8 +23,15 @@ from PIL import (  # the plugins register the formats when they are imported
 from preprocess import jxl, webp
 from preprocess.png import Png
 
-_PLUGINS = (AvifImagePlugin, BmpImagePlugin, JpegImagePlugin, MpoImagePlugin, PngImagePlugin)
-_PLUGINS += (TiffImagePlugin, WebPImagePlugin)
+_PLUGINS = (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    JpegImagePlugin,
+    MpoImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 _JPEG = (".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".pjpeg", ".pjp", ".mpo")
 _BMP = (".bmp", ".dib")
 _OPTIONAL = {"HEIF": (".heic", ".heif", ".hif"), "JXL": (".jxl",)}
@@ -117,10 +125,15 @@ _BMP_HEADERS = tuple(size.to_bytes(4, "little") for size in (12, 40, 52, 56, 64,
 
 def stated_size(data: bytes) -> tuple[int, int] | None:
     """(width, height) in pixels of a file whose plugin takes memory for all of them when it is opened."""
-    return {"WEBP": webp.size, "JXL": jxl.size}.get(format_of(data[:64]), lambda _: None)(data)
+    match format_of(data[:64]):
+        case "WEBP":
+            return webp.size(data)
+        case "JXL":
+            return jxl.size(data)
+    return None
 
 
-def open_image(data: bytes) -> tuple[Image.Image, Png | None]:
+def open_image(data: bytes) -> tuple[ImageFile.ImageFile, Png | None]:
     """The opened image, and the chunks of a PNG.
 
     Raises:
@@ -136,7 +149,7 @@ def open_image(data: bytes) -> tuple[Image.Image, Png | None]:
         return Image.open(io.BytesIO(whole), formats=_READ), None
 
 
-def frames(image: Image.Image, data: bytes) -> int:
+def frames(image: ImageFile.ImageFile, data: bytes) -> int:
     """How many frames or pages an image has that are shown: 2 stands for several of an unknown number."""
     if image.format == "MPO":  # a camera's JPEG with a second view behind it
         return 1

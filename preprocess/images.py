@@ -226,7 +226,7 @@ def _without_alpha(image: Image.Image) -> Image.Image:
         raise Rejected("unsupported pixels", "floating point")
     if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         layered = image.convert("RGBA")
-        if layered.getextrema()[3][0] < 255:
+        if any(layered.histogram()[3 * 256 : -1]):  # an alpha below 255
             layered = Image.alpha_composite(Image.new("RGBA", layered.size, _PAPER), layered)
         return layered.convert("RGB")
     if mode in ("L", "RGB", "CMYK"):

@@ -88,4 +88,4 @@ def _others(data: bytes) -> list[bytes]:
 def _decoded(data: bytes) -> bytes:
     """A hash of the pixels."""
     with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-        return hashlib.sha256(np.asarray(image)).digest()
+        return hashlib.sha256(np.asarray(image).data).digest()

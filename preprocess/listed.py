@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from preprocess import captions, tables
 from preprocess.captions import Source
@@ -130,8 +131,8 @@ class Rows:
             key = os.path.relpath(os.path.normpath(folder / spelt), self._result.root)
             if key in self._known:
                 return key
-            if (key := self._spellings.get(normal(key))) is not None:
-                return key
+            if (other := self._spellings.get(normal(key))) is not None:
+                return other
         return None
 
     def _other(self, folder: Path, name: str, table: str, number: int) -> str | None:
@@ -196,7 +197,7 @@ def _rows(result: Scan, path: Path, names: tuple[str, ...], is_picture: Callable
         result.reject(path, Rejected("unreadable file", why, transient=True))
 
 
-def _texts(result: Scan, row: dict, names: tuple[str, ...]) -> tuple[str, ...] | Rejected:
+def _texts(result: Scan, row: dict[str, Any], names: tuple[str, ...]) -> tuple[str, ...] | Rejected:
     try:
         return captions.from_mapping(row, names, result.passed_over)
     except Rejected as rejected:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from preprocess.png import Png
 
@@ -38,7 +38,7 @@ def orientation(image: Image.Image, png: Png | None) -> int:
 
 def is_size_turned(image: Image.Image) -> bool:
     """Whether decoding exchanges the sides of an image: Pillow turns a TIFF by its XMP, unannounced."""
-    if image.format != "TIFF" or _ORIENTATION in image.tag_v2:
+    if not isinstance(image, TiffImagePlugin.TiffImageFile) or _ORIENTATION in image.tag_v2:
         return False
     return image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
 

@@ -14,7 +14,8 @@ import collections
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from fluxdit_jax.records import SPLITS, WRITER_OPTIONS, EncoderIdentity, json_checksum
 from preprocess import PreprocessError, captions
@@ -28,6 +29,8 @@ from preprocess.vectors import Vectors
 
 MAX_FILE_BYTES = 512_000_000
 PIXELS_VERSION = 1  # raised when `images.decode` gives other pixels for all files; for some, `Header.version`
+_Job = TypeVar("_Job")
+_Result = TypeVar("_Result")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,7 +68,7 @@ class Fingerprints:
     vision: str
 
     @classmethod
-    def of(cls, options: Options, vae: EncoderIdentity, text: EncoderIdentity, vision: EncoderIdentity):
+    def of(cls, options: Options, vae: EncoderIdentity, text: EncoderIdentity, vision: EncoderIdentity) -> Fingerprints:
         pixels = [PIXELS_VERSION, options.fit]
         return cls(
             latent=digest("latent", pixels, _weights(vae)),
@@ -89,7 +92,7 @@ class Fingerprints:
         )
 
 
-def _weights(identity: EncoderIdentity) -> list:
+def _weights(identity: EncoderIdentity) -> list[Any]:
     """What decides an encoder's output; not its name, which changes when a directory is moved."""
     return [identity.sha256, identity.dtype, identity.width, identity.options]
 
@@ -214,10 +217,10 @@ def _examine(
     return item, len(data), passed_over
 
 
-def _in_threads(work: Callable, jobs: list, threads: int) -> Iterator:
+def _in_threads(work: Callable[[_Job], _Result], jobs: list[_Job], threads: int) -> Iterator[_Result]:
     """`map` in threads, in order, with a bounded number of results waiting."""
     with ThreadPoolExecutor(threads) as pool:
-        waiting: collections.deque = collections.deque()
+        waiting: collections.deque[Future[_Result]] = collections.deque()
         for job in jobs:
             waiting.append(pool.submit(work, job))
             if len(waiting) >= 16 * threads:

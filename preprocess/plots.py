@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import textwrap
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
@@ -19,6 +20,9 @@ from preprocess.place import Place
 from preprocess.plan import MAX_FILE_BYTES
 from preprocess.publish import load_options
 from preprocess.system_folders import MARK
+
+if TYPE_CHECKING:
+    from preprocess.report import Dataset
 
 matplotlib.use("agg")
 _RATIOS = ((1, 4), (1, 3), (1, 2), (2, 3), (1, 1), (3, 2), (2, 1), (3, 1), (4, 1))
@@ -53,7 +57,7 @@ def draw_latents(sample: list[Record], manifest: Manifest, path: Path) -> None:
     figure.savefig(path, dpi=110, metadata={"Comment": MARK})
 
 
-def draw_buckets(counts: dict[buckets.Size, int], dataset, path: Path) -> None:  # noqa: ANN001
+def draw_buckets(counts: dict[buckets.Size, int], dataset: Dataset, path: Path) -> None:
     """Aspect ratios of the sources against the buckets, and records per bucket."""
     aspects = np.array(dataset.index["width"].to_pylist()) / np.array(dataset.index["height"].to_pylist())
     draw_aspects(aspects, counts, path)
@@ -79,7 +83,7 @@ def draw_aspects(aspects: np.ndarray, counts: dict[buckets.Size, int], path: Pat
     figure.savefig(path, dpi=110, metadata={"Comment": MARK})
 
 
-def draw_contact(dataset, cells: int, device: str, path: Path) -> str:  # noqa: ANN001
+def draw_contact(dataset: Dataset, cells: int, device: str, path: Path) -> str:
     """Original beside decoded latent, with caption and bucket. Returns a note on what could not be shown."""
     positions = dataset.spread(cells)
     columns = min(4, len(positions))
@@ -107,8 +111,8 @@ def draw_contact(dataset, cells: int, device: str, path: Path) -> str:  # noqa: 
         axes.set_title(title, font=Path(face.file) if face.file else None, fontsize=7, parse_math=False)
         caption, face = drawable(record.caption)
         caption = textwrap.shorten(caption, 150, placeholder=" ...")
-        lines = "\n".join(textwrap.wrap(caption, 62))
-        axes.set_xlabel(lines, font=Path(face.file) if face.file else None, fontsize=6.5, parse_math=False)
+        wrapped = "\n".join(textwrap.wrap(caption, 62))
+        axes.set_xlabel(wrapped, font=Path(face.file) if face.file else None, fontsize=6.5, parse_math=False)
         axes.set_xticks([])
         axes.set_yticks([])
     for axes in figure.axes[len(positions) :]:
@@ -152,7 +156,7 @@ def _source_root(directory: Path) -> tuple[Path | None, str]:
     return source if source.is_dir() else source.parent, ""
 
 
-def _original(root: Path | None, record: Record, dataset) -> np.ndarray | None:  # noqa: ANN001
+def _original(root: Path | None, record: Record, dataset: Dataset) -> np.ndarray | None:
     """The source as the VAE saw it, or None if it is not there or has changed since."""
     if root is None:
         return None

@@ -15,8 +15,7 @@ _HEADER = 8  # length and type of a chunk, or the file's signature
 _CRITICAL = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 _ANIMATION = (b"acTL", b"fcTL", b"fdAT")
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
-_WANTED = (b"exif", b"Raw profile type exif", b"Raw profile type APP1", b"Raw profile type xmp")
-_WANTED += (b"XML:com.adobe.xmp",)
+_WANTED = (b"exif", b"Raw profile type exif", b"Raw profile type APP1", b"Raw profile type xmp", b"XML:com.adobe.xmp")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,7 +56,7 @@ class Identities:
     vision: EncoderIdentity
 
     @classmethod
-    def from_dict(cls, raw: dict[str, dict]) -> Identities:
+    def from_dict(cls, raw: dict[str, dict[str, Any]]) -> Identities:
         """The inverse of `dataclasses.asdict`; raises `TypeError` if it is none."""
         return cls(**{name: EncoderIdentity(**identity) for name, identity in raw.items()})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -56,11 +57,11 @@ def published(output: Path) -> Earlier | None:
 
     A dataset without a readable `build.json` is asked for what its manifest knows.
     """
-    try:
+    manifest: Manifest | None = None
+    identities: Identities | None = None
+    with contextlib.suppress(DatasetError):
         manifest = records.load_manifest(output)
         identities = Identities(manifest.vae, manifest.text, manifest.vision)
-    except DatasetError:
-        manifest = identities = None
     try:
         return Earlier(load_options(output).to_dict(), identities)
     except PreprocessError:

@@ -115,7 +115,8 @@ class _Folder:
         if ours and folder != self._result.root:
             self._result.ignored["a dataset or run of this project"] += 1
             return []
-        folders, files = [], []
+        folders: list[Path] = []
+        files: list[Path] = []
         for entry in entries:
             path = Path(entry.path)
             if hidden(entry.name):
@@ -132,13 +133,13 @@ class _Folder:
         self._take(folder, files, names)
         return folders
 
-    def _is_folder(self, entry: os.DirEntry) -> bool:
+    def _is_folder(self, entry: os.DirEntry[str]) -> bool:
         try:
             return entry.is_dir(follow_symlinks=self._outside)
         except OSError:
             return False
 
-    def _usable(self, entry: os.DirEntry) -> bool:
+    def _usable(self, entry: os.DirEntry[str]) -> bool:
         """Whether an entry is a regular file inside the input, with a name that can be a key."""
         path, result = Path(entry.path), self._result
         try:
@@ -215,6 +216,6 @@ def _head(path: Path) -> bytes:
         return b""
 
 
-def _table_order(path: Path) -> tuple:
+def _table_order(path: Path) -> tuple[int, Path, int, str]:
     """The deepest first; in one folder in the order of `tables.TYPES`."""
     return -len(path.parts), path.parent, tables.TYPES.index(extension(path.name)), path.name

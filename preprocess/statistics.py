@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -54,9 +55,9 @@ class Moments:
         """Population standard deviation, float64 [C]."""
         return np.sqrt(self.squares / self.count)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return {"count": self.count, "mean": self.mean.tolist(), "squares": self.squares.tolist()}
 
     @classmethod
-    def from_dict(cls, raw: dict) -> Moments:
+    def from_dict(cls, raw: dict[str, Any]) -> Moments:
         return cls(int(raw["count"]), np.array(raw["mean"], np.float64), np.array(raw["squares"], np.float64))

@@ -19,6 +19,7 @@ from typing import Any
 from PIL import Image
 
 from fluxdit_jax import records
+from fluxdit_jax.records import EncoderIdentity
 from fluxdit_jax.untrusted import shown
 from preprocess import PreprocessError, captions
 from preprocess.advice import VISIBLE
@@ -350,7 +351,7 @@ def commands(options: SubsetOptions, pool: Pool, output: Path) -> list[str]:
         if pool.dataset or not value.startswith("builtin:"):
             build += [flag, value]
     words = [build[0], *(shlex.quote(word) for word in build[1:])]
-    known = ()
+    known: tuple[EncoderIdentity, ...] = ()
     if pool.dataset:
         manifest = records.load_manifest(options.input)
         known = (manifest.vae, manifest.text, manifest.vision)

@@ -21,7 +21,7 @@ _MAX_LINES = 10_000  # of one row of a .csv
 _BATCH = 16  # rows of a .parquet
 _MAX_GROUP = 2**31  # bytes of the wanted columns in a row group of a .parquet
 
-Row = tuple[int, dict | Rejected]
+Row = tuple[int, dict[str, Any] | Rejected]
 
 
 def read_table(
@@ -49,7 +49,7 @@ def read_table(
         yield from _read_csv(file, names, is_picture)
 
 
-def path_in(row: dict) -> str:
+def path_in(row: dict[str, Any]) -> str:
     """The image's path in a row of a table; raises `Rejected`."""
     for name in PATH_FIELDS:
         value = row.get(name)
@@ -165,7 +165,7 @@ class _Lines:
 
 def _header(line: str) -> tuple[str, list[str]]:
     """(delimiter, columns): by the delimiter that shows a column of paths, else by that with the most columns."""
-    best = ("", [])
+    best: tuple[str, list[str]] = ("", [])
     for delimiter in _DELIMITERS:
         try:
             columns = [name.strip() for name in next(csv.reader([line], delimiter=delimiter, strict=True))]
@@ -222,7 +222,7 @@ def _row(lines: _Lines, first: str, delimiter: str, width: int, is_row: Callable
             f"{len(values)} values, the header has {width} columns; a caption with {delimiter!r} in it needs quotes"
         )
     for number, line in taken:
-        if is_row(line):
+        if isinstance(line, str) and is_row(line):
             return refuse(f"a quote is not closed: line {number}, a row of its own, would be within it")
     return values[:width]
 
@@ -256,7 +256,7 @@ def _read_parquet(file: BinaryIO, names: tuple[str, ...]) -> Iterator[Row]:
         raise Rejected("broken parquet", f"{first}: the rows after row {number} were not read") from error
 
 
-def _values(batch: Any, row: int) -> dict | Rejected:
+def _values(batch: Any, row: int) -> dict[str, Any] | Rejected:
     """A row of a record batch; a text in it that is not UTF-8 costs this row alone."""
     try:
         return {name: batch.column(index)[row].as_py() for index, name in enumerate(batch.schema.names)}

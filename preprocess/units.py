@@ -15,7 +15,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ class UnitInfo:
         """False if trying again may give more records."""
         return not any(reject.transient for reject in self.rejects)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         raw = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         raw["moments"] = self.moments.to_dict() if self.moments else None
         raw["rejects"] = [reject.to_dict() for reject in self.rejects]
@@ -95,7 +95,7 @@ class UnitInfo:
         return raw
 
     @classmethod
-    def from_dict(cls, raw: dict) -> UnitInfo:
+    def from_dict(cls, raw: dict[str, Any]) -> UnitInfo:
         raw = dict(raw)
         raw["moments"] = Moments.from_dict(raw["moments"]) if raw["moments"] else None
         raw["rejects"] = tuple(Reject(**reject) for reject in raw["rejects"])
@@ -171,13 +171,13 @@ def disk_errors(what: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError
-        number = getattr(error, "errno", None)
+        number = error.errno if isinstance(error, OSError) else None
         if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or "quota" in str(error):
             raise PreprocessError(
                 f"the disk is full: {what} could not be written. Finished shards are kept; make space and give "
                 "the same command again, it goes on from there"
             ) from error
-        if number in (errno.EROFS, errno.EACCES, errno.EPERM):
+        if isinstance(error, OSError) and number in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise PreprocessError(f"{what} cannot be written: {error.strerror}") from error
         raise
 
@@ -187,7 +187,7 @@ def write_unit(
     uid: str,
     split: str,
     members: Iterable[Record],
-    rows: list[dict],
+    rows: list[dict[str, Any]],
     text_width: int,
     rejects: tuple[Reject, ...],
 ) -> UnitInfo:
@@ -260,13 +260,15 @@ class Archive:
       damaged: called with a message when a record turns out to be unreadable.
     """
 
-    def __init__(self, wanted: set[str], damaged) -> None:  # noqa: ANN001
+    def __init__(self, wanted: set[str], damaged: Callable[[str], None]) -> None:
         self._wanted = wanted
         self._values = pa.array(sorted(wanted), pa.string())
         self._damaged = damaged
         self._where: dict[str, tuple[Path, int, int]] = {}
 
-    def add(self, rows: Rows, shard_of, distrusted: frozenset[tuple[str, int]] = frozenset()) -> None:  # noqa: ANN001
+    def add(
+        self, rows: Rows, shard_of: Callable[[UnitInfo], Path], distrusted: frozenset[tuple[str, int]] = frozenset()
+    ) -> None:
         """Makes the records of finished units findable.
 
         Args:

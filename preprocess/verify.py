@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -176,7 +177,7 @@ def _check_shard(
     return findings, moments, keys
 
 
-def _compare(record: records.Record, row: dict | None, manifest: Manifest) -> None:
+def _compare(record: records.Record, row: dict[str, Any] | None, manifest: Manifest) -> None:
     """Raises `DatasetError` if a record does not fit the manifest or its row of the index."""
     records.check_fit(record, manifest)
     height, width = record.encoded_size
@@ -288,7 +289,7 @@ def salvage_index(directory: Path, options: Options) -> None:
     Rows(pa.concat_tables(tables), infos, digest_of_rejects).save(directory / records.INDEX)
 
 
-def _index_row(record: records.Record, prints: Fingerprints) -> dict:
+def _index_row(record: records.Record, prints: Fingerprints) -> dict[str, Any]:
     latent, text, vision = prints.ids_of(record.content_hash, record.encoded_size, record.captions)
     return {
         "key": record.key,

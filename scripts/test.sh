@@ -8,4 +8,5 @@ case "$venv" in /*) ;; *) venv="$PWD/$venv" ;; esac
 export PATH="$venv/bin:$PATH"
 ruff check .
 ruff format --check .
+mypy
 exec python -m pytest --numprocesses=auto --dist=loadfile "$@"

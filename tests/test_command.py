@@ -7,11 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from fluxdit_jax.command import explain
+from fluxdit_jax.command import explain, thread_error
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROGRAM = """
@@ -92,6 +93,12 @@ def test_a_closed_event_loop_is_not_told_and_any_other_exception_in_a_callback_i
     )
     err = run(body).stderr
     assert "something else" in err and "Event loop" not in err
+
+
+def test_a_thread_that_failed_is_told_in_one_line_with_or_without_its_exception(capsys):
+    for value, words in ((ValueError("so it is"), "so it is"), (None, "ValueError")):
+        thread_error(threading.ExceptHookArgs((ValueError, value, None, threading.current_thread())))
+        assert capsys.readouterr().err == f"thread MainThread: {words}\n"
 
 
 def test_progress_bars_make_no_semaphore():

@@ -159,6 +159,11 @@ def test_decoding_a_damaged_record_gives_a_record_or_dataset_error(draw):
     assert record.latent.ndim == 3 and record.text.shape[1] == TEXT_WIDTH
 
 
+def test_a_field_that_an_example_has_not_is_refused_in_words():
+    with pytest.raises(DatasetError, match="has fields that are not those of a tf.train.Example"):
+        decode_record(encode_record(make_record(0)) + b"\x12\x00", TEXT_WIDTH)  # field 2, empty
+
+
 def test_decoding_with_a_width_of_zero_is_a_dataset_error():
     with pytest.raises(DatasetError):
         decode_record(encode_record(make_record(0)), 0)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 import training_helpers
 from training_helpers import (
@@ -23,13 +24,14 @@ from training_helpers import (
 from fluxdit_jax import data, devices
 from fluxdit_jax.checkpoint import EMA, SHORT_EMA, CheckpointError, ema_steps, restore_ema
 from fluxdit_jax.config import resolve
-from fluxdit_jax.memory_plan import MemoryPlan, OutOfMemory, require_fit
+from fluxdit_jax.memory_plan import MemoryPlan, OutOfMemory, plan, require_fit
 from fluxdit_jax.metrics import read_metrics
 from fluxdit_jax.program import Program
 from fluxdit_jax.records import BF16, MANIFEST, load_manifest
 from fluxdit_jax.run_directory import RunError, RunLock, load_config, load_dataset
 from fluxdit_jax.scalars import on_board
 from fluxdit_jax.sharding import make_mesh
+from fluxdit_jax.state import create_state
 from fluxdit_jax.train import train
 from fluxdit_jax.train_step import patch_statistics
 
@@ -365,6 +367,16 @@ def test_a_plan_is_held_against_what_jax_may_take_too():
         require_fit(found, 24.0, 19.05, [smaller])
     with pytest.raises(OutOfMemory, match="config.device_memory_gb is 16"):
         require_fit(found, 16.0, 19.05, [])
+
+
+def test_a_device_whose_compiler_tells_no_plan_has_one_of_the_state_alone(monkeypatch, caplog):
+    monkeypatch.setattr(jax.stages.Compiled, "memory_analysis", lambda self: None)  # as its documentation allows
+    optimizer = optax.MultiSteps(optax.sgd(0.1), 2)
+    state = create_state({"w": jax.numpy.zeros(256)}, optimizer)
+    compiled = jax.jit(lambda state, batch: (state, batch)).lower(state, state.params).compile()
+    found = plan(compiled, state, state.params)
+    assert (found.parts["f32 weights"], found.batch, found.temporary) == (1024, 1024, 0)
+    assert "activations and scratch are not counted" in caplog.text
 
 
 def test_jax_may_take_most_of_the_memory_unless_told_otherwise(monkeypatch):

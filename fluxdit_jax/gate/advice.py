@@ -65,7 +65,7 @@ def advise(
 
 def by_cause(verdicts: list[Verdict]) -> list[Cause]:
     """The advice of all failed tests, each line once; the cause behind most tests first."""
-    found: dict[str, tuple[dict, dict]] = {}
+    found: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
     for verdict in verdicts:
         for cause, line in zip(verdict.causes, verdict.advice, strict=True):
             tests, lines = found.setdefault(cause, ({}, {}))
@@ -100,7 +100,7 @@ def _condition(memorisation: Verdict, training: Training) -> Advice:
 
 
 def _where_the_loss_points(training: Training) -> Advice:
-    if training.explains or training.last is None:
+    if training.explains or training.first is None or training.last is None:
         return []
     if training.last > (1 - LEARNED) * training.first:
         text = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from fluxdit_jax.gate.verdict import Chart
 
@@ -79,7 +79,9 @@ def _padded(values: Sequence[float]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _axes(x_low: float, x_high: float, y_low: float, y_high: float) -> tuple[Callable, Callable]:
+def _axes(
+    x_low: float, x_high: float, y_low: float, y_high: float
+) -> tuple[Callable[[float], float], Callable[[float], float]]:
     wide, tall = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
     return (
         lambda x: _LEFT + wide * (x - x_low) / max(x_high - x_low, 1e-12),
@@ -87,7 +89,15 @@ def _axes(x_low: float, x_high: float, y_low: float, y_high: float) -> tuple[Cal
     )
 
 
-def _frame(x_ticks, y_ticks, place_x, place_y, x_title: str, y_title: str, name_y=lambda v: f"{v:g}") -> str:
+def _frame(
+    x_ticks: Iterable[float],
+    y_ticks: Iterable[float],
+    place_x: Callable[[float], float],
+    place_y: Callable[[float], float],
+    x_title: str,
+    y_title: str,
+    name_y: Callable[[float], str] = lambda v: f"{v:g}",
+) -> str:
     bottom, middle, centre = _HEIGHT - _BOTTOM, (_LEFT + _WIDTH - _RIGHT) / 2, (_TOP + _HEIGHT - _BOTTOM) / 2
     parts = []
     for x in x_ticks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -125,7 +126,7 @@ class Edit:
                 at_most=True,
             ),
         )
-        numbers = {
+        numbers: dict[str, Any] = {
             "cases": len(self.cases),
             "rules": [f"{r.old} => {r.new}: {r.direction}" for r in dict.fromkeys(c[1] for c in self.cases)],
             "right_way": float(right.mean()),
@@ -191,20 +192,20 @@ class Edit:
         return found
 
     def _unrelated(self, draw: Draw, plain: list[np.ndarray]) -> list[Displacement]:
-        chosen = [k for k, one in enumerate(self.unrelated) if one is not None]
+        chosen = {k: one for k, one in enumerate(self.unrelated) if one is not None}
         if not chosen:
             return [Displacement(None, 0.0, 0.0)]
-        images = draw([self.unrelated[k] for k in chosen])
+        images = draw(list(chosen.values()))
         return [displacement(plain[k], image, self.cases[k][1].axis) for k, image in zip(chosen, images)]
 
-    def _calibrate(self) -> dict:
+    def _calibrate(self) -> dict[str, Any]:
         """The measure on true pictures: what it says where the right answer is in the set. Empty if it is nowhere."""
         album = self.album
         shifts = []
         for rule in dict.fromkeys(case[1] for case in self.cases):
             for index in range(len(album)):
                 caption = edited(album.caption(index), rule.old, rule.new)
-                answer = caption and album.true_answer(caption, index)
+                answer = None if caption is None else album.true_answer(caption, index)
                 if answer is None or album.truths[answer].shape != album.truths[index].shape:
                     continue
                 move = displacement(album.truths[index], album.truths[answer], rule.axis)
@@ -220,7 +221,7 @@ class Edit:
             "most": max(known, default=None),
         }
 
-    def _against_the_truth(self, changed: list[np.ndarray]) -> dict:
+    def _against_the_truth(self, changed: list[np.ndarray]) -> dict[str, Any]:
         answers = [self.album.true_answer(caption, index) for index, _, caption in self.cases]
         known = [k for k, answer in enumerate(answers) if answer is not None]
         if not known:

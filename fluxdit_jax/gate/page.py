@@ -71,7 +71,7 @@ _NOTHING_FOREIGN = (
 )
 
 
-def write_page(verdicts: list[Verdict], report: dict[str, Any], log: list[dict], path: Path) -> None:
+def write_page(verdicts: list[Verdict], report: dict[str, Any], log: list[dict[str, Any]], path: Path) -> None:
     """Writes the page atomically.
 
     Args:
@@ -82,7 +82,7 @@ def write_page(verdicts: list[Verdict], report: dict[str, Any], log: list[dict],
     write_whole(path, page(verdicts, report, log))
 
 
-def page(verdicts: list[Verdict], report: dict[str, Any], log: list[dict]) -> str:
+def page(verdicts: list[Verdict], report: dict[str, Any], log: list[dict[str, Any]]) -> str:
     """The page as HTML text."""
     passed = report["passed"]
     body = [
@@ -273,7 +273,7 @@ def _wall(cases: Sequence[Case]) -> str:
     return f'<h3>all of them{of_all}</h3><div class="wall">{"".join(sheets)}</div>'
 
 
-def _training(log: list[dict]) -> str:
+def _training(log: list[dict[str, Any]]) -> str:
     loss = [(entry["step"], entry["loss"]) for entry in log if entry.get("loss") is not None]
     drawn = charts.curve(loss, "step", "loss")
     if not drawn:

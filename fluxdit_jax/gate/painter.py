@@ -11,6 +11,9 @@ import numpy as np
 from fluxdit_jax import pictures
 from fluxdit_jax.generation import Generator, conditions
 
+# Of a picture: equal for two that must be the same.
+Key = tuple[str, bytes, tuple[int, int], int]
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Wanted:
@@ -31,7 +34,7 @@ class Wanted:
     seed: int
 
     @property
-    def key(self) -> tuple:
+    def key(self) -> Key:
         """Equal for two that must give the same picture."""
         return self.caption, self.vision.tobytes(), self.grid, self.seed
 
@@ -51,7 +54,7 @@ class Painter:
         """
         self._generator, self._params, self._decoder = generator, params, decoder
         self._batch_size = batch_size
-        self._drawn: dict[tuple, np.ndarray] = {}
+        self._drawn: dict[Key, np.ndarray] = {}
 
     def __call__(self, wanted: Sequence[Wanted]) -> list[np.ndarray]:
         self.paint(wanted)

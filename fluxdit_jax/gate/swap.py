@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -41,8 +42,9 @@ class Swap:
         vectors = rng.normal(size=(CONTROLLED, len(album.records[0].vision)))
         vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
         # For the pairs of the first derangement `own` is what test 1 drew as its shuffle, so these come first.
-        shuffle = derangements(album, 1)[0] if chosen else []
-        chosen.sort(key=lambda pair: shuffle[pair[0]] != pair[1])
+        if chosen:
+            shuffle = derangements(album, 1)[0]
+            chosen.sort(key=lambda pair: shuffle[pair[0]] != pair[1])
         return cls(
             album,
             chosen,
@@ -139,7 +141,7 @@ class Swap:
             ),
         )
 
-    def _against_the_truth(self, swapped: list[np.ndarray], answers: list[int | None]) -> dict:
+    def _against_the_truth(self, swapped: list[np.ndarray], answers: list[int | None]) -> dict[str, Any]:
         """Where the one right picture is in the set: what the measure says of it, and how near the swaps come to it."""
         known = [k for k, answer in enumerate(answers) if answer is not None]
         if not known:

@@ -14,6 +14,9 @@ FALLING = 0.75  # last loss over the one before it; a schedule that ends low tak
 LOST = 0.5  # share of what the loss had gained
 LEARNED = 0.3  # share of its first loss that a network which draws something has gained
 
+# (step, loss) of the logged lines that have a loss.
+Losses = list[tuple[int, float]]
+
 # The health message of `metrics.jsonl` that belongs to a cause.
 _TOLD = {
     "learning rate": ("diverged", "spiked", "broken"),
@@ -57,7 +60,7 @@ def read_training(log: list[dict[str, Any]], step: int | None = None, planned: i
     return Training((*serious, *unfinished, *more), bool(serious or unfinished), *known)
 
 
-def _unfinished(losses: list, step: int | None, planned: int | None) -> list[tuple[str, str]]:
+def _unfinished(losses: Losses, step: int | None, planned: int | None) -> list[tuple[str, str]]:
     cause = "not trained to the end"
     if step is not None and planned is not None and step < planned:
         falls = " The loss still falls." if _falling(losses) else ""
@@ -65,8 +68,8 @@ def _unfinished(losses: list, step: int | None, planned: int | None) -> list[tup
     if len(losses) < ENOUGH:
         few = f"metrics.jsonl has {len(losses)} losses, too few to judge the training: train for longer"
         return [("little trained", f"{few}, or log more often (config.log.every).")]
-    if _falling(losses):
-        before, last = _falling(losses)
+    if falling := _falling(losses):
+        before, last = falling
         return [
             (
                 cause,
@@ -76,7 +79,7 @@ def _unfinished(losses: list, step: int | None, planned: int | None) -> list[tup
     return []
 
 
-def _falling(losses: list) -> tuple[float, float] | None:
+def _falling(losses: Losses) -> tuple[float, float] | None:
     """(mean a quarter ago, mean now) of a loss that still falls."""
     eighth = len(losses) // 8
     if not eighth:
@@ -86,7 +89,7 @@ def _falling(losses: list) -> tuple[float, float] | None:
     return (before, last) if last < FALLING * before else None
 
 
-def _lost(losses: list) -> list[tuple[str, str]]:
+def _lost(losses: Losses) -> list[tuple[str, str]]:
     if len(losses) < ENOUGH:
         return []
     eighth = len(losses) // 8
@@ -105,11 +108,11 @@ def _lost(losses: list) -> list[tuple[str, str]]:
     ]
 
 
-def _last(log: list[dict], name: str, count: int = 3) -> list[float]:
+def _last(log: list[dict[str, Any]], name: str, count: int = 3) -> list[float]:
     return [entry[name] for entry in log if entry.get(name) is not None][-count:]
 
 
-def _weak(log: list[dict]) -> list[tuple[str, str]]:
+def _weak(log: list[dict[str, Any]]) -> list[tuple[str, str]]:
     ratios = _last(log, "velocity_rms_ratio")
     if len(ratios) < 3 or np.median(ratios) >= WEAK:
         return []
@@ -123,7 +126,7 @@ def _weak(log: list[dict]) -> list[tuple[str, str]]:
     ]
 
 
-def _silent(log: list[dict]) -> list[tuple[str, str]]:
+def _silent(log: list[dict[str, Any]]) -> list[tuple[str, str]]:
     prefix = "gradient_norm_by_group/"
     names = {name for entry in log for name in entry if name.startswith(f"{prefix}") and "/null_" not in name}
     dead = sorted(name[len(prefix) :] for name in names if len(v := _last(log, name)) == 3 and not any(v))
@@ -132,7 +135,7 @@ def _silent(log: list[dict]) -> list[tuple[str, str]]:
     return [("no gradient", f"No gradient reaches {', '.join(dead)} at the end: these parts do not learn.")]
 
 
-def _skipped(log: list[dict]) -> list[tuple[str, str]]:
+def _skipped(log: list[dict[str, Any]]) -> list[tuple[str, str]]:
     count = sum(_last(log, "skipped", max(1, len(log) // 4)))
     if not count:
         return []
@@ -145,7 +148,7 @@ def _skipped(log: list[dict]) -> list[tuple[str, str]]:
     ]
 
 
-def _lagging(log: list[dict]) -> list[tuple[str, str]]:
+def _lagging(log: list[dict[str, Any]]) -> list[tuple[str, str]]:
     long, short = _last(log, "heldout_loss", 1), _last(log, "short_ema/heldout_loss", 1)
     if not (long and short) or short[0] >= 0.98 * long[0]:
         return []
@@ -158,7 +161,7 @@ def _lagging(log: list[dict]) -> list[tuple[str, str]]:
     ]
 
 
-def _told(log: list[dict], cause: str) -> str:
+def _told(log: list[dict[str, Any]], cause: str) -> str:
     """What the run's own diagnosis said last."""
     names = [f"health/{kind}" for kind in _TOLD.get(cause, ())]
     said = [entry[name] for entry in log for name in names if isinstance(entry.get(name), str)]

@@ -51,7 +51,9 @@ def draw_dataset(output: Path, progress: bool = True, compositions: Sequence[Com
         for composition in compositions:
             missing = [m for m in range(len(LIGHTS)) if not _is_drawn(output, composition, m)]
             bar.update(len(LIGHTS) - len(missing))
-            drawing = compose(composition) if missing else None
+            if not missing:
+                continue
+            drawing = compose(composition)
             for lighting in missing:
                 buffer = io.BytesIO()
                 Image.fromarray(drawing.shade(LIGHTS[lighting])).save(buffer, "PNG", compress_level=4)

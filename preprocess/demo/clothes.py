@@ -129,7 +129,7 @@ def paint_earrings(scene: Scene, head: Head) -> None:
 def paint_hat(scene: Scene, head: Head, person: Person) -> None:
     s, colour = head.unit, rgb(person.hat_colour)
     if person.hat == "beanie":
-        dome = [
+        outline = [
             (-1.12, -0.42),
             (-1.12, -0.85),
             (-0.7, -1.28),
@@ -139,7 +139,7 @@ def paint_hat(scene: Scene, head: Head, person: Person) -> None:
             (1.12, -0.42),
             (0, -0.5),
         ]
-        dome = scene.polygon(spline(head.points(dome, back=0.08)))
+        dome = scene.polygon(spline(head.points(outline, back=0.08)))
         scene.cast(dome, 0.015 * s)
         ribs = 1 + 0.10 * np.sin((scene.x - head.cx) / (0.012 * s))[..., None]
         scene.paint(dome, colour * ribs, inflate(dome, 0.04 * s))
@@ -149,7 +149,7 @@ def paint_hat(scene: Scene, head: Head, person: Person) -> None:
         ball = blur(scene.ellipse(x, y, 0.24 * head.rx, 0.24 * head.rx), 0.004 * s)
         scene.paint(ball, rgb("#e0d6ca"), inflate(ball, 0.025 * s))
     else:
-        crown = [
+        outline = [
             (-0.98, -0.55),
             (-0.92, -1.1),
             (-0.6, -1.4),
@@ -160,8 +160,8 @@ def paint_hat(scene: Scene, head: Head, person: Person) -> None:
             (0.98, -0.55),
             (0, -0.45),
         ]
-        crown = scene.polygon(spline(head.points(crown, back=0.06)))
-        brim = [
+        crown = scene.polygon(spline(head.points(outline, back=0.06)))
+        outline = [
             (-1.6, -0.52),
             (-0.9, -0.72),
             (0, -0.76),
@@ -171,7 +171,7 @@ def paint_hat(scene: Scene, head: Head, person: Person) -> None:
             (0, -0.36),
             (-0.9, -0.42),
         ]
-        brim = scene.polygon(spline(head.points(brim, back=-0.12)))
+        brim = scene.polygon(spline(head.points(outline, back=-0.12)))
         scene.cast(np.maximum(brim, crown), 0.03 * s)
         scene.paint(crown, colour, inflate(crown, 0.045 * s), gloss=0.05)
         band = scene.stroke(head.points([(-0.98, -0.68), (0, -0.66), (0.98, -0.68)], back=0.06), [0.2 * head.ry] * 3)

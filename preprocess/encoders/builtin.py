@@ -15,6 +15,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -25,7 +26,7 @@ BF16 = ml_dtypes.bfloat16
 REVISION = "1"  # raised when the output of any of the three changes for the same input
 
 
-def _identity(name: str, width: int, options: dict, *arrays: np.ndarray) -> EncoderIdentity:
+def _identity(name: str, width: int, options: dict[str, Any], *arrays: np.ndarray) -> EncoderIdentity:
     """Identity of a built-in encoder; the sha256 covers its options and its constant arrays."""
     digest = hashlib.sha256(json.dumps([name, REVISION, width, options], sort_keys=True).encode())
     for array in arrays:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -50,7 +52,7 @@ class T5Text:
             options={"class": type(self._model).__name__, "max_tokens": max_tokens},
         )
 
-    def _load(self, found: weights.Found) -> tuple:
+    def _load(self, found: weights.Found) -> tuple[Any, Any]:
         import transformers
 
         name = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
@@ -81,7 +83,7 @@ class T5Text:
             return []
         tokens = self._tokenize(captions)
         order = sorted(range(len(captions)), key=lambda i: (len(tokens[i]), i))
-        encoded: list[np.ndarray] = [None] * len(captions)  # type: ignore[list-item]
+        encoded: dict[int, np.ndarray] = {}
         start = 0
         while start < len(order):
             stop = start + 1
@@ -90,10 +92,9 @@ class T5Text:
                     break
                 stop += 1
             rows = order[start:stop]
-            for i, array in zip(rows, self._encode([tokens[i] for i in rows])):
-                encoded[i] = array
+            encoded.update(zip(rows, self._encode([tokens[i] for i in rows])))
             start = stop
-        return encoded
+        return [encoded[i] for i in range(len(captions))]
 
     def count(self, captions: list[str]) -> list[int]:
         """Tokens of each caption with the end token, before any is cut."""

@@ -89,7 +89,7 @@ class TorchVae:
 
     @torch.inference_mode()
     def _encode(self, images: np.ndarray) -> np.ndarray:
-        pixels = torch.from_numpy(np.require(images, requirements="CW")).to(self._device).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(np.require(images, requirements=["C", "W"])).to(self._device).permute(0, 3, 1, 2)
         pixels = pixels.to(self._dtype, memory_format=self._format) / 127.5 - 1
         if self._tiny:
             return devices.to_bf16(self._model.encode(pixels).latents)

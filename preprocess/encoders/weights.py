@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from preprocess import PreprocessError
 from preprocess.encoders.downloads import Unreachable, Wanted
@@ -35,7 +36,7 @@ class Found:
     spec: str
     revision: str
     sha256: str
-    config: dict
+    config: dict[str, Any]
 
 
 def find(spec: str, option: str, stem: str, subfolder: str = "", extra: tuple[str, ...] = ()) -> Found:
