@@ -124,7 +124,7 @@ def choose(card: Card | None, torch: Torch | None, encoders: bool) -> str:
     if brings == 13:
         there = f"torch {torch.version}, which is installed, needs" if torch else "PyPI's torch needs"
         raise StackError(
-            f"{limit} allows CUDA 12 only, and {there} CUDA 13 (driver {CUDA13_DRIVER} or later, capability 7.5). Update "
+            f"{limit} allows CUDA 12 only; {there} CUDA 13 (driver {CUDA13_DRIVER} or later, capability 7.5). Update "
             "the driver; or first put torch's build for CUDA 12 there (bash scripts/install.sh; .venv/bin/pip install "
             "torch --index-url https://download.pytorch.org/whl/cu126) and give this command again; or install --train "
             "here and encode on another machine"
