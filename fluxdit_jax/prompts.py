@@ -94,10 +94,11 @@ def read_reference(path: Path, manifest: Manifest) -> tuple[np.ndarray, str]:
         content = path.read_bytes()
         header = images.read_header(content, images.Limits())
         bucket = nearest(manifest.buckets, header.height, header.width)
-        pixels = images.decode(content, header, bucket, manifest.fit).pixels
+        sha256 = hashlib.sha256(content).hexdigest()
+        pixels = images.decode(content, header, bucket, manifest.fit, noise_key=sha256).pixels
     except (OSError, images.Rejected) as error:
         raise SampleError(f"--reference {path}: {error}") from error
-    return pixels, hashlib.sha256(content).hexdigest()
+    return pixels, sha256
 
 
 def encode_reference(pixels: np.ndarray, manifest: Manifest, spec: str | None) -> np.ndarray:
