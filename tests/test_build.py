@@ -345,6 +345,8 @@ def test_what_is_cut_copied_or_enlarged_is_counted_and_told(
     write_image(photos / "set1" / "tiny.png", 4, "short", lambda h, w, seed: draw_photo(64, 64, seed))
     shutil.copy(photos / "set0" / "p02.png", photos / "copy.jpg")
     (photos / "copy.txt").write_text("a copy")
+    Image.fromarray(draw_photo(160, 160, 60)).save(photos / "profile.png", icc_profile=b"no profile" * 40)
+    (photos / "profile.txt").write_text("a broken one")
     result = build(options(photos, tmp_path / "data", max_tokens=5))
     told = capsys.readouterr().out
     captions = [record.caption for record in read(tmp_path / "data").values()]
@@ -353,13 +355,13 @@ def test_what_is_cut_copied_or_enlarged_is_counted_and_told(
     assert f"{cut} captions were longer than 5 tokens and were cut" in told
     for words in (
         "1 images are copies of another", "1 records are copies of another", "1 images are enlarged more than",
-        "1 images have another format than their extension",
+        "1 images have another format than their extension", "1 unusable colour profiles were ignored",
     ):  # fmt: skip
         assert words in told, words
     log = [json.loads(line) for line in (tmp_path / "data" / "build_log.jsonl").read_text().splitlines()]
     plan, end = (next(e for e in log if e["event"] == name) for name in ("plan", "end"))
-    assert (plan["items"], plan["enlarged"], plan["wrong_extension"], len(plan["duplicates"])) == (26, 1, 1, 1)
-    assert end["counts"]["truncated"] == cut and end["records"] == 26
+    assert (plan["items"], plan["enlarged"], plan["wrong_extension"], len(plan["duplicates"])) == (27, 1, 1, 1)
+    assert end["counts"]["truncated"] == cut and end["records"] == 27
 
 
 @pytest.mark.parametrize("name", [records.INDEX, records.REJECTS, "build.json", records.MANIFEST])
@@ -614,3 +616,23 @@ def test_precomputed_vectors(photos: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "data" / records.REJECTS).read_text().splitlines()]
     assert [line["reason"] for line in lines] == ["no vector", "vector is not finite"]
     assert_as_fresh(photos, tmp_path / "data", tmp_path, max_rejects=0.5, **more)
+
+
+def test_a_vector_that_changes_between_plan_and_encoding(photos: Path, tmp_path: Path, monkeypatch) -> None:
+    keys, tell = sorted(p.relative_to(photos).as_posix() for p in photos.rglob("*.png")), preprocess.build.tell_plan
+    for number, key in enumerate(keys):
+        (tmp_path / "v" / key).parent.mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / "v" / f"{key}.npy", np.random.default_rng(number).normal(size=1024).astype(np.float32))
+
+    def change(*arguments: object) -> None:
+        tell(*arguments)
+        np.save(tmp_path / "v" / f"{keys[3]}.npy", np.ones(1024, np.float32))
+
+    monkeypatch.setattr(preprocess.build, "tell_plan", change)
+    more = {"vision_embeddings": str(tmp_path / "v"), "max_rejects": 0.5}
+    build(options(photos, tmp_path / "data", **more))
+    monkeypatch.undo()
+    (line,) = [json.loads(line) for line in (tmp_path / "data" / records.REJECTS).read_text().splitlines()]
+    assert (line["key"], line["reason"]) == (keys[3], "changed during the build")
+    build(options(photos, tmp_path / "data", **more))
+    assert_as_fresh(photos, tmp_path / "data", tmp_path, **more)

@@ -11,6 +11,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -18,21 +19,25 @@ import numpy as np
 import pytest
 from build_fixtures import index, options, read
 from drawing_helpers import config, pixels
+from ml_collections import ConfigDict
 from PIL import Image
-from training_helpers import lively, tree_equal
+from training_helpers import lively, tree_equal, write_dataset
 
 import fluxdit_jax.train
-from fluxdit_jax import data, model, pictures, sampler, validate, weights
-from fluxdit_jax.checkpoint import EMA, SHORT_EMA, restore_ema
+from fluxdit_jax import data, flow, model, pictures, sampler, validate, weights
+from fluxdit_jax.checkpoint import EMA, SHORT_EMA, Checkpoints, restore_ema
 from fluxdit_jax.config import Settings, resolve
 from fluxdit_jax.export import export
+from fluxdit_jax.exported import ExportError, read_description
 from fluxdit_jax.gate.album import Album
 from fluxdit_jax.generation import Generator, conditions, record_conditions
 from fluxdit_jax.heldout import HeldOut
 from fluxdit_jax.metrics import read_metrics
+from fluxdit_jax.patches import patchify
+from fluxdit_jax.preview import make_preview
 from fluxdit_jax.prompts import SampleError, encode_prompts, encode_reference, read_reference
 from fluxdit_jax.records import Manifest, Record, load_manifest
-from fluxdit_jax.run_directory import load_config, load_dataset
+from fluxdit_jax.run_directory import load_config, load_dataset, record_start
 from fluxdit_jax.sample import sample
 from fluxdit_jax.sample_arguments import parse_arguments
 from fluxdit_jax.sharding import make_mesh
@@ -78,10 +83,13 @@ class Scene:
         """Part of the state in the last resumable checkpoint."""
         return weights._read_average(self.run / "checkpoints" / str(STEPS), name)
 
-    def draw(self, *arguments: str, of: str = "--workdir=run") -> np.ndarray:
+    def draw_all(self, *arguments: str, of: str = "--workdir=run") -> list[np.ndarray]:
         option, _, folder = of.partition("=")
         given = [option, str(self.root / folder), "--out", str(self.root / "x.png"), *arguments]
-        return sample(parse_arguments(given))[0]
+        return sample(parse_arguments(given))
+
+    def draw(self, *arguments: str, of: str = "--workdir=run") -> np.ndarray:
+        return self.draw_all(*arguments, of=of)[0]
 
     def drawn_as(self, record: Record, seed: int, *more: str, reference: bool = True) -> np.ndarray:
         """The picture of a record by the command: its caption and size, its photograph as the reference."""
@@ -110,11 +118,20 @@ def write_photos(folder: Path, draw: Callable, count: int = 20) -> None:
             (folder / f"p{number:02}_copy.txt").write_text(f"the same picture as number {number} once more")
 
 
+def start_from_lively_weights(c: ConfigDict, folder: Path) -> None:
+    """So that pictures depend on all that is given: a new network predicts next to nothing."""
+    settings = resolve(c, load_manifest(Path(c.data.path)))
+    with Checkpoints(folder, keep=1) as checkpoints:
+        checkpoints.save_ema(1, lively(model.initialize(settings.model, jax.random.key(0)), scale=0.1))
+    c.resume.from_run = str(folder)
+
+
 def make_run(root: Path, draw: Callable) -> list[dict]:
     """Fills the folder; returns the micro-batches that the run asked for, the text left out."""
     write_photos(root / "photos", draw)
     build(options(root / "photos", root / "ds", resolution=96, holdout=0.25))
     c = config(root / "ds", root / "run")
+    start_from_lively_weights(c, root / "start")
     c.seed, c.flow.shift, c.ema.decay, c.ema.short_decay = SEED, SHIFT, 0.9, 0.3
     c.flow.drop_text, c.flow.drop_vision, c.flow.drop_both = 0.1, 0.2, 0.1
     c.log.heldout_every = c.log.preview_every = STEPS
@@ -178,6 +195,29 @@ def test_the_held_out_loss_is_that_of_the_averages_at_any_batch_size(scene: Scen
     assert len({round(loss, 5) for loss in losses[4].values()}) == 3, "they can be told apart"
 
 
+def test_the_held_out_loss_by_hand(scene: Scene) -> None:
+    """Mean square of the velocity's error over a picture's own tokens, both conditions given, at 8 fixed times."""
+    s, of = scene.settings, scene.manifest
+    records = [record for record in scene.records("holdout") for _ in range(8)]
+    wanted = record_conditions(records, 2, None)
+    mean, std = (np.float32(values)[:, None, None] for values in (of.latent_mean, of.latent_std))
+    images = np.zeros((len(records), s.tokens, 64), np.float32)
+    for row, record in enumerate(records):
+        tokens = patchify((record.latent.astype(np.float32) - mean) / std, 2)
+        images[row, : len(tokens)] = tokens
+    own = np.arange(s.tokens) < wanted["grid"].prod(1)[:, None]
+    quantiles = (np.arange(8, dtype=np.float32) + 0.5) / 8
+    t = np.tile(flow.time_at_quantile(s.flow, quantiles), len(records) // 8)
+    noise = flow.draw_noise(0, np.arange(2**31, 2**31 + len(records), dtype=np.uint32), images.shape[1:])
+    noise = np.where(own[..., None], noise, 0)
+    noisy = (1 - t)[:, None, None] * images + t[:, None, None] * noise
+    given = [wanted[name] for name in ("grid", "text", "text_length", "vision", "keep_text", "keep_vision")]
+    predicted = jax.jit(partial(model.apply, model.build(s.model)[0]))(scene.trained(EMA), noisy, t, *given)
+    error = np.square(predicted - (noise - images)).mean(2)
+    losses = (error * own).sum(1) / own.sum(1)
+    assert scene.logged()["heldout_loss"] == pytest.approx(losses.mean(), rel=1e-4)
+
+
 # ------------------------------------------------------------------------------------------------- pictures
 
 
@@ -222,6 +262,26 @@ def test_the_command_the_gate_and_the_export_draw_one_picture(scene: Scene) -> N
     assert Image.open(scene.root / "x.png").text["weights_digest"] == told["weights_digest"]
 
 
+def test_each_prompt_has_its_pictures_and_each_scale_its_place(scene: Scene) -> None:
+    """The pictures of a command in order: prompts, their seeds; rows of vision scales, columns of text scales."""
+    photo = ("--reference", str(scene.photo(scene.records("train")[0])), "--steps", "1", "--method", "euler")
+    first, second = (record.caption for record in scene.records("train")[:2])
+    several = scene.draw_all("--prompt", first, "--prompt", second, "--count", "2", "--seed", "3", *photo)
+    assert_alike(several[2], scene.draw("--prompt", second, "--seed", "5", *photo))
+    assert len({image.tobytes() for image in several}) == 4
+    swept = scene.draw_all("--prompt", first, "--sweep-text", "1,4", "--sweep-vision", "1,2,3", *photo)
+    single = scene.draw("--prompt", first, "--guidance-text", "4", "--guidance-vision", "2", *photo)
+    assert len({image.tobytes() for image in swept}) == 6
+    assert_alike(swept[3], single)
+    sheet = scene.draw_all("--prompt", first, "--sweep-text", "1,4", "--sweep-vision", "1,2,3", *photo)
+    rows = [sheet[0:2], sheet[2:4], sheet[4:6]]
+    expected = pictures.grid(
+        rows, cell=256, column_titles=["text 1", "text 4"],
+        row_titles=[f"vision {scale}, seed 0: {first}" for scale in (1, 2, 3)],
+    )  # fmt: skip
+    np.testing.assert_array_equal(pixels(scene.root / "x.png"), np.asarray(expected))
+
+
 def test_an_export_describes_the_run(scene: Scene) -> None:
     export(scene.run, scene.root / "described")
     found, of = json.loads((scene.root / "described" / "config.json").read_text()), scene.manifest
@@ -249,6 +309,55 @@ def test_the_gate_measures_the_weights_that_are_exported(scene: Scene) -> None:
     assert report["weights"]["digest"] == described["weights"]["digest"] == weights.restore_weights(scene.run).digest
     assert (report["weights"]["ema_step"], report["weights"]["folder"]) == (described["ema_step"], EMA)
     assert report["dataset"]["shards_sha256"] == [shard.sha256 for shard in scene.manifest.shards["train"]]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "README.md", "config.json"])
+def test_an_export_that_is_killed_is_none(scene: Scene, monkeypatch, name: str) -> None:
+    """New weights are never beside the description of others."""
+    out, replace = scene.root / f"killed {name}", Path.replace
+    export(scene.run, out, step=4)
+
+    def kill(self: Path, target: Path) -> Path:
+        if Path(target) == out / name:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", kill)
+        export(scene.run, out, step=STEPS)
+    with pytest.raises(ExportError, match="config.json does not exist"):
+        read_description(out)
+
+
+def test_the_gate_wants_the_data_set_of_the_run(scene: Scene, tmp_path: Path, capsys) -> None:
+    write_dataset(tmp_path / "other")
+    assert validate.command(["--workdir", str(scene.run), "--data", str(tmp_path / "other")]) == 2
+    assert f"{tmp_path / 'other'} is not the data set" in capsys.readouterr().err
+
+
+def test_a_run_that_cuts_its_captions_shows_and_measures_them_cut(scene: Scene, tmp_path: Path, monkeypatch) -> None:
+    c = load_config(scene.run)
+    c.data.text_tokens = 4
+    settings = resolve(c, scene.manifest)
+    assert settings.text_limit == 4
+    statistics = patch_statistics(scene.manifest.latent_mean, scene.manifest.latent_std, 2)
+    preview = make_preview(
+        scene.root / "ds", scene.manifest, settings, statistics, count=2, steps=1, guidance=1.0, vae=None
+    )  # fmt: skip
+    assert all((column["text_length"] == 4).all() for column in preview._columns.values())
+
+    record_start(tmp_path, c, scene.manifest)
+    shutil.copytree(scene.run / "ema", tmp_path / "ema")
+    lengths, paint = set(), validate.paint
+
+    def listen(painter, wanted) -> int:
+        lengths.update(len(one.text) for one in wanted)
+        return paint(painter, wanted)
+
+    monkeypatch.setattr(validate, "paint", listen)
+    quick = ["--limit=4", "--pairs=2", "--edits=2", "--steps=1", "--method=euler", "--edit=number=>cat:up"]
+    assert validate.command(["--workdir", str(tmp_path), "--data", str(scene.root / "ds"), *quick]) == 1
+    assert lengths == {4}
 
 
 # ----------------------------------------------------------------------------------------------- conditions
