@@ -27,6 +27,7 @@ import fluxdit_jax.train
 from fluxdit_jax import data, flow, model, pictures, sampler, validate, weights
 from fluxdit_jax.checkpoint import EMA, SHORT_EMA, Checkpoints, restore_ema
 from fluxdit_jax.config import Settings, resolve
+from fluxdit_jax.digest import tree_digest
 from fluxdit_jax.export import export
 from fluxdit_jax.exported import ExportError, read_description
 from fluxdit_jax.gate.album import Album
@@ -242,12 +243,13 @@ def test_the_preview_is_what_the_command_draws_of_the_holdout(scene: Scene) -> N
 def test_the_command_the_gate_and_the_export_draw_one_picture(scene: Scene) -> None:
     """Of a picture that is not square, at a time shift that is not 1."""
     record = next(r for r in scene.records("train") if r.encoded_size[0] != r.encoded_size[1])
-    arguments = validate.parse_arguments(["--workdir", str(scene.run), "--steps", "2", "--method", "heun"])
+    arguments = validate.parse_arguments(["--workdir", str(scene.run), "--steps", "2"])
     painter = validate.make_painter(
         arguments, scene.settings, scene.manifest, restore_ema(scene.run)[1], load_decoder(scene.manifest.vae)
     )
     wanted = Album((record,), (), 2, seed=9).wanted(0, 0, 0)
-    drawn = scene.drawn_as(record, 9, "--steps", "2")
+    how = ("--steps", "2", "--method", "kutta3")
+    drawn = scene.drawn_as(record, 9, *how)
     assert drawn.shape == (*record.encoded_size, 3)
     assert_alike(painter([wanted])[0], drawn)
     told = dict(Image.open(scene.root / "x.png").text)
@@ -255,7 +257,7 @@ def test_the_command_the_gate_and_the_export_draw_one_picture(scene: Scene) -> N
     export(scene.run, scene.root / "exported")
     height, width = record.encoded_size
     again = scene.draw(
-        "--prompt", record.caption, "--size", f"{width}x{height}", "--seed", "9", "--steps", "2",
+        "--prompt", record.caption, "--size", f"{width}x{height}", "--seed", "9", *how,
         "--reference", str(scene.photo(record)), of="--model=exported",
     )  # fmt: skip
     assert_alike(again, drawn)
@@ -269,14 +271,14 @@ def test_each_prompt_has_its_pictures_and_each_scale_its_place(scene: Scene) -> 
     several = scene.draw_all("--prompt", first, "--prompt", second, "--count", "2", "--seed", "3", *photo)
     assert_alike(several[2], scene.draw("--prompt", second, "--seed", "5", *photo))
     assert len({image.tobytes() for image in several}) == 4
+    guided = ("--prompt", first, "--guidance-text", "4", "--guidance-vision", "2", *photo)
+    single = scene.draw(*guided)
+    assert (scene.draw(*guided, "--rescale", "0.7") != single).any()
     swept = scene.draw_all("--prompt", first, "--sweep-text", "1,4", "--sweep-vision", "1,2,3", *photo)
-    single = scene.draw("--prompt", first, "--guidance-text", "4", "--guidance-vision", "2", *photo)
     assert len({image.tobytes() for image in swept}) == 6
     assert_alike(swept[3], single)
-    sheet = scene.draw_all("--prompt", first, "--sweep-text", "1,4", "--sweep-vision", "1,2,3", *photo)
-    rows = [sheet[0:2], sheet[2:4], sheet[4:6]]
     expected = pictures.grid(
-        rows, cell=256, column_titles=["text 1", "text 4"],
+        [swept[0:2], swept[2:4], swept[4:6]], cell=256, column_titles=["text 1", "text 4"],
         row_titles=[f"vision {scale}, seed 0: {first}" for scale in (1, 2, 3)],
     )  # fmt: skip
     np.testing.assert_array_equal(pixels(scene.root / "x.png"), np.asarray(expected))
@@ -309,6 +311,19 @@ def test_the_gate_measures_the_weights_that_are_exported(scene: Scene) -> None:
     assert report["weights"]["digest"] == described["weights"]["digest"] == weights.restore_weights(scene.run).digest
     assert (report["weights"]["ema_step"], report["weights"]["folder"]) == (described["ema_step"], EMA)
     assert report["dataset"]["shards_sha256"] == [shard.sha256 for shard in scene.manifest.shards["train"]]
+
+
+def test_the_short_average_is_drawn_and_exported_if_asked_for(scene: Scene) -> None:
+    record = scene.records("train")[0]
+    how = ("--steps", "1", "--method", "euler")
+    usual = scene.drawn_as(record, 0, *how)
+    short = scene.drawn_as(record, 0, *how, "--weights", SHORT_EMA)
+    assert (usual != short).any()
+    digest = tree_digest(scene.trained(SHORT_EMA))
+    assert Image.open(scene.root / "x.png").text["weights_digest"] == digest
+    export(scene.run, scene.root / "short", folder=SHORT_EMA)
+    about = read_description(scene.root / "short")[2]
+    assert about == {"step": STEPS, "folder": SHORT_EMA, "digest": digest}
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "README.md", "config.json"])
