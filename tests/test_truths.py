@@ -433,11 +433,13 @@ def test_padding_and_neighbours_change_no_picture(scene: Scene) -> None:
 def test_a_training_photograph_as_reference_is_its_stored_vector(
     tmp_path: Path, draw_photo, fit: str, real: bool, request: pytest.FixtureRequest
 ) -> None:
-    """So is a caption as a prompt its stored text. One photograph lies on its side."""
+    """So is a caption as a prompt its stored text. One photograph lies on its side, one is small and narrow."""
     write_photos(tmp_path / "photos", draw_photo, 5)
-    more = {}
+    Image.fromarray(draw_photo(30, 170, 8)).save(tmp_path / "photos" / "narrow.png")
+    (tmp_path / "photos" / "narrow.txt").write_text("a narrow one")
+    more = {"min_side": 16, "max_aspect": 6.0}
     if real:
-        more = {name: str(request.getfixturevalue(f"tiny_{of}_dir"))
+        more |= {name: str(request.getfixturevalue(f"tiny_{of}_dir"))
                 for name, of in (("vision_encoder", "dino"), ("text_encoder", "t5"))}  # fmt: skip
     build(options(tmp_path / "photos", tmp_path / "ds", resolution=96, holdout=0.0, fit=fit, device="cpu", **more))
     manifest, vae = load_manifest(tmp_path / "ds"), load_vae("builtin:dct")
