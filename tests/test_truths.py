@@ -42,6 +42,7 @@ from fluxdit_jax.run_directory import load_config, load_dataset, record_start
 from fluxdit_jax.sample import sample
 from fluxdit_jax.sample_arguments import parse_arguments
 from fluxdit_jax.sharding import make_mesh
+from fluxdit_jax.sizes import pictures_by_size
 from fluxdit_jax.train_step import patch_statistics
 from fluxdit_jax.vae import load_decoder
 from preprocess.build import build
@@ -130,7 +131,7 @@ def start_from_lively_weights(c: ConfigDict, folder: Path) -> None:
 def make_run(root: Path, draw: Callable) -> list[dict]:
     """Fills the folder; returns the micro-batches that the run asked for, the text left out."""
     write_photos(root / "photos", draw)
-    build(options(root / "photos", root / "ds", resolution=96, holdout=0.25))
+    build(options(root / "photos", root / "ds", resolution=96, holdout=0.25, fit="pad"))
     c = config(root / "ds", root / "run")
     start_from_lively_weights(c, root / "start")
     c.seed, c.flow.shift, c.ema.decay, c.ema.short_decay = SEED, SHIFT, 0.9, 0.3
@@ -268,8 +269,11 @@ def test_each_prompt_has_its_pictures_and_each_scale_its_place(scene: Scene) -> 
     """The pictures of a command in order: prompts, their seeds; rows of vision scales, columns of text scales."""
     photo = ("--reference", str(scene.photo(scene.records("train")[0])), "--steps", "1", "--method", "euler")
     first, second = (record.caption for record in scene.records("train")[:2])
-    several = scene.draw_all("--prompt", first, "--prompt", second, "--count", "2", "--seed", "3", *photo)
-    assert_alike(several[2], scene.draw("--prompt", second, "--seed", "5", *photo))
+    strong = ("--guidance-text", "9", *photo)
+    several = scene.draw_all("--prompt", first, "--prompt", second, "--count", "2", "--seed", "3", *strong)
+    wanted, wrong = (scene.draw("--prompt", prompt, "--seed", "5", *strong) for prompt in (second, first))
+    assert_alike(several[2], wanted)
+    assert np.abs(wanted.astype(int) - wrong.astype(int)).max() > 8, "they can be told apart"
     assert len({image.tobytes() for image in several}) == 4
     guided = ("--prompt", first, "--guidance-text", "4", "--guidance-vision", "2", *photo)
     single = scene.draw(*guided)
@@ -299,7 +303,12 @@ def test_an_export_describes_the_run(scene: Scene) -> None:
     for record in scene.records("train"):
         held[record.encoded_size] += 1
     assert {(size["height"], size["width"]): size["pictures"] for size in found["sizes"]} == held
-    assert found["encoders"]["vae"]["sha256"] == of.vae.sha256
+    settings, again, _ = read_description(scene.root / "described")
+    for name in ("fit", "modulus", "resolution", "latent_mean", "latent_std", "vae", "text", "vision", "text_tokens"):
+        assert getattr(again, name) == getattr(of, name), name
+    for name in ("model", "tokens", "text_tokens", "text_limit"):
+        assert getattr(settings, name) == getattr(scene.settings, name), name
+    assert list(pictures_by_size(again).items()) == list(pictures_by_size(of).items())
 
 
 def test_the_gate_measures_the_weights_that_are_exported(scene: Scene) -> None:
