@@ -18,6 +18,7 @@ import pytest
 from build_fixtures import FLAGS, assert_as_fresh, contents, index, options, read, write_image, write_photos
 from PIL import Image
 
+import preprocess.build
 from fluxdit_jax import records
 from preprocess import PreprocessError
 from preprocess.build import build, dry_run
@@ -316,6 +317,76 @@ def test_bad_inputs_are_rejected_with_their_reason(
     assert_as_fresh(photos, tmp_path / "data", tmp_path)
 
 
+def test_a_file_that_changes_between_plan_and_encoding(
+    photos: Path, tmp_path: Path, draw_photo, monkeypatch, capsys: pytest.CaptureFixture
+) -> None:
+    """It is not stored under the hash of what was there before; the same command again takes it."""
+    key, tell = "set1/p03.png", preprocess.build.tell_plan
+
+    def change(*arguments: object) -> None:
+        tell(*arguments)
+        write_image(photos / key, 103, None, draw_photo)
+
+    monkeypatch.setattr(preprocess.build, "tell_plan", change)
+    result = build(options(photos, tmp_path / "data", max_rejects=0.5))
+    monkeypatch.undo()
+    (line,) = [json.loads(line) for line in (tmp_path / "data" / records.REJECTS).read_text().splitlines()]
+    assert (line["key"], line["reason"]) == (key, "changed during the build")
+    assert result.counts.rejected == 1 and key not in read(tmp_path / "data")
+    assert "1 rejected, each with its reason" in capsys.readouterr().out
+    assert build(options(photos, tmp_path / "data", max_rejects=0.5)).counts.latents == 1
+    assert_as_fresh(photos, tmp_path / "data", tmp_path, max_rejects=0.5)
+
+
+def test_what_is_cut_copied_or_enlarged_is_counted_and_told(
+    photos: Path, tmp_path: Path, draw_photo, capsys: pytest.CaptureFixture
+) -> None:
+    (photos / "set0" / "p00.json").write_text('{"caption": "six words are more than five"}')
+    write_image(photos / "set1" / "tiny.png", 4, "short", lambda h, w, seed: draw_photo(64, 64, seed))
+    shutil.copy(photos / "set0" / "p02.png", photos / "copy.jpg")
+    (photos / "copy.txt").write_text("a copy")
+    Image.fromarray(draw_photo(160, 160, 60)).save(photos / "profile.png", icc_profile=b"no profile" * 40)
+    (photos / "profile.txt").write_text("a broken one")
+    result = build(options(photos, tmp_path / "data", max_tokens=5))
+    told = capsys.readouterr().out
+    captions = [record.caption for record in read(tmp_path / "data").values()]
+    cut = sum(len(caption.split()) > 4 for caption in captions)
+    assert result.counts.truncated == cut == 24
+    assert f"{cut} captions were longer than 5 tokens and were cut" in told
+    for words in (
+        "1 images are copies of another", "1 records are copies of another", "1 images are enlarged more than",
+        "1 images have another format than their extension", "1 unusable colour profiles were ignored",
+    ):  # fmt: skip
+        assert words in told, words
+    log = [json.loads(line) for line in (tmp_path / "data" / "build_log.jsonl").read_text().splitlines()]
+    plan, end = (next(e for e in log if e["event"] == name) for name in ("plan", "end"))
+    assert (plan["items"], plan["enlarged"], plan["wrong_extension"], len(plan["duplicates"])) == (27, 1, 1, 1)
+    assert end["counts"]["truncated"] == cut and end["records"] == 27
+
+
+@pytest.mark.parametrize("name", [records.INDEX, records.REJECTS, "build.json", records.MANIFEST])
+def test_killed_while_it_publishes_there_is_no_manifest(
+    photos: Path, tmp_path: Path, draw_photo, monkeypatch, name: str
+) -> None:
+    """Nobody takes for a data set what is half of one; the next build completes it."""
+    data = tmp_path / "data"
+    build(options(photos, data, limit=6, holdout=0.0))
+    write_image(photos / "a.png", 99, "one more dog", draw_photo)
+    replace = Path.replace
+
+    def kill(self: Path, target: Path) -> Path:
+        if Path(target) == data / name:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", kill)
+        build(options(photos, data, limit=6, holdout=0.0), replace=True)
+    assert not (data / records.MANIFEST).exists()
+    build(options(photos, data, limit=6, holdout=0.0))
+    assert_as_fresh(photos, data, tmp_path, limit=6, holdout=0.0)
+
+
 def test_an_encoder_that_returns_nan(photos: Path, tmp_path: Path, tiny_dino_dir: Path) -> None:
     from safetensors.numpy import load_file, save_file
 
@@ -545,3 +616,23 @@ def test_precomputed_vectors(photos: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "data" / records.REJECTS).read_text().splitlines()]
     assert [line["reason"] for line in lines] == ["no vector", "vector is not finite"]
     assert_as_fresh(photos, tmp_path / "data", tmp_path, max_rejects=0.5, **more)
+
+
+def test_a_vector_that_changes_between_plan_and_encoding(photos: Path, tmp_path: Path, monkeypatch) -> None:
+    keys, tell = sorted(p.relative_to(photos).as_posix() for p in photos.rglob("*.png")), preprocess.build.tell_plan
+    for number, key in enumerate(keys):
+        (tmp_path / "v" / key).parent.mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / "v" / f"{key}.npy", np.random.default_rng(number).normal(size=1024).astype(np.float32))
+
+    def change(*arguments: object) -> None:
+        tell(*arguments)
+        np.save(tmp_path / "v" / f"{keys[3]}.npy", np.ones(1024, np.float32))
+
+    monkeypatch.setattr(preprocess.build, "tell_plan", change)
+    more = {"vision_embeddings": str(tmp_path / "v"), "max_rejects": 0.5}
+    build(options(photos, tmp_path / "data", **more))
+    monkeypatch.undo()
+    (line,) = [json.loads(line) for line in (tmp_path / "data" / records.REJECTS).read_text().splitlines()]
+    assert (line["key"], line["reason"]) == (keys[3], "changed during the build")
+    build(options(photos, tmp_path / "data", **more))
+    assert_as_fresh(photos, tmp_path / "data", tmp_path, **more)

@@ -251,6 +251,15 @@ def test_the_parts_get_the_values(config, tiny_dataset):
             part.anything = 1
 
 
+@pytest.mark.parametrize(("longest", "padded"), [(1, 8), (8, 8), (9, 16), (15, 16), (16, 16), (17, 24)])
+def test_the_longest_caption_is_padded_to_eights_and_not_cut(config, tiny_dataset, longest, padded):
+    manifest = dataclasses.replace(load_manifest(tiny_dataset), text_tokens=longest)
+    settings = resolve(config, manifest)
+    assert (settings.text_tokens, settings.text_limit) == (padded, None)
+    config.data.text_tokens = 4
+    assert resolve(config, manifest).text_limit == (None if longest <= 4 else 4)
+
+
 def test_given_values_go_before_defaults(config, tiny_dataset):
     config.flow.shift, config.data.text_tokens, config.model.dtype = 2.5, 3, "bfloat16"
     settings = resolve(config, load_manifest(tiny_dataset))

@@ -154,6 +154,23 @@ def test_vision_is_the_normed_class_token_of_the_whole_picture(
     assert encoder.identity.options["patch"] == (16 if kind == "tiny_dino_dir" else 14)
 
 
+def test_vision_takes_the_mean_and_std_of_its_file(tiny_dino_dir: Path, draw_photo, tmp_path: Path) -> None:
+    """(x - m) / s of [0, 1] pixels: a picture in other units under as much other a mean and std gives the same."""
+    import json
+
+    other = Path(shutil.copytree(tiny_dino_dir, tmp_path / "dino"))
+    raw = json.loads((other / "preprocessor_config.json").read_text())
+    half = {name: [value / 2 for value in raw[name]] for name in ("image_mean", "image_std")}
+    (other / "preprocessor_config.json").write_text(json.dumps(raw | half))
+    image = draw_photo(96, 160, 0) // 2 * 2
+    usual, own = (load_vision_encoder(str(folder), device="cpu") for folder in (tiny_dino_dir, other))
+    expected = usual.encode(image[None])
+    np.testing.assert_allclose(own.encode((image // 2)[None]), expected, atol=1e-5)
+    assert np.abs(own.encode(image[None]) - expected).max() > 1e-3
+    assert own.identity.options["mean"] == half["image_mean"] and own.identity.options["std"] == half["image_std"]
+    assert own.identity.sha256 != usual.identity.sha256
+
+
 def test_vision_prepare_is_what_encode_would_do(tiny_dino_dir: Path, draw_photo) -> None:
     encoder = load_vision_encoder(str(tiny_dino_dir), device="cpu")
     image = draw_photo(600, 900, 1)

@@ -105,6 +105,25 @@ def test_another_family_encoder_or_format_is_refused_by_name(tmp_path, config, o
         assert word in str(error.value)
 
 
+def test_the_same_vae_with_another_scale_and_shift_is_refused(tmp_path):
+    """The same weights: only their config.json differs, and every latent with it."""
+
+    def vae(**options):
+        return dataclasses.replace(manifest().vae, options={"factor": 8} | options)
+
+    path = write(tmp_path, of=manifest(vae=vae(scale=0.3611, shift=0.1159)))
+    assert require_report(path, LARGE, manifest(vae=vae(scale=0.3611, shift=0.1159)))["passed"] is True
+    with pytest.raises(GateError) as error:
+        require_report(path, LARGE, manifest(vae=vae(scale=0.18215, shift=0.0)))
+    for words in ("vae encoder's scale was 0.3611 there, is 0.18215 here", "shift was 0.1159 there, is 0.0 here"):
+        assert words in str(error.value)
+    report = json.loads(path.read_text())
+    for option in ("scale", "shift", "factor"):  # a report of before does not tell
+        del report["encoders"]["vae"][option]
+    path.write_text(json.dumps(report))
+    assert require_report(path, LARGE, manifest(vae=vae(scale=0.18215, shift=0.0)))["passed"] is True
+
+
 def test_every_difference_is_listed_at_once(tmp_path):
     path = write(tmp_path, failed=("vision_swap",))
     with pytest.raises(GateError) as error:

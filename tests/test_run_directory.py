@@ -24,6 +24,7 @@ from fluxdit_jax.run_directory import (
     all_changes,
     check_resume,
     config_changes,
+    flatten,
     load_config,
     load_dataset,
     record_start,
@@ -99,6 +100,34 @@ def test_a_change_of_the_mathematics_is_refused_by_key_with_both_values(config, 
     assert check_resume(workdir, config, manifest) is True
     record_start(workdir, config, manifest)
     assert load_config(workdir)[group][last] == value if group else load_config(workdir)[last] == value
+
+
+MAY_CHANGE = {
+    "workdir", "profile", "device_memory_gb", "data.path", "data.batch_size", "data.threads", "data.prefetch",
+    "data.on_corrupt", "model.remat", "checkpoint.minutes", "checkpoint.keep", "checkpoint.ema_every", "health.action",
+    "health.max_skipped", "log.every", "log.minutes", "log.preview_every", "log.preview_count", "log.preview_steps",
+    "log.preview_guidance", "log.heldout_every", "log.heldout_count", "log.peak_tflops", "log.vae", "gate.required",
+    "gate.report", "mesh.data", "mesh.fsdp", "mesh.coordinator", "mesh.processes", "mesh.process",
+    "resume.allow_changes", "resume.from_run", "resume.take",
+}  # fmt: skip
+
+
+def test_every_key_but_these_decides_the_mathematics():
+    """A key that is new is refused until somebody has thought about it."""
+    before, refused = default_config(), set()
+    before.optim.schedule = "cosine"  # it reads train.steps
+    for key in flatten(before.to_dict()):
+        after = before.copy_and_resolve_references()
+        *groups, name = key.split(".")
+        group = after
+        for part in groups:
+            group = group[part]
+        with group.unlocked(), group.ignore_type():
+            group[name] = "another value"
+        (free,), (decisive,) = ([config_changes(before, after, of_free_keys=of)] for of in (True, False))
+        assert len(free) + len(decisive) == 1 and (free + decisive)[0].startswith(f"{key}: ")
+        refused |= {key} if decisive else set()
+    assert refused == flatten(before.to_dict()).keys() - MAY_CHANGE
 
 
 def test_a_tuple_is_the_same_when_it_is_read_again(config, manifest, workdir):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from build_fixtures import contents, index, options, write_photos
 
@@ -16,6 +17,7 @@ from fluxdit_jax import records
 from fluxdit_jax.records import DatasetError
 from preprocess import PreprocessError
 from preprocess.build import build
+from preprocess.units import Rows
 from preprocess.verify import repair, verify
 
 
@@ -116,6 +118,28 @@ def test_a_damaged_index_is_salvaged_from_the_records(built: Path, copied: Path,
     flip(copied / records.INDEX, (copied / records.INDEX).stat().st_size // 2)
     assert encoded_by_repair(copied, capsys) == (0, 0, 0)
     assert contents(copied) == contents(built / "data")
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("caption", "another one"), ("key", "another.png"), ("content_hash", "0" * 64), ("tokens", 99),
+        ("height", 1), ("width", 1), ("bucket_height", 16), ("bucket_width", 16),
+    ],
+)  # fmt: skip
+def test_an_index_that_says_something_else_of_a_record(copied: Path, column: str, value: object) -> None:
+    """Written whole, with right checksums."""
+    rows = Rows.load(copied / records.INDEX)
+    values = rows.table[column].to_pylist()
+    values[5] = value
+    at = rows.table.schema.get_field_index(column)
+    rows.table = rows.table.set_column(at, rows.table.schema.field(at), pa.array(values, rows.table.schema.types[at]))
+    rows.save(copied / records.INDEX)
+    row = rows.table.slice(5, 1).to_pylist()[0]
+    findings = verify(copied)
+    assert {f.file for f in findings} == {row["shard"]}
+    if not column.startswith("bucket"):  # which are held against the manifest's as a whole
+        assert [(f.row, repr(value) in f.what) for f in findings] == [(row["row"], True)]
 
 
 def test_a_foreign_shard_and_a_swapped_one(copied: Path) -> None:

@@ -19,6 +19,7 @@ from fluxdit_jax.weights import places, weights_digest
 
 log = logging.getLogger(__name__)
 ENCODERS = ("vae", "text", "vision")
+SCALING = ("factor", "scale", "shift")  # what latents of the same VAE's weights mean depends on them
 
 
 class GateError(Exception):
@@ -48,7 +49,7 @@ def encoder_summary(identity: EncoderIdentity) -> dict[str, Any]:
         "revision": identity.revision,
         "sha256": identity.sha256,
         "width": identity.width,
-    }
+    } | {name: identity.options[name] for name in SCALING if name in identity.options}
 
 
 def is_of(report: dict[str, Any], step: int, digest: str | None, folder: str = EMA) -> bool:
@@ -124,6 +125,11 @@ def _differences(report: dict[str, Any], config: ModelConfig, manifest: Manifest
                 f"the {name} encoder was {there['id']!r} (sha256 {there['sha256'][:12]}, width {there['width']}) "
                 f"there, is {here['id']!r} (sha256 {here['sha256'][:12]}, width {here['width']}) here"
             )
+        problems += [
+            f"the {name} encoder's {option} was {there[option]!r} there, is {here.get(option)!r} here"
+            for option in SCALING
+            if option in there and there[option] != here.get(option)
+        ]
     if report["dataset"]["format_version"] != manifest.version:
         problems.append(
             f"the data format was version {report['dataset']['format_version']} there, is {manifest.version} here"

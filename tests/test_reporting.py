@@ -1,0 +1,85 @@
+"""What the numbers of micro-batches become: scalars, and what the monitor is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from fluxdit_jax.flow import TIME_BINS
+from fluxdit_jax.health import Monitor, Observation
+from fluxdit_jax.metrics import MetricsWriter, pack, read_metrics
+from fluxdit_jax.progress import Length
+from fluxdit_jax.reporting import Reporter
+from fluxdit_jax.soundness import Watchdog
+
+
+class Listening(Monitor):
+    """A monitor that keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__(1e-3, 0)
+        self.heard: list[Observation] = []
+
+    def observe(self, seen: Observation) -> list:
+        self.heard.append(seen)
+        return super().observe(seen)
+
+
+def micro_batch(number: int, **changes: object) -> dict:
+    """Of two a step; the first of them is number 1."""
+    bins = np.zeros((2, TIME_BINS), np.float32)
+    bins[:, 3] = 6.0, 3.0
+    values = {
+        "loss": 1.0, "prediction_rms": 2.0, "target_rms": 1.0, "tokens": 30.0, "replaced": 0.0, "bin_loss": bins[0],
+        "bin_count": bins[1], "step": number // 2, "mini_step": number % 2, "skipped": 0.0, "grad_norm": 0.5,
+        "grad_norm_groups": {"mlp": 0.25}, "update_norm": 0.125, "param_norm": 7.0, "ema_distance": 3.0,
+    }  # fmt: skip
+    return jax.tree.map(np.float32, values | changes)
+
+
+@pytest.fixture
+def reporter(tmp_path: Path):
+    monitor = Listening()
+    made = Reporter(
+        writer=MetricsWriter(tmp_path, 0), monitor=monitor, watchdog=Watchdog(100, 10, 1e-3), batch_size=4,
+        schedule=optax.linear_schedule(1.0, 0.0, 10), metric_shapes=jax.eval_shape(lambda: micro_batch(1)),
+        flops_per_token=50.0, peak_flops=1e6, step=0, length=Length(4, 2, 8, 16), every=2,
+    )  # fmt: skip
+    with made:
+        yield made, monitor, tmp_path / "metrics.jsonl"
+
+
+def test_scalars_are_means_sums_and_ratios_of_the_right_way_round(reporter) -> None:
+    made, monitor, path = reporter
+    made.waited(0.5)
+    for number, changes in enumerate(({"loss": 1.0}, {"loss": 3.0}, {"replaced": 2.0}, {"loss": 5.0}), start=1):
+        made.read(np.asarray(pack(micro_batch(number, **changes))))
+    (line,) = (line for line in read_metrics(path) if "loss" in line)
+    assert line["step"] == 2 and line["loss"] == pytest.approx((2 + 3) / 2)
+    expected = {
+        "gradient_norm": 0.5, "learning_rate": 0.9, "velocity_rms_ratio": 2.0, "update_norm": 0.125,
+        "parameter_norm": 7.0, "ema_distance": 3.0, "skipped": 0, "replaced_samples": 2, "loss_by_time/0.375": 2.0,
+        "gradient_norm_by_group/mlp": 0.25,
+    }  # fmt: skip
+    assert {name: line[name] for name in expected} == pytest.approx(expected)
+    assert line["tokens_per_second"] / line["images_per_second"] == pytest.approx(120 / 16)
+    assert line["mfu"] == pytest.approx(line["tokens_per_second"] * 50 / 1e6)
+    assert line["data_wait"] == pytest.approx(0.5 * line["images_per_second"] / 16)
+    assert [(seen.step, seen.loss, seen.rms_ratio) for seen in monitor.heard] == [(1, 2.0, 2.0), (2, 3.0, 2.0)]
+    assert monitor.heard[0].gradient_norm == 0.5 and monitor.heard[0].gradient_groups == {"mlp": 0.25}
+
+
+def test_a_skipped_micro_batch_is_counted_and_gives_no_number(reporter) -> None:
+    made, monitor, path = reporter
+    made.read(np.asarray(pack(micro_batch(1))))
+    nan = micro_batch(1, loss=np.nan, skipped=1.0)
+    assert made.read(np.asarray(pack(nan))) == (0, 1)
+    for number in (2, 3, 4):
+        made.read(np.asarray(pack(micro_batch(number))))
+    (line,) = (line for line in read_metrics(path) if "loss" in line)
+    assert line["skipped"] == 1 and line["loss"] == 1.0 and line["loss_by_time/0.375"] == 2.0
+    assert [seen.skipped for seen in monitor.heard] == [1, 0, 0] and np.isnan(monitor.heard[0].rms_ratio)

@@ -1,0 +1,518 @@
+"""What must hold across modules, on one small run: the same weights, statistics, shift, guidance, sizes and pictures.
+
+The run has a time shift, pictures that are not square, a holdout split with a copy of one of its pictures in the
+input, a preview with guidance, captions of more than 8 tokens, two averages and a seed that is not 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from build_fixtures import index, options, read
+from drawing_helpers import config, pixels
+from ml_collections import ConfigDict
+from PIL import Image
+from training_helpers import lively, tree_equal, write_dataset
+
+import fluxdit_jax.train
+from fluxdit_jax import data, flow, model, pictures, sampler, validate, weights
+from fluxdit_jax.checkpoint import EMA, SHORT_EMA, Checkpoints, restore_ema
+from fluxdit_jax.config import Settings, resolve
+from fluxdit_jax.digest import tree_digest
+from fluxdit_jax.export import export
+from fluxdit_jax.exported import ExportError, read_description
+from fluxdit_jax.gate.album import Album
+from fluxdit_jax.generation import Generator, conditions, record_conditions
+from fluxdit_jax.heldout import HeldOut
+from fluxdit_jax.metrics import read_metrics
+from fluxdit_jax.patches import patchify
+from fluxdit_jax.preview import make_preview
+from fluxdit_jax.prompts import SampleError, encode_prompts, encode_reference, read_reference
+from fluxdit_jax.records import Manifest, Record, load_manifest
+from fluxdit_jax.run_directory import load_config, load_dataset, record_start
+from fluxdit_jax.sample import sample
+from fluxdit_jax.sample_arguments import parse_arguments
+from fluxdit_jax.sharding import make_mesh
+from fluxdit_jax.sizes import pictures_by_size
+from fluxdit_jax.train_step import patch_statistics
+from fluxdit_jax.vae import load_decoder
+from preprocess.build import build
+from preprocess.encoders import load_vae
+
+pytest_plugins = ("training_fixtures",)
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+SEED, SHIFT, STEPS = 5, 3.0, 8
+PREVIEW = {"count": 3, "steps": 3, "guidance": 2.5}
+SIZES = ((96, 192), (192, 96), (128, 128), (90, 150))  # height, width of the photographs
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """A folder with photos/, ds/ and run/, what they say of themselves, and the micro-batches of the run."""
+
+    root: Path
+    settings: Settings
+    manifest: Manifest
+    batches: list[dict]
+
+    @property
+    def run(self) -> Path:
+        return self.root / "run"
+
+    def photo(self, record: Record) -> Path:
+        return self.root / "photos" / record.key
+
+    def records(self, split: str) -> list[Record]:
+        source = data.RecordSource(self.root / "ds", self.manifest, split)
+        return [source[i] for i in range(len(source))]
+
+    def logged(self) -> dict[str, float]:
+        """Everything logged at the last step."""
+        return {k: v for entry in read_metrics(self.run / "metrics.jsonl") if entry["step"] == STEPS
+                for k, v in entry.items()}  # fmt: skip
+
+    def trained(self, name: str):
+        """Part of the state in the last resumable checkpoint."""
+        return weights._read_average(self.run / "checkpoints" / str(STEPS), name)
+
+    def draw_all(self, *arguments: str, of: str = "--workdir=run") -> list[np.ndarray]:
+        option, _, folder = of.partition("=")
+        given = [option, str(self.root / folder), "--out", str(self.root / "x.png"), *arguments]
+        return sample(parse_arguments(given))
+
+    def draw(self, *arguments: str, of: str = "--workdir=run") -> np.ndarray:
+        return self.draw_all(*arguments, of=of)[0]
+
+    def drawn_as(self, record: Record, seed: int, *more: str, reference: bool = True) -> np.ndarray:
+        """The picture of a record by the command: its caption and size, its photograph as the reference."""
+        height, width = record.encoded_size
+        light = ["--reference", str(self.photo(record))] if reference else []
+        return self.draw("--prompt", record.caption, "--size", f"{width}x{height}", "--seed", str(seed), *light, *more)
+
+    def generator(self, **changes) -> Generator:
+        values = {
+            "tokens": self.settings.tokens, "text_tokens": self.settings.text_tokens, "shift": SHIFT, "steps": 2,
+            "statistics": patch_statistics(self.manifest.latent_mean, self.manifest.latent_std, 2), "batch_size": 4,
+        }  # fmt: skip
+        return Generator(self.settings.model, **values | changes)
+
+
+def write_photos(folder: Path, draw: Callable, count: int = 20) -> None:
+    folder.mkdir()
+    for number in range(count):
+        image = Image.fromarray(draw(*SIZES[number % len(SIZES)], number))
+        turned = Image.Exif()
+        turned[0x0112] = 6 if number % 5 == 4 else 1  # lies on its side
+        image.save(folder / f"p{number:02}.png", exif=turned)
+        (folder / f"p{number:02}.txt").write_text(f"photo number {number} of a dog by the sea at dusk")
+        if number % 4 == 0:
+            shutil.copy(folder / f"p{number:02}.png", folder / f"p{number:02}_copy.png")
+            (folder / f"p{number:02}_copy.txt").write_text(f"the same picture as number {number} once more")
+
+
+def start_from_lively_weights(c: ConfigDict, folder: Path) -> None:
+    """So that pictures depend on all that is given: a new network predicts next to nothing."""
+    settings = resolve(c, load_manifest(Path(c.data.path)))
+    with Checkpoints(folder, keep=1) as checkpoints:
+        checkpoints.save_ema(1, lively(model.initialize(settings.model, jax.random.key(0)), scale=0.1))
+    c.resume.from_run = str(folder)
+
+
+def make_run(root: Path, draw: Callable) -> list[dict]:
+    """Fills the folder; returns the micro-batches that the run asked for, the text left out."""
+    write_photos(root / "photos", draw)
+    build(options(root / "photos", root / "ds", resolution=96, holdout=0.25, fit="pad"))
+    c = config(root / "ds", root / "run")
+    start_from_lively_weights(c, root / "start")
+    c.seed, c.flow.shift, c.ema.decay, c.ema.short_decay = SEED, SHIFT, 0.9, 0.3
+    c.flow.drop_text, c.flow.drop_vision, c.flow.drop_both = 0.1, 0.2, 0.1
+    c.log.heldout_every = c.log.preview_every = STEPS
+    c.log.preview_count, c.log.preview_steps, c.log.preview_guidance = PREVIEW.values()
+    c.log.peak_tflops = 2.0
+    asked: list[dict] = []
+    original = data.batches
+
+    def batches(*args, **kwargs) -> Iterator[dict]:
+        for batch in original(*args, **kwargs):
+            asked.append({name: np.array(batch[name]) for name in ("vision", "index")})
+            yield batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "batches", batches)
+        assert fluxdit_jax.train.train(c) == 0
+    return asked
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory, draw_photo, quick_compile) -> Scene:
+    root = tmp_path_factory.mktemp("truths")
+    asked = make_run(root, draw_photo)
+    manifest = load_dataset(root / "run")
+    return Scene(root, resolve(load_config(root / "run"), manifest), manifest, asked)
+
+
+def assert_alike(one: np.ndarray, other: np.ndarray) -> None:
+    """Equal but for rounding, which a batch of another size may change."""
+    assert one.shape == other.shape
+    assert np.abs(one.astype(int) - other.astype(int)).max() <= 2
+
+
+# -------------------------------------------------------------------------------------------------- weights
+
+
+@pytest.mark.parametrize("folder", [EMA, SHORT_EMA])
+def test_what_is_kept_is_the_average_of_the_state_and_not_its_weights(scene: Scene, folder: str) -> None:
+    average, params = scene.trained(folder), scene.trained("params")
+    kept = restore_ema(scene.run, STEPS, folder)[1]
+    assert tree_equal(kept, average)
+    assert not tree_equal(kept, params)
+    assert not tree_equal(scene.trained(EMA), scene.trained(SHORT_EMA))
+
+
+def test_the_held_out_loss_is_that_of_the_averages_at_any_batch_size(scene: Scene) -> None:
+    """8 times of every picture; the larger batch is filled up."""
+    losses, filled = {}, 8 * scene.manifest.records("holdout") + 3
+    for batch_size in (4, filled):
+        measure = HeldOut(
+            scene.settings.model, scene.settings.flow, data.RecordSource(scene.root / "ds", scene.manifest, "holdout"),
+            mesh=make_mesh(1, 1, batch_size), tokens=scene.settings.tokens, text_tokens=scene.settings.text_tokens,
+            statistics=patch_statistics(scene.manifest.latent_mean, scene.manifest.latent_std, 2),
+            batch_size=batch_size, pictures=128,
+        )  # fmt: skip
+        assert measure.pictures == scene.manifest.records("holdout")
+        losses[batch_size] = {of: measure(scene.trained(of))["heldout_loss"] for of in (EMA, SHORT_EMA, "params")}
+    assert losses[filled] == pytest.approx(losses[4], rel=1e-5)
+    logged = {EMA: scene.logged()["heldout_loss"], SHORT_EMA: scene.logged()["short_ema/heldout_loss"]}
+    assert logged == pytest.approx({of: losses[4][of] for of in logged}, rel=1e-6)
+    assert len({round(loss, 5) for loss in losses[4].values()}) == 3, "they can be told apart"
+
+
+def test_the_held_out_loss_by_hand(scene: Scene) -> None:
+    """Mean square of the velocity's error over a picture's own tokens, both conditions given, at 8 fixed times."""
+    s, of = scene.settings, scene.manifest
+    records = [record for record in scene.records("holdout") for _ in range(8)]
+    wanted = record_conditions(records, 2, None)
+    mean, std = (np.float32(values)[:, None, None] for values in (of.latent_mean, of.latent_std))
+    images = np.zeros((len(records), s.tokens, 64), np.float32)
+    for row, record in enumerate(records):
+        tokens = patchify((record.latent.astype(np.float32) - mean) / std, 2)
+        images[row, : len(tokens)] = tokens
+    own = np.arange(s.tokens) < wanted["grid"].prod(1)[:, None]
+    quantiles = (np.arange(8, dtype=np.float32) + 0.5) / 8
+    t = np.tile(flow.time_at_quantile(s.flow, quantiles), len(records) // 8)
+    noise = flow.draw_noise(0, np.arange(2**31, 2**31 + len(records), dtype=np.uint32), images.shape[1:])
+    noise = np.where(own[..., None], noise, 0)
+    noisy = (1 - t)[:, None, None] * images + t[:, None, None] * noise
+    given = [wanted[name] for name in ("grid", "text", "text_length", "vision", "keep_text", "keep_vision")]
+    predicted = jax.jit(partial(model.apply, model.build(s.model)[0]))(scene.trained(EMA), noisy, t, *given)
+    error = np.square(predicted - (noise - images)).mean(2)
+    losses = (error * own).sum(1) / own.sum(1)
+    assert scene.logged()["heldout_loss"] == pytest.approx(losses.mean(), rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------- pictures
+
+
+def test_the_preview_is_what_the_command_draws_of_the_holdout(scene: Scene) -> None:
+    """The data set's picture, the picture from its caption and photograph, and that of the caption alone."""
+    records = scene.records("holdout")
+    spread = [records[i] for i in np.linspace(0, len(records) - 1, PREVIEW["count"]).round().astype(int)]
+    how = ("--steps", str(PREVIEW["steps"]), "--guidance-text", str(PREVIEW["guidance"]))
+    vae, rows = load_vae("builtin:dct"), []
+    for seed, record in enumerate(spread):
+        photo, _ = read_reference(scene.photo(record), scene.manifest)
+        rows.append([vae.decode(vae.encode(photo[None]))[0]])
+        rows[-1] += [scene.drawn_as(record, seed, *how, reference=light) for light in (True, False)]
+    sheet = pictures.grid(
+        rows,
+        column_titles=("data set", "EMA", "EMA, caption alone"),
+        row_titles=[record.caption for record in spread],
+    )
+    assert_alike(pixels(scene.run / "samples" / f"step_{STEPS:07}.png"), np.asarray(sheet))
+
+
+def test_the_command_the_gate_and_the_export_draw_one_picture(scene: Scene) -> None:
+    """Of a picture that is not square, at a time shift that is not 1."""
+    record = next(r for r in scene.records("train") if r.encoded_size[0] != r.encoded_size[1])
+    arguments = validate.parse_arguments(["--workdir", str(scene.run), "--steps", "2"])
+    painter = validate.make_painter(
+        arguments, scene.settings, scene.manifest, restore_ema(scene.run)[1], load_decoder(scene.manifest.vae)
+    )
+    wanted = Album((record,), (), 2, seed=9).wanted(0, 0, 0)
+    how = ("--steps", "2", "--method", "kutta3")
+    drawn = scene.drawn_as(record, 9, *how)
+    assert drawn.shape == (*record.encoded_size, 3)
+    assert_alike(painter([wanted])[0], drawn)
+    told = dict(Image.open(scene.root / "x.png").text)
+
+    export(scene.run, scene.root / "exported")
+    height, width = record.encoded_size
+    again = scene.draw(
+        "--prompt", record.caption, "--size", f"{width}x{height}", "--seed", "9", *how,
+        "--reference", str(scene.photo(record)), of="--model=exported",
+    )  # fmt: skip
+    assert_alike(again, drawn)
+    assert Image.open(scene.root / "x.png").text["weights_digest"] == told["weights_digest"]
+
+
+def test_each_prompt_has_its_pictures_and_each_scale_its_place(scene: Scene) -> None:
+    """The pictures of a command in order: prompts, their seeds; rows of vision scales, columns of text scales."""
+    photo = ("--reference", str(scene.photo(scene.records("train")[0])), "--steps", "1", "--method", "euler")
+    first, second = (record.caption for record in scene.records("train")[:2])
+    strong = ("--guidance-text", "9", *photo)
+    several = scene.draw_all("--prompt", first, "--prompt", second, "--count", "2", "--seed", "3", *strong)
+    wanted, wrong = (scene.draw("--prompt", prompt, "--seed", "5", *strong) for prompt in (second, first))
+    assert_alike(several[2], wanted)
+    assert np.abs(wanted.astype(int) - wrong.astype(int)).max() > 8, "they can be told apart"
+    assert len({image.tobytes() for image in several}) == 4
+    guided = ("--prompt", first, "--guidance-text", "4", "--guidance-vision", "2", *photo)
+    single = scene.draw(*guided)
+    assert (scene.draw(*guided, "--rescale", "0.7") != single).any()
+    swept = scene.draw_all("--prompt", first, "--sweep-text", "1,4", "--sweep-vision", "1,2,3", *photo)
+    assert len({image.tobytes() for image in swept}) == 6
+    assert_alike(swept[3], single)
+    expected = pictures.grid(
+        [swept[0:2], swept[2:4], swept[4:6]], cell=256, column_titles=["text 1", "text 4"],
+        row_titles=[f"vision {scale}, seed 0: {first}" for scale in (1, 2, 3)],
+    )  # fmt: skip
+    np.testing.assert_array_equal(pixels(scene.root / "x.png"), np.asarray(expected))
+
+
+def test_an_export_describes_the_run(scene: Scene) -> None:
+    export(scene.run, scene.root / "described")
+    found, of = json.loads((scene.root / "described" / "config.json").read_text()), scene.manifest
+    assert (found["latent_mean"], found["latent_std"]) == (list(of.latent_mean), list(of.latent_std))
+    assert found["latent_mean"] != found["latent_std"]
+    assert found["flow"] == {
+        "shift": SHIFT, "prediction": "velocity", "time": "1 is noise, 0 is the image",
+        "drop_text": 0.1, "drop_vision": 0.2, "drop_both": 0.1,
+    }  # fmt: skip
+    assert (found["fit"], found["modulus"], found["resolution"]) == (of.fit, of.modulus, of.resolution)
+    assert (found["tokens"], found["text_tokens"]) == (scene.settings.tokens, scene.settings.text_tokens)
+    held: dict[tuple[int, int], int] = dict.fromkeys(of.buckets, 0)
+    for record in scene.records("train"):
+        held[record.encoded_size] += 1
+    assert {(size["height"], size["width"]): size["pictures"] for size in found["sizes"]} == held
+    settings, again, _ = read_description(scene.root / "described")
+    for name in ("fit", "modulus", "resolution", "latent_mean", "latent_std", "vae", "text", "vision", "text_tokens"):
+        assert getattr(again, name) == getattr(of, name), name
+    for name in ("model", "tokens", "text_tokens", "text_limit"):
+        assert getattr(settings, name) == getattr(scene.settings, name), name
+    assert list(pictures_by_size(again).items()) == list(pictures_by_size(of).items())
+
+
+def test_the_gate_measures_the_weights_that_are_exported(scene: Scene) -> None:
+    quick = ["--limit=4", "--pairs=2", "--edits=2", "--steps=1", "--method=euler", "--edit=dog=>cat:up"]
+    assert validate.command(["--workdir", str(scene.run), *quick]) == 1
+    report = json.loads((scene.run / "validation" / "report.json").read_text())
+    export(scene.run, scene.root / "gated")
+    described = json.loads((scene.root / "gated" / "config.json").read_text())
+    assert report["weights"]["digest"] == described["weights"]["digest"] == weights.restore_weights(scene.run).digest
+    assert (report["weights"]["ema_step"], report["weights"]["folder"]) == (described["ema_step"], EMA)
+    assert report["dataset"]["shards_sha256"] == [shard.sha256 for shard in scene.manifest.shards["train"]]
+
+
+def test_the_short_average_is_drawn_and_exported_if_asked_for(scene: Scene) -> None:
+    record = scene.records("train")[0]
+    how = ("--steps", "1", "--method", "euler")
+    usual = scene.drawn_as(record, 0, *how)
+    short = scene.drawn_as(record, 0, *how, "--weights", SHORT_EMA)
+    assert (usual != short).any()
+    digest = tree_digest(scene.trained(SHORT_EMA))
+    assert Image.open(scene.root / "x.png").text["weights_digest"] == digest
+    export(scene.run, scene.root / "short", folder=SHORT_EMA)
+    about = read_description(scene.root / "short")[2]
+    assert about == {"step": STEPS, "folder": SHORT_EMA, "digest": digest}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "README.md", "config.json"])
+def test_an_export_that_is_killed_is_none(scene: Scene, monkeypatch, name: str) -> None:
+    """New weights are never beside the description of others."""
+    out, replace = scene.root / f"killed {name}", Path.replace
+    export(scene.run, out, step=4)
+
+    def kill(self: Path, target: Path) -> Path:
+        if Path(target) == out / name:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", kill)
+        export(scene.run, out, step=STEPS)
+    with pytest.raises(ExportError, match="config.json does not exist"):
+        read_description(out)
+
+
+def test_the_gate_wants_the_data_set_of_the_run(scene: Scene, tmp_path: Path, capsys) -> None:
+    write_dataset(tmp_path / "other")
+    assert validate.command(["--workdir", str(scene.run), "--data", str(tmp_path / "other")]) == 2
+    assert f"{tmp_path / 'other'} is not the data set" in capsys.readouterr().err
+
+
+def test_a_run_that_cuts_its_captions_shows_and_measures_them_cut(scene: Scene, tmp_path: Path, monkeypatch) -> None:
+    c = load_config(scene.run)
+    c.data.text_tokens = 4
+    settings = resolve(c, scene.manifest)
+    assert settings.text_limit == 4
+    statistics = patch_statistics(scene.manifest.latent_mean, scene.manifest.latent_std, 2)
+    preview = make_preview(
+        scene.root / "ds", scene.manifest, settings, statistics, count=2, steps=1, guidance=1.0, vae=None
+    )  # fmt: skip
+    assert all((column["text_length"] == 4).all() for column in preview._columns.values())
+
+    record_start(tmp_path, c, scene.manifest)
+    shutil.copytree(scene.run / "ema", tmp_path / "ema")
+    lengths, paint = set(), validate.paint
+
+    def listen(painter, wanted) -> int:
+        lengths.update(len(one.text) for one in wanted)
+        return paint(painter, wanted)
+
+    monkeypatch.setattr(validate, "paint", listen)
+    quick = ["--limit=4", "--pairs=2", "--edits=2", "--steps=1", "--method=euler", "--edit=number=>cat:up"]
+    assert validate.command(["--workdir", str(tmp_path), "--data", str(scene.root / "ds"), *quick]) == 1
+    assert lengths == {4}
+
+
+# ----------------------------------------------------------------------------------------------- conditions
+
+
+def test_a_condition_that_is_not_given_is_the_learned_null(scene: Scene) -> None:
+    ema = lively(restore_ema(scene.run)[1], scale=0.1)
+    other = {name: jax.tree.map(lambda leaf: leaf + 1, ema[name]) for name in ("null_text", "null_vision")}
+    records = [r for r in scene.records("train") if r.encoded_size[0] < r.encoded_size[1]][:2]
+    both = record_conditions(records, 2, None)
+    grids = [tuple(grid) for grid in both["grid"]]
+    width = scene.manifest.vision.width
+    caption = conditions([r.text for r in records], [None] * 2, grids, width)
+    nothing = conditions([r.text[:0] for r in records], [None] * 2, grids, width)
+    generator = scene.generator()
+    noise = generator.noise([1, 2])
+
+    def draw(wanted, text=1.0, vision=1.0, **changed) -> np.ndarray:
+        scales = sampler.Guidance(text, vision)
+        latents = generator.latents(generator.cast(ema | changed), wanted, noise, guidance=scales)
+        return np.concatenate([latent.ravel() for latent in latents])
+
+    of_both, of_caption, of_nothing = map(draw, (both, caption, nothing))
+    for wanted, plain, nulls in (
+        (both, of_both, ()), (caption, of_caption, ("null_vision",)), (nothing, of_nothing, tuple(other)),
+    ):  # fmt: skip
+        for name, null in other.items():
+            assert np.array_equal(draw(wanted, **{name: null}), plain) == (name not in nulls)
+    # guidance: none + text (caption - none) + vision (both - caption)
+    for scales, expected in (((0, 0), of_nothing), ((1, 0), of_caption), ((1, 1.0000001), of_both)):
+        np.testing.assert_allclose(draw(both, *scales), expected, atol=1e-4)
+
+
+def test_padding_and_neighbours_change_no_picture(scene: Scene) -> None:
+    """A text padded further, and a picture in another batch, with other sizes and longer texts beside it."""
+    ema = lively(restore_ema(scene.run)[1], scale=0.1)
+    records = sorted(scene.records("train"), key=lambda r: len(r.text))
+    chosen = [records[0], records[-1], next(r for r in records if r.encoded_size != records[0].encoded_size)]
+    assert len({len(r.text) for r in chosen}) > 1
+    generator, longer = scene.generator(), scene.generator(text_tokens=4 * scene.settings.text_tokens)
+    noise = generator.noise([0, 1, 2])
+    together = generator.latents(generator.cast(ema), record_conditions(chosen, 2, None), noise)
+    padded = longer.latents(longer.cast(ema), record_conditions(chosen, 2, None), noise)
+    for row, record in enumerate(chosen):
+        alone = generator.latents(
+            generator.cast(ema), record_conditions([record], 2, None), generator.noise([row])
+        )[0]  # fmt: skip
+        assert alone.shape == record.latent.shape
+        np.testing.assert_allclose(together[row], alone, atol=1e-4)
+        np.testing.assert_allclose(padded[row], alone, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------- stored and given
+
+
+@pytest.mark.parametrize("fit", ["resize", "crop", "pad"])
+@pytest.mark.parametrize("real", [False, True], ids=["builtin", "dino"])
+def test_a_training_photograph_as_reference_is_its_stored_vector(
+    tmp_path: Path, draw_photo, fit: str, real: bool, request: pytest.FixtureRequest
+) -> None:
+    """So is a caption as a prompt its stored text. One photograph lies on its side, one is small and narrow."""
+    write_photos(tmp_path / "photos", draw_photo, 5)
+    Image.fromarray(draw_photo(30, 170, 8)).save(tmp_path / "photos" / "narrow.png")
+    (tmp_path / "photos" / "narrow.txt").write_text("a narrow one")
+    more = {"min_side": 16, "max_aspect": 6.0}
+    if real:
+        more |= {name: str(request.getfixturevalue(f"tiny_{of}_dir"))
+                for name, of in (("vision_encoder", "dino"), ("text_encoder", "t5"))}  # fmt: skip
+    build(options(tmp_path / "photos", tmp_path / "ds", resolution=96, holdout=0.0, fit=fit, device="cpu", **more))
+    manifest, vae = load_manifest(tmp_path / "ds"), load_vae("builtin:dct")
+    for key, record in read(tmp_path / "ds").items():
+        seen, sha256 = read_reference(tmp_path / "photos" / key, manifest)
+        assert seen.shape == (*record.encoded_size, 3) and sha256 == record.content_hash
+        np.testing.assert_array_equal(vae.encode(seen[None])[0], record.latent)
+        np.testing.assert_allclose(encode_reference(seen, manifest, None), record.vision, atol=2e-5)
+        (text,) = encode_prompts([record.caption], manifest, None)
+        np.testing.assert_allclose(text.astype(np.float32), record.text.astype(np.float32), atol=2e-2)
+
+
+def test_an_encoder_with_other_settings_is_refused_as_a_references(tmp_path: Path, draw_photo, tiny_dino_dir) -> None:
+    write_photos(tmp_path / "photos", draw_photo, 1)
+    dino = Path(shutil.copytree(tiny_dino_dir, tmp_path / "dino"))
+    encoder = {"vision_encoder": str(dino), "device": "cpu"}
+    manifest = build(options(tmp_path / "photos", tmp_path / "ds", resolution=96, holdout=0.0, **encoder)).manifest
+    seen, _ = read_reference(tmp_path / "photos" / "p00.png", manifest)
+    settings = json.loads((dino / "preprocessor_config.json").read_text())
+    (dino / "preprocessor_config.json").write_text(json.dumps(settings | {"image_mean": [0.1, 0.2, 0.3]}))
+    with pytest.raises(SampleError, match="--vision-encoder is .*dino"):
+        encode_reference(seen, manifest, None)
+
+
+# ------------------------------------------------------------------------------------------ order and splits
+
+
+def test_the_run_reads_train_in_the_order_of_its_seed_and_nothing_of_the_holdout(scene: Scene) -> None:
+    def order(seed: int) -> list[bytes]:
+        source = data.RecordSource(scene.root / "ds", scene.manifest, "train")
+        s = scene.settings
+        read = data.batches(
+            source, seed=seed, start=0, batch_size=4, patch=2, tokens=s.tokens, text_tokens=s.text_tokens, threads=1,
+            prefetch=1,
+        )  # fmt: skip
+        return [batch["vision"].tobytes() for batch in itertools.islice(read, len(scene.batches))]
+
+    asked = [batch["vision"].tobytes() for batch in scene.batches]
+    assert asked == order(SEED) and asked != order(0)
+    assert np.concatenate([b["index"] for b in scene.batches]).tolist() == list(range(4 * len(asked)))
+    trained = {row.tobytes() for batch in scene.batches for row in batch["vision"]}
+    assert trained == {r.vision.tobytes() for r in scene.records("train")}
+    assert not trained & {r.vision.tobytes() for r in scene.records("holdout")}
+
+
+def test_copies_of_a_picture_are_in_one_split(scene: Scene) -> None:
+    rows = index(scene.root / "ds")
+    splits = {row["key"]: row["split"] for row in rows}
+    copies = [key for key in splits if "_copy" in key]
+    assert len(rows) == 25 and len(copies) == 5
+    assert all(splits[key] == splits[key.replace("_copy", "")] for key in copies)
+    hashes = {split: {r.content_hash for r in scene.records(split)} for split in ("train", "holdout")}
+    assert not hashes["train"] & hashes["holdout"] and hashes["holdout"]
+
+
+# ------------------------------------------------------------------------------------------------- numbers
+
+
+def test_the_rates_agree_with_each_other(scene: Scene) -> None:
+    logged, s = scene.logged(), scene.settings
+    assert s.text_tokens == 16 > scene.manifest.text_tokens > 8
+    flops = 3 * model.flops_per_sample(s.model, s.tokens, s.text_tokens)  # forward once, backward twice
+    peak = 2e12 * len(jax.devices())
+    assert logged["mfu"] == pytest.approx(logged["tokens_per_second"] * flops / s.tokens / peak)
+    grids = [r.encoded_size[0] * r.encoded_size[1] // 256 for r in scene.records("train")]
+    share = logged["tokens_per_second"] / logged["images_per_second"]
+    assert min(grids) <= share <= max(grids)
