@@ -33,6 +33,7 @@ def tree_digest(tree: Any, meta: dict[str, Any] | None = None) -> str:
 
 @jax.jit
 def _device_sums(leaves: list[jax.Array]) -> jax.Array:
+    @jax.jit  # traced once for each shape
     def weighted_sum(leaf: jax.Array) -> jax.Array:
         words = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
         position = jnp.zeros(leaf.shape, jnp.uint32)

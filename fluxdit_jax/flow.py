@@ -11,6 +11,7 @@ micro-batches or over devices, and no random state needs saving.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +78,7 @@ def draw_time(config: FlowConfig, seed: int, index_B: jax.Array, effective_batch
     return time_at_quantile(config, u)
 
 
+@functools.partial(jax.jit, static_argnums=0)  # traced once for all that draw times: the quantile function is long
 def time_at_quantile(config: FlowConfig, u: jax.Array) -> jax.Array:
     """The inverse distribution function of the time density, shift included: u in (0, 1) to t in (0, 1), f32.
 

@@ -23,7 +23,8 @@ class Program:
 
     Attributes:
       abstract: the state as `jax.ShapeDtypeStruct` with shardings.
-      metric_shapes: of the metrics that the step packs into one vector; see `metrics.unpack`.
+      metric_shapes: of the metrics that the compiled step packs into one vector; see `metrics.unpack`. `compile`
+        fills it: tracing the step takes seconds, so it is traced once.
     """
 
     def __init__(self, settings: Settings, mesh: jax.sharding.Mesh, statistics: tuple[np.ndarray, np.ndarray]):
@@ -50,7 +51,7 @@ class Program:
             lambda key: self._state_of(model.initialize(settings.model, key)), out_shardings=self._placed
         )
         self._from_params = jax.jit(self._state_of, out_shardings=self._placed)
-        self.metric_shapes = jax.eval_shape(self._step, self.abstract, self.batch_shapes())[1]
+        self.metric_shapes: dict[str, Any] = {}
 
     def _state_of(self, params: Any) -> TrainState:
         return create_state(params, self._optimizer, self._settings.short_ema_decay is not None)
@@ -75,6 +76,7 @@ class Program:
 
         def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, jax.Array]:
             state, metrics = self._step(state, batch)
+            self.metric_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), metrics)
             return state, pack(metrics)
 
         places = (self._placed, sharding.replicated(self._mesh))
