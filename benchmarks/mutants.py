@@ -1,0 +1,196 @@
+"""Mutation testing: small faults are planted in a module one at a time, and its tests must notice (cosmic-ray).
+
+    bash scripts/mutants.sh                                   # every module of MODULES: hours; goes on where it stopped
+    bash scripts/mutants.sh preprocess/buckets.py fluxdit_jax/flow.py
+    bash scripts/mutants.sh --report                          # survivors, and the table in results/mutants.json
+
+Faults are planted in a clone of what is committed, below .mutants/; nothing else is changed. A survivor is judged once:
+one that cannot change behaviour is written with its reason into tests/equivalent_mutants.toml, any other wants a test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from benchmarks import environment
+
+WORK = environment.ROOT / ".mutants"
+EQUIVALENT = environment.ROOT / "tests" / "equivalent_mutants.toml"
+# Each module with the tests that are to notice. Slow ones are left out.
+MODULES = {
+    "fluxdit_jax/flow.py": ["test_flow", "test_train_step"],
+    "fluxdit_jax/train_step.py": ["test_train_step"],
+    "fluxdit_jax/optimizer.py": ["test_optimizer"],
+    "fluxdit_jax/model.py": ["test_model"],
+    "fluxdit_jax/attention.py": ["test_attention", "test_model"],
+    "fluxdit_jax/sampler.py": ["test_sampler"],
+    "fluxdit_jax/generation.py": ["test_truths"],
+    "fluxdit_jax/sample.py": ["test_sample", "test_truths"],
+    "fluxdit_jax/checkpoint.py": ["test_checkpoint", "test_truths"],
+    "fluxdit_jax/data.py": ["test_data"],
+    "fluxdit_jax/records.py": ["test_records", "test_records_refusals"],
+    "fluxdit_jax/gate/rules.py": ["test_gate_rules"],
+    "fluxdit_jax/gate/memorisation.py": ["test_gate_models"],
+    "fluxdit_jax/gate/swap.py": ["test_gate_models"],
+    "fluxdit_jax/gate/edit.py": ["test_gate_models"],
+    "fluxdit_jax/gate/requirement.py": ["test_gate_requirement"],
+    "fluxdit_jax/gate/pairing.py": ["test_gate_pairing"],
+    "preprocess/buckets.py": ["test_buckets"],
+    "preprocess/statistics.py": ["test_statistics"],
+    "preprocess/plan.py": ["test_plan"],
+    "preprocess/captions.py": ["test_captions"],
+    "preprocess/scan.py": ["test_scan"],
+}
+_BINARY = "Add_Sub|Sub_Add|Mul_Div|Div_Mul|FloorDiv_Mul|Mod_FloorDiv|Pow_Mul|BitAnd_BitOr|BitOr_BitAnd"
+_COMPARISON = "Eq_NotEq|NotEq_Eq|Lt_LtE|LtE_Lt|Gt_GtE|GtE_Gt|Lt_GtE|GtE_Lt|Gt_LtE|LtE_Gt|Is_IsNot|IsNot_Is"
+EXCLUDED = [  # one or two replacements of each operator
+    rf"core/ReplaceBinaryOperator_(?!({_BINARY})$)",
+    rf"core/ReplaceComparisonOperator_(?!({_COMPARISON})$)",
+    r"core/ReplaceUnaryOperator_(?!(USub_UAdd|Delete_Not)$)",
+    r"core/(RemoveDecorator|Variable.*)",
+]
+
+
+def run(module: str, minutes: float) -> None:
+    """Plants the faults of a module that were not planted yet, for so many minutes."""
+    folder = WORK / module.removesuffix(".py").replace("/", ".")
+    commit = _git("rev-parse", "HEAD")
+    if (folder / "commit").is_file() and _git("diff", "--name-only", (folder / "commit").read_text(), "--", module):
+        shutil.rmtree(folder)  # the module has changed since
+    tests = " ".join(f"tests/{name}.py" for name in MODULES.get(module, [f"test_{Path(module).stem}"]))
+    command = f"{sys.executable} -m pytest -x -q --no-header -m 'not slow' {tests}"
+    if not (folder / "commit").is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        subprocess.run(["git", "clone", "--quiet", str(environment.ROOT), str(folder / "clone")], check=True)
+        for _ in range(2):  # the second with compiled programs in its cache
+            start = time.perf_counter()
+            subprocess.run(command, shell=True, cwd=folder / "clone", check=True, stdout=subprocess.DEVNULL)
+        limit = 20 + 4 * (time.perf_counter() - start)
+        (folder / "config.toml").write_text(
+            f"[cosmic-ray]\nmodule-path = {json.dumps(module)}\ntimeout = {limit:.0f}.0\nexcluded-modules = []\n"
+            f"test-command = {json.dumps(command)}\n[cosmic-ray.distributor]\nname = 'local'\n"
+            f"[cosmic-ray.filters.operators-filter]\nexclude-operators = {json.dumps(EXCLUDED)}\n"
+        )
+        _cosmic(folder, "cosmic-ray", "init", "config.toml", "session.sqlite")
+        _cosmic(folder, "cr-filter-operators", "session.sqlite", "config.toml")
+        _skip_annotations(folder, module)
+        (folder / "commit").write_text(commit)
+    print(
+        f"{module}: {len(read(folder)) - len(judged(folder, module)['left'])} of {len(read(folder))} done", flush=True
+    )
+    _cosmic(folder, "cosmic-ray", "exec", "config.toml", "session.sqlite", timeout=minutes * 60)
+
+
+def _cosmic(folder: Path, program: str, *arguments: str, timeout: float | None = None) -> None:
+    """Runs a program of cosmic-ray in the clone; what is not done in time is left for the next run."""
+    command = [str(Path(sys.executable).parent / program)]
+    command += [str(folder / word) if word.endswith((".toml", ".sqlite")) else word for word in arguments]
+    try:
+        subprocess.run(command, cwd=folder / "clone", check=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        subprocess.run(["git", "checkout", "--quiet", "."], cwd=folder / "clone", check=True)
+
+
+def _skip_annotations(folder: Path, module: str) -> None:
+    """Marks faults in annotations as skipped: they are not evaluated (`from __future__ import annotations`)."""
+    from cosmic_ray.work_db import use_db
+    from cosmic_ray.work_item import WorkerOutcome, WorkResult
+
+    spans = []
+    for node in ast.walk(ast.parse((folder / "clone" / module).read_text())):
+        for name in ("annotation", "returns"):
+            if part := getattr(node, name, None):
+                spans.append(((part.lineno, part.col_offset), (part.end_lineno, part.end_col_offset)))
+    with use_db(folder / "session.sqlite") as session:
+        for item in session.pending_work_items:
+            where = tuple(item.mutations[0].start_pos)
+            if any(start <= where < end for start, end in spans):
+                session.set_result(item.job_id, WorkResult(worker_outcome=WorkerOutcome.SKIPPED, output="annotation"))
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The faults of a session: operator, line, outcome ("killed", "survived", None), the line before and after."""
+    command = [str(Path(sys.executable).parent / "cosmic-ray"), "dump", str(folder / "session.sqlite")]
+    rows = []
+    for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
+        item, result = json.loads(line) if line.startswith("[") else (None, None)
+        if item is None or (result and result["worker_outcome"] == "skipped"):
+            continue
+        changed = re.findall(r"^([-+])(?![-+]{2})(.*)$", (result or {}).get("diff") or "", re.MULTILINE)
+        rows.append({
+            "operator": item["mutations"][0]["operator_name"].removeprefix("core/"),
+            "line": item["mutations"][0]["start_pos"][0],
+            "outcome": result and result["test_outcome"],
+            "was": " ".join(text.strip() for sign, text in changed if sign == "-"),
+            "is": " ".join(text.strip() for sign, text in changed if sign == "+"),
+        })  # fmt: skip
+    return rows
+
+
+def judged(folder: Path, module: str) -> dict[str, list[dict[str, Any]]]:
+    """Faults by what became of them: "killed", "survived", "equivalent" and "left"."""
+    known = tomllib.loads(EQUIVALENT.read_text()).get("mutant", []) if EQUIVALENT.is_file() else []
+    same = {(one["was"], one["is"]) for one in known if one["module"] == module}
+    found: dict[str, list[dict[str, Any]]] = {"killed": [], "survived": [], "equivalent": [], "left": []}
+    for row in read(folder):
+        if row["outcome"] is None:
+            found["left"].append(row)
+        elif row["outcome"] == "survived":
+            found["equivalent" if (row["was"], row["is"]) in same else "survived"].append(row)
+        else:  # killed, or a program that no longer ends or loads
+            found["killed"].append(row)
+    return found
+
+
+def report() -> None:
+    """Prints survivors and the table, and writes results/mutants.json."""
+    rows, shown = [], []
+    for folder in sorted(WORK.iterdir()) if WORK.is_dir() else []:
+        module = folder.name.replace(".", "/") + ".py"
+        if not (folder / "commit").is_file():
+            continue
+        found = judged(folder, module)
+        counts = {name: len(each) for name, each in found.items()}
+        of = counts["killed"] + counts["survived"]
+        rows.append({"module": module, "commit": (folder / "commit").read_text()[:7], **counts,
+                     "killed_percent": round(100 * counts["killed"] / of, 1) if of else None,
+                     "survivors": found["survived"]})  # fmt: skip
+        shown.append([module, *counts.values(), rows[-1]["killed_percent"]])
+        for one in found["survived"]:
+            print(f"{module}:{one['line']}: {one['operator']}\n  - {one['was']}\n  + {one['is']}")
+    print(environment.table(["module", "killed", "survived", "equivalent", "left", "% killed"], shown))
+    print(environment.write("mutants", rows))
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=environment.ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("modules", nargs="*", help=f"default: {', '.join(MODULES)}")
+    parser.add_argument("--minutes", type=float, default=600.0, help="for each module (default: 600)")
+    parser.add_argument("--report", action="store_true", help="only report")
+    arguments = parser.parse_args()
+    if not arguments.report:
+        for module in arguments.modules or MODULES:
+            if not (environment.ROOT / module).is_file():
+                parser.error(f"{module}: no such file; give a path from the root, as preprocess/buckets.py")
+            run(module, arguments.minutes)
+    report()
+
+
+if __name__ == "__main__":
+    main()
