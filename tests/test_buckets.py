@@ -61,7 +61,7 @@ def test_default_modulus(resolution: int, modulus: int) -> None:
         (1024, 24, 4, "--modulus must be a multiple of 16, got 24"),
         (1024, 0, 4, "--modulus must be a multiple of 16, got 0"),
         (32, 64, 4, "--resolution must be from --modulus"),
-        (1_000_000, 64, 4, "to 16384"),
+        (16385, 16, 1, "to 16384"),
         (1024, 64, 0.5, "--max-aspect must be from 1 to 100"),
         (100, 64, 4, "no bucket of modulus 64 fills 94% of 100x100"),
     ],
@@ -106,3 +106,14 @@ def test_geometry(size: tuple[int, int], fit: str) -> None:
 
 def test_enlargement() -> None:
     assert enlargement((512, 512), (1024, 1024)) == 2 and enlargement((2048, 2048), (1024, 1024)) == 0.5
+    assert enlargement((256, 1024), (512, 512)) == 1 == enlargement((512, 512), (256, 1024))
+
+
+def test_of_equally_near_buckets_the_largest_is_taken() -> None:
+    assert nearest(((448, 448), (512, 512)), 100, 100) == (512, 512) == nearest(((512, 512), (448, 448)), 100, 100)
+    # between the two in log aspect
+    assert nearest(((200, 800), (512, 512)), 100, 200) == (512, 512) == nearest(((800, 200), (512, 512)), 200, 100)
+
+
+def test_a_line_of_pixels_is_padded_and_not_lost() -> None:
+    assert geometry((1, 5000), (64, 64), "pad").size == (1, 64) and geometry((5000, 1), (64, 64), "pad").size == (64, 1)
