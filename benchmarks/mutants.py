@@ -14,6 +14,7 @@ import argparse
 import ast
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -67,19 +68,19 @@ def run(module: str, minutes: float) -> None:
     commit = _git("rev-parse", "HEAD")
     if (folder / "commit").is_file() and _git("diff", "--name-only", (folder / "commit").read_text(), "--", module):
         shutil.rmtree(folder)  # the module has changed since
-    tests = " ".join(f"tests/{name}.py" for name in MODULES.get(module, [f"test_{Path(module).stem}"]))
-    command = f"{sys.executable} -m pytest -x -q --no-header -m 'not slow' {tests}"
+    tests = [f"tests/{name}.py" for name in MODULES.get(module, [f"test_{Path(module).stem}"])]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-m", "not slow", *tests]
     if not (folder / "commit").is_file():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         subprocess.run(["git", "clone", "--quiet", str(environment.ROOT), str(folder / "clone")], check=True)
         for _ in range(2):  # the second with compiled programs in its cache
             start = time.perf_counter()
-            subprocess.run(command, shell=True, cwd=folder / "clone", check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(command, cwd=folder / "clone", check=True, stdout=subprocess.DEVNULL)
         limit = 20 + 4 * (time.perf_counter() - start)
         (folder / "config.toml").write_text(
             f"[cosmic-ray]\nmodule-path = {json.dumps(module)}\ntimeout = {limit:.0f}.0\nexcluded-modules = []\n"
-            f"test-command = {json.dumps(command)}\n[cosmic-ray.distributor]\nname = 'local'\n"
+            f"test-command = {json.dumps(shlex.join(command))}\n[cosmic-ray.distributor]\nname = 'local'\n"
             f"[cosmic-ray.filters.operators-filter]\nexclude-operators = {json.dumps(EXCLUDED)}\n"
         )
         _cosmic(folder, "cosmic-ray", "init", "config.toml", "session.sqlite")

@@ -6,7 +6,7 @@ For bug reports, and after installing. The exit status is 0, or 1 with what to d
 from __future__ import annotations
 
 import argparse
-import importlib
+import csv
 import os
 import platform
 import shutil
@@ -131,7 +131,8 @@ def stacks(installed: Iterable[metadata.Distribution], card: cuda_stack.Card | N
 def _devices(card: cuda_stack.Card | None) -> list[str]:
     """Prints the devices of JAX and of PyTorch; returns why a card is not used."""
     try:
-        jax = importlib.import_module("jax")
+        import jax
+
         devices = jax.devices()
         print(f"JAX      {', '.join(f'{d.platform}:{d.id} {d.device_kind}{_device_memory(d)}' for d in devices)}")
         print(f"cache    of compiled programs: {_cache(jax)}")
@@ -167,11 +168,11 @@ def owned_twice(installed: Iterable[metadata.Distribution]) -> dict[str, list[st
     """
     owners: dict[str, dict[str, str | None]] = defaultdict(dict)
     for one in installed:
-        for file in one.files or []:
-            if "__pycache__" not in file.parts:
-                owners[os.path.normpath(str(one.locate_file(file)))][one.name or "?"] = (
-                    file.hash.value if file.hash else None
-                )
+        name = one.name or "?"
+        folder = str(one.locate_file(""))
+        rows = csv.reader((one.read_text("RECORD") or "").splitlines())  # `files` leaves out what is not on the disk
+        for file, digest, *_ in (row for row in rows if len(row) > 1 and "__pycache__" not in row[0]):
+            owners[os.path.normpath(os.path.join(folder, file))][name] = digest or None  # noqa: PTH118  fast
     return {
         path: sorted(hashes)
         for path, hashes in owners.items()

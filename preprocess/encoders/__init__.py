@@ -6,7 +6,6 @@ Everything heavy (torch, transformers, diffusers) is imported when a real encode
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -155,16 +154,17 @@ def load_all(*loaders: Callable[[], Any]) -> list[Any]:
 
 def require_libraries(option: str, spec: str) -> None:
     """Raises `PreprocessError` if a real encoder's libraries, the extra [encoders], cannot be imported."""
-    for library in ("torch", "transformers", "diffusers"):
-        try:
-            importlib.import_module(library)
-        except (ImportError, OSError) as error:  # OSError: torch's own shared libraries
-            raise PreprocessError(
-                f"{option} {spec}: a real encoder needs the extra [encoders] (torch, transformers, diffusers), and "
-                f"{library} cannot be imported ({error}). Install it: bash scripts/install.sh --encoders, or pip "
-                "install 'fluxdit_jax[encoders]'. To try the system without it use the built-in encoders: --vae "
-                "builtin:dct --text-encoder builtin:hash --vision-encoder builtin:tone"
-            ) from error
+    try:
+        import diffusers  # noqa: F401
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except (ImportError, OSError) as error:  # OSError: torch's own shared libraries
+        raise PreprocessError(
+            f"{option} {spec}: a real encoder needs the extra [encoders] (torch, transformers, diffusers), which is "
+            f"not there or does not work ({error}). Install it: bash scripts/install.sh --encoders, or pip install "
+            "'fluxdit_jax[encoders]'. To try the system without it use the built-in encoders: --vae builtin:dct "
+            "--text-encoder builtin:hash --vision-encoder builtin:tone"
+        ) from error
 
 
 def _builtin(spec: str, known: dict[str, type]) -> type:
