@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -12,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from fluxdit_jax import cuda_stack
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -27,7 +28,7 @@ def describe() -> dict[str, Any]:
         "commit": _output(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]),
         "changed": sorted(_output(["git", "-C", str(ROOT), "diff", "--name-only", "HEAD"]).splitlines()),
         "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": {name: version for name in PACKAGES if (version := cuda_stack.version(name))},
         "system": platform.platform(),
         "cpu": _cpu(),
         "cores": os.cpu_count(),
@@ -54,13 +55,6 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
     """A Markdown table; numbers as they are given, so format them first."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _output(command: list[str]) -> str:

@@ -87,9 +87,8 @@ def run(module: str, minutes: float) -> None:
         _cosmic(folder, "cr-filter-operators", "session.sqlite", "config.toml")
         _skip_annotations(folder, module)
         (folder / "commit").write_text(commit)
-    print(
-        f"{module}: {len(read(folder)) - len(judged(folder, module)['left'])} of {len(read(folder))} done", flush=True
-    )
+    counts = {name: len(found) for name, found in judged(folder, module).items()}
+    print(f"{module}: {sum(counts.values()) - counts['left']} of {sum(counts.values())} done", flush=True)
     _cosmic(folder, "cosmic-ray", "exec", "config.toml", "session.sqlite", timeout=minutes * 60)
 
 
@@ -125,8 +124,8 @@ def read(folder: Path) -> list[dict[str, Any]]:
     command = [str(Path(sys.executable).parent / "cosmic-ray"), "dump", str(folder / "session.sqlite")]
     rows = []
     for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
-        item, result = json.loads(line) if line.startswith("[") else (None, None)
-        if item is None or (result and result["worker_outcome"] == "skipped"):
+        item, result = json.loads(line)
+        if result and result["worker_outcome"] == "skipped":
             continue
         changed = re.findall(r"^([-+])(?![-+]{2})(.*)$", (result or {}).get("diff") or "", re.MULTILINE)
         rows.append({

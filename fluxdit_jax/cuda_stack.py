@@ -27,7 +27,7 @@ class StackError(Exception):
 
 
 class Card(NamedTuple):
-    """What nvidia-smi says: the driver's version, and the compute capability of the oldest card, if it is told."""
+    """The NVIDIA driver's version, and the lowest compute capability of the cards; None where nvidia-smi omits it."""
 
     driver: str
     capability: tuple[int, int] | None
@@ -35,6 +35,13 @@ class Card(NamedTuple):
     @property
     def major(self) -> int:
         return int(self.driver.partition(".")[0])
+
+    @property
+    def limit(self) -> str:
+        """Why CUDA 13's libraries do not run here; "" if they do."""
+        if self.capability is not None and self.capability < CUDA13_CAPABILITY:
+            return f"the card's compute capability {self.capability[0]}.{self.capability[1]}"
+        return f"the NVIDIA driver {self.driver}" if self.major < CUDA13_DRIVER else ""
 
 
 class Torch(NamedTuple):
@@ -68,32 +75,29 @@ def _nvidia_smi(fields: str) -> str:
         return ""
 
 
+def version(package: str) -> str | None:
+    """Of a package of this environment; None if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def find_torch() -> Torch | None:
     """The PyTorch that is installed here, without importing it; None for none."""
     try:
         installed = metadata.distribution("torch")
     except metadata.PackageNotFoundError:
         return None
-    version, cuda = installed.version, None
-    local = re.search(r"\+cu(\d\d)", version)
-    if local:
-        cuda = int(local[1])
-    elif "+" not in version:  # PyPI's: its requirements tell
-        needs = " ".join(installed.requires or [])
-        found = re.search(r"nvidia-\w+-cu(\d\d)", needs)
-        cuda = int(found[1]) if found else None
-    return Torch(version, cuda)
+    found = re.search(r"\+cu(\d\d)", installed.version)
+    if "+" not in installed.version:  # PyPI's build: its requirements tell
+        found = re.search(r"nvidia-\w+-cu(\d\d)", " ".join(installed.requires or []))
+    return Torch(installed.version, int(found[1]) if found else None)
 
 
 def installed_jax_cuda() -> int | None:
     """The CUDA major version of the JAX plugin that is installed here; None for none."""
-    for name in ("jax-cuda13-plugin", "jax-cuda12-plugin"):
-        try:
-            metadata.distribution(name)
-        except metadata.PackageNotFoundError:
-            continue
-        return int(name[8:10])
-    return None
+    return next((major for major in (13, 12) if version(f"jax-cuda{major}-plugin")), None)
 
 
 def choose(card: Card | None, torch: Torch | None, encoders: bool) -> str:
@@ -116,18 +120,15 @@ def choose(card: Card | None, torch: Torch | None, encoders: bool) -> str:
         )
     torch = torch if torch is not None and torch.satisfies else None
     brings = torch.cuda if torch else 13 if encoders else None
-    limit = f"the NVIDIA driver {card.driver}" if card.major < CUDA13_DRIVER else ""
-    if card.capability is not None and card.capability < CUDA13_CAPABILITY:
-        limit = f"the card's compute capability {card.capability[0]}.{card.capability[1]}"
-    if not limit:
+    if not card.limit:
         return "cuda12" if brings == 12 else "cuda13"
     if brings == 13:
         there = f"torch {torch.version}, which is installed, needs" if torch else "PyPI's torch needs"
         raise StackError(
-            f"{limit} allows CUDA 12 only; {there} CUDA 13 (driver {CUDA13_DRIVER} or later, capability 7.5). Update "
-            "the driver; or first put torch's build for CUDA 12 there (bash scripts/install.sh; .venv/bin/pip install "
-            "torch --index-url https://download.pytorch.org/whl/cu126) and give this command again; or install --train "
-            "here and encode on another machine"
+            f"{card.limit} allows CUDA 12 only; {there} CUDA 13 (driver {CUDA13_DRIVER} or later, capability 7.5). "
+            "Update the driver; or first put torch's build for CUDA 12 there (bash scripts/install.sh; .venv/bin/pip "
+            "install torch --index-url https://download.pytorch.org/whl/cu126) and give this command again; or install "
+            "--train here and encode on another machine"
         )
     return "cuda12"
 

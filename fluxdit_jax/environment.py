@@ -41,9 +41,10 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"\nNVIDIA   {f'driver {card.driver}' if card else 'nvidia-smi finds no card'}")
     if os.environ.get("LD_LIBRARY_PATH"):
         print(f"         LD_LIBRARY_PATH={os.environ['LD_LIBRARY_PATH']}: libraries there come before the packages'")
-    problems += stacks(metadata.distributions(), card)
+    installed = list(metadata.distributions())
+    problems += stacks(installed, card)
     problems += _devices(card)
-    owned = owned_twice(metadata.distributions())
+    owned = owned_twice(installed)
     print(f"files    owned by two packages: {len(owned) or 'none'}")
     problems += _told(owned)
     for problem in problems:
@@ -75,13 +76,14 @@ def _packages() -> list[str]:
         base = [(name, "") for name in ("jax", "flax", "optax", "numpy")]
         encoders = [(name, "") for name in ("torch", "transformers", "diffusers", "sentencepiece")]
     problems = []
-    with_encoders = any(_version(name) for name, _ in encoders if name != "sentencepiece")
-    for name, wanted in [*base, ("jaxlib", ""), *encoders]:
-        found = _version(name)
-        optional = (name, wanted) in encoders and not with_encoders
+    with_encoders = any(cuda_stack.version(name) for name, _ in encoders if name != "sentencepiece")
+    asked = [(name, wanted, "") for name, wanted in [*base, ("jaxlib", "")]]
+    asked += [(name, wanted, " --encoders") for name, wanted in encoders]
+    for name, wanted, flag in asked:
+        found = cuda_stack.version(name)
+        optional = bool(flag) and not with_encoders
         print(f"  {name:20} {found or ('not installed ([encoders])' if optional else 'MISSING'):16} {wanted}".rstrip())
         if found is None and not optional:
-            flag = " --encoders" if (name, wanted) in encoders else ""
             problems.append(f"{name} is not installed; {wanted or 'any version'} is needed: {INSTALL}{flag}")
         elif found is not None and wanted and not _within(found, wanted):
             problems.append(f"{name} is {found}; {wanted} is needed: {INSTALL}")
@@ -120,10 +122,10 @@ def stacks(installed: Iterable[metadata.Distribution], card: cuda_stack.Card | N
             "two CUDA stacks are installed, 12 and 13; they overwrite each other's files. Install again into an empty "
             f"environment: rm -r .venv; {INSTALL} (with --encoders for PyTorch)"
         )
-    if card and 13 in found and card.major < cuda_stack.CUDA13_DRIVER:
+    if card and 13 in found and card.limit:
         problems.append(
-            f"CUDA 13's libraries are installed, and the driver {card.driver} is older than "
-            f"{cuda_stack.CUDA13_DRIVER}: update the driver, or rm -r .venv; {INSTALL}"
+            f"CUDA 13's libraries are installed, and {card.limit} does not run them (driver {cuda_stack.CUDA13_DRIVER} "
+            f"or later, capability 7.5): update the driver, or rm -r .venv; {INSTALL}"
         )
     return problems
 
@@ -189,13 +191,6 @@ def _told(owned: dict[str, list[str]]) -> list[str]:
         f"installed last decides. Keep one of them, or install again into an empty environment: rm -r .venv; {INSTALL}"
         for names, paths in pairs.items()
     ]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _memory() -> str:

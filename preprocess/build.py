@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Set
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -34,6 +35,9 @@ from preprocess.scan import scan
 from preprocess.summary import MANY_REJECTS, tell_encoders, tell_plan, tell_result, too_many_rejects
 from preprocess.units import WORK, Rows, disk_errors
 from preprocess.vectors import Vectors
+
+if TYPE_CHECKING:
+    import torch
 
 _LOG_SECONDS = 30
 
@@ -132,6 +136,14 @@ def _real(options: Options) -> list[tuple[str, str]]:
     return [(option, spec) for option, spec in specs if not spec.startswith("builtin:")]
 
 
+def _torch_device(options: Options) -> torch.device:
+    """The device of the encoders that need PyTorch; raises `PreprocessError` if it is not installed."""
+    require_libraries(*_real(options)[0])
+    from preprocess.encoders.device import choose_device
+
+    return choose_device(options.device)
+
+
 def _are_here(options: Options) -> bool:
     return all(Path(spec).is_dir() for _, spec in _real(options))
 
@@ -143,11 +155,10 @@ def _identities(encoders: Encoders) -> Identities:
 def _likely_identities(options: Options, vectors: Vectors | None, earlier: list[repeat.Earlier | None]) -> Identities:
     """Of encoders that would have to be downloaded: those that were used under the same names, if they were."""
     check_arguments(options.dtype, options.latent)
-    for option, spec in _real(options):
-        require_libraries(option, spec)
-    from preprocess.encoders.device import choose_device, choose_dtype, dtype_name
+    device = _torch_device(options)
+    from preprocess.encoders.device import choose_dtype, dtype_name
 
-    dtype = dtype_name(choose_dtype(options.dtype, choose_device(options.device)))
+    dtype = dtype_name(choose_dtype(options.dtype, device))
     found = {}
     for part, option in (("vae", "vae"), ("text", "text_encoder"), ("vision", "vision_encoder")):
         spec = getattr(options, option)
@@ -282,7 +293,7 @@ def _build(
 
 def _load(options: Options, vectors: Vectors | None) -> Encoders:
     # What an encoder on a CPU allocates for each picture would else be faulted in anew: 1.4 to 1.8 times the images/s.
-    keep_freed_memory(large_too=_on_cpu(options))
+    keep_freed_memory(large_too=not _real(options) or _torch_device(options).type == "cpu")
     vae, text, vision = load_all(
         lambda: load_vae(options.vae, options.device, options.dtype, options.latent, options.seed),
         lambda: load_text_encoder(options.text_encoder, options.device, options.dtype, options.max_tokens),
@@ -296,15 +307,6 @@ def _load(options: Options, vectors: Vectors | None) -> Encoders:
             f"--modulus {options.modulus} is not a multiple of the VAE's factor {encoders.vae.factor}"
         )
     return encoders
-
-
-def _on_cpu(options: Options) -> bool:
-    for option, spec in _real(options):
-        require_libraries(option, spec)
-        from preprocess.encoders.device import choose_device
-
-        return choose_device(options.device).type == "cpu"
-    return True  # the built-in ones know no device
 
 
 class _Progress:

@@ -48,10 +48,8 @@ else
   for candidate in python3.12 python3.13 python3.11 python3.14 python3; do
     if fits "$candidate" && makes_venvs "$candidate"; then python="$candidate"; break; fi
   done
-  if [ -z "$python" ] && command -v uv >/dev/null && uv python find '>=3.11,<3.15' >/dev/null 2>&1; then
-    python="$(uv python find '>=3.11,<3.15')"
-  elif [ -z "$python" ] && command -v uv >/dev/null; then
-    uv python install 3.12 && python="$(uv python find 3.12)"
+  if [ -z "$python" ] && command -v uv >/dev/null; then
+    python="$(uv python find '>=3.11,<3.15' 2>/dev/null || { uv python install 3.12 >&2 && uv python find 3.12; })" || true
   fi
   if [ -z "$python" ]; then
     cat >&2 <<'END'
@@ -86,7 +84,7 @@ all="$extras${cuda:+${extras:+,}$cuda}"
 echo "installing into $venv: $("$python" -V), fluxdit_jax${all:+[$all]}${kept:+, torch $kept is kept}" >&2
 if [ -z "$cuda$kept" ] && [ -n "$extras" ] && [ "$(uname -sm)" = "Linux x86_64" ]; then
   echo "note: PyPI's torch brings 3 GB of CUDA, and there is no NVIDIA card here; for the CPU or ROCm build put it into" \
-    "$venv first (docs/encoders_and_hardware.md), then give the same command again" >&2
+    "$venv first (docs/installing.md), then give the same command again" >&2
 fi
 if [ -n "$dry" ]; then exit 0; fi
 

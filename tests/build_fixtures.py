@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from fluxdit_jax import records
@@ -18,6 +20,21 @@ from preprocess.verify import verify
 SIZES = [(160, 160), (140, 180), (180, 140), (300, 310), (128, 150)]
 ENCODERS = {"vae": "builtin:dct", "text_encoder": "builtin:hash", "vision_encoder": "builtin:tone"}
 FLAGS = ["--vae", "builtin:dct", "--text-encoder", "builtin:hash", "--vision-encoder", "builtin:tone"]
+
+
+@contextlib.contextmanager
+def killed_before(file: Path) -> Iterator[None]:
+    """What runs inside is stopped at the moment when it would put `file` in its place, and must come to it."""
+    replace = Path.replace
+
+    def kill(self: Path, target: Path) -> Path:
+        if Path(target) == file:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", kill)
+        yield
 
 
 def write_image(path: Path, seed: int, caption: str | None, draw: Callable) -> None:

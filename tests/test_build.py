@@ -15,7 +15,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from build_fixtures import FLAGS, assert_as_fresh, contents, index, options, read, write_image, write_photos
+from build_fixtures import (
+    FLAGS,
+    assert_as_fresh,
+    contents,
+    index,
+    killed_before,
+    options,
+    read,
+    write_image,
+    write_photos,
+)
 from PIL import Image
 
 import preprocess.build
@@ -365,22 +375,12 @@ def test_what_is_cut_copied_or_enlarged_is_counted_and_told(
 
 
 @pytest.mark.parametrize("name", [records.INDEX, records.REJECTS, "build.json", records.MANIFEST])
-def test_killed_while_it_publishes_there_is_no_manifest(
-    photos: Path, tmp_path: Path, draw_photo, monkeypatch, name: str
-) -> None:
+def test_killed_while_it_publishes_there_is_no_manifest(photos: Path, tmp_path: Path, draw_photo, name: str) -> None:
     """Nobody takes for a data set what is half of one; the next build completes it."""
     data = tmp_path / "data"
     build(options(photos, data, limit=6, holdout=0.0))
     write_image(photos / "a.png", 99, "one more dog", draw_photo)
-    replace = Path.replace
-
-    def kill(self: Path, target: Path) -> Path:
-        if Path(target) == data / name:
-            raise KeyboardInterrupt
-        return replace(self, target)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Path, "replace", kill)
+    with killed_before(data / name):
         build(options(photos, data, limit=6, holdout=0.0), replace=True)
     assert not (data / records.MANIFEST).exists()
     build(options(photos, data, limit=6, holdout=0.0))

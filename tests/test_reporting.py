@@ -1,4 +1,4 @@
-"""What the numbers of micro-batches become: scalars, and what the monitor is told."""
+"""What the numbers of micro-batches become: scalars, and what the monitor receives."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fluxdit_jax.soundness import Watchdog
 
 
 class Listening(Monitor):
-    """A monitor that keeps what it is told."""
+    """A monitor that keeps what it receives."""
 
     def __init__(self) -> None:
         super().__init__(1e-3, 0)

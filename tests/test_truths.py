@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from build_fixtures import index, options, read
+from build_fixtures import index, killed_before, options, read
 from drawing_helpers import config, pixels
 from ml_collections import ConfigDict
 from PIL import Image
@@ -336,18 +336,11 @@ def test_the_short_average_is_drawn_and_exported_if_asked_for(scene: Scene) -> N
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "README.md", "config.json"])
-def test_an_export_that_is_killed_is_none(scene: Scene, monkeypatch, name: str) -> None:
+def test_an_export_that_is_killed_is_none(scene: Scene, name: str) -> None:
     """New weights are never beside the description of others."""
-    out, replace = scene.root / f"killed {name}", Path.replace
+    out = scene.root / f"killed {name}"
     export(scene.run, out, step=4)
-
-    def kill(self: Path, target: Path) -> Path:
-        if Path(target) == out / name:
-            raise KeyboardInterrupt
-        return replace(self, target)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Path, "replace", kill)
+    with killed_before(out / name):
         export(scene.run, out, step=STEPS)
     with pytest.raises(ExportError, match="config.json does not exist"):
         read_description(out)

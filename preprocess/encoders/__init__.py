@@ -154,6 +154,8 @@ def load_all(*loaders: Callable[[], Any]) -> list[Any]:
 
 def require_libraries(option: str, spec: str) -> None:
     """Raises `PreprocessError` if a real encoder's libraries, the extra [encoders], cannot be imported."""
+    from preprocess.encoders.downloads import BUILTIN
+
     try:
         import diffusers  # noqa: F401
         import torch  # noqa: F401
@@ -162,8 +164,7 @@ def require_libraries(option: str, spec: str) -> None:
         raise PreprocessError(
             f"{option} {spec}: a real encoder needs the extra [encoders] (torch, transformers, diffusers), which is "
             f"not there or does not work ({error}). Install it: bash scripts/install.sh --encoders, or pip install "
-            "'fluxdit_jax[encoders]'. To try the system without it use the built-in encoders: --vae builtin:dct "
-            "--text-encoder builtin:hash --vision-encoder builtin:tone"
+            f"'fluxdit_jax[encoders]'. To try the system without it use the built-in encoders: {BUILTIN}."
         ) from error
 
 

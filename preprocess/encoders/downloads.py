@@ -8,7 +8,7 @@ from pathlib import Path
 
 from preprocess import PreprocessError
 
-_BUILTIN = "--vae builtin:dct --text-encoder builtin:hash --vision-encoder builtin:tone"
+BUILTIN = "--vae builtin:dct --text-encoder builtin:hash --vision-encoder builtin:tone"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Unreachable(PreprocessError):
             f"`{wanted.command(wanted.folder)}`, copy that directory here and give it as `{wanted.option} DIRECTORY`; "
             f"or copy the other machine's Hugging Face cache (~/.cache/huggingface/hub) to "
             f"{os.fspath(constants.HF_HUB_CACHE)}. To try the system without any download use the built-in encoders: "
-            f"{_BUILTIN}."
+            f"{BUILTIN}."
         )
         self.wanted = wanted
 
@@ -107,7 +107,7 @@ def together(errors: list[Unreachable]) -> PreprocessError:
     lines += [
         f"Copy the folder `encoders` here and add: {here}",
         f"Or copy that machine's cache (~/.cache/huggingface/hub) to {constants.HF_HUB_CACHE}",
-        f"To try the system without any download: {_BUILTIN}",
+        f"To try the system without any download: {BUILTIN}",
     ]
     return PreprocessError("\n".join(lines))
 
