@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import json
 import re
 import shlex
@@ -20,10 +21,11 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import environment
+from benchmarks import environment, mutant_tests
 
 WORK = environment.ROOT / ".mutants"
 EQUIVALENT = environment.ROOT / "tests" / "equivalent_mutants.toml"
@@ -68,28 +70,50 @@ def run(module: str, minutes: float) -> None:
     commit = _git("rev-parse", "HEAD")
     if (folder / "commit").is_file() and _git("diff", "--name-only", (folder / "commit").read_text(), "--", module):
         shutil.rmtree(folder)  # the module has changed since
-    tests = [f"tests/{name}.py" for name in MODULES.get(module, [f"test_{Path(module).stem}"])]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-m", "not slow", *tests]
-    if not (folder / "commit").is_file():
+    known = (folder / "commit").is_file()
+    if not known:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         subprocess.run(["git", "clone", "--quiet", str(environment.ROOT), str(folder / "clone")], check=True)
-        for _ in range(2):  # the second with compiled programs in its cache
-            start = time.perf_counter()
-            subprocess.run(command, cwd=folder / "clone", check=True, stdout=subprocess.DEVNULL)
-        limit = 20 + 4 * (time.perf_counter() - start)
-        (folder / "config.toml").write_text(
-            f"[cosmic-ray]\nmodule-path = {json.dumps(module)}\ntimeout = {limit:.0f}.0\nexcluded-modules = []\n"
-            f"test-command = {json.dumps(shlex.join(command))}\n[cosmic-ray.distributor]\nname = 'local'\n"
-            f"[cosmic-ray.filters.operators-filter]\nexclude-operators = {json.dumps(EXCLUDED)}\n"
-        )
-        _cosmic(folder, "cosmic-ray", "init", "config.toml", "session.sqlite")
-        _cosmic(folder, "cr-filter-operators", "session.sqlite", "config.toml")
-        _skip_annotations(folder, module)
-        (folder / "commit").write_text(commit)
-    counts = {name: len(found) for name, found in judged(folder, module).items()}
-    print(f"{module}: {sum(counts.values()) - counts['left']} of {sum(counts.values())} done", flush=True)
-    _cosmic(folder, "cosmic-ray", "exec", "config.toml", "session.sqlite", timeout=minutes * 60)
+    tests = [f"tests/{name}.py" for name in MODULES.get(module, [f"test_{Path(module).stem}"])]
+    with _server(folder, tests) as client:
+        if not known:
+            for _ in range(2):  # the second with compiled programs in its cache
+                start = time.perf_counter()
+                subprocess.run(client, check=True)
+            limit = 20 + 4 * (time.perf_counter() - start)
+            (folder / "config.toml").write_text(
+                f"[cosmic-ray]\nmodule-path = {json.dumps(module)}\ntimeout = {limit:.0f}.0\nexcluded-modules = []\n"
+                f"test-command = {json.dumps(shlex.join(client))}\n[cosmic-ray.distributor]\nname = 'local'\n"
+                f"[cosmic-ray.filters.operators-filter]\nexclude-operators = {json.dumps(EXCLUDED)}\n"
+            )
+            _cosmic(folder, "cosmic-ray", "init", "config.toml", "session.sqlite")
+            _cosmic(folder, "cr-filter-operators", "session.sqlite", "config.toml")
+            _skip_annotations(folder, module)
+            (folder / "commit").write_text(commit)
+        counts = {name: len(found) for name, found in judged(folder, module).items()}
+        print(f"{module}: {sum(counts.values()) - counts['left']} of {sum(counts.values())} done", flush=True)
+        _cosmic(folder, "cosmic-ray", "exec", "config.toml", "session.sqlite", timeout=minutes * 60)
+
+
+@contextlib.contextmanager
+def _server(folder: Path, tests: list[str]) -> Iterator[list[str]]:
+    """A process that runs the tests in the clone; yields the command that asks it to and exits with their status."""
+    address = folder / "tests.socket"
+    address.unlink(missing_ok=True)
+    command = [sys.executable, str(Path(mutant_tests.__file__)), str(address)]
+    with (folder / "tests.log").open("w") as log:
+        server = subprocess.Popen([*command, str(folder / "clone"), *tests], stdout=log, stderr=log)
+    try:
+        while not address.is_socket():
+            if server.poll() is not None:
+                raise SystemExit(f"{folder / 'tests.log'}: the process that runs the tests has ended: see there")
+            time.sleep(0.1)
+        time.sleep(0.5)  # bound, and then listening
+        yield [sys.executable, "-I", "-S", *command[1:]]
+    finally:
+        server.terminate()
+        server.wait()
 
 
 def _cosmic(folder: Path, program: str, *arguments: str, timeout: float | None = None) -> None:
