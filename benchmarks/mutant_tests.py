@@ -5,6 +5,7 @@ the command that cosmic-ray runs for each fault is this file with the address of
 status. Nothing of this project is imported before the fork, and no JAX backend is initialised.
 """
 
+import compileall
 import json
 import os
 import select
@@ -13,8 +14,8 @@ import socket
 import sys
 from pathlib import Path
 
-LIBRARIES = ["flax.nnx", "grain", "hypothesis", "jax", "numpy", "optax", "orbax.checkpoint", "PIL.Image", "pyarrow.parquet",
-             "pytest", "scipy.ndimage", "tensorboard.summary", "tqdm", "torch", "transformers"]  # fmt: skip
+LIBRARIES = ["flax.nnx", "grain", "hypothesis", "jax", "numpy", "optax", "orbax.checkpoint", "PIL.Image", "pytest",
+             "pyarrow.parquet", "scipy.ndimage", "tensorboard.summary", "torch", "transformers"]  # fmt: skip
 QUICK = 0.3  # seconds: tests below go first within their file
 
 
@@ -23,6 +24,7 @@ def serve(clone: Path, address: Path, tests: list[str]) -> None:
     for name in LIBRARIES:
         __import__(name)
     os.chdir(clone)
+    compileall.compile_dir(clone, quiet=1)  # once; the file with a fault is newer than its bytecode
     sys.dont_write_bytecode = True
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     sys.path[:] = [str(clone), *[path for path in sys.path if Path(path or ".").resolve() != Path(__file__).parents[1]]]
@@ -44,7 +46,8 @@ def _in_a_fork(connection: socket.socket, tests: list[str], durations: Path) -> 
         os.setsid()
         import pytest
 
-        os._exit(int(pytest.main(["-x", "-q", "--no-header", "-m", "not slow", *tests], plugins=[_Order(durations)])))
+        options = ["-x", "-q", "--no-header", "--assert=plain", "-m", "not slow"]
+        os._exit(int(pytest.main([*options, *tests], plugins=[_Order(durations)])))
     ended = os.pidfd_open(child)
     ready, _, _ = select.select([connection, ended], [], [])
     if ended not in ready:

@@ -127,7 +127,10 @@ def _cosmic(folder: Path, program: str, *arguments: str, timeout: float | None =
 
 
 def _skip_annotations(folder: Path, module: str) -> None:
-    """Marks faults in annotations as skipped: they are not evaluated (`from __future__ import annotations`)."""
+    """Marks faults in annotations as skipped: they are not evaluated (`from __future__ import annotations`).
+
+    Those in the arguments of `@dataclass` too: a correct program runs the same with `frozen=False`.
+    """
     from cosmic_ray.work_db import use_db
     from cosmic_ray.work_item import WorkerOutcome, WorkResult
 
@@ -135,6 +138,9 @@ def _skip_annotations(folder: Path, module: str) -> None:
     for node in ast.walk(ast.parse((folder / "clone" / module).read_text())):
         for name in ("annotation", "returns"):
             if part := getattr(node, name, None):
+                spans.append(((part.lineno, part.col_offset), (part.end_lineno, part.end_col_offset)))
+        if isinstance(node, ast.ClassDef):
+            for part in node.decorator_list:
                 spans.append(((part.lineno, part.col_offset), (part.end_lineno, part.end_col_offset)))
     with use_db(folder / "session.sqlite") as session:
         for item in session.pending_work_items:
