@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_models
+
+# Without a GPU, programs are compiled with little optimisation, in this process and in those it starts: most of the
+# time of the tests is XLA's compiler. Set before JAX is imported.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    if metadata.version("jaxlib").startswith("0.10."):  # an unknown flag ends the process
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
 
 # A test run under `nohup` or in the background of a script has these ignored, and our programs respect that.
 for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):

@@ -113,7 +113,6 @@ import sys
 import jax, numpy as np
 from jax.sharding import Mesh
 from pathlib import Path
-jax.config.update("jax_disable_most_optimizations", True)
 from training_helpers import *
 from fluxdit_jax.checkpoint import Checkpoints
 from fluxdit_jax.config import resolve
@@ -183,7 +182,7 @@ print("same on", *results)
 def on_four_devices(tmp_path, layouts):
     write_dataset(tmp_path / "data")
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}",
     }

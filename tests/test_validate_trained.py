@@ -9,22 +9,25 @@ import numpy as np
 import pytest
 from gate_fixtures import failed, gate, scene_config, write_dataset
 from gate_scenes import album
+from training_helpers import TrainCommand, write_config
 
 from fluxdit_jax.checkpoint import Checkpoints, restore_ema
 from fluxdit_jax.config import resolve
 from fluxdit_jax.gate.requirement import require_report
 from fluxdit_jax.run_directory import load_config, load_dataset
-from fluxdit_jax.train import train
 
+pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.slow  # a training of 500 steps: about a minute of CPU
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
+def trained(tmp_path_factory, xla_cache) -> Path:
     """A run that has learnt 20 scenes: 500 steps."""
     folder = tmp_path_factory.mktemp("gate")
     write_dataset(album(("fox", "teapot")), folder / "scenes")
-    assert train(scene_config(folder / "scenes", folder / "run")) == 0
+    config = write_config(folder / "config.py", scene_config(folder / "scenes", folder / "run"))
+    done = TrainCommand(xla_cache, optimised=True).run(config=config)
+    assert done.returncode == 0, done.stderr
     return folder / "run"
 
 

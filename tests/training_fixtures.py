@@ -23,10 +23,10 @@ def xla_cache(pytestconfig: pytest.Config) -> Path:
 
 @pytest.fixture(scope="module")
 def quick_compile(xla_cache: Path) -> Iterator[None]:
-    """Compiles the module's programs with little optimisation (half the time) and keeps them.
+    """Keeps the module's compiled programs.
 
-    On a GPU they are optimised as in a run, which is what is to be tested there, and f32 products are f32: TF32, the
-    default there, has a mantissa of 10 bits, and the tests compare closer than that.
+    On a GPU f32 products are f32: TF32, the default there, has a mantissa of 10 bits, and the tests compare closer than
+    that.
     """
     wanted = {
         "jax_compilation_cache_dir": str(xla_cache),
@@ -34,8 +34,6 @@ def quick_compile(xla_cache: Path) -> Iterator[None]:
     }
     if jax.default_backend() == "gpu":
         wanted["jax_default_matmul_precision"] = "highest"
-    else:
-        wanted["jax_disable_most_optimizations"] = True
     before = {name: jax.config.values[name] for name in wanted}
     for name, value in wanted.items():
         jax.config.update(name, value)

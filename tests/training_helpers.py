@@ -243,19 +243,24 @@ def tree_equal(a, b) -> bool:
 
 
 class TrainCommand:
-    """`python -m fluxdit_jax.train` in a process of its own, with a compilation cache for the session."""
+    """`python -m fluxdit_jax.train` in a process of its own, with a compilation cache for the session.
 
-    def __init__(self, cache: Path):
+    Optimised: compiled as for a user (conftest.py turns most of it off), for runs whose steps take longer than that.
+    """
+
+    def __init__(self, cache: Path, optimised: bool = False):
         self._environment = os.environ | {
             "XDG_CACHE_HOME": str(cache),
             "PYTHONPATH": str(REPOSITORY),
             "JAX_PLATFORMS": "cpu",
         }
+        if optimised:
+            self._environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
 
     def start(self, *arguments: str, config: Path, devices: int = 1) -> subprocess.Popen:
         """Starts it; stdout and stderr are pipes of text."""
         environment = self._environment | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"{self._environment.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
         }
         return subprocess.Popen(
             [sys.executable, "-m", "fluxdit_jax.train", f"--config={config}", *arguments],

@@ -167,7 +167,6 @@ class Signalled(Tally):
             environment = os.environ | {
                 "XDG_CACHE_HOME": str(self.scene.cache),
                 "PYTHONPATH": str(forked.REPOSITORY),
-                "XLA_FLAGS": "",
             }
             environment.pop("LD_PRELOAD", None)
             done = subprocess.run(["sh", "-c", f"{words} {closed}"], env=environment, check=False)
