@@ -56,6 +56,7 @@ MODULES = {
 }
 _BINARY = "Add_Sub|Sub_Add|Mul_Div|Div_Mul|FloorDiv_Mul|Mod_FloorDiv|Pow_Mul|BitAnd_BitOr|BitOr_BitAnd"
 _COMPARISON = "Eq_NotEq|NotEq_Eq|Lt_LtE|LtE_Lt|Gt_GtE|GtE_Gt|Lt_GtE|GtE_Lt|Gt_LtE|LtE_Gt|Is_IsNot|IsNot_Is"
+OUTCOMES = ("killed", "survived", "equivalent", "left", "not drawn")
 EXCLUDED = [  # one or two replacements of each operator
     rf"core/ReplaceBinaryOperator_(?!({_BINARY})$)",
     rf"core/ReplaceComparisonOperator_(?!({_COMPARISON})$)",
@@ -64,8 +65,8 @@ EXCLUDED = [  # one or two replacements of each operator
 ]
 
 
-def run(module: str, minutes: float) -> None:
-    """Plants the faults of a module that were not planted yet, for so many minutes."""
+def run(module: str, minutes: float, most: int | None) -> None:
+    """Plants the faults of a module that were not planted yet, for so many minutes; `most`: so many, drawn at random."""
     folder = WORK / module.removesuffix(".py").replace("/", ".")
     commit = _git("rev-parse", "HEAD")
     if (folder / "commit").is_file() and _git("diff", "--name-only", (folder / "commit").read_text(), "--", module):
@@ -89,10 +90,11 @@ def run(module: str, minutes: float) -> None:
             )
             _cosmic(folder, "cosmic-ray", "init", "config.toml", "session.sqlite")
             _cosmic(folder, "cr-filter-operators", "session.sqlite", "config.toml")
-            _skip_annotations(folder, module)
+            _skip(folder, module, most)
             (folder / "commit").write_text(commit)
         counts = {name: len(found) for name, found in judged(folder, module).items()}
-        print(f"{module}: {sum(counts.values()) - counts['left']} of {sum(counts.values())} done", flush=True)
+        total = sum(counts.values()) - counts["not drawn"]
+        print(f"{module}: {total - counts['left']} of {total} done", flush=True)
         _cosmic(folder, "cosmic-ray", "exec", "config.toml", "session.sqlite", timeout=minutes * 60)
 
 
@@ -126,27 +128,40 @@ def _cosmic(folder: Path, program: str, *arguments: str, timeout: float | None =
         subprocess.run(["git", "checkout", "--quiet", "."], cwd=folder / "clone", check=True)
 
 
-def _skip_annotations(folder: Path, module: str) -> None:
-    """Marks faults in annotations as skipped: they are not evaluated (`from __future__ import annotations`).
+def _skip(folder: Path, module: str, most: int | None) -> None:
+    """Marks faults that cannot change a correct program as skipped, and second ones of one place.
 
-    Those in the arguments of `@dataclass` too: a correct program runs the same with `frozen=False`.
+    Annotations are not evaluated (`from __future__ import annotations`); arguments of `@dataclass` and `@lru_cache`
+    change what is allowed and what is kept; a slice in a message is how much of a value it quotes. `not a == b` is
+    `a != b`, and of the two numbers beside a number one is tried.
     """
     from cosmic_ray.work_db import use_db
     from cosmic_ray.work_item import WorkerOutcome, WorkResult
 
-    spans = []
-    for node in ast.walk(ast.parse((folder / "clone" / module).read_text())):
-        for name in ("annotation", "returns"):
-            if part := getattr(node, name, None):
-                spans.append(((part.lineno, part.col_offset), (part.end_lineno, part.end_col_offset)))
-        if isinstance(node, ast.ClassDef):
-            for part in node.decorator_list:
-                spans.append(((part.lineno, part.col_offset), (part.end_lineno, part.end_col_offset)))
+    tree = ast.parse((folder / "clone" / module).read_text())
+    spans, comparisons, seen = [], set(), set()
+    for node in ast.walk(tree):
+        parts = [getattr(node, "annotation", None), getattr(node, "returns", None)]
+        parts += [
+            part for part in getattr(node, "decorator_list", []) if re.search("dataclass|cache", ast.unparse(part))
+        ]
+        if isinstance(node, ast.JoinedStr | ast.Raise):
+            parts += [inner for inner in ast.walk(node) if isinstance(inner, ast.Slice)]
+        spans += [((p.lineno, p.col_offset), (p.end_lineno, p.end_col_offset)) for p in parts if isinstance(p, ast.AST)]
+        if isinstance(node, ast.If | ast.While | ast.IfExp) and isinstance(node.test, ast.Compare):
+            comparisons.add((node.test.lineno, node.test.col_offset))
     with use_db(folder / "session.sqlite") as session:
         for item in session.pending_work_items:
-            where = tuple(item.mutations[0].start_pos)
-            if any(start <= where < end for start, end in spans):
-                session.set_result(item.job_id, WorkResult(worker_outcome=WorkerOutcome.SKIPPED, output="annotation"))
+            mutation = item.mutations[0]
+            where, operator = tuple(mutation.start_pos), mutation.operator_name.removeprefix("core/")
+            again = operator == "NumberReplacer" and where in seen
+            seen.update([where] if operator == "NumberReplacer" else [])
+            same = operator == "AddNot" and where in comparisons
+            if again or same or any(start <= where < end for start, end in spans):
+                session.set_result(item.job_id, WorkResult(worker_outcome=WorkerOutcome.SKIPPED, output="equivalent"))
+        left = sorted(session.pending_work_items, key=lambda item: item.job_id)
+        for item in left[most:] if most else []:  # a job's id is random
+            session.set_result(item.job_id, WorkResult(worker_outcome=WorkerOutcome.SKIPPED, output="not drawn"))
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -155,13 +170,13 @@ def read(folder: Path) -> list[dict[str, Any]]:
     rows = []
     for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
         item, result = json.loads(line)
-        if result and result["worker_outcome"] == "skipped":
+        if result and result["worker_outcome"] == "skipped" and result["output"] != "not drawn":
             continue
         changed = re.findall(r"^([-+])(?![-+]{2})(.*)$", (result or {}).get("diff") or "", re.MULTILINE)
         rows.append({
             "operator": item["mutations"][0]["operator_name"].removeprefix("core/"),
             "line": item["mutations"][0]["start_pos"][0],
-            "outcome": result and result["test_outcome"],
+            "outcome": result and (result["test_outcome"] or result["output"]),
             "was": " ".join(text.strip() for sign, text in changed if sign == "-"),
             "is": " ".join(text.strip() for sign, text in changed if sign == "+"),
         })  # fmt: skip
@@ -169,13 +184,13 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def judged(folder: Path, module: str) -> dict[str, list[dict[str, Any]]]:
-    """Faults by what became of them: "killed", "survived", "equivalent" and "left"."""
+    """Faults by what became of them: "killed", "survived", "equivalent", "left" and "not drawn"."""
     known = tomllib.loads(EQUIVALENT.read_text()).get("mutant", []) if EQUIVALENT.is_file() else []
     same = {(one["was"], one["is"]) for one in known if one["module"] == module}
-    found: dict[str, list[dict[str, Any]]] = {"killed": [], "survived": [], "equivalent": [], "left": []}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in OUTCOMES}
     for row in read(folder):
-        if row["outcome"] is None:
-            found["left"].append(row)
+        if row["outcome"] in (None, "not drawn"):
+            found[row["outcome"] or "left"].append(row)
         elif row["outcome"] == "survived":
             found["equivalent" if (row["was"], row["is"]) in same else "survived"].append(row)
         else:  # killed, or a program that no longer ends or loads
@@ -199,7 +214,7 @@ def report() -> None:
         shown.append([module, *counts.values(), rows[-1]["killed_percent"]])
         for one in found["survived"]:
             print(f"{module}:{one['line']}: {one['operator']}\n  - {one['was']}\n  + {one['is']}")
-    print(environment.table(["module", "killed", "survived", "equivalent", "left", "% killed"], shown))
+    print(environment.table(["module", *OUTCOMES, "% killed"], shown))
     print(environment.write("mutants", rows))
 
 
@@ -212,13 +227,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="*", help=f"default: {', '.join(MODULES)}")
     parser.add_argument("--minutes", type=float, default=600.0, help="for each module (default: 600)")
+    parser.add_argument("--most", type=int, help="plant so many faults of each module, drawn at random (default: all)")
     parser.add_argument("--report", action="store_true", help="only report")
     arguments = parser.parse_args()
     if not arguments.report:
         for module in arguments.modules or MODULES:
             if not (environment.ROOT / module).is_file():
                 parser.error(f"{module}: no such file; give a path from the root, as preprocess/buckets.py")
-            run(module, arguments.minutes)
+            run(module, arguments.minutes, arguments.most)
     report()
 
 
