@@ -66,7 +66,7 @@ EXCLUDED = [  # one or two replacements of each operator
 
 
 def run(module: str, minutes: float, most: int | None) -> None:
-    """Plants the faults of a module that were not planted yet, for so many minutes; `most`: so many, drawn at random."""
+    """Plants the faults of a module that were not planted yet, for some minutes; `most`: so many, drawn at random."""
     folder = WORK / module.removesuffix(".py").replace("/", ".")
     commit = _git("rev-parse", "HEAD")
     if (folder / "commit").is_file() and _git("diff", "--name-only", (folder / "commit").read_text(), "--", module):
