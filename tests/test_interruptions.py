@@ -26,11 +26,11 @@ KILLS = int(os.environ.get("FLUXDIT_KILLS", "2"))
 
 @pytest.fixture(scope="module")
 def config(tiny_dataset, tmp_path_factory):
-    """100 steps of two micro-batches; a checkpoint after every one, so that kills strike while one is written."""
+    """40 steps of two micro-batches; a checkpoint after every one, so that kills strike while one is written."""
     c = tiny_config(tiny_dataset, tmp_path_factory.mktemp("runs") / "whole")
-    c.train.steps, c.log.every = 100, 2
+    c.train.steps, c.log.every = 40, 2
     c.flow.drop_text, c.flow.drop_vision, c.flow.drop_both = 0.2, 0.2, 0.1
-    c.checkpoint.minutes, c.checkpoint.ema_every = 1e-9, 25
+    c.checkpoint.minutes, c.checkpoint.ema_every = 1e-9, 10
     return c
 
 
@@ -38,7 +38,7 @@ def config(tiny_dataset, tmp_path_factory):
 def whole(config, train_command, tmp_path_factory):
     done = train_command.run(config=write_config(tmp_path_factory.mktemp("config") / "c.py", config))
     assert done.returncode == 0, done.stderr
-    assert "done: 100 steps" in done.stderr
+    assert "done: 40 steps" in done.stderr
     return Path(config.workdir)
 
 
@@ -55,7 +55,7 @@ def losses(workdir):
 
 def assert_same_outcome(workdir, whole):
     assert losses(workdir) == losses(whole)
-    for step in range(25, 101, 25):
+    for step in range(10, 41, 10):
         assert tree_equal(restore_ema(workdir, step), restore_ema(whole, step)), step
 
 

@@ -233,7 +233,7 @@ def losses_of(workdir):
 def test_two_processes_are_one_run(train_command, tiny_dataset, tmp_path):
     """The same losses as one process; a signal to one stops both; one process can go on where two stopped."""
     config = tiny_config(tiny_dataset, tmp_path / "one")
-    config.train.steps, config.log.heldout_every = 100, 50
+    config.train.steps, config.log.heldout_every = 40, 20
     done = train_command.run(config=write_config(tmp_path / "one.py", config))
     assert done.returncode == 0, done.stderr
 
@@ -242,7 +242,7 @@ def test_two_processes_are_one_run(train_command, tiny_dataset, tmp_path):
     file = write_config(tmp_path / "two.py", config)
     both = start_two(train_command, file)
     metrics = tmp_path / "two" / "metrics.jsonl"
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 20):
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 10):
         assert all(process.poll() is None for process in both), both[0].communicate()
         time.sleep(0.02)
     both[1].send_signal(signal.SIGTERM)
@@ -254,8 +254,8 @@ def test_two_processes_are_one_run(train_command, tiny_dataset, tmp_path):
     done = train_command.run(config=file)
     assert done.returncode == 0, done.stderr
     one, two = losses_of(tmp_path / "one"), losses_of(tmp_path / "two")
-    assert one.keys() == two.keys() == set(range(1, 101))
-    for step in range(1, 20):
+    assert one.keys() == two.keys() == set(range(1, 41))
+    for step in range(1, 10):
         assert two[step] == pytest.approx(one[step], rel=2e-4), step
     assert np.mean(list(two.values())) == pytest.approx(np.mean(list(one.values())), rel=0.02)
-    assert restore_ema(tmp_path / "two")[0] == 100
+    assert restore_ema(tmp_path / "two")[0] == 40
