@@ -92,7 +92,7 @@ def test_a_signal_saves_and_says_how_to_go_on(config, whole, train_command, tmp_
     config.workdir, config.checkpoint.minutes = str(tmp_path / "stopped"), 60.0
     file, log = write_config(tmp_path / "c.py", config), tmp_path / "stopped" / "metrics.jsonl"
     with train_command.start(config=file) as process:
-        while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 10):
+        while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 4):
             time.sleep(0.005)
         process.send_signal(number)
         _, err = process.communicate()
