@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import hashlib
 import random
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,17 @@ from preprocess.findings import Found, Reject, Scan
 from preprocess.images import Header, Rejected
 from preprocess.options import Options
 from preprocess.place import Place
-from preprocess.plan import Fingerprints, Item, NothingToBuild, Unit, digest, make_plan, make_units, split_of
+from preprocess.plan import (
+    Fingerprints,
+    Item,
+    NothingToBuild,
+    Unit,
+    _in_threads,
+    digest,
+    make_plan,
+    make_units,
+    split_of,
+)
 from preprocess.vectors import Vectors
 
 IDENTITY = EncoderIdentity("owner/model", "abc", "f" * 64, "bfloat16", 16, {"factor": 8})
@@ -214,6 +225,15 @@ def test_more_inputs_than_threads_stay_in_order(folder: Path) -> None:
     names = [f"{number:03}.png" for number in range(100)]
     members = [dataclasses.replace(pictures(folder)[0], key=name) for name in names]
     assert [i.key for i in make_plan(Scan(folder, members), SMALL).items] == names
+
+
+def test_all_threads_work_at_once_and_a_bounded_number_of_inputs_ahead() -> None:
+    together = threading.Barrier(8)
+    assert len(list(_in_threads(lambda _: together.wait(20), [None] * 32, 8))) == 32
+    begun: list[int] = []
+    results = _in_threads(lambda number: begun.append(number) or number, list(range(1000)), 2)
+    assert next(results) == 0 and len(begun) <= 32
+    assert list(results) == list(range(1, 1000))
 
 
 def test_vectors_are_part_of_an_item_and_one_that_is_missing_rejects_it(folder: Path, tmp_path: Path) -> None:
