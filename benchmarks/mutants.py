@@ -52,7 +52,7 @@ MODULES = {
     "preprocess/statistics.py": ["test_statistics"],
     "preprocess/plan.py": ["test_plan"],
     "preprocess/captions.py": ["test_captions"],
-    "preprocess/scan.py": ["test_scan"],
+    "preprocess/scan.py": ["test_scan_folder", "test_scan"],
 }
 _BINARY = "Add_Sub|Sub_Add|Mul_Div|Div_Mul|FloorDiv_Mul|Mod_FloorDiv|Pow_Mul|BitAnd_BitOr|BitOr_BitAnd"
 _COMPARISON = "Eq_NotEq|NotEq_Eq|Lt_LtE|LtE_Lt|Gt_GtE|GtE_Gt|Lt_GtE|GtE_Lt|Gt_LtE|LtE_Gt|Is_IsNot|IsNot_Is"

@@ -19,14 +19,13 @@ Size = tuple[int, int]  # (height, width), pixels
 
 
 @functools.lru_cache
-def bucket_table(resolution: int, modulus: int, max_aspect: float = 4.0, fill: float = FILL) -> tuple[Size, ...]:
-    """Every (height, width) whose sides are multiples of `modulus` and whose area is in the budget.
+def bucket_table(resolution: int, modulus: int, max_aspect: float = 4.0) -> tuple[Size, ...]:
+    """Every (height, width) whose sides are multiples of `modulus` and whose area is `FILL` to 1 of the budget.
 
     Args:
       resolution: side of the square with the budget's area, pixels.
       modulus: a multiple of 16, pixels.
       max_aspect: longest side over shortest side, at most.
-      fill: area over budget, at least.
 
     Returns:
       Sorted from the tallest to the widest.
@@ -41,14 +40,14 @@ def bucket_table(resolution: int, modulus: int, max_aspect: float = 4.0, fill: f
     if not 1 <= max_aspect <= 100:
         raise PreprocessError(f"--max-aspect must be from 1 to 100, got {max_aspect}")
     budget = resolution * resolution
-    most = math.isqrt(int(budget * max_aspect)) // modulus + 1
-    sides = [n * modulus for n in range(1, most + 1)]
+    longest = math.isqrt(int(budget * max_aspect))
+    sides = range(modulus, longest + 1, modulus)
     table = [
-        (h, w) for h in sides for w in sides if fill * budget <= h * w <= budget and max(h, w) <= max_aspect * min(h, w)
+        (h, w) for h in sides for w in sides if FILL * budget <= h * w <= budget and max(h, w) <= max_aspect * min(h, w)
     ]
     if not table:
         raise PreprocessError(
-            f"no bucket of modulus {modulus} fills {fill:.0%} of {resolution}x{resolution}: "
+            f"no bucket of modulus {modulus} fills {FILL:.0%} of {resolution}x{resolution}: "
             f"use a --resolution that is a multiple of {modulus}, or a smaller --modulus"
         )
     return tuple(sorted(table, key=lambda size: (size[1] / size[0], size)))

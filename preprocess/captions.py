@@ -122,8 +122,8 @@ def _none_usable(failures: list[tuple[str, Rejected]]) -> Rejected:
             "no .json, .txt or .caption file of its name beside it and no row in a metadata table",
         )
     # A source that should have been one says more than a file of other metadata.
-    told = next((r for _, r in failures if r.reason != "no caption"), failures[0][1])
-    return Rejected(told.reason, "; ".join(f"{name}: {r.detail or r.reason}" for name, r in failures[:10]))
+    reason = next((r.reason for _, r in failures if r.reason != "no caption"), "no caption")
+    return Rejected(reason, "; ".join(f"{name}: {r.detail or r.reason}" for name, r in failures[:10]))
 
 
 def fields(first: str = "") -> tuple[str, ...]:

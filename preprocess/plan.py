@@ -249,7 +249,7 @@ def make_units(items: list[Item], holdout: float, shard_size: int) -> list[Unit]
 
 
 def _leaves(members: list[tuple[int, Item]], size: int, bit: int) -> Iterator[list[tuple[int, Item]]]:
-    if len(members) <= size or bit < 0:
+    if len(members) <= size:
         if members:
             yield members
         return

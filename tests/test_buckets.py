@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from preprocess import PreprocessError
 from preprocess.buckets import (
+    Geometry,
     bucket_table,
     default_modulus,
     distortion,
@@ -48,8 +49,17 @@ def test_the_demonstration_table() -> None:
     assert bucket_table(128, 16) == ((256, 64), (144, 112), (128, 128), (112, 144), (64, 256))
 
 
+def test_limits_belong_to_what_is_allowed() -> None:
+    assert bucket_table(16384, 16384) == ((16384, 16384),)
+    assert bucket_table(64, 64, 1) == ((64, 64),)
+    assert (752, 800) in bucket_table(800, 16)  # 94 % exactly
+    assert (160, 16000) in bucket_table(1600, 16, 100) and (160, 16000) not in bucket_table(1600, 16, 99)
+    assert (16000, 160) in bucket_table(1600, 160, 100)
+
+
 @pytest.mark.parametrize(
-    ("resolution", "modulus"), [(2048, 64), (1024, 64), (768, 48), (512, 32), (256, 16), (128, 16)]
+    ("resolution", "modulus"),
+    [(2048, 64), (1024, 64), (1023, 48), (768, 48), (512, 32), (511, 16), (256, 16), (128, 16)],
 )
 def test_default_modulus(resolution: int, modulus: int) -> None:
     assert default_modulus(resolution) == modulus
@@ -63,6 +73,7 @@ def test_default_modulus(resolution: int, modulus: int) -> None:
         (32, 64, 4, "--resolution must be from --modulus"),
         (16385, 16, 1, "to 16384"),
         (1024, 64, 0.5, "--max-aspect must be from 1 to 100"),
+        (1024, 64, 100.5, "--max-aspect must be from 1 to 100"),
         (100, 64, 4, "no bucket of modulus 64 fills 94% of 100x100"),
     ],
 )
@@ -91,17 +102,31 @@ def test_geometry(size: tuple[int, int], fit: str) -> None:
     plan = geometry(size, bucket, fit)
     left, top, right, bottom = plan.box
     assert 0 <= left < right <= size[1] and 0 <= top < bottom <= size[0]
-    assert plan.offset[0] + plan.size[0] <= bucket[0] and plan.offset[1] + plan.size[1] <= bucket[1]
     if fit == "resize":
-        assert plan.box == (0, 0, size[1], size[0]) and plan.size == bucket
+        assert plan.box == (0, 0, size[1], size[0]) and plan.size == bucket and plan.offset == (0, 0)
     if fit == "crop":
-        assert plan.size == bucket
+        assert plan.size == bucket and plan.offset == (0, 0)
         assert math.isclose((right - left) / (bottom - top), bucket[1] / bucket[0], rel_tol=1e-6)
         assert math.isclose(right - left, size[1]) or math.isclose(bottom - top, size[0])
         assert math.isclose(left + right, size[1]) and math.isclose(top + bottom, size[0])
     if fit == "pad":
         assert plan.box == (0, 0, size[1], size[0])
         assert plan.size[0] == bucket[0] or plan.size[1] == bucket[1]
+        assert plan.offset == ((bucket[0] - plan.size[0]) // 2, (bucket[1] - plan.size[1]) // 2)
+
+
+@pytest.mark.parametrize(
+    ("fit", "size", "box", "inner", "offset"),
+    [
+        ("resize", (100, 300), (0, 0, 300, 100), (64, 128), (0, 0)),
+        ("crop", (100, 300), (50, 0, 250, 100), (64, 128), (0, 0)),
+        ("crop", (300, 200), (0, 100, 200, 200), (64, 128), (0, 0)),
+        ("pad", (100, 300), (0, 0, 300, 100), (43, 128), (10, 0)),
+        ("pad", (300, 200), (0, 0, 200, 300), (64, 43), (0, 42)),
+    ],
+)
+def test_what_is_cut_or_filled_is_halved(fit: str, size: tuple, box: tuple, inner: tuple, offset: tuple) -> None:
+    assert geometry(size, (64, 128), fit) == Geometry(box, inner, offset)
 
 
 def test_enlargement() -> None:

@@ -1,17 +1,23 @@
-"""Captions: whatever the bytes, the result is a usable text or a named rejection."""
+"""Captions: whatever the bytes, the result is a usable text or a named rejection; and which of them a picture gets."""
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import io
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from fluxdit_jax.other_captions import MAX_CAPTIONS
 from preprocess import captions
+from preprocess.captions import Source
 from preprocess.images import Rejected
+from preprocess.place import Place
 from preprocess.tables import path_in, read_table
 
 NAMES = captions.fields("mine")
@@ -27,6 +33,12 @@ NAMES = captions.fields("mine")
         (b'{"caption": null, "text": "yes"}', "yes"),
         ('\ufeff{"caption": "with a mark"}'.encode(), "with a mark"),
         ('{"caption": "chien \\ud83d\\udc15 犬"}'.encode(), "chien 🐕 犬"),
+        ('{"caption": "a dog"}'.encode("utf-16"), "a dog"),
+        ('{"caption": "a dog"}'.encode("utf-32"), "a dog"),
+        (b'{"caption": "!"}', "!"),
+        (b'{"caption": "a dog", "text": 3}', "a dog"),
+        (b'{"caption": "  ", "text": "a dog"}', "a dog"),
+        (b'{"caption": [], "text": "a dog"}', "a dog"),
     ],
 )
 def test_json(data: bytes, caption: str) -> None:
@@ -43,17 +55,130 @@ def test_json(data: bytes, caption: str) -> None:
         (b'{"caption": "\\ud800"}', "invalid UTF-8"),
         (b'{"caption": 3}', "caption is not a string"),
         (b'{"caption": " \\n\\t"}', "empty caption"),
+        (b'{"caption": "\\u200b"}', "empty caption"),  # no width, a control, a mark, a blank letter
+        (b'{"caption": "\\u0007"}', "empty caption"),
+        ('{"caption": "\u0301"}'.encode(), "empty caption"),
+        ('{"caption": "\u3164"}'.encode(), "empty caption"),
+        (b'{"caption": "\\u0000a"}', "NUL in the caption"),
+        ('{"caption": "a"}'.encode("utf-16-le"), "NUL in the caption"),
+        (b"\xff\xfe\x00\xd8", "invalid UTF-16"),
+        (b'{"caption": "\\u001b$Bdog"}', "invalid UTF-8"),
+        (b'{"caption": "", "text": 3}', "empty caption"),  # the first field that is there
+        (b'{"caption": []}', "caption is not a string"),
         (b'{"title": "a"}', "no caption"),
         (b'"a dog"', "no caption"),
         (b"[]", "no caption"),
-        (json.dumps({"caption": "a" * 20_001}).encode(), "caption too long"),
-        (b" " * 4_000_001, "caption too long"),
     ],
 )
 def test_bad_json(data: bytes, reason: str) -> None:
     with pytest.raises(Rejected) as caught:
         captions.from_json(data, NAMES)
     assert caught.value.reason == reason
+
+
+def test_the_longest_caption_and_the_largest_file() -> None:
+    assert captions.clean("a" * 20_000 + " ") == "a" * 20_000
+    with pytest.raises(Rejected, match="caption too long.*20,001"):
+        captions.clean("a" * 20_001)
+    assert captions.from_text(b"a dog".ljust(4_000_000)) == "a dog"
+    with pytest.raises(Rejected, match="caption too long.*4,000,001"):
+        captions.from_text(b"a dog".ljust(4_000_001))
+
+
+def test_of_several_texts_in_a_field_the_unusable_are_counted_and_a_reject_names_the_fields() -> None:
+    passed_over = collections.Counter(["x"])
+    mapping = {"mine": [3], "caption": ["one", "", "two", 4]}
+    assert captions.from_mapping(mapping, NAMES, passed_over) == ("one", "two") == captions.from_mapping(mapping, NAMES)
+    assert passed_over == {"x": 1, "caption is not a string": 2, "empty caption": 1}
+    with pytest.raises(Rejected, match="mine, caption, text.*'title', 'size'"):
+        captions.from_mapping({"title": "a dog", "size": 3}, NAMES)
+
+
+def row(group: int, *texts: str) -> Source:
+    return Source("metadata.csv:7", group, texts=texts)
+
+
+def no_row(group: int, reason: str) -> Source:
+    return Source("metadata.csv:8", group, texts=Rejected(reason))
+
+
+@pytest.mark.parametrize(
+    ("sources", "expected", "passed_over"),
+    [
+        ([row(0, "a", "b")], "ab", {}),
+        ([row(0, "a"), row(0, "b", "a"), row(0, "c")], "abc", {"the same caption again": 1}),
+        ([row(0, "a"), row(1, "b"), row(1, "c")], "a", {"a row for a picture that has a caption": 2}),
+        ([no_row(0, "why"), row(0, "a"), row(1, "b")], "a", {"why": 1, "a row for a picture that has a caption": 1}),
+        ([no_row(0, "why"), no_row(1, "why"), row(2, "a"), no_row(2, "other")], "a", {"why": 2, "other": 1}),
+    ],
+)
+def test_all_captions_of_the_first_group_that_has_any(sources: list, expected: str, passed_over: dict) -> None:
+    assert captions.choose(tuple(sources), NAMES) == (tuple(expected), passed_over)
+
+
+def test_captions_beyond_what_a_record_holds_are_counted() -> None:
+    texts = [str(number) for number in range(MAX_CAPTIONS + 2)]
+    found, passed_over = captions.choose((row(0, *texts[:60]), row(0, *texts[60:], "7")), NAMES)
+    assert found == tuple(texts[:MAX_CAPTIONS])
+    assert passed_over == {f"more than {MAX_CAPTIONS} captions": 2, "the same caption again": 1}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Callable[..., Source]:
+    def write(name: str, group: int, content: str | None, only: bool = False) -> Source:
+        path = tmp_path / name
+        if content is not None:
+            path.write_text(content)
+        return Source(name, group, Place(str(path)), path.suffix, only=only)
+
+    return write
+
+
+def test_files_are_read_by_their_type_and_hide_none_behind_them(file: Callable[..., Source]) -> None:
+    sources = (
+        file("a.json", 0, '{"title": "IMG"}'),
+        file("a.txt", 1, '{"caption": "a text and no JSON"}'),
+        file("a.1.txt", 1, "another"),
+        file("a.png.json", 2, '{"caption": "behind"}'),
+        row(3, "a row"),
+    )
+    found, passed_over = captions.choose(sources, NAMES)
+    assert found == ('{"caption": "a text and no JSON"}', "another")
+    assert passed_over == {"no caption": 1, "a row for a picture that has a caption": 1}
+    found, passed_over = captions.choose((file("b.json", 0, '{"mine": ["one", 3, "two"]}'),), NAMES)
+    assert found == ("one", "two") and passed_over == {"caption is not a string": 1}
+
+
+def test_the_reject_of_a_picture_without_a_caption_names_every_source(file: Callable[..., Source]) -> None:
+    def refused(*sources: Source) -> Rejected:
+        with pytest.raises(Rejected) as caught:
+            captions.choose(sources, NAMES)
+        assert not caught.value.transient
+        return caught.value
+
+    other, empty, broken = file("a.json", 0, "{}"), file("a.txt", 1, " "), file("a.png.json", 2, "{")
+    assert refused().reason == refused(other).reason == "no caption"
+    both = refused(other, empty, broken)
+    assert both.reason == "empty caption"  # an object of other fields was not meant as one
+    for name in ("a.json: none of the fields", "a.txt: empty caption", "a.png.json: Expecting"):
+        assert name in both.detail
+    assert refused(broken, empty).reason == "broken JSON"
+
+
+def test_a_file_that_could_not_be_read_is_not_replaced_by_another(file: Callable[..., Source]) -> None:
+    with pytest.raises(Rejected) as caught:
+        captions.choose((file("a.json", 0, None), row(0, "b"), row(1, "c")), NAMES)
+    assert caught.value.reason == "missing file" and caught.value.transient
+
+
+def test_at_most_one_file_of_a_sample_may_have_a_caption(file: Callable[..., Source]) -> None:
+    own, same = file("s.a.json", 0, '{"caption": "a"}', only=True), file("s.a.txt", 0, "not read", only=True)
+    empty, other = file("s.b.txt", 0, "", only=True), file("s.c.txt", 0, "c", only=True)
+    assert captions.choose((own, same), NAMES) == (("a",), {})
+    assert captions.choose((empty, own, same), NAMES) == (("a",), {"empty caption": 1})
+    for sources in ((own, other), (own, same, other), (own, same, empty, other)):
+        with pytest.raises(Rejected, match="several captions of one name: s.a and s.c"):
+            captions.choose(sources, NAMES)
 
 
 @given(st.binary(max_size=200))
