@@ -70,7 +70,7 @@ class Edit:
         texts.update(zip(unknown, encode(unknown) if unknown else [], strict=True))
 
         # Test 1 draws each record's conditions from the noise of another: that picture is one of its seeds here.
-        shuffled_with = np.argsort(derangements(album, 1)[0])
+        shuffled_with = np.argsort(next(derangements(album)))
 
         def draw_of(index: int, caption: str) -> Wanted:
             return album.wanted(index, index, index, caption=caption, text=texts[caption])
