@@ -5,13 +5,29 @@ import itertools
 import numpy as np
 import pytest
 from gate_pictures import album_of, plain
-from gate_scenes import SUBJECTS, album
 from skimage.color import rgb2lab
 
 from fluxdit_jax.gate.album import Album
 from fluxdit_jax.gate.pairing import CLEARLY, derangements, may_swap, swap_pairs, tone_distances
 
-ALBUM = album()
+SUBJECTS = ("fox", "teapot", "lighthouse", "cactus")
+LIGHTS = ((180, 180, 180), (200, 120, 60), (60, 80, 170), (180, 60, 120), (50, 150, 80))
+
+
+def grid() -> Album:
+    """Eight captions, each in five lights: the left half of a picture is its own, the right half has the light."""
+    captions = [f"portrait of a {subject}, looking {side}" for subject in SUBJECTS for side in ("left", "right")]
+    pictures = [plain(light, 16, 16) for _ in captions for light in LIGHTS]
+    for number, picture in enumerate(pictures):
+        picture[:, :2] = 20 * (number // 5)
+    return album_of(
+        pictures,
+        [caption for caption in captions for _ in LIGHTS],
+        [f"c{c:02d}_l{light}.png" for c in range(8) for light in range(5)],
+    )
+
+
+ALBUM = grid()
 
 
 def test_derangements_have_no_fixed_point_and_share_no_pair():
@@ -73,7 +89,7 @@ def test_distances_of_tone_are_differences_of_lightness():
 
 
 def test_pairs_are_the_same_again_and_others_with_another_seed():
-    again = album()
+    again = grid()
     assert swap_pairs(ALBUM, 30) == swap_pairs(again, 30)
     other = Album(ALBUM.records, ALBUM.truths, ALBUM.patch, seed=1)
     assert swap_pairs(ALBUM, 30) != swap_pairs(other, 30)
@@ -83,10 +99,10 @@ def test_partners_have_the_same_size_where_they_can():
     """Half of the records in another size: nobody needs to be paired across."""
     wide = []
     for index, record in enumerate(ALBUM.records):
-        latent = record.latent if index % 2 else record.latent[:, :6]
+        latent = record.latent if index % 2 else record.latent[:, :2]
         wide.append(type(record)(**{**vars(record), "latent": latent}))
     mixed = Album(tuple(wide), ALBUM.truths, ALBUM.patch)
-    assert {mixed.grid(i) for i in range(4)} == {(4, 4), (3, 4)}
+    assert {mixed.grid(i) for i in range(4)} == {(2, 2), (1, 2)}
     for a, b in swap_pairs(mixed, 40):
         assert mixed.grid(a) == mixed.grid(b)
 
