@@ -55,16 +55,15 @@ def test_fewer_pairs_than_records_are_spread_over_them(wanted):
 
 
 def test_all_pairs_of_a_small_set_can_be_had():
-    greys = album_of([plain(level) for level in (20, 120, 220)])
-    assert swap_pairs(greys, 1000) == swap_pairs(greys, 4) and len(swap_pairs(greys, 3)) == 3
+    greys = album_of([plain(level) for level in (20, 120, 220)])  # two of the three distances are at least the median
+    assert [len(swap_pairs(greys, wanted)) for wanted in (1, 3, 4, 1000)] == [1, 3, 4, 4]
 
 
 def test_a_set_with_one_odd_picture_gives_all_pairs_with_it():
     """Each derangement has two of them only."""
     odd = album_of([plain(20)] * 5 + [plain(220)])
-    assert sorted(swap_pairs(odd, 9))[:5] == [(0, 5), (1, 5), (2, 5), (3, 5), (4, 5)][:5]
     assert sorted(swap_pairs(odd, 10)) == [*((k, 5) for k in range(5)), *((5, k) for k in range(5))]
-    assert len(swap_pairs(odd, 5)) == 5
+    assert [len(swap_pairs(odd, wanted)) for wanted in (5, 9)] == [5, 9]
 
 
 @pytest.mark.parametrize(("levels", "captions", "allowed"), [
