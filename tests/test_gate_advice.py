@@ -11,6 +11,12 @@ def logged(losses, **more) -> list[dict]:
     return [{"step": 10 * k, "loss": loss} | more for k, loss in enumerate(losses, start=1)]
 
 
+def seven(mean: float, backwards: bool = False) -> list[float]:
+    """Losses of this mean, of which no six have it: an eighth of 56."""
+    losses = [mean - 0.75, *[mean + 0.125] * 6]
+    return losses[::-1] if backwards else losses
+
+
 def found(log, step=None, planned=None) -> dict[str, str]:
     return dict(read_training(log, step, planned).findings)
 
@@ -29,8 +35,8 @@ def test_a_curve_of_eight_losses_says_something():
 
 
 def test_first_and_last_are_the_means_of_an_eighth():
-    training = read_training(logged([5, 4, *[3] * 12, 2.5, 3]))
-    assert (training.first, training.last) == (4.5, 2.75)
+    training = read_training(logged([*seven(5, True), *[3] * 42, *seven(2)]))
+    assert (training.first, training.last) == (5, 2)
     training = read_training(logged([5, *[3] * 6, 2]))
     assert (training.first, training.last) == (5, 2)
 
@@ -56,12 +62,12 @@ def test_weights_of_before_the_planned_end(step, planned, unfinished):
 
 @pytest.mark.parametrize(("last", "falls"), [(1.49, True), (1.5, False)])
 def test_a_loss_that_still_falls(last, falls):
-    """Of 23 losses an eighth is two: the last two are compared with those of a quarter before."""
-    log = logged([9.0] * 17 + [1.9, 2.1] + [5.0] * 2 + [last - 0.1, last + 0.1])
+    """The last eighth of the losses is compared with that of a quarter before."""
+    log = logged([*[9.0] * 35, *seven(2.0), *[5.0] * 7, *seven(last)])
     told = found(log)
     assert (told.keys() == {"not trained to the end"}) == falls
     assert all("2.000" in text and "1.490" in text for text in told.values())
-    assert ("falls" in found(log, 230, 1000)["not trained to the end"]) == falls
+    assert ("falls" in found(log, 560, 1000)["not trained to the end"]) == falls
     assert "falls" not in found(logged([1.0] * 7), 70, 1000)["not trained to the end"]
 
 
@@ -77,15 +83,13 @@ def test_a_loss_that_still_falls(last, falls):
     ],
 )
 def test_what_was_learned_may_be_lost(first, low, last, lost):
-    """Of 23 losses an eighth is two: the lowest mean of two is at the tenth and eleventh."""
-    between = (first + low) / 2
-    log = logged(
-        [first - 0.1, first + 0.1, *[between] * 7, low - 0.1, low + 0.1, *[between] * 10, last - 0.1, last + 0.1]
-    )
+    """By eighths: the lowest is that from the 20th to the 26th."""
+    between = [(first + low) / 2] * 23
+    log = logged([*seven(first, True), *between[:12], *[low] * 7, *between, *seven(last)])
     told = found(log)
     assert ("learning rate" in told) == lost
     if lost:
-        for number in (f"{low:.3f}", f"{last:.3f}", "step 110 "):
+        for number in (f"{low:.3f}", f"{last:.3f}", "step 260 "):
             assert number in told["learning rate"]
         assert read_training(log).explains
 
