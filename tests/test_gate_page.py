@@ -17,7 +17,7 @@ from fluxdit_jax.gate.edit import Edit
 from fluxdit_jax.gate.memorisation import Memorisation
 from fluxdit_jax.gate.rules import DEFAULT_RULES
 from fluxdit_jax.gate.swap import Swap
-from fluxdit_jax.gate.verdict import Case, Control, Verdict, percent
+from fluxdit_jax.gate.verdict import Case, Verdict
 from fluxdit_jax.model import ModelConfig
 from fluxdit_jax.records import EncoderIdentity, Manifest
 from preprocess.encoders.builtin import HashText
@@ -215,25 +215,6 @@ def test_tensorboard_gets_numbers_and_grids(passing, tmp_path):
     assert board.Scalars("validation/text_edit/effect_median")[0].value == pytest.approx(0.25, abs=0.02)
     for name in ("memorisation", "vision_swap", "text_edit"):
         assert board.Images(f"validation/{name}")[0].height > 1000
-
-
-def test_control_bounds():
-    at_most, at_least = (Control("c", "m", 0.5, 0.5, at_most=way) for way in (True, False))
-    assert at_most.passed and at_least.passed
-    assert not Control("c", "m", 0.51, 0.5, at_most=True).passed
-    assert not Control("c", "m", 0.49, 0.5, at_most=False).passed
-    assert not Control("c", "m", float("nan"), 0.5, at_most=True).passed
-
-
-def test_percent():
-    assert [percent(v) for v in (1, 0, 0.934, 0.9996, 0.109375, -0.05)] == [
-        "100 %",
-        "0 %",
-        "93.4 %",
-        "100 %",
-        "10.9 %",
-        "-5 %",
-    ]
 
 
 def test_ticks_are_round_and_inside():

@@ -2,23 +2,14 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
-from build_fixtures import options
-from PIL import Image
-from training_helpers import tiny_config
 
-from fluxdit_jax.config import resolve
-from fluxdit_jax.data import RecordSource
-from fluxdit_jax.gate.requirement import GateError, encoder_summary, family, require_report, tell_pictures
+from fluxdit_jax.gate.requirement import GateError, encoder_summary, family, is_of, require_report, tell_pictures
 from fluxdit_jax.model import ModelConfig
-from fluxdit_jax.records import EncoderIdentity, Manifest, Shard, load_manifest
+from fluxdit_jax.records import EncoderIdentity, Manifest, Shard
 from fluxdit_jax.report import Circumstances, build_report, write_json
-from fluxdit_jax.train import train
-from fluxdit_jax.validate import count_drawn
-from preprocess.build import build
-from preprocess.demo import draw_dataset
-from preprocess.demo.cast import COMPOSITIONS
 
 pytest_plugins = ("training_fixtures",)
 
@@ -145,6 +136,7 @@ def test_the_family_sees_structure_and_not_size():
     assert family(NANO) == family(LARGE)
     assert family(NANO)["parameters"] == family(dataclasses.replace(NANO, channels=4))["parameters"]
     assert family(NANO) != family(dataclasses.replace(NANO, channels=4))
+    assert re.fullmatch("[0-9a-f]{16}", family(NANO)["parameters"])  # as in the reports of before
 
 
 @pytest.mark.parametrize("path", [None, ""])
@@ -158,27 +150,85 @@ def test_a_report_that_is_missing_or_damaged(tmp_path):
     with pytest.raises(GateError, match="does not exist"):
         require_report(tmp_path / "report.json", NANO, manifest())
     path = write(tmp_path)
-    for damage in ("", "[]", "{", '{"passed": "yes"}', '{"passed": true}', '{"passed": true, "model": 3}'):
+    whole = json.loads(path.read_text())
+    for damage in (
+        "", "[]", "{", '{"passed": "yes"}', '{"passed": true}', '{"passed": true, "model": 3}',
+        '{"passed": true, "model": {"family": []}}', json.dumps(whole | {"passed": "yes"}), "[" * 100_000,
+    ):  # fmt: skip
         path.write_text(damage)
-        with pytest.raises(GateError, match="is not a validation report"):
+        with pytest.raises(GateError, match="is not a validation report") as error:
             require_report(path, NANO, manifest())
+        assert str(path) in str(error.value)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(GateError, match="is not a validation report"):
+        require_report(tmp_path, NANO, manifest())
 
 
 def test_the_encoder_summary_has_what_the_comparison_needs():
     assert encoder_summary(manifest().text) == {"id": "t5", "revision": "2", "sha256": "bb" * 32, "width": 64}
+    vae = dataclasses.replace(manifest().vae, options={"factor": 8, "scale": 0.5, "mean": 3})
+    assert encoder_summary(vae).items() >= {"id": "flux", "width": 16, "factor": 8, "scale": 0.5}.items()
+    assert "mean" not in encoder_summary(vae) and "shift" not in encoder_summary(vae)
+
+
+# ---------------------------------------------------------------------------------- of which weights a report is
+
+
+@pytest.mark.parametrize(
+    ("weights", "digest", "same"),
+    [
+        ({"ema_step": 5, "folder": "ema", "digest": "aa"}, "aa", True),
+        ({"ema_step": 4, "folder": "ema", "digest": "aa"}, "aa", True),
+        ({"ema_step": 5, "folder": "ema", "digest": "bb"}, "aa", False),
+        ({"ema_step": 5, "folder": "ema", "digest": "bb"}, None, True),
+        ({"ema_step": 5, "folder": "ema", "digest": ""}, "aa", True),
+        ({"ema_step": 4, "folder": "ema"}, "aa", False),
+        ({"ema_step": 5}, None, True),
+        ({"ema_step": 5, "folder": "short_ema"}, None, False),
+        (None, None, False),
+        ("ema/5", "aa", False),
+    ],
+)
+def test_a_report_is_of_weights_by_their_digest_or_else_by_their_step(weights, digest, same):
+    assert is_of({"weights": weights}, 5, digest) is same
+    assert is_of({}, 5, digest) is False
+
+
+def test_a_report_of_another_average_is_told_by_its_folder():
+    short = {"weights": {"ema_step": 5, "folder": "short_ema"}}
+    assert is_of(short, 5, None, "short_ema") and not is_of(short, 5, None)
+
+
+@pytest.mark.parametrize(
+    ("there", "allowed"),
+    [
+        ([], True),
+        (["ema/1500"], True),
+        (["ema/1000", "ema/1500"], True),
+        (["ema/1500", "ema/2000"], False),
+        (["ema/1500", "checkpoints/1700"], True),  # a run that is training replaces its checkpoint
+        (["ema/1000", "checkpoints/1500"], True),
+        (["ema/1000", "checkpoints/2000"], False),
+    ],
+)
+def test_a_report_in_a_run_is_of_the_newest_weights_there(tmp_path, there, allowed):
+    for name in there:
+        (tmp_path / name).mkdir(parents=True)
+    path = write(tmp_path)
+    if allowed:
+        assert require_report(path, LARGE, manifest()) == require_report(tmp_path, LARGE, manifest())
+        return
+    for weights, measured in ((json.loads(path.read_text())["weights"], "step 1500"), (None, "not known")):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"weights": weights}))
+        with pytest.raises(GateError) as error:
+            require_report(path, LARGE, manifest())
+        assert measured in str(error.value) and "2000" in str(error.value) and str(tmp_path) in str(error.value)
+    kept = path.rename(tmp_path / "kept.json")
+    assert require_report(kept, LARGE, manifest())["passed"] is True  # it speaks for itself
 
 
 # ---------------------------------------------------------------------------------- of which pictures a report is
-
-
-def test_the_report_knows_the_drawn_portraits(tmp_path):
-    drawn = draw_dataset(tmp_path / "photos", progress=False, compositions=COMPOSITIONS[:1])
-    Image.new("RGB", (96, 96), "red").save(tmp_path / "photos" / "own.png")
-    (tmp_path / "photos" / "own.txt").write_text("a red wall")
-    build(options(tmp_path / "photos", tmp_path / "data", resolution=64, holdout=0.0))
-    source = RecordSource(tmp_path / "data", load_manifest(tmp_path / "data"), "train", "stop")
-    records = [record for _, record in source.sound(range(len(source)))]
-    assert (len(records), count_drawn(records)) == (drawn + 1, drawn)
 
 
 def report_on(tested, drawn, config, of) -> dict:
@@ -195,6 +245,10 @@ def report_on(tested, drawn, config, of) -> dict:
         (100, 0, "other", False, "passed on 100 pictures of SET"),
         (100, 100, "set", False, "passed on 100 pictures of SET"),
         (None, None, "other", False, "an older version wrote the report"),
+        (100, None, "other", False, "an older version wrote the report"),
+        (None, 100, "other", False, "an older version wrote the report"),
+        (100, 50, "other", False, "50 of them drawn portraits"),
+        (100, 51, "other", True, "51 of them drawn portraits"),
         (100, 60, "other", True, "60 of them drawn portraits"),
     ],
 )
@@ -203,15 +257,5 @@ def test_which_pictures_the_gate_was_passed_on_is_told(package_log, tested, draw
     report = report_on(tested, drawn, NANO, manifest(shards=shards["set"]))
     tell_pictures(report, manifest(shards=shards[of]))
     assert words in " ".join(package_log)
+    assert ("portraits" in " ".join(package_log)) == bool(tested and drawn)
     assert any(line.startswith("WARNING") and "preprocess subset" in line for line in package_log) == warned
-
-
-def test_production_after_a_gate_of_drawings_is_warned(tiny_dataset, tmp_path, quick_compile):
-    """By the start of a real run."""
-    config, of = tiny_config(tiny_dataset, tmp_path / "run"), load_manifest(tiny_dataset)
-    config.gate.required, config.train.steps = True, 1
-    there = dataclasses.replace(of, shards={"train": of.shards["holdout"]})
-    write_json(report_on(100, 100, resolve(config, of).model, there), tmp_path / "report.json")
-    config.gate.report = str(tmp_path / "report.json")
-    assert train(config) == 0
-    assert "says nothing of your pictures" in (tmp_path / "run" / "train.log").read_text()

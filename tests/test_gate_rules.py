@@ -18,7 +18,18 @@ def test_a_rule_is_read():
     )
 
 
-@pytest.mark.parametrize("text", ["looking left", "a=>b", "a=>b:sideways", "=>b:left", "a=>:left", "a->b:left", ""])
+@pytest.mark.parametrize(
+    ("direction", "axis", "sign"),
+    [("right", "horizontal", 1), ("left", "horizontal", -1), ("down", "vertical", 1), ("up", "vertical", -1)],
+)
+def test_directions_are_those_of_rows_and_columns(direction, axis, sign):
+    rule = Rule.parse(f"a=>b:{direction}")
+    assert (rule.axis, rule.sign) == (axis, sign)
+
+
+@pytest.mark.parametrize(
+    "text", ["looking left", "a=>b", "a=>b:sideways", "=>b:left", "a=>:left", "a->b:left", "", ":up"]
+)
 def test_a_rule_that_cannot_be_read_is_refused(text):
     with pytest.raises(EditError, match="OLD WORDS=>NEW WORDS:DIRECTION"):
         Rule.parse(text)
@@ -31,6 +42,7 @@ def test_a_rule_that_cannot_be_read_is_refused(text):
         ("Looking left, a man", "looking right, a man"),
         ("looking leftwards", None),
         ("overlooking left bank", None),
+        ("looking left, then looking left", "looking right, then looking right"),
         ("a man", None),
     ],
 )
@@ -42,6 +54,7 @@ def test_an_edit_that_changes_nothing_is_none_and_new_words_are_taken_literally(
     assert edited("a cat", "cat", "cat") is None
     assert edited("a cat", "cat", r"\1 dog") == r"a \1 dog"
     assert edited("a c++ book", "c++", "rust") == "a rust book"
+    assert edited("xc++", "c++", "rust") is None and edited("c++x", "c++", "rust") == "rustx"
 
 
 def test_rules_given_and_default():
@@ -58,8 +71,10 @@ def test_rules_given_and_default():
 def test_the_unrelated_word_given_and_found():
     assert choose_unrelated(CAPTIONS, None) == ("portrait of", "picture of")
     assert choose_unrelated(["a house", "a tree"], None) == ("a", "one")
+    assert choose_unrelated(["house with tree", "tree"], None) == ("with", "having")  # half of the captions is enough
+    assert choose_unrelated(["a house with tree", "a tree", "a lake"], None) == ("a", "one")
     assert choose_unrelated(CAPTIONS, "man => person") == ("man", "person")
-    for wrong in ("man", "=>b", "zebra=>horse"):
+    for wrong in ("man", "man=>", "=>b", "zebra=>horse"):
         with pytest.raises(EditError, match="--unrelated"):
             choose_unrelated(CAPTIONS, wrong)
     with pytest.raises(EditError, match="--unrelated"):

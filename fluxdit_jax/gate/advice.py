@@ -67,7 +67,7 @@ def by_cause(verdicts: list[Verdict]) -> list[Cause]:
     """The advice of all failed tests, each line once; the cause behind most tests first."""
     found: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
     for verdict in verdicts:
-        for cause, line in zip(verdict.causes, verdict.advice, strict=True):
+        for cause, line in zip(verdict.causes, verdict.advice):
             tests, lines = found.setdefault(cause, ({}, {}))
             tests[verdict.title.lower()] = None
             lines[line] = None
@@ -122,7 +122,7 @@ def _memorisation(verdict: Verdict) -> Advice:
     advice: Advice = []
     missed = 1 - numbers["retrieved"]
     other_light = numbers["right_caption"] - numbers["retrieved"]
-    if missed > 0 and other_light > 0.7 * missed:
+    if other_light > 0.7 * missed:
         seen = "Nearly all misses are pictures of the right caption in another light: the vector does not get through."
         advice.append(("vision path", seen))
     elif missed > 0.1 and numbers["tone_difference"] < 8:

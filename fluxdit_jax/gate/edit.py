@@ -70,7 +70,7 @@ class Edit:
         texts.update(zip(unknown, encode(unknown) if unknown else [], strict=True))
 
         # Test 1 draws each record's conditions from the noise of another: that picture is one of its seeds here.
-        shuffled_with = np.argsort(derangements(album, 1)[0])
+        shuffled_with = np.argsort(next(derangements(album)))
 
         def draw_of(index: int, caption: str) -> Wanted:
             return album.wanted(index, index, index, caption=caption, text=texts[caption])
@@ -92,12 +92,12 @@ class Edit:
     def measure(self, draw: Draw) -> Verdict:
         album = self.album
         plain, changed = draw(self.plain), draw(self.edited)
-        moves = [displacement(p, e, case[1].axis) for p, e, case in zip(plain, changed, self.cases)]
-        likeness = [float(structure(p) @ album.structures[case[0]]) for p, case in zip(plain, self.cases, strict=True)]
+        moves = [displacement(p, e, case[1].axis) for p, e, case in zip(plain, changed, self.cases, strict=True)]
+        likeness = [float(structure(p) @ album.structures[case[0]]) for p, case in zip(plain, self.cases)]
         # A picture that is not the one expected gives no score, whatever seems to move in it.
         shifts = [
             move.along(case[1].sign) if alike >= RESEMBLES else None
-            for move, alike, case in zip(moves, likeness, self.cases, strict=True)
+            for move, alike, case in zip(moves, likeness, self.cases)
         ]
         right = np.array([shift is not None and shift > MOVED for shift in shifts])
         effect = float(np.median([shift or 0.0 for shift in shifts]))
@@ -105,10 +105,10 @@ class Edit:
         unrelated = self._unrelated(draw, plain)
         calibration = self._calibrate()
 
-        over = [abs(move.shift) for move in over_seeds if move.shift is not None]
+        over = [abs(shift) for shift in over_seeds if shift is not None]
         noise = float(np.quantile(over, 0.9)) if over else 1.0
-        lost = float(np.mean([m.shift is None for m in over_seeds]))
-        moved = float(np.mean([m.shift is None or abs(m.shift) > MOVED for m in unrelated]))
+        lost = float(np.mean([shift is None for shift in over_seeds]))
+        moved = float(np.mean([shift is None or abs(shift) > MOVED for shift in unrelated]))
         controls = (
             Control(
                 "the same caption from other noises",
@@ -136,7 +136,7 @@ class Edit:
             "seed_spread": noise,
             "seeds_measured": len(over_seeds),
             "seeds_not_recognised": lost,
-            "unrelated_median": float(np.median([abs(m.shift or 0.0) for m in unrelated])),
+            "unrelated_median": float(np.median([abs(shift or 0.0) for shift in unrelated])),
             "unedited_like_original": float(np.median(likeness)),
             "calibration": calibration,
             **self._against_the_truth(changed),
@@ -183,20 +183,19 @@ class Edit:
             ),
         )
 
-    def _over_seeds(self, draw: Draw, plain: list[np.ndarray]) -> list[Displacement]:
-        flat = draw([one for seeds in self.seeds for one in seeds])
-        found, start = [], 0
-        for before, seeds, case in zip(plain, self.seeds, self.cases, strict=True):
-            found += [displacement(before, image, case[1].axis) for image in flat[start : start + len(seeds)]]
-            start += len(seeds)
-        return found
+    def _over_seeds(self, draw: Draw, plain: list[np.ndarray]) -> list[float | None]:
+        flat = iter(draw([one for seeds in self.seeds for one in seeds]))
+        return [
+            displacement(before, next(flat), case[1].axis).shift
+            for before, seeds, case in zip(plain, self.seeds, self.cases)
+            for _ in seeds
+        ]
 
-    def _unrelated(self, draw: Draw, plain: list[np.ndarray]) -> list[Displacement]:
+    def _unrelated(self, draw: Draw, plain: list[np.ndarray]) -> list[float | None]:
         chosen = {k: one for k, one in enumerate(self.unrelated) if one is not None}
-        if not chosen:
-            return [Displacement(None, 0.0, 0.0)]
         images = draw(list(chosen.values()))
-        return [displacement(plain[k], image, self.cases[k][1].axis) for k, image in zip(chosen, images)]
+        shifts = [displacement(plain[k], image, self.cases[k][1].axis).shift for k, image in zip(chosen, images)]
+        return shifts or [None]
 
     def _calibrate(self) -> dict[str, Any]:
         """The measure on true pictures: what it says where the right answer is in the set. Empty if it is nowhere."""

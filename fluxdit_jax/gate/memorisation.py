@@ -29,7 +29,7 @@ class Memorisation:
     @classmethod
     def plan(cls, album: Album) -> Memorisation:
         indices = range(len(album))
-        partner = derangements(album, 1)[0]
+        partner = next(derangements(album))
         own = [album.wanted(i, i, i) for i in indices]
         shuffled = [album.wanted(int(partner[i]), int(partner[i]), i) for i in indices]
         return cls(album, partner, own, shuffled)
@@ -45,8 +45,8 @@ class Memorisation:
         nearest = distance.argmin(1)
         twins = likeness.distances(album.thumbnails, album.thumbnails) < TWIN
         hit = twins[np.arange(count), nearest] | (nearest == np.arange(count))
-        psnr = np.array([likeness.psnr(t, image) for t, image in zip(album.truths, own, strict=True)])
-        ssim = np.array([likeness.ssim(t, image) for t, image in zip(album.truths, own, strict=True)])
+        psnr = np.array([likeness.psnr(t, image) for t, image in zip(album.truths, own)])
+        ssim = np.array([likeness.ssim(t, image) for t, image in zip(album.truths, own)])
         alike = likeness.structures(own) @ album.structures.T
         captions = np.array([record.caption for record in album.records])
         shuffled = album.nearest(draw(self.shuffled))

@@ -267,7 +267,7 @@ def _wall(cases: Sequence[Case]) -> str:
             small = Image.fromarray(case.pictures[which][1]).resize((side, side), Image.Resampling.LANCZOS)
             y, x = side * (k // columns), side * (k % columns)
             sheet[y : y + side, x : x + side] = np.asarray(small)
-        source = _jpeg(sheet, longest=side * columns * 2, quality=85)
+        source = _jpeg(sheet, longest=side * columns, quality=85)
         sheets.append(f'<figure><img src="{source}" alt="{title}"><figcaption>{title}</figcaption></figure>')
     of_all = "" if len(shown) == len(cases) else f" (the first {len(shown)} of {len(cases)})"
     return f'<h3>all of them{of_all}</h3><div class="wall">{"".join(sheets)}</div>'

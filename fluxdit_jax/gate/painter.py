@@ -80,6 +80,6 @@ class Painter:
                 self._generator.noise([one.seed for one in part]),
             )
             images = pictures.decode_all(self._decoder, latents)
-            self._drawn.update((one.key, image) for one, image in zip(part, images, strict=True))
+            self._drawn.update((one.key, image) for one, image in zip(part, images))
             if progress is not None:
                 progress(len(part))

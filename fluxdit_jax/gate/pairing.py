@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
@@ -29,8 +32,8 @@ def may_swap(album: Album) -> np.ndarray:
     return different & (far >= max(CLEARLY, float(np.median(far[different]))))
 
 
-def derangements(album: Album, rounds: int) -> list[np.ndarray]:
-    """Permutations without a fixed point, int [N]; entry i is the partner of record i.
+def derangements(album: Album) -> Iterator[np.ndarray]:
+    """Permutations without a fixed point, int [N], without end; entry i is the partner of record i.
 
     Each prefers partners that may be swapped with i (`may_swap`) and have its size, at random among those, and
     no pair occurs in two of them while there are others. Deterministic.
@@ -41,22 +44,19 @@ def derangements(album: Album, rounds: int) -> list[np.ndarray]:
     cost += 10 * (grids[:, None] != grids[None]).any(-1)
     cost += 100 * ~may_swap(album)
     cost += 10_000 * np.eye(count)
-    found = []
-    for _ in range(rounds):
+    while True:
         rows, partner = linear_sum_assignment(cost)
-        found.append(partner)
+        yield partner
         cost[rows, partner] += 1000
-    return found
 
 
 def swap_pairs(album: Album, wanted: int) -> list[tuple[int, int]]:
     """Up to `wanted` pairs (A, B) that may be swapped, spread over the records; the first derangement's come first."""
     allowed = may_swap(album)
-    if len(album) < 2 or not allowed.any():
+    if not allowed.any():
         return []
     pairs: dict[tuple[int, int], None] = {}
-    rounds = min(len(album) - 1, -(-wanted * 2 // len(album)) + 1)
-    for partner in derangements(album, rounds):
+    for partner in itertools.islice(derangements(album), len(album) - 1):
         fitting = [(int(a), int(b)) for a, b in enumerate(partner) if allowed[a, b]]
         left = wanted - len(pairs)
         step = np.linspace(0, len(fitting) - 1, min(left, len(fitting))).round().astype(int)

@@ -44,10 +44,10 @@ class Rule:
         Raises:
           EditError: it is not of that form.
         """
-        words, colon, direction = text.rpartition(":")
-        old, arrow, new = words.partition("=>")
+        words, _, direction = text.rpartition(":")
+        old, _, new = words.partition("=>")
         rule = cls(old.strip(), new.strip(), direction.strip())
-        if not (colon and arrow and rule.old and rule.new) or rule.direction not in DIRECTIONS:
+        if not (rule.old and rule.new) or rule.direction not in DIRECTIONS:
             raise EditError(
                 f"--edit {text!r} must be 'OLD WORDS=>NEW WORDS:DIRECTION', DIRECTION one of "
                 f"{', '.join(DIRECTIONS)}: where the subject moves"
@@ -73,8 +73,8 @@ def edited(caption: str, old: str, new: str) -> str | None:
     """The caption with the whole words `old` replaced by `new`, whatever their case; None if it has none."""
     before = r"(?<!\w)" if re.match(r"\w", old) else ""
     after = r"(?!\w)" if re.search(r"\w$", old) else ""
-    result, count = re.subn(before + re.escape(old) + after, lambda _: new, caption, flags=re.IGNORECASE)
-    return result if count and result != caption else None
+    result = re.sub(before + re.escape(old) + after, lambda _: new, caption, flags=re.IGNORECASE)
+    return result if result != caption else None
 
 
 def choose_rules(captions: list[str], given: list[Rule]) -> list[Rule]:
@@ -102,8 +102,8 @@ def choose_unrelated(captions: list[str], given: str | None) -> tuple[str, str]:
       EditError: the given one is not of that form or in no caption, or there is none that most captions have.
     """
     if given is not None:
-        old, arrow, new = (part.strip() for part in given.partition("=>"))
-        if not (arrow and old and new) or not any(edited(caption, old, new) for caption in captions):
+        old, _, new = (part.strip() for part in given.partition("=>"))
+        if not (old and new) or not any(edited(caption, old, new) for caption in captions):
             raise EditError(f"--unrelated {given!r} must be 'OLD=>NEW' with words that captions have")
         return old, new
     for old, new in UNRELATED:

@@ -11,7 +11,7 @@ import numpy as np
 from fluxdit_jax import likeness
 from fluxdit_jax.gate.album import Album
 from fluxdit_jax.gate.painter import Draw, Wanted
-from fluxdit_jax.gate.pairing import derangements, swap_pairs
+from fluxdit_jax.gate.pairing import swap_pairs
 from fluxdit_jax.gate.verdict import Case, Chart, Control, Verdict, failed_controls, percent
 
 PASSING = 0.80  # share of the pairs
@@ -41,10 +41,7 @@ class Swap:
         rng = np.random.default_rng([album.seed, 2])
         vectors = rng.normal(size=(CONTROLLED, len(album.records[0].vision)))
         vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
-        # For the pairs of the first derangement `own` is what test 1 drew as its shuffle, so these come first.
-        if chosen:
-            shuffle = derangements(album, 1)[0]
-            chosen.sort(key=lambda pair: shuffle[pair[0]] != pair[1])
+        # The pairs of the first derangement come first: for them `own` is what test 1 drew as its shuffle.
         return cls(
             album,
             chosen,
@@ -128,7 +125,9 @@ class Swap:
             numbers=numbers,
             controls=controls,
             reasons=tuple(reasons),
-            cases=tuple(self._case(k, swapped[k], answers[k], margin[k], gain[k]) for k in range(len(self.pairs))),
+            cases=tuple(
+                self._case(k, swapped[k], answers[k], margin[k], gain[k], passing[k]) for k in range(len(self.pairs))
+            ),
             chart=Chart(
                 "Every pair: whose composition, whose light?",
                 "tone: nearer to A  |  nearer to B",
@@ -152,7 +151,7 @@ class Swap:
         nearest = album.nearest([swapped[k] for k in known])
         errors = [
             likeness.psnr(album.truths[answer], swapped[k])
-            for k, answer in zip(known, right, strict=True)
+            for k, answer in zip(known, right)
             if album.truths[answer].shape == swapped[k].shape
         ]
         keeps = (album.structures[right] * (album.structures[a] - album.structures[b])).sum(1) > 0
@@ -164,7 +163,7 @@ class Swap:
             "psnr_to_the_true_answer_median_db": float(np.median(errors)) if errors else None,
         }
 
-    def _case(self, k: int, image: np.ndarray, answer: int | None, margin: float, gain: float) -> Case:
+    def _case(self, k: int, image: np.ndarray, answer: int | None, margin: float, gain: float, passed: bool) -> Case:
         (a, b), album = self.pairs[k], self.album
         shown = [("A: caption", album.truths[a]), ("B: vector", album.truths[b]), ("swapped", image)]
         if answer is not None:
@@ -173,7 +172,7 @@ class Swap:
             f"{album.caption(a)} | in the light of: {album.caption(b)}",
             f"structure {margin:+.2f} towards A, tone {gain:+.2f} towards B",
             float(min(margin, gain)),
-            bool(margin > 0 and gain > 0),
+            bool(passed),
             tuple(shown),
         )
 

@@ -123,7 +123,7 @@ class Verdict:
 
 def percent(share: float) -> str:
     """0.934 -> "93.4 %", without a decimal where it says nothing."""
-    return f"{100 * share:.0f} %" if abs(100 * share - round(100 * share)) < 0.05 else f"{100 * share:.1f} %"
+    return f"{100 * share:.1f}".removesuffix(".0") + " %"
 
 
 def failed_controls(controls: tuple[Control, ...]) -> list[str]:
