@@ -41,7 +41,7 @@ MODULES = {
     "fluxdit_jax/sample.py": ["test_sample", "test_truths"],
     "fluxdit_jax/checkpoint.py": ["test_checkpoint", "test_truths"],
     "fluxdit_jax/data.py": ["test_data"],
-    "fluxdit_jax/records.py": ["test_records", "test_records_refusals"],
+    "fluxdit_jax/records.py": ["test_records", "test_records_captions", "test_records_refusals", "test_manifest"],
     "fluxdit_jax/gate/rules.py": ["test_gate_rules"],
     "fluxdit_jax/gate/memorisation.py": ["test_gate_models"],
     "fluxdit_jax/gate/swap.py": ["test_gate_models"],
