@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from ml_collections import ConfigDict
 
 from fluxdit_jax import data, flow, model
 from fluxdit_jax.config import default_config
-from fluxdit_jax.optimizer import OptimizerConfig
+from fluxdit_jax.optimizer import OptimizerConfig, build_optimizer
 from fluxdit_jax.records import (
     BF16,
     MANIFEST,
@@ -29,6 +30,7 @@ from fluxdit_jax.records import (
     sha256_file,
     shard_name,
 )
+from fluxdit_jax.state import TrainState, create_state
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LATENT_SIZES = ((4, 4), (2, 8), (8, 2))  # 4 tokens each at patch 2, three aspect ratios
@@ -314,3 +316,31 @@ def read_batches(source, count, **changes):
 def joined(parts):
     """Micro-batches joined into one, to compare runs that split them differently."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def small_state(seed: int, rows: int = 60, short_ema: bool = False, **changes) -> TrainState:
+    """A small training state in the middle of a step, of random numbers, on the device."""
+    rng = np.random.default_rng(seed)
+    params = {
+        "mlp": {"kernel": rng.normal(size=(rows, 40)).astype(np.float32)},
+        "bias": rng.normal(size=(7,)).astype(np.float32),
+    } | changes
+    optimizer = build_optimizer(tiny_optimizer(accumulate=3))
+    state = create_state(jax.tree.map(jnp.asarray, params), optimizer, short_ema)
+    for _ in range(4):
+        _, opt_state = optimizer.update(state.params, state.opt_state, state.params)
+        state = state._replace(opt_state=opt_state)
+    if short_ema:
+        state = state._replace(short_ema=jax.tree.map(lambda x: x / 5, state.params))
+    return state._replace(ema=jax.tree.map(lambda x: x / 3, state.params), skipped=jnp.int32(seed))
+
+
+def abstract_state(state: TrainState) -> TrainState:
+    """What `Checkpoints.restore` takes for a state."""
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state)
+
+
+def meta_of(step: int) -> dict[str, int]:
+    """What is saved beside the state of a step."""
+    return {"samples": 12 * step, "batch_size": 4}
