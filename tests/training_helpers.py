@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from ml_collections import ConfigDict
@@ -319,20 +318,18 @@ def joined(parts):
 
 
 def small_state(seed: int, rows: int = 60, short_ema: bool = False, **changes) -> TrainState:
-    """A small training state in the middle of a step, of random numbers, on the device."""
+    """A small training state in the middle of its second step, of random numbers, on the device."""
     rng = np.random.default_rng(seed)
-    params = {
-        "mlp": {"kernel": rng.normal(size=(rows, 40)).astype(np.float32)},
-        "bias": rng.normal(size=(7,)).astype(np.float32),
-    } | changes
+    params = {"mlp": {"kernel": np.zeros((rows, 40), np.float32)}, "bias": np.zeros(7, np.float32)} | changes
     optimizer = build_optimizer(tiny_optimizer(accumulate=3))
-    state = create_state(jax.tree.map(jnp.asarray, params), optimizer, short_ema)
-    for _ in range(4):
-        _, opt_state = optimizer.update(state.params, state.opt_state, state.params)
-        state = state._replace(opt_state=opt_state)
-    if short_ema:
-        state = state._replace(short_ema=jax.tree.map(lambda x: x / 5, state.params))
-    return state._replace(ema=jax.tree.map(lambda x: x / 3, state.params), skipped=jnp.int32(seed))
+    shapes = jax.eval_shape(lambda params: create_state(params, optimizer, short_ema), params)
+    state = jax.tree.map(
+        lambda leaf: (rng.normal(size=leaf.shape) if leaf.dtype == np.float32 else np.ones(leaf.shape)).astype(
+            leaf.dtype
+        ),
+        shapes,
+    )
+    return jax.device_put(state._replace(skipped=np.int32(seed)))
 
 
 def abstract_state(state: TrainState) -> TrainState:
