@@ -45,8 +45,12 @@ def _in_a_fork(connection: socket.socket, tests: list[str], durations: Path) -> 
     child = os.fork()
     if child == 0:
         os.setsid()
+        import hypothesis
         import pytest
 
+        phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]  # the first failure is enough
+        hypothesis.settings.register_profile("first failure", phases=phases, database=None)
+        hypothesis.settings.load_profile("first failure")
         options = ["-x", "-q", "--no-header", "--assert=plain", "-m", "not slow"]
         os._exit(int(pytest.main([*options, *tests], plugins=[_Order(durations)])))
     ended = os.pidfd_open(child)

@@ -62,7 +62,7 @@ class Checkpoints:
         """
         self._root = workdir.absolute()
         self._keep, self._read_only = keep, read_only
-        self._pending: dict[str, int] = {}  # folder that is being written to, and the step
+        self._pending: tuple[str, int] | None = None  # folder that is being written to, and the step: one at a time
         self._own: set[int] = set()  # steps of checkpoints that this object wrote or restored
         self._noted = read_only  # whether the history says that a checkpoint is complete
         self.failures = 0
@@ -146,9 +146,12 @@ class Checkpoints:
         fault = weights_fault(ema)
         if fault:
             raise BrokenRun(f"the EMA weights of step {step} are not saved: {fault}. {_LOWER_RATE}")
-        path.parent.mkdir(exist_ok=True)
-        metadata = {_DIGEST: digest}
-        return self._start(folder, step, lambda: self._ema_saver.save(path, ema, custom_metadata=metadata))
+
+        def write() -> None:
+            path.parent.mkdir(exist_ok=True)
+            self._ema_saver.save(path, ema, custom_metadata={_DIGEST: digest})
+
+        return self._start(folder, step, write)
 
     def save_averages(self, step: int, state: TrainState) -> None:
         """`save_ema` of each average that the state holds."""
@@ -162,28 +165,31 @@ class Checkpoints:
         except Exception as error:  # noqa: BLE001  Orbax raises whatever the file system raised
             self._failed(folder, step, error)
             return False
-        self._pending[folder] = step
+        self._pending = folder, step
         return True
 
     def poll(self, wait: bool = False) -> None:
-        """Collects finished writes; with `wait`, until all are finished.
+        """Collects a finished write; with `wait`, waits for it.
 
         Orbax reports a full disk only here: not when the save is started, nor by `check_for_errors`.
         """
-        for folder, step in list(self._pending.items()):
-            writer = self._manager if folder == CHECKPOINTS else self._ema_saver
-            if not wait and folder == CHECKPOINTS and self._manager.is_saving_in_progress():
-                continue
-            if not wait and folder != CHECKPOINTS and not (self._root / folder / str(step)).exists():
-                continue
-            del self._pending[folder]
-            try:
-                writer.wait_until_finished()
-            except Exception as error:  # noqa: BLE001  see above
-                self._failed(folder, step, error)
-                continue
-            if folder == CHECKPOINTS:
-                self._note(step)
+        if self._pending is None:
+            return
+        folder, step = self._pending
+        if folder == CHECKPOINTS:
+            writer, busy = self._manager, self._manager.is_saving_in_progress()
+        else:
+            writer, busy = self._ema_saver, not (self._root / folder / str(step)).exists()
+        if busy and not wait:
+            return
+        self._pending = None
+        try:
+            writer.wait_until_finished()
+        except Exception as error:  # noqa: BLE001  see above
+            self._failed(folder, step, error)
+            return
+        if folder == CHECKPOINTS:
+            self._note(step)
 
     def _note(self, step: int) -> None:
         """Says once in the run's history that a checkpoint is complete: from then on one must be there."""
@@ -204,7 +210,7 @@ class Checkpoints:
             "is tried. Make space or mend the disk under %s",
             folder,
             step,
-            str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+            first_line(error),
             self._root,
         )
         if jax.process_count() > 1:

@@ -16,43 +16,28 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from training_helpers import tiny_optimizer, tree_equal
+from training_helpers import abstract_state, meta_of, small_state, tree_equal
 
-from fluxdit_jax.checkpoint import CheckpointError, Checkpoints, ema_steps, restore_ema
-from fluxdit_jax.optimizer import build_optimizer
-from fluxdit_jax.state import create_state
+from fluxdit_jax.checkpoint import (
+    EMA,
+    SHORT_EMA,
+    CheckpointError,
+    Checkpoints,
+    checkpoint_steps,
+    ema_digest,
+    ema_steps,
+    first_line,
+    restore_ema,
+)
+from fluxdit_jax.digest import tree_digest
 
 pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
-def make_state(seed, rows=60, **changes):
-    """A small training state in the middle of a step, of random numbers, on the device."""
-    rng = np.random.default_rng(seed)
-    params = {
-        "mlp": {"kernel": rng.normal(size=(rows, 40)).astype(np.float32)},
-        "bias": rng.normal(size=(7,)).astype(np.float32),
-    } | changes
-    optimizer = build_optimizer(tiny_optimizer(accumulate=3))
-    state = create_state(jax.tree.map(jnp.asarray, params), optimizer)
-    for _ in range(4):
-        _, opt_state = optimizer.update(state.params, state.opt_state, state.params)
-        state = state._replace(opt_state=opt_state)
-    return state._replace(ema=jax.tree.map(lambda x: x / 3, state.params), skipped=jnp.int32(seed))
-
-
-def abstract(state):
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state)
-
-
-def meta(step):
-    return {"samples": 12 * step, "batch_size": 4}
-
-
 @pytest.fixture(scope="module")
 def states(quick_compile):
-    return {step: make_state(step) for step in (1, 2, 3, 4)}
+    return {step: small_state(step) for step in (1, 2, 3, 4)}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +46,7 @@ def two_saved(states, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     with Checkpoints(workdir, keep=2) as checkpoints:
         for step in (1, 2):
-            assert checkpoints.save(step, states[step], meta(step))
+            assert checkpoints.save(step, states[step], meta_of(step))
             assert checkpoints.save_ema(step, states[step].ema)
     assert checkpoints.failures == 0
     return workdir
@@ -74,7 +59,7 @@ def workdir(two_saved, tmp_path):
 
 def restore(workdir, state):
     with Checkpoints(workdir, keep=2) as checkpoints:
-        return checkpoints.restore(abstract(state))
+        return checkpoints.restore(abstract_state(state))
 
 
 # ------------------------------------------------------------------------------------------------ round trip
@@ -82,7 +67,7 @@ def restore(workdir, state):
 
 def test_what_is_saved_comes_back_bit_for_bit(two_saved, states):
     state, found = restore(two_saved, states[2])
-    assert tree_equal(state, states[2]) and found == meta(2)
+    assert tree_equal(state, states[2]) and found == meta_of(2)
     assert type(state) is type(states[2])
     assert (int(state.step), int(state.opt_state.mini_step), int(state.skipped)) == (1, 1, 2)
 
@@ -103,10 +88,10 @@ def test_a_new_directory_has_nothing_to_restore(tmp_path, states):
 
 
 def test_the_state_may_be_donated_right_after_saving(tmp_path):
-    state = make_state(5)
+    state = small_state(5)
     expected = jax.tree.map(np.array, state)
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        checkpoints.save(1, state, meta(1))
+        checkpoints.save(1, state, meta_of(1))
         for _ in range(3):  # overwrites the buffers that are being saved
             state = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)(state)
         jax.block_until_ready(state)
@@ -125,7 +110,7 @@ def test_lists_that_grow_while_they_are_written_are_saved_as_they_were(tmp_path,
     """A run goes on with the losses of its window at once; the saved ones must be those of the digest."""
     losses = [1.0]
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(1, states[1], meta(1) | {"unfinished": Slow(losses=losses)})
+        checkpoints.save(1, states[1], meta_of(1) | {"unfinished": Slow(losses=losses)})
         losses.append(2.0)
     assert restore(tmp_path, states[1])[1]["unfinished"] == {"losses": [1.0]}
 
@@ -133,7 +118,7 @@ def test_lists_that_grow_while_they_are_written_are_saved_as_they_were(tmp_path,
 def test_the_latest_few_are_kept_and_every_ema(tmp_path, states):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         for step in (1, 2, 3, 4):
-            checkpoints.save(step, states[step], meta(step))
+            checkpoints.save(step, states[step], meta_of(step))
             checkpoints.save_ema(step, states[step].ema)
         assert checkpoints.latest_step() == 4
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "4"]
@@ -142,11 +127,11 @@ def test_the_latest_few_are_kept_and_every_ema(tmp_path, states):
 
 def test_saving_a_step_twice_keeps_the_first_and_refuses_other_numbers(workdir, states):
     with Checkpoints(workdir, keep=2) as checkpoints:
-        checkpoints.restore(abstract(states[2]))
-        assert checkpoints.save(2, states[2], meta(2)) and checkpoints.save_ema(2, states[2].ema)
+        checkpoints.restore(abstract_state(states[2]))
+        assert checkpoints.save(2, states[2], meta_of(2)) and checkpoints.save_ema(2, states[2].ema)
     with Checkpoints(workdir, keep=2) as checkpoints:
         for save in (
-            lambda: checkpoints.save(2, states[3], meta(3)),
+            lambda: checkpoints.save(2, states[3], meta_of(3)),
             lambda: checkpoints.save_ema(2, states[3].ema),
         ):
             with pytest.raises(CheckpointError, match="2 is there already"):
@@ -156,19 +141,33 @@ def test_saving_a_step_twice_keeps_the_first_and_refuses_other_numbers(workdir, 
 
 
 def test_read_only_touches_nothing(workdir, states):
-    (workdir / "ema" / "7.orbax-checkpoint-tmp").mkdir()
+    for folder in ("checkpoints", "ema"):
+        (workdir / folder / "7.orbax-checkpoint-tmp").mkdir()
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
     with Checkpoints(workdir, keep=1, read_only=True) as checkpoints:
-        assert tree_equal(checkpoints.restore(abstract(states[2]))[0], states[2])
+        assert tree_equal(checkpoints.restore(abstract_state(states[2]))[0], states[2])
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
 
 
 def test_what_a_killed_process_left_is_cleared_away(workdir, states):
-    for place in ("checkpoints/9.orbax-checkpoint-tmp", "ema/9.orbax-checkpoint-tmp-123"):
+    for place in (
+        "checkpoints/9.orbax-checkpoint-tmp",
+        "ema/9.orbax-checkpoint-tmp-123",
+        "short_ema/9.orbax-checkpoint-tmp",
+    ):
         shutil.copytree(workdir / "ema" / "2", workdir / place)
-    assert restore(workdir, states[2])[1] == meta(2)
+    assert restore(workdir, states[2])[1] == meta_of(2)
     assert not list(workdir.rglob("*orbax-checkpoint-tmp*"))
-    assert ema_steps(workdir) == [1, 2]
+    assert ema_steps(workdir) == checkpoint_steps(workdir) == [1, 2]
+
+
+def test_only_whole_checkpoints_count_as_steps(workdir, tmp_path):
+    assert checkpoint_steps(tmp_path / "new") == ema_steps(tmp_path / "new") == []
+    for folder in ("checkpoints", "ema"):
+        (workdir / folder / "10").mkdir()
+        (workdir / folder / "11.orbax-checkpoint-tmp").mkdir()
+        (workdir / folder / "notes").write_text("")
+    assert checkpoint_steps(workdir) == ema_steps(workdir) == [1, 2, 10]
 
 
 # ------------------------------------------------------------------------------------------------ EMA
@@ -201,10 +200,30 @@ def test_ema_weights_can_be_read_without_this_project(two_saved, states):
 
 
 def test_missing_ema_weights_are_told(tmp_path, two_saved):
-    with pytest.raises(CheckpointError, match="has no weights yet"):
-        restore_ema(tmp_path)
+    for folder, named in ((EMA, False), (SHORT_EMA, True)):
+        with pytest.raises(CheckpointError, match=f"{tmp_path / folder} has no weights yet") as refusal:
+            restore_ema(tmp_path, folder=folder)
+        assert ("config.ema.short_decay" in str(refusal.value)) == named
     with pytest.raises(CheckpointError, match="has no step 5; it has 1, 2"):
         restore_ema(two_saved, 5)
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_each_average_there_is_is_written_with_its_digest(tmp_path, short):
+    state = small_state(7, short_ema=short)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(5, state, meta_of(5))
+        checkpoints.save_averages(5, state)
+        checkpoints.poll(wait=True)
+        assert checkpoints.failures == 0 and checkpoints.restore(abstract_state(state))[1] == meta_of(5)
+    meta = json.loads((tmp_path / "checkpoints" / "5" / "meta" / "metadata").read_text())
+    averages = {EMA: state.ema} | ({SHORT_EMA: state.short_ema} if short else {})
+    assert {name for name in meta if name.endswith("_digest")} == {f"{folder}_digest" for folder in averages}
+    for folder, average in averages.items():
+        assert meta[f"{folder}_digest"] == ema_digest(tmp_path, 5, folder) == tree_digest(average)
+        step, weights = restore_ema(tmp_path, folder=folder)
+        assert step == 5 and tree_equal(weights, jax.tree.map(np.asarray, average))
+    assert ema_steps(tmp_path, SHORT_EMA) == [5] * short
 
 
 def flip_in_the_largest_file(folder):
@@ -217,9 +236,22 @@ def flip_in_the_largest_file(folder):
 
 def test_a_flipped_bit_in_ema_weights_is_told(workdir):
     flip_in_the_largest_file(workdir / "ema" / "2")
-    with pytest.raises(CheckpointError, match=r"ema/2 cannot be read"):
+    with pytest.raises(CheckpointError, match=r"ema/2 cannot be read: its numbers are not those that were written"):
         restore_ema(workdir)
     assert restore_ema(workdir, 1)[0] == 1
+
+
+def test_weights_without_a_description_have_no_digest(workdir):
+    assert ema_digest(workdir, 2) is not None and ema_digest(workdir, 3) is None
+    for path in (workdir / "ema" / "2").glob("_*METADATA"):
+        path.write_text("{")
+    assert ema_digest(workdir, 2) is None
+
+
+def test_the_first_line_of_an_error():
+    assert first_line(OSError(" \none\ntwo\n")) == "one"
+    assert first_line(OSError("x" * 400)) == "x" * 300
+    assert first_line(OSError("\n")) == first_line(OSError()) == "OSError"
 
 
 # ------------------------------------------------------------------------------------------------ damage
@@ -257,15 +289,15 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(workdir, 
     after = {p: p.read_bytes() for p in (workdir / "checkpoints" / "2").rglob("*") if p.is_file()}
     assert before != after
     with Checkpoints(workdir, keep=2) as checkpoints:
-        state, found = checkpoints.restore(abstract(states[1]))
-        assert tree_equal(state, states[1]) and found == meta(1)
+        state, found = checkpoints.restore(abstract_state(states[1]))
+        assert tree_equal(state, states[1]) and found == meta_of(1)
         told = "\n".join(package_log)
         assert "ERROR checkpoints/2 cannot be restored" in told and "trying the one before" in told
         assert (workdir / "damaged" / "2").is_dir() and str(workdir / "damaged" / "2") in told
         # the step is free again, and the run goes on saving
-        assert checkpoints.save(2, states[2], meta(2)) and checkpoints.save(3, states[3], meta(3))
+        assert checkpoints.save(2, states[2], meta_of(2)) and checkpoints.save(3, states[3], meta_of(3))
     state, found = restore(workdir, states[3])
-    assert tree_equal(state, states[3]) and found == meta(3)
+    assert tree_equal(state, states[3]) and found == meta_of(3)
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["2", "3"]
 
 
@@ -289,18 +321,35 @@ def test_nothing_but_damage_stops_with_a_way_out(workdir, states):
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (lambda: make_state(1, rows=61), ["params/mlp/kernel is [60, 40] there, [61, 40] here"]),
-        (lambda: make_state(1, extra=np.ones(3, np.float32)), ["it has no params/extra"]),
-        (lambda: make_state(1)._replace(ema={"bias": jnp.ones(7)}), ["it has ema/mlp/kernel", "not here"]),
+        (lambda: small_state(1, rows=61), ["params/mlp/kernel is [60, 40] there, [61, 40] here"]),
+        (lambda: small_state(1, extra=np.ones(3, np.float32)), ["it has no params/extra"]),
+        (lambda: small_state(1)._replace(ema={"bias": jnp.ones(7)}), ["it has ema/mlp/kernel", "not here"]),
     ],
     ids=["shape", "missing", "unknown"],
 )
-def test_a_checkpoint_of_another_configuration_names_the_first_difference(workdir, other, words):
+def test_a_checkpoint_of_another_configuration_names_the_first_difference(workdir, package_log, other, words):
     with pytest.raises(CheckpointError) as refusal:
         restore(workdir, other())
     for word in ["checkpoints/2 does not fit the configuration", *words]:
         assert word in str(refusal.value)
+    assert not package_log  # it is not damaged
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["1", "2"]
+
+
+def test_damaged_ones_are_kept_apart_from_those_damaged_before(tmp_path, states):
+    for steps in ((1, 2, 3), (2, 3), (3,)):
+        with Checkpoints(tmp_path, keep=5) as checkpoints:
+            for step in steps:
+                checkpoints.save(step, states[step], meta_of(step))
+        for step in steps[-2:]:
+            (tmp_path / "checkpoints" / str(step) / "note").write_text(str(len(steps)))
+            if step > 1:
+                delete(tmp_path / "checkpoints" / str(step) / "meta" / "metadata")
+        with Checkpoints(tmp_path, keep=5) as checkpoints:
+            assert checkpoints.restore(abstract_state(states[1]))[1] == meta_of(1)
+    notes = {path.parent.name: path.read_text() for path in (tmp_path / "damaged").rglob("note")}
+    assert notes == {"2": "3", "2.2": "2", "3": "3", "3.2": "2", "3.3": "1"}
+    assert checkpoint_steps(tmp_path) == [1]
 
 
 # ------------------------------------------------------------------------------------------------ full disk
@@ -321,15 +370,15 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_is_loud_and_later_saves_recover(small_disk, package_log):
-    states = {step: make_state(step) for step in (1, 2, 3)}
+    states = {step: small_state(step) for step in (1, 2, 3)}
     with Checkpoints(small_disk, keep=1) as checkpoints:
-        checkpoints.save(1, states[1], meta(1))
+        checkpoints.save(1, states[1], meta_of(1))
         checkpoints.poll(wait=True)
         assert checkpoints.failures == 0
         filler = small_disk / "filler"
         free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
         filler.write_bytes(b"x" * (free - 8192))
-        checkpoints.save(2, states[2], meta(2))
+        checkpoints.save(2, states[2], meta_of(2))
         checkpoints.save_ema(2, states[2].ema)
         checkpoints.poll(wait=True)
         assert checkpoints.failures == 2
@@ -337,27 +386,27 @@ def test_a_full_disk_is_loud_and_later_saves_recover(small_disk, package_log):
             (line,) = (line for line in package_log if line.startswith(f"ERROR could not write {what}"))
             assert "Training goes on" in line and str(small_disk) in line
         filler.unlink()
-        assert checkpoints.save(3, states[3], meta(3)) and checkpoints.save_ema(3, states[3].ema)
+        assert checkpoints.save(3, states[3], meta_of(3)) and checkpoints.save_ema(3, states[3].ema)
         checkpoints.poll(wait=True)
         assert checkpoints.failures == 2
     state, found = restore(small_disk, states[3])
-    assert tree_equal(state, states[3]) and found == meta(3)
+    assert tree_equal(state, states[3]) and found == meta_of(3)
     assert tree_equal(restore_ema(small_disk)[1], jax.tree.map(np.asarray, states[3].ema))
     assert ema_steps(small_disk) == [3]
     assert not list(small_disk.rglob("*tmp*"))  # what a failed save left does not go on filling the disk
 
 
 def test_after_a_failed_save_the_last_good_one_is_restored(small_disk):
-    states = {step: make_state(step) for step in (1, 2)}
+    states = {step: small_state(step) for step in (1, 2)}
     with Checkpoints(small_disk, keep=1) as checkpoints:
-        checkpoints.save(1, states[1], meta(1))
+        checkpoints.save(1, states[1], meta_of(1))
         checkpoints.poll(wait=True)
         free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
         (small_disk / "filler").write_bytes(b"x" * (free - 8192))
-        checkpoints.save(2, states[2], meta(2))
+        checkpoints.save(2, states[2], meta_of(2))
     assert checkpoints.failures == 1
     state, found = restore(small_disk, states[1])
-    assert tree_equal(state, states[1]) and found == meta(1)
+    assert tree_equal(state, states[1]) and found == meta_of(1)
 
 
 def test_the_format_is_plain_orbax(two_saved):

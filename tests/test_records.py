@@ -19,9 +19,11 @@ from fluxdit_jax.records import (
     Manifest,
     Record,
     Shard,
+    check_fit,
     check_record,
     decode_record,
     encode_record,
+    json_checksum,
     load_manifest,
     shard_name,
 )
@@ -47,10 +49,18 @@ def record(seed: int = 0, h: int = 4, w: int = 6, n: int = 3, key: str = "a/b.jp
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 
 
-@given(st.integers(0, 2**20), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), TEXT, TEXT)
+SIDE = st.integers(1, 9)
+PIXELS = st.integers(1, 2**62)
+
+
+@given(st.integers(0, 2**20), SIDE, SIDE, SIDE, TEXT, TEXT, st.tuples(PIXELS, PIXELS), st.tuples(PIXELS, PIXELS))
 @settings(deadline=None, max_examples=100)
-def test_a_record_comes_back_bit_for_bit(seed: int, h: int, w: int, n: int, key: str, caption: str) -> None:
-    original = record(seed, h, w, n, key, caption)
+def test_a_record_comes_back_bit_for_bit(
+    seed: int, h: int, w: int, n: int, key: str, caption: str, original_size: tuple, encoded_size: tuple
+) -> None:
+    original = dataclasses.replace(
+        record(seed, h, w, n, key, caption), original_size=original_size, encoded_size=encoded_size
+    )
     again = decode_record(encode_record(original), text_width=5)
     for field in dataclasses.fields(Record):
         one, two = getattr(original, field.name), getattr(again, field.name)
@@ -59,6 +69,15 @@ def test_a_record_comes_back_bit_for_bit(seed: int, h: int, w: int, n: int, key:
         else:
             assert one == two
     assert encode_record(original) == encode_record(again)
+
+
+def test_the_arrays_are_views_of_what_was_read() -> None:
+    one = record()
+    for written in (one, dataclasses.replace(one, other_captions=("b", "c"), other_texts=(one.text, one.text[:1]))):
+        data = encode_record(written)
+        again = decode_record(data, text_width=5)
+        for array in (again.latent, again.vision, *again.texts):
+            assert np.shares_memory(array, np.frombuffer(data, np.uint8)) and not array.flags.writeable
 
 
 @given(st.binary(max_size=300))
@@ -92,7 +111,12 @@ def poison(array: np.ndarray, value: float) -> np.ndarray:
     [
         (doctored(latent=poison(record().latent, np.nan)), "latent has a value that is not finite"),
         (doctored(text=poison(record().text, np.inf)), "text has a value that is not finite"),
+        (doctored(latent=poison(record().latent, -np.inf)), "latent has a value that is not finite"),
+        (doctored(text=poison(record().text, -np.nan)), "text has a value that is not finite"),
         (doctored(vision=poison(record().vision, -np.inf)), "vision has a value that is not finite"),
+        (doctored(vision=record().vision * np.float32(2**0.5)), "vision must have unit L2 norm, got 1.414214"),
+        (doctored(vision=record().vision * np.float32(1.00103)), "vision must have unit L2 norm, got 1.001030"),
+        (doctored(vision=record().vision * np.float32(0.99897)), "vision must have unit L2 norm, got 0.998970"),
         (doctored(vision=np.zeros(8, np.float32)), "vision must have unit L2 norm, got 0.000000"),
         (doctored(vision=record().vision * 2), "vision must have unit L2 norm, got 2.000000"),
         (doctored(text=np.zeros((0, 5), BF16)), r"text must be bfloat16 \[n >= 1, width\]"),
@@ -106,13 +130,25 @@ def test_a_poisonous_record_is_neither_written_nor_accepted(bad: Record, message
         encode_record(bad)
 
 
+@pytest.mark.parametrize("factor", [0.99905, 0.9995, 1, 1.0009, 1.00098])
+def test_a_vector_of_nearly_unit_norm_is_accepted(factor: float) -> None:
+    check_record(doctored(vision=record().vision * np.float32(factor)))
+
+
+def test_the_largest_finite_numbers_are_accepted() -> None:
+    most = float(ml_dtypes.finfo(BF16).max)
+    check_record(doctored(latent=poison(poison(record().latent, most), -most), text=poison(record().text, most)))
+    check_record(doctored(latent=poison(record().latent, -most), text=poison(record().text, -most)))
+
+
 def test_another_text_width_is_noticed() -> None:
-    with pytest.raises(DatasetError, match="15 values, which are not rows of width 4"):
+    with pytest.raises(DatasetError, match="15 values, which are not rows of width 4") as refusal:
         decode_record(encode_record(record()), text_width=4)
+    assert "not a fluxdit record" not in str(refusal.value)  # it is one, of another data set
 
 
 def manifest() -> Manifest:
-    identity = EncoderIdentity("owner/model", "abc", "f" * 64, "bfloat16", 2, {"factor": 8})
+    identity = EncoderIdentity("owner/model", "abc", "f" * 64, "bfloat16", 2, {"factor": 8, "mode": "mean"})
     shard = Shard(shard_name("photos", "train", 0, 1), "0" * 64, 1234, 3, {"64x64": 3})
     return Manifest(
         name="photos",
@@ -120,15 +156,14 @@ def manifest() -> Manifest:
         modulus=16,
         fit="resize",
         vae=identity,
-        text=identity,
-        vision=identity,
-        buckets=((64, 64), (48, 80)),
+        text=dataclasses.replace(identity, width=5, options={}),
+        vision=dataclasses.replace(identity, width=8, options={}),
+        buckets=((64, 64), (48, 80), (32, 48)),
         latent_mean=(0.1, -1 / 3),
         latent_std=(1.0, 2.0),
         latent_count=99,
         text_tokens=7,
         shards={"train": (shard,)},
-        rejects=2,
     )
 
 
@@ -136,8 +171,40 @@ def test_a_manifest_comes_back_exactly() -> None:
     original = manifest()
     again = Manifest.from_json(original.to_json())
     assert again == original and again.to_json() == original.to_json()
+    assert (again.version, again.rejects) == (1, 0)
     assert again.records("train") == 3 and again.records("holdout") == 0
-    assert again.latent_sizes() == ((8, 8), (6, 10))
+    assert again.latent_sizes() == ((8, 8), (6, 10), (4, 6))
+
+
+def test_the_order_in_which_values_were_given_changes_no_byte() -> None:
+    one = dataclasses.replace(manifest(), shards=manifest().shards | {"holdout": ()})
+    shards, options = dict(reversed(one.shards.items())), dict(reversed(one.vae.options.items()))
+    other = dataclasses.replace(one, shards=shards, vae=dataclasses.replace(one.vae, options=options))
+    assert list(other.shards) != list(one.shards) and other.to_json() == one.to_json()
+    assert json_checksum({"a": 1, "b": [2]}) == json_checksum({"b": [2], "a": 1}) != json_checksum({"a": 1, "b": [3]})
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_a_record_as_its_manifest_promises_fits(tokens: int) -> None:
+    check_fit(record(n=tokens), manifest())
+    check_fit(record(h=6, w=10), manifest())
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (record(h=6, w=4), "32x48 .width x height. is not in the bucket table"),
+        (record(h=5, w=6), "48x40 .width x height. is not in the bucket table"),
+        (doctored(encoded_size=(32, 40)), r"latent \[2, 4, 6\] does not fit an image of 40x32"),
+        (doctored(encoded_size=(40, 48)), r"latent \[2, 4, 6\] does not fit an image of 48x40"),
+        (doctored(latent=np.ones((3, 4, 6), BF16)), r"latent \[3, 4, 6\] does not fit"),
+        (doctored(vision=np.ones(7, np.float32)), "vision vector of 7, the manifest says 8"),
+        (record(n=8), "8 text tokens, the manifest says at most 7"),
+    ],
+)
+def test_a_record_that_its_manifest_does_not_promise_is_named(bad: Record, message: str) -> None:
+    with pytest.raises(DatasetError, match=f"a/b.jpg.*({message})"):
+        check_fit(bad, manifest())
 
 
 def test_any_edit_of_a_manifest_is_noticed() -> None:
@@ -152,11 +219,12 @@ def test_any_edit_of_a_manifest_is_noticed() -> None:
 
 @given(
     st.recursive(
-        st.none() | st.booleans() | st.floats() | st.text(),
-        lambda x: st.lists(x) | st.dictionaries(st.text(), x),
+        st.none() | st.booleans() | st.floats() | st.text(max_size=5),
+        lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3),
+        max_leaves=5,
     )
 )
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 def test_other_json_is_no_manifest(raw: object) -> None:
     with pytest.raises(DatasetError):
         Manifest.from_json(json.dumps(raw))
@@ -182,3 +250,5 @@ def test_impossible_manifests_are_named(changes: dict, message: str) -> None:
 def test_a_missing_manifest_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="is not a finished dataset .make one with `python -m preprocess build"):
         load_manifest(tmp_path)
+    with pytest.raises(DatasetError, match=f"{tmp_path / 'moved'}: there is no such folder.*--config.data.path"):
+        load_manifest(tmp_path / "moved")

@@ -1,10 +1,8 @@
-"""The dataset contract against TFDS, and every way in which records and manifests can be wrong."""
+"""Records against TFDS, and every way in which they can be wrong."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 
 import numpy as np
 import pytest
@@ -15,20 +13,12 @@ from training_helpers import CHANNELS, TEXT_WIDTH, VISION_WIDTH, make_record
 from fluxdit_jax.records import (
     BF16,
     DatasetError,
-    EncoderIdentity,
-    Manifest,
     Record,
-    Shard,
     check_record,
     decode_record,
     encode_record,
-    load_manifest,
-    sha256_file,
-    shard_name,
     tfds_features,
 )
-
-# ------------------------------------------------------------------------------------------------ records
 
 
 def assert_same_record(a: Record, b: Record) -> None:
@@ -108,7 +98,11 @@ def test_nearly_unit_vision_vectors_pass():
         ({"latent/shape": [4, 4, 5]}, ["latent", "[4, 4, 5]"]),
         ({"latent/shape": [4, 16]}, ["latent", "[4, 16]"]),
         ({"latent/shape": [-4, -4, 4]}, ["latent", "-4"]),
-        ({"latent/value": b"odd"}, ["not a fluxdit record"]),
+        ({"latent/shape": [-4, -4, -4]}, ["latent", "[-4, -4, -4]"]),
+        ({"latent/shape": [0, 4, 4]}, ["latent", "[0, 4, 4]"]),
+        ({"latent/shape": [1] * 30}, ["latent/shape", "3 integers"]),
+        ({"latent/shape": [1] * 31}, ["latent/shape", "31 bytes"]),
+        ({"latent/value": b"odd"}, ["latent/value", "3 bytes"]),
         ({"latent/value": None}, ["not a fluxdit record"]),
         ({"text": b""}, ["text", "0 values"]),
         ({"text": b"\0" * 2 * (TEXT_WIDTH + 1)}, ["text", f"width {TEXT_WIDTH}"]),
@@ -137,7 +131,7 @@ def test_damaged_fields_are_refused_when_decoding(replacement, words):
         assert word in str(refusal.value)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_decoding_a_damaged_record_gives_a_record_or_dataset_error(draw):
     data = bytearray(encode_record(make_record(3, (2, 2))))
@@ -164,6 +158,13 @@ def test_a_field_that_an_example_has_not_is_refused_in_words():
         decode_record(encode_record(make_record(0)) + b"\x12\x00", TEXT_WIDTH)  # field 2, empty
 
 
+def test_integers_that_are_cut_short_are_named():
+    data = encode_record(make_record(1))
+    end = data.index(b"\n\x04text") - 2  # behind the list of the two sides of the image, before the next entry
+    with pytest.raises(DatasetError, match="original_size: a list of integers is cut short"):
+        decode_record(data[: end - 1] + b"\x80" + data[end:], TEXT_WIDTH)
+
+
 def test_decoding_with_a_width_of_zero_is_a_dataset_error():
     with pytest.raises(DatasetError):
         decode_record(encode_record(make_record(0)), 0)
@@ -186,192 +187,3 @@ def test_tfds_reads_and_writes_the_same_bytes():
         assert example[name].tobytes() == stored.tobytes()
     written = features.serialize_example({field: getattr(record, field) for field in example})
     assert_same_record(decode_record(written, TEXT_WIDTH), record)
-
-
-# ------------------------------------------------------------------------------------------------ manifest
-
-
-def a_manifest(**changes) -> Manifest:
-    values: dict[str, object] = dict(  # noqa: C408
-        name="faces",
-        resolution=256,
-        modulus=64,
-        fit="crop",
-        vae=EncoderIdentity("vae/id", "abc", "12", "bfloat16", 2, {"factor": 8, "mode": "mean"}),
-        text=EncoderIdentity("t5", "", "34", "bfloat16", 8),
-        vision=EncoderIdentity("dino", "", "56", "bfloat16", 6),
-        buckets=((256, 256), (192, 320)),
-        latent_mean=(0.1, -0.2),
-        latent_std=(1 / 3, 2.0),
-        latent_count=1234567890123,
-        text_tokens=77,
-        shards={
-            "train": (
-                Shard("faces-train-0", "aa", 10, 3, {"256x256": 3}),
-                Shard("b", "bb", 9, 2, {"1x1": 2}),
-            ),
-            "holdout": (Shard("c", "cc", 8, 1, {"256x256": 1}),),
-        },
-        rejects=4,
-    )
-    return Manifest(**(values | changes))
-
-
-def checked(raw: dict) -> str:
-    """The JSON of a manifest with the checksum of its content, as a faulty writer would make it."""
-    raw = {name: value for name, value in raw.items() if name != "checksum"}
-    checksum = hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
-    return json.dumps(raw | {"checksum": checksum})
-
-
-def test_the_helper_makes_the_checksum_of_the_module():
-    text = a_manifest().to_json()
-    assert json.loads(checked(json.loads(text))) == json.loads(text)
-
-
-REMOVE = object()
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "words"),
-    [
-        (("version",), 2, ["version", "2"]),
-        (("version",), REMOVE, ["version", "None"]),
-        (("latent_mean",), [0.0], ["latent_mean", "2 channels"]),
-        (("latent_mean",), [0.0, None], ["latent_mean"]),
-        (("latent_mean",), "ab", ["latent_mean"]),
-        (("latent_std",), [1.0, 1.0, 1.0], ["latent_std", "2 channels"]),
-        (("latent_std",), [1.0, 0.0], ["latent_std", "above 0"]),
-        (("latent_std",), [1.0, -1.0], ["latent_std", "above 0"]),
-        (("latent_std",), [1.0, float("nan")], ["latent_std", "finite"]),
-        (("latent_mean",), [float("inf"), 0.0], ["latent_mean", "finite"]),
-        (("latent_mean",), [10**400, 0.0], ["latent_mean"]),
-        (("vae", "options"), {}, ["vae.options", "factor"]),
-        (("vae", "options"), [], ["vae.options"]),
-        (("vae", "options", "factor"), 0, ["factor"]),
-        (("vae", "options", "factor"), "8", ["factor"]),
-        (("vae", "width"), "2", ["vae.width"]),
-        (("vae", "width"), 0, ["VAE has 0 channels"]),
-        (("vae", "id"), 5, ["vae.id"]),
-        (("vae", "surprise"), 1, ["surprise"]),
-        (("vae",), None, ["vae is None"]),
-        (("text",), [], ["text is"]),
-        (("text", "width"), 1.5, ["text.width"]),
-        (("vision", "sha256"), REMOVE, ["sha256"]),
-        (("vision", "width"), -1, ["vision.width"]),
-        (("buckets",), [], ["bucket"]),
-        (("buckets",), [[0, 64]], ["bucket"]),
-        (("buckets",), [[64]], ["buckets"]),
-        (("buckets",), [[64, float("inf")]], ["buckets"]),
-        (("buckets",), [["x", 64]], ["buckets"]),
-        (("buckets",), 5, ["buckets"]),
-        (("shards",), [], ["shards"]),
-        (("shards", "train"), None, ["shards"]),
-        (("shards", "train"), [{}], ["shards", "file"]),
-        (("shards", "train", 0, "file"), "../x", ["shard", "../x"]),
-        (("shards", "train", 0, "file"), "/etc/passwd", ["shard", "/etc/passwd"]),
-        (("shards", "train", 0, "file"), "", ["shard"]),
-        (("shards", "train", 0, "file"), 5, ["file"]),
-        (("shards", "train", 0, "records"), 0, ["records"]),
-        (("shards", "train", 0, "records"), "3", ["records"]),
-        (("shards", "train", 0, "bytes"), None, ["bytes"]),
-        (("text_tokens",), 0, ["text_tokens"]),
-        (("text_tokens",), "many", ["text_tokens"]),
-        (("resolution",), "256", ["resolution"]),
-        (("name",), REMOVE, ["missing or unknown: name"]),
-    ],
-)
-def test_manifest_refusals_name_file_and_field(path, value, words):
-    raw = json.loads(a_manifest().to_json())
-    place = raw
-    for key in path[:-1]:
-        place = place[key]
-    if value is REMOVE:
-        del place[path[-1]]
-    else:
-        place[path[-1]] = value
-    with pytest.raises(DatasetError) as refusal:
-        Manifest.from_json(checked(raw), "some/manifest.json")
-    for word in ["some/manifest.json", *words]:
-        assert word in str(refusal.value)
-
-
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", '"x"', pytest.param("[" * 100_000, id="deep"), '{"version": 1}']
-)
-def test_text_that_is_no_manifest_is_refused(text):
-    with pytest.raises(DatasetError, match=r"some/manifest\.json"):
-        Manifest.from_json(text, "some/manifest.json")
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=5,
-)
-
-
-@settings(max_examples=500, deadline=None)
-@given(st.data())
-def test_a_mutilated_manifest_gives_a_manifest_or_dataset_error(draw):
-    raw = json.loads(a_manifest().to_json())
-    for _ in range(draw.draw(st.integers(1, 2))):
-        place = raw
-        while True:
-            keys = range(len(place)) if isinstance(place, list) else list(place)
-            if not keys:
-                break
-            key = draw.draw(st.sampled_from(keys))
-            if isinstance(place[key], dict | list) and draw.draw(st.booleans()):
-                place = place[key]
-                continue
-            if isinstance(place, dict) and draw.draw(st.booleans()):
-                del place[key]
-            else:
-                place[key] = draw.draw(json_values)
-            break
-    try:
-        manifest = Manifest.from_json(checked(raw))
-    except DatasetError:
-        return
-    # what is accepted can be used
-    assert manifest.latent_sizes() and manifest.records("train") >= 0
-    assert all(isinstance(w, int) and w > 0 for w in (manifest.vae.width, manifest.text.width))
-
-
-def test_load_manifest_names_the_path_and_what_to_do(tmp_path):
-    with pytest.raises(DatasetError) as refusal:
-        load_manifest(tmp_path)
-    assert str(tmp_path / "manifest.json") in str(refusal.value)
-    assert "python -m preprocess build" in str(refusal.value)
-    (tmp_path / "manifest.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DatasetError, match="manifest.json cannot be read"):
-        load_manifest(tmp_path)
-    (tmp_path / "manifest.json").write_text(a_manifest().to_json())
-    assert load_manifest(str(tmp_path)) == a_manifest()
-
-
-def test_a_directory_in_place_of_the_manifest_is_refused(tmp_path):
-    (tmp_path / "manifest.json").mkdir()
-    with pytest.raises(DatasetError, match="manifest.json cannot be read"):
-        load_manifest(tmp_path)
-
-
-def test_shard_names_are_those_of_tfds(tmp_path):
-    import tensorflow_datasets as tfds
-
-    template = tfds.core.ShardedFileTemplate(
-        data_dir=tmp_path,
-        template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-        dataset_name="faces",
-        split="train",
-        filetype_suffix="array_record",
-    )
-    expected = template.sharded_filepath(shard_index=3, num_shards=42)
-    assert shard_name("faces", "train", 3, 42) == expected.name
-
-
-def test_sha256_of_a_file_longer_than_a_buffer(tmp_path):
-    data = np.random.default_rng(0).bytes(3 * 2**20 + 17)
-    (tmp_path / "x").write_bytes(data)
-    assert sha256_file(tmp_path / "x") == hashlib.sha256(data).hexdigest()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fluxdit_jax.sampler import METHODS, guide, integrate, time_grid
+from fluxdit_jax.sampler import METHODS, Guidance, guide, integrate, time_grid
 
 pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -91,12 +91,33 @@ def test_an_unknown_method_is_refused_by_name():
         assert method in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("euler", 3 - 1 * (3 * 3 + 1)),
+        ("heun", 3 - (10 + 3 * (3 - 10) + 0) / 2),
+        ("kutta3", 3 - (10 + 4 * (3 * (3 - 10 / 2) + 0.5) + 3 * (3 - 2 * (3 * (3 - 10 / 2) + 0.5) + 10)) / 6),
+    ],
+)
+def test_one_step_by_hand(method, expected):
+    """dx/dt = 3 x + t from x(1) = 3, in one step to t = 0."""
+    found = integrate(lambda x, t: 3 * x + t, np.full(2, 3, np.float32), 1, 1.0, method)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 # ------------------------------------------------------------------------------------------------ guidance
 
 
 @pytest.fixture
 def velocities():
     return tuple(rand(3, 4, 5, seed=seed) for seed in range(3))
+
+
+def test_guidance_that_is_not_given_is_the_model_itself():
+    assert Guidance() == Guidance(1.0, 1.0, 0.0) and Guidance().plain
+    assert Guidance(rescale=0.7).plain  # the deviation is that of the model already
+    for text, vision in ((1.0, 2.0), (2.0, 1.0), (0.0, 1.0), (1.0, 0.0), (2.0, 2.0), (0.0, 0.0)):
+        assert not Guidance(text, vision).plain
 
 
 def test_guidance_identities(velocities):

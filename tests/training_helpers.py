@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from fluxdit_jax import data, flow, model
 from fluxdit_jax.config import default_config
-from fluxdit_jax.optimizer import OptimizerConfig
+from fluxdit_jax.optimizer import OptimizerConfig, build_optimizer
 from fluxdit_jax.records import (
     BF16,
     MANIFEST,
@@ -29,6 +29,7 @@ from fluxdit_jax.records import (
     sha256_file,
     shard_name,
 )
+from fluxdit_jax.state import TrainState, create_state
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LATENT_SIZES = ((4, 4), (2, 8), (8, 2))  # 4 tokens each at patch 2, three aspect ratios
@@ -314,3 +315,29 @@ def read_batches(source, count, **changes):
 def joined(parts):
     """Micro-batches joined into one, to compare runs that split them differently."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def small_state(seed: int, rows: int = 60, short_ema: bool = False, **changes) -> TrainState:
+    """A small training state in the middle of its second step, of random numbers, on the device."""
+    rng = np.random.default_rng(seed)
+    params = {"mlp": {"kernel": np.zeros((rows, 40), np.float32)}, "bias": np.zeros(7, np.float32)} | changes
+    optimizer = build_optimizer(tiny_optimizer(accumulate=3))
+    shapes = jax.eval_shape(lambda params: create_state(params, optimizer, short_ema), params)
+    state = jax.tree.map(
+        lambda leaf: (rng.normal(size=leaf.shape) if leaf.dtype == np.float32 else np.ones(leaf.shape)).astype(
+            leaf.dtype
+        ),
+        shapes,
+    )
+    return jax.device_put(state._replace(skipped=np.int32(seed)))
+
+
+def abstract_state(state: TrainState) -> TrainState:
+    """What `Checkpoints.restore` takes for a state."""
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state)
+
+
+def meta_of(step: int) -> dict[str, int]:
+    """What is saved beside the state of a step."""
+    return {"samples": 12 * step, "batch_size": 4}
