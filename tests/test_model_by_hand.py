@@ -193,6 +193,13 @@ def test_initial_weights():
 # ------------------------------------------------------------------------------------------------ cost
 
 
+@pytest.mark.parametrize("policy", model.REMAT_POLICIES)
+def test_every_policy_but_none_computes_blocks_again(policy):
+    graph, shapes = model.build(tiny_model(remat=policy))
+    program = jax.make_jaxpr(lambda params: model.apply(graph, params, *network_inputs(tiny_model()).values()))(shapes)
+    assert ("remat" in str(program)) == (policy != "none")
+
+
 def product_flops(jaxpr) -> int:
     """2 per multiply-add of every matrix product that the program runs."""
     total = 0

@@ -1,4 +1,4 @@
-"""Whole optimizer steps against float64: a network of four numbers, which has gradients in closed form."""
+"""Whole optimizer steps against float64: a network of five numbers, which has gradients in closed form."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
+import linear_network
 import numpy as np
 import pytest
-from flax import nnx
+from linear_network import START
 from training_helpers import CHANNELS, make_batch, tiny_flow, tiny_optimizer, tree_equal
 
 from fluxdit_jax import flow
@@ -23,28 +23,16 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 MEAN, STD = (0.5, -1.0, 0.0, 2.0), (2.0, 1.0, 0.5, 3.0)
 FLOW = tiny_flow(stratified=True, drop_text=0.3, drop_vision=0.2, drop_both=0.1)
 OPTIMIZER = tiny_optimizer(lr=1e-2, b1=0.9, b2=0.95, eps=1e-3)
-START = {"gain": 0.5, "offset": -0.3, "text": 0.2, "vision": 0.7}
 EMA, SHORT_EMA = 0.15, 0.12  # the first step's decay is 0.1, later ones are these
-
-
-class Linear(nnx.Module):
-    """gain x + offset t + text of samples with their caption + vision of those with their vector."""
-
-    def __init__(self):
-        for name in START:
-            setattr(self, name, nnx.Param(jnp.zeros(())))
-
-    def __call__(self, x, t, grid, text, text_length, vision, keep_text, keep_vision):
-        parts = self.offset[...] * t + self.text[...] * keep_text + self.vision[...] * keep_vision
-        return self.gain[...] * x + parts[:, None, None]
 
 
 @functools.cache
 def program(accumulate: int):
     """(a fresh state with two averages, the step) for effective batches of 4 * accumulate samples."""
     optimizer = build_optimizer(dataclasses.replace(OPTIMIZER, accumulate=accumulate))
+    graph, params = linear_network.build()
     step = make_train_step(
-        nnx.split(Linear())[0],
+        graph,
         "float32",
         optimizer,
         FLOW,
@@ -54,7 +42,7 @@ def program(accumulate: int):
         ema_target=EMA,
         short_ema_target=SHORT_EMA,
     )
-    return create_state({name: jnp.float32(value) for name, value in START.items()}, optimizer, short_ema=True), step
+    return create_state(params, optimizer, short_ema=True), step
 
 
 def by_hand(params: dict, batch: dict, effective: int) -> tuple[dict, dict]:
@@ -62,14 +50,16 @@ def by_hand(params: dict, batch: dict, effective: int) -> tuple[dict, dict]:
     index = batch["index"]
     t = np.asarray(flow.draw_time(FLOW, 0, index, effective), np.float64)
     noise = np.asarray(flow.draw_noise(0, index, (4, 4 * CHANNELS)), np.float64)
-    keep = [np.asarray(kept, np.float64) for kept in flow.draw_kept_conditions(FLOW, 0, index)]
+    keep_text, keep_vision = flow.draw_kept_conditions(FLOW, 0, index)
     per_sample = []
     for row, (height, width) in enumerate(batch["grid"]):
         own = height * width
         x0 = (batch["latent"][row, :own].astype(np.float64) - np.tile(MEAN, 4)) / np.tile(STD, 4)
         x = (1 - t[row]) * x0 + t[row] * noise[row, :own]
         target = noise[row, :own] - x0
-        seen = {"gain": x, "offset": t[row], "text": keep[0][row], "vision": keep[1][row]}
+        text = batch["text"][row, : batch["text_length"][row]] if keep_text[row] else None
+        vision = batch["vision"][row] if keep_vision[row] else None
+        seen = linear_network.slopes(x, t[row], (height, width), text, vision)
         prediction = sum(params[name] * value for name, value in seen.items())
         error = prediction - target
         slopes = {name: np.mean(2 * error * value) for name, value in seen.items()}
@@ -158,12 +148,9 @@ def test_a_micro_batch_that_is_not_finite_is_counted_and_leaves_no_trace(accumul
 
 
 def test_without_a_second_average_there_is_none() -> None:
-    optimizer = build_optimizer(OPTIMIZER)
-    step = make_train_step(
-        nnx.split(Linear())[0], "float32", optimizer, FLOW, patch_statistics(MEAN, STD, 2), 0, 4, EMA
-    )  # fmt: skip
-    state = create_state({name: jnp.float32(value) for name, value in START.items()}, optimizer)
-    after: TrainState = jax.eval_shape(step, state, make_batch())[0]
+    optimizer, (graph, params) = build_optimizer(OPTIMIZER), linear_network.build()
+    step = make_train_step(graph, "float32", optimizer, FLOW, patch_statistics(MEAN, STD, 2), 0, 4, EMA)
+    after: TrainState = jax.eval_shape(step, create_state(params, optimizer), make_batch())[0]
     assert after.short_ema is None
 
 
