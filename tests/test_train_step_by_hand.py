@@ -45,12 +45,23 @@ def program(accumulate: int):
     return create_state(params, optimizer, short_ema=True), step
 
 
+@functools.cache
+def draws(effective: int):
+    """(times, noise, which captions and which vectors are kept) by the index of the samples, compiled."""
+    return jax.jit(
+        lambda index: (
+            flow.draw_time(FLOW, 0, index, effective),
+            flow.draw_noise(0, index, (4, 4 * CHANNELS)),
+            *flow.draw_kept_conditions(FLOW, 0, index),
+        )
+    )
+
+
 def by_hand(params: dict, batch: dict, effective: int) -> tuple[dict, dict]:
     """(the gradient, the metrics) of one micro-batch, in float64."""
-    index = batch["index"]
-    t = np.asarray(flow.draw_time(FLOW, 0, index, effective), np.float64)
-    noise = np.asarray(flow.draw_noise(0, index, (4, 4 * CHANNELS)), np.float64)
-    keep_text, keep_vision = flow.draw_kept_conditions(FLOW, 0, index)
+    drawn = draws(effective)(batch["index"])
+    t, noise = (np.asarray(part, np.float64) for part in drawn[:2])
+    keep_text, keep_vision = drawn[2:]
     per_sample = []
     for row, (height, width) in enumerate(batch["grid"]):
         own = height * width
