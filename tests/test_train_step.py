@@ -26,7 +26,7 @@ from training_helpers import (
 from fluxdit_jax import data, flow, model
 from fluxdit_jax.optimizer import MultiSteps, build_optimizer, ema_decay, path_name
 from fluxdit_jax.state import create_state
-from fluxdit_jax.train_step import make_train_step, normalize_latents, patch_statistics, valid_tokens
+from fluxdit_jax.train_step import make_train_step, patch_statistics, valid_tokens
 
 pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -82,28 +82,6 @@ def at_step(state, step):
 
 
 # ------------------------------------------------------------------------------------------------ the batch
-
-
-@pytest.mark.parametrize("patch", [1, 2, 3])
-def test_statistics_are_laid_out_as_patches_are(patch):
-    record = make_record(0, (2 * patch, 3 * patch))
-    mean_P, std_P = patch_statistics(MEAN, STD, patch)
-    assert mean_P.dtype == std_P.dtype == np.float32
-    latent = record.latent.astype(np.float32)
-    normalised = (latent - np.reshape(MEAN, (4, 1, 1))) / np.reshape(STD, (4, 1, 1))
-    tokens = (data.patchify(latent, patch) - mean_P) / std_P
-    np.testing.assert_allclose(tokens, data.patchify(normalised.astype(np.float32), patch), rtol=1e-6)
-
-
-def test_normalised_latents_are_zero_at_padding_whatever_stands_there():
-    batch = make_batch(size=3)
-    x0, valid = normalize_latents(batch, *patch_statistics(MEAN, STD, 2))
-    assert x0.dtype == jnp.float32
-    assert valid.sum(axis=1).tolist() == [h * w // 4 for h, w in UNEVEN_SIZES]
-    assert not np.asarray(x0)[~np.asarray(valid)].any()
-    batch["latent"][~np.asarray(valid)] = np.nan
-    np.testing.assert_array_equal(normalize_latents(batch, *patch_statistics(MEAN, STD, 2))[0], x0)
-    np.testing.assert_array_equal(valid_tokens(batch["grid"], 6)[:, :4], valid)
 
 
 def test_what_stands_in_padding_does_not_change_the_step():

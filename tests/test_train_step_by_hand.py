@@ -6,16 +6,17 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import linear_network
 import numpy as np
 import pytest
 from linear_network import START
-from training_helpers import CHANNELS, make_batch, tiny_flow, tiny_optimizer, tree_equal
+from training_helpers import CHANNELS, UNEVEN_SIZES, make_batch, make_record, tiny_flow, tiny_optimizer, tree_equal
 
-from fluxdit_jax import flow
+from fluxdit_jax import data, flow
 from fluxdit_jax.optimizer import build_optimizer
 from fluxdit_jax.state import TrainState, create_state
-from fluxdit_jax.train_step import make_train_step, patch_statistics
+from fluxdit_jax.train_step import make_train_step, normalize_latents, patch_statistics, valid_tokens
 
 pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -24,6 +25,34 @@ MEAN, STD = (0.5, -1.0, 0.0, 2.0), (2.0, 1.0, 0.5, 3.0)
 FLOW = tiny_flow(stratified=True, drop_text=0.3, drop_vision=0.2, drop_both=0.1)
 OPTIMIZER = tiny_optimizer(lr=1e-2, b1=0.9, b2=0.95, eps=1e-3)
 EMA, SHORT_EMA = 0.15, 0.12  # the first step's decay is 0.1, later ones are these
+
+
+# ------------------------------------------------------------------------------------------- the batch
+
+
+@pytest.mark.parametrize("patch", [1, 2, 3])
+def test_statistics_are_laid_out_as_patches_are(patch):
+    record = make_record(0, (2 * patch, 3 * patch))
+    mean_P, std_P = patch_statistics(MEAN, STD, patch)
+    assert mean_P.dtype == std_P.dtype == np.float32
+    latent = record.latent.astype(np.float32)
+    normalised = (latent - np.reshape(MEAN, (4, 1, 1))) / np.reshape(STD, (4, 1, 1))
+    tokens = (data.patchify(latent, patch) - mean_P) / std_P
+    np.testing.assert_allclose(tokens, data.patchify(normalised.astype(np.float32), patch), rtol=1e-6)
+
+
+def test_normalised_latents_are_zero_at_padding_whatever_stands_there():
+    batch = make_batch(size=3)
+    x0, valid = normalize_latents(batch, *patch_statistics(MEAN, STD, 2))
+    assert x0.dtype == jnp.float32
+    assert valid.sum(axis=1).tolist() == [h * w // 4 for h, w in UNEVEN_SIZES]
+    assert not np.asarray(x0)[~np.asarray(valid)].any()
+    batch["latent"][~np.asarray(valid)] = np.nan
+    np.testing.assert_array_equal(normalize_latents(batch, *patch_statistics(MEAN, STD, 2))[0], x0)
+    np.testing.assert_array_equal(valid_tokens(batch["grid"], 6)[:, :4], valid)
+
+
+# ---------------------------------------------------------------------------------------- whole steps
 
 
 @functools.cache
