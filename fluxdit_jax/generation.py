@@ -72,8 +72,8 @@ class Generator:
         shift: float,
         statistics: tuple[np.ndarray, np.ndarray],
         steps: int,
+        batch_size: int,
         method: str = "heun",
-        batch_size: int = 16,
         graph: Any = None,
     ):
         """
@@ -165,7 +165,7 @@ def _make_sampler(graph: Any, shift: float, steps: int, method: str) -> Callable
             x: jax.Array, t: jax.Array, keep_text: jax.Array, keep_vision: jax.Array, repeats: int = 1
         ) -> jax.Array:
             def repeat(array: jax.Array) -> jax.Array:
-                return jnp.concatenate([array] * repeats) if repeats > 1 else array
+                return jnp.concatenate([array] * repeats)
 
             v = model.apply(
                 graph,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import jax
+import jax.extend.core  # of its own: `import jax` alone does not bring it
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from fluxdit_jax import attention
 from fluxdit_jax.attention import attend, choose_implementation
+from fluxdit_jax.sharding import make_mesh
 
 pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -90,6 +92,39 @@ def test_the_branch_is_chosen_by_the_number_of_logits(monkeypatch):
     assert not has_loop()
     monkeypatch.setattr(attention, "_LOGITS_AT_ONCE", 2 * 3 * 4 * 4 - 1)
     assert has_loop()
+
+
+@pytest.mark.parametrize(("queries", "loop"), [(1024, False), (1025, True)])
+def test_up_to_8_mib_of_logits_are_made_at_once(queries, loop):
+    q, k = (jax.ShapeDtypeStruct((1, n, 16, 8), jnp.float32) for n in (queries, 128))
+    lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
+    program = jax.make_jaxpr(lambda *inputs: attend(*inputs, "xla"))(q, k, k, lengths)
+    assert ("scan" in str(program)) == loop
+
+
+@pytest.mark.parametrize(
+    ("primitive", "name", "kept"),
+    [
+        ("dot_product_attention_fwd_wrapper", None, True),
+        ("dot_product_attention_bwd_wrapper", None, False),
+        ("name", "attention", True),
+        ("name", "product", False),
+        ("exp", "attention", False),
+        ("exp", None, False),
+    ],
+)
+def test_what_is_kept_for_the_backward_pass(primitive, name, kept):
+    parameters = {} if name is None else {"name": name}
+    assert attention.keep(jax.extend.core.Primitive(primitive), **parameters) == kept
+
+
+def test_only_samples_are_split_over_a_mesh_that_is_set():
+    x = jax.ShapeDtypeStruct((2, 3, 4, 8), jnp.float32)
+    assert not jax.make_jaxpr(attention._split_by_sample)(x).jaxpr.eqns
+    with jax.set_mesh(make_mesh(1, 1, 2)):
+        (constraint,) = jax.make_jaxpr(attention._split_by_sample)(x).jaxpr.eqns
+    spec = constraint.params["sharding"].spec
+    assert set(spec[0]) == {"data", "fsdp"} and not any(spec[1:])
 
 
 def test_bfloat16_uses_f32_logits_and_softmax(branch):

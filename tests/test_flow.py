@@ -96,6 +96,18 @@ def test_times_stay_inside_the_unit_interval_at_the_edges():
         assert np.isfinite(t).all() and t.min() > 0 and t.max() <= 1
 
 
+def test_the_outermost_quantiles_are_those_at_a_millionth():
+    """A uniform number may be 0, and with strata round to 1."""
+    outermost = np.array([0.0, 1.0], np.float32)
+    z = 4.753424  # of the standard normal at 1 - 1e-6
+    for mean, std in ((0.0, 1.0), (0.5, 0.1)):
+        expected = 1 / (1 + np.exp(-mean - std * np.array([-z, z])))
+        t = flow.time_at_quantile(tiny_flow(mean=mean, std=std), outermost)
+        np.testing.assert_allclose(t, expected, rtol=1e-3)  # 1 - 1e-6 has six bits of its own in f32
+    wide = np.asarray(flow.time_at_quantile(tiny_flow(std=50.0), outermost))
+    np.testing.assert_allclose([wide[0], 1 - wide[1]], 1e-6, rtol=0.1)
+
+
 def test_another_seed_or_position_gives_other_times():
     config = tiny_flow()
     a = np.asarray(flow.draw_time(config, 0, MANY[:100], 8))
@@ -197,6 +209,21 @@ def test_one_categorical_draw_decides_the_conditions(shares):
     for name, share in (("text", text), ("vision", vision), ("both", both)):
         spread = math.sqrt(share * (1 - share) / len(MANY))
         assert abs(found[name] - share) <= 4 * spread + 1e-7, name
+
+
+@pytest.mark.parametrize(
+    ("shares", "kept"),
+    [((0.0, 0.0, 0.0), (True, True)), ((0.0, 1.0, 0.0), (True, False)), ((1.0, 0.0, 0.0), (False, True))],
+)
+def test_a_share_of_none_drops_nothing_and_a_share_of_all_everything(shares, kept):
+    """Also of the sample whose random number is 0."""
+    index = np.array([612_944], np.uint32)
+    key = jax.random.fold_in(flow.sample_keys(0, index)[0], flow._DROP)
+    assert jax.random.uniform(key) == 0
+    text, vision, both = shares
+    config = tiny_flow(drop_text=text, drop_vision=vision, drop_both=both)
+    found = flow.draw_kept_conditions(config, 0, index)
+    assert tuple(bool(k[0]) for k in found) == kept
 
 
 # ------------------------------------------------------------------------------------------------ path and loss

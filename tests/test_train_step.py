@@ -26,7 +26,7 @@ from training_helpers import (
 from fluxdit_jax import data, flow, model
 from fluxdit_jax.optimizer import MultiSteps, build_optimizer, ema_decay, path_name
 from fluxdit_jax.state import create_state
-from fluxdit_jax.train_step import make_train_step, normalize_latents, patch_statistics, valid_tokens
+from fluxdit_jax.train_step import make_train_step, patch_statistics, valid_tokens
 
 pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -84,27 +84,6 @@ def at_step(state, step):
 # ------------------------------------------------------------------------------------------------ the batch
 
 
-def test_statistics_are_laid_out_as_patches_are():
-    record = make_record(0, (4, 6))
-    mean_P, std_P = patch_statistics(MEAN, STD, 2)
-    assert mean_P.dtype == std_P.dtype == np.float32
-    latent = record.latent.astype(np.float32)
-    normalised = (latent - np.reshape(MEAN, (4, 1, 1))) / np.reshape(STD, (4, 1, 1))
-    tokens = (data.patchify(latent, 2) - mean_P) / std_P
-    np.testing.assert_allclose(tokens, data.patchify(normalised.astype(np.float32), 2), rtol=1e-6)
-
-
-def test_normalised_latents_are_zero_at_padding_whatever_stands_there():
-    batch = make_batch(size=3)
-    x0, valid = normalize_latents(batch, *patch_statistics(MEAN, STD, 2))
-    assert x0.dtype == jnp.float32
-    assert valid.sum(axis=1).tolist() == [h * w // 4 for h, w in UNEVEN_SIZES]
-    assert not np.asarray(x0)[~np.asarray(valid)].any()
-    batch["latent"][~np.asarray(valid)] = np.nan
-    np.testing.assert_array_equal(normalize_latents(batch, *patch_statistics(MEAN, STD, 2))[0], x0)
-    np.testing.assert_array_equal(valid_tokens(batch["grid"], 6)[:, :4], valid)
-
-
 def test_what_stands_in_padding_does_not_change_the_step():
     state, step = programs()
     batch = make_batch()
@@ -118,26 +97,29 @@ def test_what_stands_in_padding_does_not_change_the_step():
 
 
 def test_the_loss_in_closed_form():
-    """A network that predicts zero has the loss mean((noise - x0)²), over each sample's own tokens."""
+    """A network that predicts 0.7 has the loss mean((0.7 - noise + x0)²), over each sample's own tokens."""
     state, step = programs()
-    params = state.params | {"out": jax.tree.map(jnp.zeros_like, state.params["out"])}
+    out = {name: jnp.full_like(leaf, 0.7 if name == "bias" else 0.0) for name, leaf in state.params["out"].items()}
     batch = make_batch(size=4)
-    _, metrics = step(state._replace(params=params), batch)
+    batch["replaced"][1:3] = True
+    _, metrics = step(state._replace(params=state.params | {"out": out}), batch)
     noise = np.asarray(flow.draw_noise(0, batch["index"], (4, 4 * CHANNELS)))
-    losses = []
+    losses, squares = [], []
     for row, (h, w) in enumerate(batch["grid"]):
         record = make_record(row, UNEVEN_SIZES[row % 3]).latent.astype(np.float32)
         x0 = data.patchify((record - np.reshape(MEAN, (4, 1, 1))) / np.reshape(STD, (4, 1, 1)), 2)
-        losses.append(np.mean((noise[row, : h * w] - x0) ** 2))
+        target = noise[row, : h * w] - x0
+        losses.append(np.mean((0.7 - target) ** 2))
+        squares.append(np.mean(target**2))
     np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
-    np.testing.assert_allclose(metrics["target_rms"], np.sqrt(np.mean(losses)), rtol=1e-5)
-    assert metrics["prediction_rms"] == 0
-    assert metrics["tokens"] == batch["grid"].prod(axis=1).sum()
-    np.testing.assert_allclose(np.sum(metrics["bin_loss"]), np.sum(losses), rtol=1e-5)
-    assert np.sum(metrics["bin_count"]) == 4
+    np.testing.assert_allclose(metrics["target_rms"], np.sqrt(np.mean(squares)), rtol=1e-5)
+    np.testing.assert_allclose(metrics["prediction_rms"], 0.7, rtol=1e-6)
+    assert metrics["tokens"] == batch["grid"].prod(axis=1).sum() and metrics["replaced"] == 2
     t = np.asarray(flow.draw_time(tiny_flow(stratified=True), 0, batch["index"], 4))
-    counts = np.bincount((t * flow.TIME_BINS).astype(int), minlength=flow.TIME_BINS)
-    np.testing.assert_array_equal(metrics["bin_count"], counts)
+    bins = (t * flow.TIME_BINS).astype(int)
+    sums = np.bincount(bins, losses, minlength=flow.TIME_BINS)
+    np.testing.assert_allclose(metrics["bin_loss"], sums, rtol=1e-5)
+    np.testing.assert_array_equal(metrics["bin_count"], np.bincount(bins, minlength=flow.TIME_BINS))
 
 
 @pytest.mark.parametrize("what", ["text", "vision"])

@@ -1,0 +1,231 @@
+"""The network against float64 numpy: its parts, its initial weights, the whole forward pass, and its cost."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.extend.core  # of its own: `import jax` alone does not bring it
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from training_helpers import lively, network_inputs, tiny_model
+
+from fluxdit_jax import model
+from fluxdit_jax.optimizer import path_name
+
+pytest_plugins = ("training_fixtures",)
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+def test_widths_that_follow_from_others():
+    for width in (32, 192, 384, 1152, 2304):  # of the MLP: 8/3, rounded up to 64
+        hidden = tiny_model(width=width).mlp_hidden
+        assert hidden % 64 == 0 and 0 <= 3 * hidden - 8 * width < 3 * 64
+    assert tiny_model(width=96, heads=3).head_dim == 32
+    assert [tiny_model(channels=16, patch=patch).token_width for patch in (1, 2, 3)] == [16, 64, 144]
+
+
+def test_rotary_angles_in_closed_form():
+    cos, sin = model.rotary(np.array([[2, 3], [3, 2]], np.int32), tokens=7, head_dim=16)
+    assert cos.shape == sin.shape == (2, 7, 8)
+    for sample, columns in enumerate((3, 2)):
+        for token in range(7):
+            row, column = divmod(token, columns)
+            angles = [p * 100.0 ** (-pair / 4) for p in (row, column) for pair in range(4)]
+            np.testing.assert_allclose(cos[sample, token], np.cos(angles), atol=1e-6)
+            np.testing.assert_allclose(sin[sample, token], np.sin(angles), atol=1e-6)
+
+
+def test_time_features_in_closed_form():
+    t = np.array([0.0, 0.25, 1.0], np.float32)
+    features = model.time_features(t)
+    assert features.shape == (3, model.TIME_FEATURES) and features.dtype == jnp.float32
+    frequencies = 10_000.0 ** (-np.arange(128) / 128)
+    angles = 1000.0 * t[:, None].astype(np.float64) * frequencies
+    np.testing.assert_allclose(features, np.concatenate([np.cos(angles), np.sin(angles)], axis=1), atol=2e-4)
+    # neighbouring noise levels near 1 stay apart, which they would not in bf16
+    close = np.asarray(model.time_features(np.array([0.999, 0.9995], np.float32)))
+    assert np.abs(close[0] - close[1]).max() > 0.1
+
+
+def test_rms_norm_in_closed_form():
+    x = np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32) * 50
+    scale = np.linspace(0.5, 2, 64, dtype=np.float32)
+    exact = x / np.sqrt(np.mean(x.astype(np.float64) ** 2, axis=1, keepdims=True)) * scale
+    np.testing.assert_allclose(model.rms_norm(x, scale), exact, rtol=1e-5)
+    assert not np.asarray(model.rms_norm(jnp.zeros((2, 8)))).any()
+    # f32 inside: only the result is rounded to bf16
+    x = x.astype(ml_dtypes.bfloat16)
+    wide = x.astype(np.float64)
+    exact = wide / np.sqrt(np.mean(wide**2, axis=1, keepdims=True) + 1e-6)
+    rounded = exact.astype(ml_dtypes.bfloat16)
+    assert np.mean(np.asarray(model.rms_norm(jnp.asarray(x))) == rounded) > 0.98
+
+
+# ------------------------------------------------------------------------------------------------ the whole
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def normed(x, scale=1.0):
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6) * scale
+
+
+def dense(layer, x):
+    return x @ layer["kernel"] + layer.get("bias", 0.0)
+
+
+def turned(x_NxHxd, rows, columns):
+    """Rotary positions: pairs (i, i + d/2), the first half of them by the row, the others by the column."""
+    pairs = x_NxHxd.shape[-1] // 4
+    frequencies = 100.0 ** (-np.arange(pairs) / pairs)
+    angles = np.concatenate([np.outer(rows, frequencies), np.outer(columns, frequencies)], axis=1)[:, None]
+    a, b = np.split(x_NxHxd, 2, axis=-1)
+    return np.concatenate([a * np.cos(angles) - b * np.sin(angles), a * np.sin(angles) + b * np.cos(angles)], axis=-1)
+
+
+def attended(q, k, v):
+    logits = np.einsum("nhd,mhd->hnm", q, k) / math.sqrt(q.shape[-1])
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.einsum("hnm,mhd->nhd", weights / weights.sum(axis=-1, keepdims=True), v).reshape(len(q), -1)
+
+
+def predicted(params, config, x, t, grid, text, vision):
+    """The velocity [N, P] of one sample's own tokens; text or vision None: that condition is dropped."""
+
+    def heads(y):
+        return y.reshape(len(y), config.heads, -1)
+
+    x = dense(params["patch_embed"], x)
+    rows, columns = np.divmod(np.arange(len(x)), grid[1])
+    if text is None:
+        text = params["null_text"][None]
+    else:
+        text = dense(params["text_embed"], normed(text, params["text_scale"]))
+    if vision is None:
+        vision = params["null_vision"]
+    else:
+        vision = dense(params["vision_embed"], vision * math.sqrt(config.vision_width))
+    angles = 1000.0 * t * 10_000.0 ** (-np.arange(128) / 128)
+    time = dense(params["time_out"], silu(dense(params["time_in"], np.concatenate([np.cos(angles), np.sin(angles)]))))
+    modulation = dense(params["modulation"], silu(time + vision)).reshape(9, config.width)
+    for number in range(config.depth):
+        block = jax.tree.map(lambda leaf, layer=number: leaf[layer], params["blocks"])
+        shift1, scale1, gate1, gate_cross, shift2, scale2, gate2 = modulation[:7] + block["table"]
+        own, cross, mlp = block["attention"], block["cross"], block["mlp"]
+        q, k, v = map(heads, np.split(dense(own["qkv"], normed(x) * (1 + scale1) + shift1), 3, axis=-1))
+        q, k = (turned(normed(y, own[f"{name}_scale"]), rows, columns) for name, y in (("q", q), ("k", k)))
+        x = x + gate1 * dense(own["out"], attended(q, k, v))
+        k, v = map(heads, np.split(dense(cross["kv"], text), 2, axis=-1))
+        q = normed(heads(dense(cross["q"], normed(x))), cross["q_scale"])
+        x = x + gate_cross * dense(cross["out"], attended(q, normed(k, cross["k_scale"]), v))
+        gate, up = np.split(dense(mlp["gate_up"], normed(x) * (1 + scale2) + shift2), 2, axis=-1)
+        x = x + gate2 * dense(mlp["down"], silu(gate) * up)
+    shift, scale = modulation[7:]
+    return dense(params["out"], normed(x) * (1 + scale) + shift)
+
+
+def test_the_forward_pass_in_closed_form():
+    """Of four pictures of other sizes: both conditions, one, the other, none."""
+    config = tiny_model(width=24, heads=3, depth=2)
+    graph, shapes = model.build(config)
+    params = lively(shapes)
+    inputs = network_inputs(config, grids=((2, 3), (3, 1), (1, 5), (2, 2)), tokens=6)
+    inputs["keep_text"][2:], inputs["keep_vision"][1::2] = False, False
+    out = np.asarray(jax.jit(lambda *inputs: model.apply(graph, params, *inputs))(*inputs.values()))
+    wide = jax.tree.map(lambda leaf: leaf.astype(np.float64), params)
+    for row, grid in enumerate(inputs["grid"]):
+        text = inputs["text"][row, : inputs["text_length"][row]].astype(np.float64) if row < 2 else None
+        vision = inputs["vision"][row].astype(np.float64) if row % 2 == 0 else None
+        own = grid.prod()
+        expected = predicted(
+            wide, config, inputs["x"][row, :own].astype(np.float64), inputs["t"][row], grid, text, vision
+        )
+        np.testing.assert_allclose(out[row, :own], expected, rtol=2e-3, atol=2e-3, err_msg=str(row))
+
+
+# ------------------------------------------------------------------------------------------------ weights
+
+
+def test_initialize_makes_the_tree_that_build_describes():
+    _, shapes = model.build(tiny_model())
+    params = jax.jit(lambda key: model.initialize(tiny_model(), key))(jax.random.key(0))
+    assert jax.tree.structure(params) == jax.tree.structure(shapes)
+    for path, (leaf, shape) in jax.tree_util.tree_leaves_with_path(
+        jax.tree.map(lambda a, b: (a, b), params, shapes), is_leaf=lambda x: isinstance(x, tuple)
+    ):
+        assert (leaf.shape, leaf.dtype) == (shape.shape, jnp.float32), path_name(path)
+
+
+def test_initial_weights():
+    config = tiny_model(width=128, depth=3, text_width=64)
+    params = jax.jit(lambda key: model.initialize(config, key))(jax.random.key(0))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name, leaf = path_name(path), np.asarray(leaf)
+        if name == "out/kernel" or name.endswith("bias") or name.endswith("table"):
+            assert not leaf.any(), name
+        elif name.startswith("null"):
+            assert abs(leaf.std() / {"null_text": 1.0, "null_vision": 0.02}[name] - 1) < 0.3, name
+        elif name.endswith("_scale"):
+            assert (leaf == 1).all(), name
+        elif name == "modulation/kernel":
+            parts = leaf.reshape(128, 9, 128)
+            gates = [2, 3, 6]
+            assert not parts[:, gates].any()
+            rest = np.delete(parts, gates, axis=1)
+            assert abs(rest.std() * math.sqrt(128) - 0.1) < 0.01
+        elif name.endswith("kernel"):
+            fan_in = leaf.shape[-2]
+            assert abs(leaf.std() * math.sqrt(fan_in) - 1) < 0.05, name  # 0.987 with the cut at 3 sigma
+            assert abs(leaf).max() * math.sqrt(fan_in) < 3.001, name
+            assert abs(leaf.mean()) * math.sqrt(fan_in * leaf.size) < 5 * math.sqrt(fan_in), name
+    stacked = params["blocks"]["mlp"]["down"]["kernel"]
+    assert not np.array_equal(stacked[0], stacked[1])
+    assert not np.array_equal(stacked[1], stacked[2])
+
+
+# ------------------------------------------------------------------------------------------------ cost
+
+
+@pytest.mark.parametrize("policy", model.REMAT_POLICIES)
+def test_every_policy_but_none_computes_blocks_again(policy):
+    graph, shapes = model.build(tiny_model(remat=policy))
+    program = jax.make_jaxpr(lambda params: model.apply(graph, params, *network_inputs(tiny_model()).values()))(shapes)
+    assert ("remat" in str(program)) == (policy != "none")
+
+
+def product_flops(jaxpr) -> int:
+    """2 per multiply-add of every matrix product that the program runs."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            inner = math.prod(left[axis] for axis in contracted)
+            total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
+        repeats = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        total += repeats * sum(product_flops(inner) for inner in jax.extend.core.jaxprs_in_params(equation.params))
+    return total
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_flops_against_the_program_and_against_xla(depth):
+    config = tiny_model(width=192, depth=depth, heads=3, text_width=128, vision_width=96, channels=16)
+    graph, shapes = model.build(config)
+    tokens, text_tokens = 48, 24
+    inputs = network_inputs(config, grids=((6, 8),), tokens=tokens, text_tokens=text_tokens)
+    by_hand = model.flops_per_sample(config, tokens, text_tokens)
+
+    def run(params):
+        return model.apply(graph, params, *inputs.values())
+
+    assert by_hand == product_flops(jax.make_jaxpr(run)(shapes).jaxpr)
+    if depth == 1:  # XLA counts the body of a scan once, and also norms, rotations, softmax and gates
+        counted = jax.jit(run).lower(shapes).cost_analysis()["flops"]
+        assert 0.95 < by_hand / counted <= 1.0, (by_hand, counted)
