@@ -89,7 +89,7 @@ def test_a_number_that_is_none_names_its_key(config, key, value):
 @pytest.mark.parametrize("key", INTEGERS)
 def test_a_negative_count_names_its_key(config, key):
     set_key(config, key, -5)
-    with pytest.raises(ConfigError, match=rf"^config\.{key}\D+-5\b.*\b\d"):
+    with pytest.raises(ConfigError, match=rf"^config\.{key}\D+-5\b"):
         check(config)
 
 
@@ -106,7 +106,7 @@ ZERO_IS_FINE = {
 @pytest.mark.parametrize("key", [key for key in INTEGERS if key not in ZERO_IS_FINE])
 def test_a_count_of_zero_names_its_key(config, key):
     set_key(config, key, 0)
-    with pytest.raises(ConfigError, match=rf"^config\.{key}\D+0\b.*\b[1-9]"):
+    with pytest.raises(ConfigError, match=rf"^config\.{key}\D+0\b"):
         check(config)
 
 

@@ -202,7 +202,10 @@ class AnyWordMoves(Oracle):
     ("model", "expected", "advice"),
     [
         (TextIgnored, {"vision_swap", "text_edit"}, {"vision_swap": ["text path"], "text_edit": ["text path"]}),
-        (VisionIgnored, {"memorisation", "vision_swap"}, dict.fromkeys(("memorisation", "vision_swap"), ["vision path"])),
+        (
+            VisionIgnored, {"memorisation", "vision_swap"},
+            {"memorisation": ["vision path"], "vision_swap": ["vision path"]},
+        ),
         (VisionDominating, {"vision_swap"}, {"vision_swap": ["text path", "vector"]}),
         (EditsIgnored, {"text_edit"}, {"text_edit": ["text path"]}),
         (WrongWay, {"text_edit"}, {"text_edit": ["directions", "--edit"]}),

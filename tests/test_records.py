@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from wording import naming
 
 from fluxdit_jax.records import (
     DatasetError,
@@ -90,15 +91,15 @@ def poison(array: np.ndarray, value: float) -> np.ndarray:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (doctored(latent=poison(record().latent, np.nan)), "latent has a value that is not finite"),
-        (doctored(text=poison(record().text, np.inf)), "text has a value that is not finite"),
-        (doctored(vision=poison(record().vision, -np.inf)), "vision has a value that is not finite"),
-        (doctored(vision=np.zeros(8, np.float32)), "vision must have unit L2 norm, got 0.000000"),
-        (doctored(vision=record().vision * 2), "vision must have unit L2 norm, got 2.000000"),
-        (doctored(text=np.zeros((0, 5), BF16)), r"text must be bfloat16 \[n >= 1, width\]"),
-        (doctored(latent=np.zeros((2, 0, 4), BF16)), r"latent must be bfloat16 \[C, h, w\]"),
-        (doctored(latent=np.zeros((2, 4, 4), np.float32)), "got float32"),
-        (doctored(vision=np.zeros(8, np.float64)), r"vision must be float32 \[width\], got float64"),
+        (doctored(latent=poison(record().latent, np.nan)), "latent.*finite"),
+        (doctored(text=poison(record().text, np.inf)), "text.*finite"),
+        (doctored(vision=poison(record().vision, -np.inf)), "vision.*finite"),
+        (doctored(vision=np.zeros(8, np.float32)), r"vision.*norm.*0\.000000"),
+        (doctored(vision=record().vision * 2), r"vision.*norm.*2\.000000"),
+        (doctored(text=np.zeros((0, 5), BF16)), r"text.*bfloat16.*\[0, 5\]"),
+        (doctored(latent=np.zeros((2, 0, 4), BF16)), r"latent.*bfloat16.*\[2, 0, 4\]"),
+        (doctored(latent=np.zeros((2, 4, 4), np.float32)), "latent.*float32"),
+        (doctored(vision=np.zeros(8, np.float64)), "vision.*float32.*float64"),
     ],
 )
 def test_a_poisonous_record_is_neither_written_nor_accepted(bad: Record, message: str) -> None:
@@ -107,7 +108,7 @@ def test_a_poisonous_record_is_neither_written_nor_accepted(bad: Record, message
 
 
 def test_another_text_width_is_noticed() -> None:
-    with pytest.raises(DatasetError, match="15 values, which are not rows of width 4"):
+    with pytest.raises(DatasetError, match=naming("text", 15, 4)):
         decode_record(encode_record(record()), text_width=4)
 
 
@@ -165,13 +166,13 @@ def test_other_json_is_no_manifest(raw: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"latent_std": (1.0, 0.0)}, "every std above 0"),
-        ({"latent_mean": (float("nan"), 0.0)}, "must be finite"),
-        ({"latent_mean": (0.0,)}, "the VAE has 2 channels"),
-        ({"buckets": ()}, "bucket table is empty"),
-        ({"shards": {"train": (Shard("../x", "", 1, 1, {}),)}}, "bad shard entry '../x'"),
-        ({"shards": {"train": (Shard("x", "", 1, 0, {}),)}}, "bad shard entry 'x' .0 records"),
-        ({"version": 2}, "format version is 2, this code reads 1"),
+        ({"latent_std": (1.0, 0.0)}, "latent_std.*0"),
+        ({"latent_mean": (float("nan"), 0.0)}, "latent_mean.*finite"),
+        ({"latent_mean": (0.0,)}, r"latent_mean.*\b1\b.*VAE.*\b2\b"),
+        ({"buckets": ()}, "bucket"),
+        ({"shards": {"train": (Shard("../x", "", 1, 1, {}),)}}, r"shard.*'\.\./x'"),
+        ({"shards": {"train": (Shard("x", "", 1, 0, {}),)}}, r"shard.*'x'.*\b0\b"),
+        ({"version": 2}, r"version.*\b2\b.*\b1\b"),
     ],
 )
 def test_impossible_manifests_are_named(changes: dict, message: str) -> None:
@@ -180,5 +181,5 @@ def test_impossible_manifests_are_named(changes: dict, message: str) -> None:
 
 
 def test_a_missing_manifest_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="is not a finished dataset .make one with `python -m preprocess build"):
+    with pytest.raises(DatasetError, match=naming(tmp_path / "manifest.json", "python -m preprocess build")):
         load_manifest(tmp_path)

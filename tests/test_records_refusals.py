@@ -108,16 +108,16 @@ def test_nearly_unit_vision_vectors_pass():
         ({"latent/shape": [4, 4, 5]}, ["latent", "[4, 4, 5]"]),
         ({"latent/shape": [4, 16]}, ["latent", "[4, 16]"]),
         ({"latent/shape": [-4, -4, 4]}, ["latent", "-4"]),
-        ({"latent/value": b"odd"}, ["not a fluxdit record"]),
-        ({"latent/value": None}, ["not a fluxdit record"]),
+        ({"latent/value": b"odd"}, ["latent/value", "3 bytes"]),
+        ({"latent/value": None}, ["latent/value"]),
         ({"text": b""}, ["text", "0 values"]),
         ({"text": b"\0" * 2 * (TEXT_WIDTH + 1)}, ["text", f"width {TEXT_WIDTH}"]),
         ({"original_size": [1]}, ["original_size"]),
         ({"encoded_size": [1, 2, 3]}, ["encoded_size"]),
-        ({"key": b"\xff"}, ["not a fluxdit record", "Unicode"]),
-        ({"caption": None}, ["not a fluxdit record"]),
-        ({"vision": b"123"}, ["not a fluxdit record"]),
-        ({"content_hash": None}, ["not a fluxdit record"]),
+        ({"key": b"\xff"}, ["Unicode"]),
+        ({"caption": None}, ["caption"]),
+        ({"vision": b"123"}, ["vision", "3 bytes"]),
+        ({"content_hash": None}, ["content_hash"]),
     ],
 )
 def test_damaged_fields_are_refused_when_decoding(replacement, words):
@@ -160,7 +160,7 @@ def test_decoding_a_damaged_record_gives_a_record_or_dataset_error(draw):
 
 
 def test_a_field_that_an_example_has_not_is_refused_in_words():
-    with pytest.raises(DatasetError, match="has fields that are not those of a tf.train.Example"):
+    with pytest.raises(DatasetError, match=r"tf\.train\.Example"):
         decode_record(encode_record(make_record(0)) + b"\x12\x00", TEXT_WIDTH)  # field 2, empty
 
 
@@ -254,8 +254,8 @@ REMOVE = object()
         (("vae", "width"), 0, ["VAE has 0 channels"]),
         (("vae", "id"), 5, ["vae.id"]),
         (("vae", "surprise"), 1, ["surprise"]),
-        (("vae",), None, ["vae is None"]),
-        (("text",), [], ["text is"]),
+        (("vae",), None, [" vae ", "None"]),
+        (("text",), [], [" text ", "[]"]),
         (("text", "width"), 1.5, ["text.width"]),
         (("vision", "sha256"), REMOVE, ["sha256"]),
         (("vision", "width"), -1, ["vision.width"]),
@@ -278,7 +278,7 @@ REMOVE = object()
         (("text_tokens",), 0, ["text_tokens"]),
         (("text_tokens",), "many", ["text_tokens"]),
         (("resolution",), "256", ["resolution"]),
-        (("name",), REMOVE, ["missing or unknown: name"]),
+        (("name",), REMOVE, ["missing", " name"]),
     ],
 )
 def test_manifest_refusals_name_file_and_field(path, value, words):
@@ -345,7 +345,7 @@ def test_load_manifest_names_the_path_and_what_to_do(tmp_path):
     assert str(tmp_path / "manifest.json") in str(refusal.value)
     assert "python -m preprocess build" in str(refusal.value)
     (tmp_path / "manifest.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DatasetError, match="manifest.json cannot be read"):
+    with pytest.raises(DatasetError, match="manifest.json .*decode"):
         load_manifest(tmp_path)
     (tmp_path / "manifest.json").write_text(a_manifest().to_json())
     assert load_manifest(str(tmp_path)) == a_manifest()
