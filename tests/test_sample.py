@@ -36,7 +36,7 @@ LONG = "photo number 3 of a dog by the red sea in the blue light of an evening w
 def test_words_beyond_the_longest_caption_count(scene: Path, capsys: pytest.CaptureFixture) -> None:
     one = draw(scene, "--prompt", f"{LONG} a castle", "--steps", "2")
     told = capsys.readouterr().out
-    assert "prompt 1 has 21 tokens" in told and "at most 7" in told
+    assert lines_naming(told, 1, 21, "tokens", 7)
     other = draw(scene, "--prompt", f"{LONG} boats", "--steps", "2")
     assert (one != other).any()
     capsys.readouterr()

@@ -158,7 +158,7 @@ def test_damaged_weights_of_a_checkpoint_are_refused_and_older_ones_drawn_with_a
         restore_weights(tmp_path)
     assert restore_weights(tmp_path, 1).step == 1
     path.write_text(json.dumps({name: value for name, value in good.items() if name != "ema_digest"}))
-    assert "without a digest" in str(restore_weights(tmp_path))
+    assert "older version" in str(restore_weights(tmp_path))
     for damage in (
         lambda: path.write_text("{"),
         lambda: cut(max(tmp_path.rglob("2/state/d/*"), key=os.path.getsize)),
