@@ -216,4 +216,4 @@ def test_production_after_a_gate_of_drawings_is_warned(tiny_dataset, tmp_path, q
     config.gate.report = str(tmp_path / "report.json")
     assert train(config) == 0
     log = (tmp_path / "run" / "train.log").read_text()
-    assert lines_naming(log, "WARNING", "config.gate.report", "preprocess subset")
+    assert lines_naming(log, " W config.gate.report", "preprocess subset")

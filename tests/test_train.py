@@ -312,7 +312,7 @@ def test_a_damaged_newest_checkpoint_costs_steps_and_nothing_else(config, finish
     shutil.rmtree(Path(config.workdir) / "ema" / "5")
     config.train.steps = STEPS
     run(config)
-    assert lines_naming(log_of(config.workdir), "ERROR", "checkpoints/5")
+    assert lines_naming(log_of(config.workdir), " E checkpoints/5 ")
     assert_same_outcome(config.workdir, finished)
 
 
