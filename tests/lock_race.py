@@ -43,7 +43,7 @@ def main(folder: Path, rounds: int, racers: int) -> int:
         barrier.wait()
         winners = [pid for pid, message in told if not message]
         refused = [message for _, message in told if message]
-        if len(winners) != 1 or not all(f"in use by pid {winners[0]} on " in words for words in refused):
+        if len(winners) != 1 or not all(f"pid {winners[0]} on " in words for words in refused):
             print(f"round {number}: winners {winners}, refused {refused}")
             wrong += 1
     for process in processes:

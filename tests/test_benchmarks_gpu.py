@@ -7,6 +7,7 @@ import gzip
 import json
 
 import pytest
+from wording import lines_naming, naming
 
 from benchmarks import gpu, gpu_report, gpu_sides, gpu_trace
 from fluxdit_jax import model
@@ -87,10 +88,10 @@ def test_the_report_has_the_ratio_of_each_round_and_the_change_to_make():
     rows += [row(4, "block", 10.0, side="torch", turn=f"run/{n}") for n in range(3)]
     rows += [row(4, "attention", 9.0), row(16, "block", None, status="out of memory")]
     text = gpu_report.report(rows, 24.0, ["prod-256 jax"])
-    assert "1.30 (1.20 to 1.40, 3 rounds) times PyTorch" in text
+    assert lines_naming(text, "1.30", "1.20", "1.40", 3, "PyTorch")
     assert "c.data.batch_size = 8, c.model.remat = 'attention'" in text
-    assert "configs/prod.py says 4, 'attention' (9.00 images/s)" in text
-    assert "| 16 | out of memory |" in text and "left out for want of time (1)" in text
+    assert lines_naming(text, "configs/prod.py", 4, "'attention'", "9.00 images/s")
+    assert "| 16 | out of memory |" in text and lines_naming(text, "time (1)", "prod-256 jax")
 
 
 def test_an_append_keeps_what_was_measured_and_by_which_call(tmp_path):
@@ -110,7 +111,7 @@ def test_an_append_keeps_what_was_measured_and_by_which_call(tmp_path):
         assert len(bench.earlier) == calls
         assert bench.earlier[0] == {name: made[name] for name in ("command", "made", "commit")}
         bench.save()
-    with pytest.raises(SystemExit, match="do not mix cards"):
+    with pytest.raises(SystemExit, match=naming("--append", str(first), "NVIDIA H200", "NVIDIA A100")):
         gpu.Bench(a, ("NVIDIA A100", 80.0), []).append_to(first)
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from wording import naming
 
 from preprocess import PreprocessError
 from preprocess.buckets import (
@@ -66,7 +67,7 @@ def test_default_modulus(resolution: int, modulus: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("resolution", "modulus", "aspect", "message"),
+    ("resolution", "modulus", "aspect", "named"),
     [
         (1024, 24, 4, "--modulus must be a multiple of 16, got 24"),
         (1024, 0, 4, "--modulus must be a multiple of 16, got 0"),
@@ -77,8 +78,8 @@ def test_default_modulus(resolution: int, modulus: int) -> None:
         (100, 64, 4, "no bucket of modulus 64 fills 94% of 100x100"),
     ],
 )
-def test_impossible_tables_are_named(resolution: int, modulus: int, aspect: float, message: str) -> None:
-    with pytest.raises(PreprocessError, match=message):
+def test_impossible_tables_are_named(resolution: int, modulus: int, aspect: float, named: list) -> None:
+    with pytest.raises(PreprocessError, match=naming(*named)):
         bucket_table(resolution, modulus, aspect)
 
 

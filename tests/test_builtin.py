@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import skimage.data
 from PIL import Image
+from wording import naming
 
 from fluxdit_jax.records import EncoderIdentity
 from preprocess.encoders.builtin import DctVae, HashText, ToneVision
@@ -82,7 +83,7 @@ def test_dct_flat_colours_survive():
 
 
 def test_dct_refuses_what_it_would_have_to_floor():
-    with pytest.raises(ValueError, match="multiples of 8, got 32x20"):
+    with pytest.raises(ValueError, match=naming(8, "32x20")):
         DctVae().encode(np.zeros((1, 20, 32, 3), np.uint8))
     with pytest.raises(ValueError, match="float32"):
         DctVae().encode(np.zeros((1, 16, 32, 3), np.float32))

@@ -36,21 +36,17 @@ def run(body: str, shell: str = "", **more) -> subprocess.CompletedProcess:
 def test_an_error_is_one_line_and_its_status(tmp_path):
     done = run(f"open({str(tmp_path / 'no' / 'file')!r})")
     assert (done.returncode, done.stdout) == (7, "")
-    assert done.stderr == f"error: {tmp_path / 'no' / 'file'}: No such file or directory\n"
+    assert done.stderr == f"error: {tmp_path / 'no' / 'file'}: {os.strerror(errno.ENOENT)}\n"
     assert run("return 3").returncode == 3 and run("pass").returncode == 0
 
 
 @pytest.mark.parametrize(
-    ("number", "words"),
-    [
-        (errno.ENOSPC, "a/b: No space left on device (the disk is full; make space"),
-        (errno.EROFS, "a/b: Read-only file system (the file system is read-only)"),
-        (errno.EACCES, "a/b: Permission denied (this user may not"),
-        (errno.ENOENT, "a/b: No such file or directory"),
-    ],
+    ("number", "advice"),
+    [(errno.ENOSPC, "full"), (errno.EROFS, "read-only"), (errno.EACCES, "permissions"), (errno.ENOENT, "")],
 )
-def test_errors_of_the_disk_name_the_file_and_say_what_to_do(number: int, words: str):
-    assert explain(OSError(number, os.strerror(number), "a/b")).startswith(words)
+def test_errors_of_the_disk_name_the_file_and_say_what_to_do(number: int, advice: str):
+    begins, _, rest = explain(OSError(number, os.strerror(number), "a/b")).partition(os.strerror(number))
+    assert begins == "a/b: " and advice in rest and bool(advice) == bool(rest)
 
 
 @pytest.mark.parametrize("shell", ["| head -0", "2>&1 | head -0", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full"])
@@ -79,7 +75,7 @@ def test_a_signal_removes_what_is_half_written_and_exits_with_its_number(tmp_pat
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert err.strip() == "stopped; nothing half-written is left"
+    assert err.startswith("stopped") and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from training_helpers import (
     tiny_config,
     write_config,
 )
+from wording import naming
 
 from fluxdit_jax import arguments
 from fluxdit_jax import config as configuration
@@ -87,7 +89,7 @@ def test_a_number_that_is_none_names_its_key(config, key, value):
 @pytest.mark.parametrize("key", INTEGERS)
 def test_a_negative_count_names_its_key(config, key):
     set_key(config, key, -5)
-    with pytest.raises(ConfigError, match=rf"^config\.{key} is -5; it must be "):
+    with pytest.raises(ConfigError, match=rf"^config\.{key}\D+-5\b"):
         check(config)
 
 
@@ -104,7 +106,7 @@ ZERO_IS_FINE = {
 @pytest.mark.parametrize("key", [key for key in INTEGERS if key not in ZERO_IS_FINE])
 def test_a_count_of_zero_names_its_key(config, key):
     set_key(config, key, 0)
-    with pytest.raises(ConfigError, match=rf"^config\.{key} is 0; it must be "):
+    with pytest.raises(ConfigError, match=rf"^config\.{key}\D+0\b"):
         check(config)
 
 
@@ -121,28 +123,28 @@ def test_a_count_of_zero_names_its_key(config, key):
         ({"data.caption_weights": ("1.0",)}, ["data.caption_weights", "'1.0'"]),
         ({"data.caption_weights": (True, 1.0)}, ["data.caption_weights", "True"]),
         ({"data.caption_weights": ((1.0,),)}, ["data.caption_weights", "(1.0,)"]),
-        ({"data.caption_weights": (0.0, 0)}, ["data.caption_weights", "not all 0"]),
+        ({"data.caption_weights": (0.0, 0)}, ["data.caption_weights", "(0.0, 0)"]),
         ({"data.caption_weights": (1.0,) * 101}, ["data.caption_weights", "100"]),
-        ({"flow.std": 0.0}, ["flow.std", "above 0"]),
-        ({"flow.shift": 0.0}, ["flow.shift", "above 0"]),
-        ({"flow.uniform_share": 1.1}, ["flow.uniform_share", "between 0 and 1"]),
-        ({"flow.drop_text": -0.1}, ["flow.drop_text", "between 0 and 1"]),
+        ({"flow.std": 0.0}, ["flow.std", 0]),
+        ({"flow.shift": 0.0}, ["flow.shift", 0]),
+        ({"flow.uniform_share": 1.1}, ["flow.uniform_share", 0, 1]),
+        ({"flow.drop_text": -0.1}, ["flow.drop_text", 0, 1]),
         ({"flow.drop_text": 0.4, "flow.drop_vision": 0.4, "flow.drop_both": 0.3}, ["flow.drop_*", "1.1"]),
-        ({"optim.lr": 0.0}, ["optim.lr", "above 0"]),
+        ({"optim.lr": 0.0}, ["optim.lr", 0]),
         ({"optim.lr": -1e-4}, ["optim.lr", "-0.0001"]),
-        ({"optim.b1": 1.0}, ["optim.b1", "below 1"]),
-        ({"optim.b2": -0.1}, ["optim.b2", "at least 0"]),
-        ({"ema.decay": 1.0}, ["ema.decay", "below 1"]),
-        ({"optim.clip": 0.0}, ["optim.clip", "above 0"]),
-        ({"optim.final_fraction": 1.5}, ["optim.final_fraction", "between 0 and 1"]),
-        ({"optim.weight_decay": -0.1}, ["optim.weight_decay", "0 or above"]),
+        ({"optim.b1": 1.0}, ["optim.b1", 1]),
+        ({"optim.b2": -0.1}, ["optim.b2", 0]),
+        ({"ema.decay": 1.0}, ["ema.decay", 1]),
+        ({"optim.clip": 0.0}, ["optim.clip", 0]),
+        ({"optim.final_fraction": 1.5}, ["optim.final_fraction", 0, 1]),
+        ({"optim.weight_decay": -0.1}, ["optim.weight_decay", 0]),
         ({"optim.name": "lion"}, ["optim.name", "'lion'", "adamw, muon"]),
         ({"optim.schedule": "linear"}, ["optim.schedule", "constant, cosine"]),
-        ({"optim.effective_batch": 10}, ["optim.effective_batch", "multiple of data.batch_size (4)"]),
-        ({"optim.effective_batch": 2}, ["optim.effective_batch", "multiple of data.batch_size (4)"]),
-        ({"optim.schedule": "cosine", "optim.warmup_steps": 99}, ["optim.warmup_steps", "train.steps (8)"]),
-        ({"model.heads": 3}, ["model.width", "32", "multiple of model.heads (3)"]),
-        ({"model.heads": 16}, ["model.width", "multiple of 4"]),
+        ({"optim.effective_batch": 10}, ["optim.effective_batch", "data.batch_size", 4]),
+        ({"optim.effective_batch": 2}, ["optim.effective_batch", "data.batch_size", 4]),
+        ({"optim.schedule": "cosine", "optim.warmup_steps": 99}, ["optim.warmup_steps", "train.steps", 8]),
+        ({"model.heads": 3}, ["model.width", 32, "model.heads", 3]),
+        ({"model.heads": 16}, ["model.width", 4]),
         ({"model.remat": "all"}, ["model.remat", "none, dots, attention, block"]),
         ({"model.attention": "flash"}, ["model.attention", "auto, cudnn, xla"]),
         ({"model.dtype": "float64"}, ["model.dtype", "auto, bfloat16, float32"]),
@@ -153,9 +155,9 @@ def test_a_count_of_zero_names_its_key(config, key):
         ({"profile": "5:5"}, ["profile", "START:STOP"]),
         ({"profile": "a:b"}, ["profile", "START:STOP"]),
         ({"profile": "-1:3"}, ["profile", "START:STOP"]),
-        ({"log.peak_tflops": -1.0}, ["log.peak_tflops", "above 0"]),
-        ({"checkpoint.minutes": 0.0}, ["checkpoint.minutes", "above 0"]),
-        ({"device_memory_gb": 0.0}, ["device_memory_gb", "above 0"]),
+        ({"log.peak_tflops": -1.0}, ["log.peak_tflops", 0]),
+        ({"checkpoint.minutes": 0.0}, ["checkpoint.minutes", 0]),
+        ({"device_memory_gb": 0.0}, ["device_memory_gb", 0]),
     ],
 )
 def test_an_impossible_value_names_its_key_and_what_is_possible(config, changes, words):
@@ -164,8 +166,7 @@ def test_an_impossible_value_names_its_key_and_what_is_possible(config, changes,
     with pytest.raises(ConfigError) as refusal:
         check(config)
     assert str(refusal.value).startswith("config.")
-    for word in words:
-        assert word in str(refusal.value)
+    assert re.search(naming(*words), str(refusal.value)), str(refusal.value)
 
 
 @pytest.mark.parametrize("name", ["float16", "fp16", "half", "Float16"])
@@ -228,7 +229,7 @@ def test_a_missing_key_and_a_group_that_is_none_are_named():
     config = tiny_config(Path("data"), Path("run"))
     with config.unlocked():
         del config.optim.lr
-    with pytest.raises(ConfigError, match=r"^config\.optim\.lr is None; it must be there"):
+    with pytest.raises(ConfigError, match=r"^config\.optim\.lr\b.*\bNone\b"):
         check(config)
 
 
@@ -269,25 +270,23 @@ def test_given_values_go_before_defaults(config, tiny_dataset):
 
 
 @pytest.mark.parametrize(
-    ("key", "width", "words"),
+    ("key", "width", "encoder"),
     [
-        ("model.channels", CHANNELS, ["VAE"]),
-        ("model.text_width", TEXT_WIDTH, ["text encoder"]),
-        ("model.vision_width", VISION_WIDTH, ["vision encoder"]),
+        ("model.channels", CHANNELS, "VAE"),
+        ("model.text_width", TEXT_WIDTH, "text encoder"),
+        ("model.vision_width", VISION_WIDTH, "vision encoder"),
     ],
 )
-def test_a_dataset_of_another_encoder_names_both(config, tiny_dataset, key, width, words):
+def test_a_dataset_of_another_encoder_names_both(config, tiny_dataset, key, width, encoder):
     set_key(config, key, width + 1)
     config.data.path = str(tiny_dataset)
-    with pytest.raises(ConfigError) as refusal:
+    with pytest.raises(ConfigError, match=naming(f"config.{key}", width + 1, tiny_dataset, "'none'", width, encoder)):
         resolve(config, load_manifest(tiny_dataset))
-    for word in [f"config.{key} is {width + 1}", str(tiny_dataset), "'none'", f"of width {width}", *words]:
-        assert word in str(refusal.value)
 
 
 def test_a_patch_that_does_not_divide_a_bucket_is_named(config, tiny_dataset):
     config.model.patch = 4
-    with pytest.raises(ConfigError, match=r"config\.model\.patch is 4.*6x2"):
+    with pytest.raises(ConfigError, match=naming("config.model.patch", 4, "6x2")):
         resolve(config, load_manifest(tiny_dataset))
 
 
@@ -308,7 +307,7 @@ def refused(train_command, config_file, *arguments):
     [
         ("--config.model.widht=64", ["widht", "width"]),
         ("--config.data.batch_size=many", ["batch_size", "many"]),
-        ("workdir=/tmp/x", ["unexpected argument", "workdir=/tmp/x", "--config.group.key=value"]),
+        ("workdir=/tmp/x", ["workdir=/tmp/x", "--config.group.key=value"]),
         ("--config.model.dtype=float16", ["config.model.dtype", "65,504"]),
     ],
     ids=["unknown", "type", "extra", "float16"],
@@ -330,12 +329,12 @@ def test_the_command_refuses_in_one_line(train_command, config, tmp_path, argume
         ("--config.model=3", ["model"]),
         (
             "--config.data.path=/nowhere",
-            ["/nowhere: there is no such folder", "--data", "python -m preprocess build"],
+            ["/nowhere", "--data", "python -m preprocess build"],
         ),
         ("--config.workdir=/proc/no/such", ["/proc/no/such"]),
         ("--config.workdir=/dev/null", ["/dev/null"]),
         ("--config.mesh.fsdp=3", ["mesh", "3"]),
-        ("--config.seed=-1", ["config.seed is -1"]),
+        ("--config.seed=-1", ["config.seed", "-1"]),
         ("--config.resume.from_run=/nowhere", ["/nowhere"]),
     ],
 )

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import itertools
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from training_helpers import (
 )
 from training_helpers import joined as whole
 from training_helpers import read_batches as read
+from wording import naming
 
 from fluxdit_jax.data import RecordSource, batches, collate, with_drawn_caption
 from fluxdit_jax.records import BF16, DatasetError, encode_record, load_manifest, serialize_unchecked
@@ -63,7 +65,7 @@ def test_splits_are_apart(tiny_dataset):
 
 @pytest.mark.parametrize("index", [-1, TRAIN, 10**9])
 def test_an_index_outside_is_an_index_error(source, index):
-    with pytest.raises(IndexError, match=f"{index} of {TRAIN}"):
+    with pytest.raises(IndexError, match=naming(index, TRAIN)):
         source[index]
 
 
@@ -87,13 +89,13 @@ def test_more_shards_than_files_may_be_open(tmp_path):
     files = [os.path.realpath(fd) for fd in Path("/proc/self/fd").iterdir()]
     assert sum(str(tmp_path) in file for file in files) == 3
     late = Shards(tmp_path, (*entries[:3], dataclasses.replace(entries[3], records=9)), most_open=3)
-    with pytest.raises(DatasetError, match=f"{entries[3].file} holds 2 records, the manifest says 9"):
+    with pytest.raises(DatasetError, match=naming(entries[3].file, 2, 9)):
         late.read(3, 0)
 
 
 def test_an_empty_split_is_refused(dataset):
     directory, manifest = dataset
-    with pytest.raises(DatasetError, match="split 'holdout' has no records"):
+    with pytest.raises(DatasetError, match=naming(str(directory), "'holdout'")):
         RecordSource(directory, manifest, "holdout")
 
 
@@ -101,7 +103,7 @@ def test_a_missing_shard_is_named(dataset):
     directory, manifest = dataset
     lost = directory / manifest.shards["train"][1].file
     lost.unlink()
-    with pytest.raises(DatasetError, match=f"{lost} is missing.*5 records"):
+    with pytest.raises(DatasetError, match=naming(str(lost), 5)):
         RecordSource(directory, manifest, "train")
 
 
@@ -168,7 +170,7 @@ def test_damage_that_comes_after_the_first_read_is_found(dataset):
 def test_a_record_of_another_text_width_is_named(dataset):
     directory, manifest = dataset
     other = dataclasses.replace(manifest, text=dataclasses.replace(manifest.text, width=TEXT_WIDTH + 3))
-    with pytest.raises(DatasetError, match=r"row 0 \(record 0\).*width 11"):
+    with pytest.raises(DatasetError, match=r"row 0 \(record 0\).*\b11\b"):
         RecordSource(directory, other, "train")[0]
 
 
@@ -224,8 +226,8 @@ def test_a_damaged_record_gives_its_place_to_the_next_of_its_epoch(damaged, pack
             assert order[place] == order[(place + 1) % 200]
         assert batch["index"].tolist() == list(range(200 * epoch, 200 * epoch + 200))
     assert sorted(source.damaged) == [7, 130]
-    named = [line for line in package_log if "passed over" in line]
-    assert len(named) == 2 and all(line.startswith("WARNING damaged record passed over") for line in named)
+    named = [line for line in package_log if line.startswith("WARNING") and "damaged" in line]
+    assert len(named) == 2
     first, second = (shard.file for shard in damaged[1].shards["train"])
     assert any(f"{first} row 7 (record 7)" in line for line in named)
     assert any(f"{second} row 30 (record 130)" in line for line in named)
@@ -264,21 +266,20 @@ def test_too_much_damage_stops_all_the_same(tmp_path, records, bound):
     flip(tmp_path / "d", 5)
     with pytest.raises(DatasetError) as refusal:
         read(RecordSource(tmp_path / "d", manifest, "train", "skip"), records // 4)
-    for words in (f"{bound + 1} of the {records} records", f"at most {bound}", "row", "--repair"):
-        assert words in str(refusal.value)
+    assert re.search(naming(bound + 1, records, bound, "'train'", "row", "--repair"), str(refusal.value))
 
 
 def test_without_skip_the_message_tells_of_it(damaged):
-    with pytest.raises(DatasetError, match="row .* `python -m preprocess verify --repair .*on_corrupt=skip"):
+    with pytest.raises(DatasetError, match=naming("row", "python -m preprocess verify --repair", "on_corrupt=skip")):
         read(RecordSource(*damaged, "train"), 50)
-    with pytest.raises(ValueError, match="on_corrupt is 'ignore'; it must be one of stop, skip"):
+    with pytest.raises(ValueError, match=naming("on_corrupt", "'ignore'", "stop, skip")):
         RecordSource(*damaged, "train", "ignore")
 
 
 def test_a_choice_of_records_leaves_the_damaged_out(damaged):
     source = skipping(damaged)
     assert [number for number, _ in source.sound([5, 6, 7, 8, 130])] == [5, 6, 8]
-    with pytest.raises(DatasetError, match="of the records wanted of 'train', none is sound"):
+    with pytest.raises(DatasetError, match=naming(str(damaged[0]), "'train'")):
         list(source.sound([7, 130]))
     with pytest.raises(DatasetError, match="row 7"):
         list(RecordSource(*damaged, "train").sound([5, 6, 7, 8]))
@@ -291,19 +292,19 @@ def nan(array):
 
 
 UNFIT = {
-    "latent has a value that is not finite": lambda r: {"latent": nan(r.latent)},
-    "text has a value that is not finite": lambda r: {"text": nan(r.text)},
-    "vision has a value that is not finite": lambda r: {"vision": r.vision * np.float32("inf")},
-    "unit L2 norm, got 0.0": lambda r: {"vision": r.vision * 0},
-    "unit L2 norm, got 2.0": lambda r: {"vision": r.vision * 2},
-    "vision vector of 1": lambda r: {"vision": np.ones(1, np.float32)},
-    "size 64x64 .width x height. is not in the bucket table": lambda r: {
+    "latent.*finite": lambda r: {"latent": nan(r.latent)},
+    "text.*finite": lambda r: {"text": nan(r.text)},
+    "vision.*finite": lambda r: {"vision": r.vision * np.float32("inf")},
+    r"vision.*norm.*\b0\.0": lambda r: {"vision": r.vision * 0},
+    r"vision.*norm.*\b2\.0": lambda r: {"vision": r.vision * 2},
+    r"vision.*\b1\b": lambda r: {"vision": np.ones(1, np.float32)},
+    "64x64.*bucket": lambda r: {
         "latent": np.ones((CHANNELS, 8, 8), BF16),
         "encoded_size": (64, 64),
     },
-    "does not fit an image of 32x32": lambda r: {"latent": np.ones((CHANNELS, 2, 2), BF16)},
-    "latent .5, 4, 4. does not fit": lambda r: {"latent": np.ones((5, 4, 4), BF16)},
-    "6 text tokens, the manifest says at most 5": lambda r: {"text": np.ones((6, TEXT_WIDTH), BF16)},
+    "latent.*2, 2.*32x32": lambda r: {"latent": np.ones((CHANNELS, 2, 2), BF16)},
+    "latent.*5, 4, 4": lambda r: {"latent": np.ones((5, 4, 4), BF16)},
+    r"text.*\b6\b.*\b5\b|\b6\b.*text.*\b5\b": lambda r: {"text": np.ones((6, TEXT_WIDTH), BF16)},
 }
 
 

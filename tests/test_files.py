@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from wording import lines_naming, numbers
 
 from fluxdit_jax.board import Board
 from fluxdit_jax.files import Appended, replacing, write_whole
@@ -42,8 +44,8 @@ def test_lines_that_a_full_disk_refused_follow_in_order_when_there_is_room(tmp_p
         "ERROR",
         "WARNING",
     ]  # told once, not every time
-    assert str(tmp_path / "log.jsonl") in package_log[0] and "bytes wait in memory" in package_log[0]
-    assert "can be written again" in package_log[1] and "lost" not in package_log[1]
+    assert str(tmp_path / "log.jsonl") in package_log[0] and "memory" in package_log[0]
+    assert str(tmp_path / "log.jsonl") in package_log[1] and "lost" not in package_log[1]
 
 
 def test_what_is_never_written_is_counted(tmp_path, room, package_log):
@@ -55,7 +57,7 @@ def test_what_is_never_written_is_counted(tmp_path, room, package_log):
     file.close()
     file.close()
     assert (tmp_path / "log").read_text() == "1234"
-    assert package_log[-1] == f"ERROR {tmp_path / 'log'} is incomplete; 19 bytes are lost"
+    assert package_log[-1].startswith(f"ERROR {tmp_path / 'log'} ") and re.search(numbers(19), package_log[-1])
     with pytest.raises(ValueError, match="closed"):
         file.write("x")
 
@@ -88,4 +90,4 @@ def test_the_board_counts_what_it_could_not_write_and_leaves_no_empty_files(tmp_
     with contextlib.closing(board):
         assert board.failures == 20
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
-    assert len(package_log) == 2 and "20 events are missing" in package_log[1]
+    assert len(package_log) == 2 and lines_naming(package_log[1], str(tmp_path / "tensorboard"), 20)

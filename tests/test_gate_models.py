@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from gate_scenes import LIGHTS, Oracle, album
 from scipy.ndimage import gaussian_filter
+from wording import naming
 
 from fluxdit_jax.gate import edit, memorisation, swap
 from fluxdit_jax.gate.advice import LOOK, advise, by_cause
@@ -200,18 +201,21 @@ class AnyWordMoves(Oracle):
 @pytest.mark.parametrize(
     ("model", "expected", "advice"),
     [
-        (TextIgnored, {"vision_swap", "text_edit"}, {"vision_swap": "text path", "text_edit": "text path"}),
-        (VisionIgnored, {"memorisation", "vision_swap"}, {"memorisation": "vision path", "vision_swap": "vision path"}),
-        (VisionDominating, {"vision_swap"}, {"vision_swap": "vision path dominates"}),
-        (EditsIgnored, {"text_edit"}, {"text_edit": "stays where it is"}),
-        (WrongWay, {"text_edit"}, {"text_edit": "wrong way"}),
-        (LightMistaken, {"memorisation"}, {"memorisation": "in another light"}),
-        (UnstableUnderEdits, {"text_edit"}, {"text_edit": "unstable"}),
-        (UnstableOverSeeds, {"text_edit"}, {"text_edit": "Other noise"}),
-        (AnyWordMoves, {"text_edit"}, {"text_edit": "says nothing"}),
-        (NoiseDecides, {"memorisation", "vision_swap", "text_edit"}, {"memorisation": "from the noise"}),
-        (Untrained, {"memorisation", "vision_swap", "text_edit"}, {"memorisation": "noise: it is untrained"}),
-        (Grey, {"memorisation", "vision_swap", "text_edit"}, {"text_edit": "collapsed to the mean"}),
+        (TextIgnored, {"vision_swap", "text_edit"}, {"vision_swap": ["text path"], "text_edit": ["text path"]}),
+        (
+            VisionIgnored, {"memorisation", "vision_swap"},
+            {"memorisation": ["vision path"], "vision_swap": ["vision path"]},
+        ),
+        (VisionDominating, {"vision_swap"}, {"vision_swap": ["text path", "vector"]}),
+        (EditsIgnored, {"text_edit"}, {"text_edit": ["text path"]}),
+        (WrongWay, {"text_edit"}, {"text_edit": ["directions", "--edit"]}),
+        (LightMistaken, {"memorisation"}, {"memorisation": ["vision path", "light"]}),
+        (UnstableUnderEdits, {"text_edit"}, {"text_edit": ["unstable pictures", "QK-norm"]}),
+        (UnstableOverSeeds, {"text_edit"}, {"text_edit": ["the noise decides", "loss_by_time"]}),
+        (AnyWordMoves, {"text_edit"}, {"text_edit": ["the set", "RMSNorm"]}),
+        (NoiseDecides, {"memorisation", "vision_swap", "text_edit"}, {"memorisation": ["the noise decides"]}),
+        (Untrained, {"memorisation", "vision_swap", "text_edit"}, {"memorisation": ["pictures of nothing", "noise"]}),
+        (Grey, {"memorisation", "vision_swap", "text_edit"}, {"text_edit": ["plain pictures", "%"]}),
         (MeanOfAll, {"memorisation", "vision_swap", "text_edit"}, {}),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
@@ -221,8 +225,9 @@ def test_a_broken_model_fails_where_it_is_broken(model, expected, advice):
     assert failed(found) == expected, {name: verdict.reasons for name, verdict in found.items()}
     for name, verdict in found.items():
         assert bool(verdict.advice) == bool(verdict.reasons) == (name in expected)
-    for name, words in advice.items():
-        assert words in " ".join(found[name].advice), found[name].advice
+    for name, (cause, *words) in advice.items():
+        lines = [line for of, line in zip(found[name].causes, found[name].advice, strict=True) if of == cause]
+        assert lines and re.search(naming(*words), " ".join(lines)), (found[name].causes, found[name].advice)
 
 
 def test_grey_and_noise_score_nothing_at_all_in_the_edit():
@@ -256,14 +261,14 @@ def test_the_advice_tells_the_text_path_from_the_vision_path():
         (CaptionLost, "text path", "vision path"),
         (VisionIgnored, "vision path", "text path"),
     ):
-        advice = " ".join(verdicts(model(ALBUM))["memorisation"].advice)
-        assert right in advice and wrong not in advice, advice
+        causes = verdicts(model(ALBUM))["memorisation"].causes
+        assert right in causes and wrong not in causes, causes
 
 
 def test_a_run_whose_loss_still_falls_is_told_to_go_on():
     found = verdicts(Untrained(ALBUM), loss=FALLING)
-    assert "train longer" in " ".join(found["memorisation"].advice)
-    assert "too few to judge" in " ".join(verdicts(Untrained(ALBUM), loss=[])["memorisation"].advice)
+    assert "not trained to the end" in found["memorisation"].causes
+    assert "little trained" in verdicts(Untrained(ALBUM), loss=[])["memorisation"].causes
 
 
 @pytest.fixture(scope="module")
@@ -292,34 +297,35 @@ LEARNED = np.linspace(1, 0.1, 60).tolist() + [0.1] * 40
 @pytest.mark.parametrize(
     ("log", "planned", "cause", "words"),
     [
-        (logged(LEARNED), 5000, "not trained to the end", "of step 1,000 of 5,000"),
-        (logged(LEARNED[:40]), 400, "not trained to the end", "still falls"),
-        (logged([]), 1000, "little trained", "config.log.every"),
-        (logged([*LEARNED, *[0.9] * 30]), 1300, "learning rate", "had fallen to 0.100 by step"),
+        (logged(LEARNED), 5000, "not trained to the end", [1000, 5000]),
+        (logged(LEARNED[:40]), 400, "not trained to the end", ["falls"]),
+        (logged([]), 1000, "little trained", ["config.log.every"]),
+        (logged([*LEARNED, *[0.9] * 30]), 1300, "learning rate", ["0.100", "0.900", "optim.lr"]),
         (
             [*logged(LEARNED), {"step": 1001, "health/diverged": "step 1001: lost"}, *logged([0.9] * 130)[100:]],
             1300,
             "learning rate",
-            "The run said: step 1001: lost.",
+            ["step 1001: lost"],
         ),
-        (logged([1.0] * 100, velocity_rms_ratio=0.0003), 1000, "collapse", "has 0.0003 of its target's size"),
+        (logged([1.0] * 100, velocity_rms_ratio=0.0003), 1000, "collapse", ["velocity_rms_ratio", 0.0003]),
         (
             logged(LEARNED, **{"gradient_norm_by_group/text_embed": 0.0, "gradient_norm_by_group/null_text": 0.0}),
             1000,
             "no gradient",
-            "reaches text_embed at the end",
+            ["text_embed"],
         ),
-        (logged(LEARNED, skipped=2.0), 1000, "broken numbers", "50 micro-batches of the last quarter"),
-        (logged(LEARNED, **{"heldout_loss": 0.5, "short_ema/heldout_loss": 0.3}), 1000, "the EMA lags", "0.3000"),
-        (logged(LEARNED), 1000, "pictures of nothing", "has come down (0.916 to 0.100), so the network has learned"),
-        (logged([1.0] * 100), 1000, "pictures of nothing", "hardly fallen"),
+        (logged(LEARNED, skipped=2.0), 1000, "broken numbers", [50, "micro-batches"]),
+        (logged(LEARNED, **{"heldout_loss": 0.5, "short_ema/heldout_loss": 0.3}), 1000, "the EMA lags", ["0.3000"]),
+        (logged(LEARNED), 1000, "pictures of nothing", ["0.916", "0.100", "EMA"]),
+        (logged([1.0] * 100), 1000, "pictures of nothing", ["1.000", "learning rate"]),
     ],
 )  # fmt: skip
 def test_what_the_log_knows_is_told(untrained, log, planned, cause, words):
     step = log[-1]["step"] if log else planned
     later = {"step": step + 10, "loss": 9.0}  # training has gone on since these weights
     found = {found.name: found for found in by_cause(advise(*untrained, [*log, later], step, planned))}
-    assert words in " ".join(found[cause].lines), found
+    assert re.search(naming(*words), " ".join(found[cause].lines)), found
+    assert "null_text" not in " ".join(found[cause].lines)
     assert found[cause].tests == ("memorisation", "vision swap", "text edit")
     if cause in (
         "collapse",
@@ -419,8 +425,8 @@ def test_a_set_whose_captions_name_one_picture_each_is_told_so():
     assert remembered.passed
     swapped = Swap.plan(distinct, 60).measure(CaptionIsAll(distinct))
     assert not swapped.passed and swapped.numbers["tone_of_b"] < 0.1 and swapped.numbers["shared_captions"] == 0
-    advice = advise(remembered, swapped, verdicts(Oracle(ALBUM))["text_edit"], FLAT)[1].advice
-    assert "belong to one picture each" in " ".join(advice)
+    advised = advise(remembered, swapped, verdicts(Oracle(ALBUM))["text_edit"], FLAT)[1]
+    assert "flow.drop_text" in dict(zip(advised.causes, advised.advice, strict=True))["the set"]
 
 
 def test_without_known_answers_the_verdict_stands_and_says_less():
@@ -440,4 +446,4 @@ def test_where_the_measure_itself_is_wrong_the_edit_cannot_pass():
     plan = Edit.plan(ALBUM, [backwards], ("portrait of", "picture of"), 20, HashText().encode)
     verdict = plan.measure(Oracle(ALBUM))
     assert not verdict.passed and verdict.value == 0
-    assert any("the measure itself" in reason for reason in verdict.reasons)
+    assert any("itself" in reason for reason in verdict.reasons)

@@ -191,9 +191,9 @@ def test_a_failing_page_says_fail_and_where_to_look(failing):
     outline = read(page.page(failing, content(failing), []))
     text = " ".join(outline.text)
     assert "FAIL" in text and "PASS" not in text
-    assert "Why it failed" in text and "Where to look first" in text and "collapsed to the mean" in text
-    assert "logged no losses" in text
-    assert text.count("collapsed to the mean") == 1 and text.count("Where to look first") == 1
+    assert "Why it failed" in text and text.count("Where to look first") == 1
+    assert "no losses" in text
+    assert {text.count(line) for cause in content(failing)["advice"] for line in cause["lines"]} == {1}
 
 
 def test_the_worst_cases_are_shown():

@@ -106,8 +106,8 @@ def test_the_same_vae_with_another_scale_and_shift_is_refused(tmp_path):
     assert require_report(path, LARGE, manifest(vae=vae(scale=0.3611, shift=0.1159)))["passed"] is True
     with pytest.raises(GateError) as error:
         require_report(path, LARGE, manifest(vae=vae(scale=0.18215, shift=0.0)))
-    for words in ("vae encoder's scale was 0.3611 there, is 0.18215 here", "shift was 0.1159 there, is 0.0 here"):
-        assert words in str(error.value)
+    for parts in (("vae", "scale", 0.3611, 0.18215), ("vae", "shift", 0.1159, 0.0)):
+        assert lines_naming(str(error.value), *parts)
     report = json.loads(path.read_text())
     for option in ("scale", "shift", "factor"):  # a report of before does not tell
         del report["encoders"]["vae"][option]
@@ -120,7 +120,7 @@ def test_every_difference_is_listed_at_once(tmp_path):
     with pytest.raises(GateError) as error:
         require_report(path, dataclasses.replace(LARGE, patch=1), manifest(version=2))
     assert str(error.value).count("\n  - ") == 3
-    assert "failed its validation (vision_swap)" in str(error.value)
+    assert "(vision_swap)" in str(error.value)
 
 
 def test_a_network_of_another_structure_is_another_family(tmp_path):
@@ -141,13 +141,12 @@ def test_the_family_sees_structure_and_not_size():
 
 @pytest.mark.parametrize("path", [None, ""])
 def test_no_report_named(path):
-    with pytest.raises(GateError, match="names no report") as error:
+    with pytest.raises(GateError, match=naming("config.gate.report", "--config.gate.required=False")):
         require_report(path, NANO, manifest())
-    assert "--config.gate.required=False" in str(error.value)
 
 
 def test_a_report_that_is_missing_or_damaged(tmp_path):
-    with pytest.raises(GateError, match="does not exist"):
+    with pytest.raises(GateError, match=f"{tmp_path / 'report.json'}.*exist"):
         require_report(tmp_path / "report.json", NANO, manifest())
     path = write(tmp_path)
     whole = json.loads(path.read_text())

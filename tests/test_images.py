@@ -206,7 +206,7 @@ def test_cut_off_files_are_rejected_and_not_half_decoded(format: str, draw_photo
 
 def test_floating_point_pixels_are_refused() -> None:
     data = encode(Image.fromarray(np.ones((32, 32), np.float32)), "TIFF")
-    with pytest.raises(Rejected, match="unsupported pixels: floating point"):
+    with pytest.raises(Rejected, match="unsupported pixels.*floating"):
         whole(data)
 
 

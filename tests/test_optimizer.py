@@ -108,7 +108,7 @@ def test_weight_decay_is_for_matrices_and_never_for_the_rest(params, name, decay
 
 
 def test_an_unknown_optimizer_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"optim\.name must be one of \('adamw', 'muon'\), got 'sgd'"):
+    with pytest.raises(ValueError, match=r"optim\.name\b.*'adamw', 'muon'.*'sgd'"):
         build_optimizer(tiny_optimizer(name="sgd"))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from training_helpers import tiny_config, tree_equal
+from wording import lines_naming, naming
 
 from fluxdit_jax import due, overview, progress
 from fluxdit_jax.checkpoint import ema_steps, restore_ema
@@ -100,11 +101,11 @@ def test_a_run_tells_its_pictures_epochs_and_time_and_warns_of_thousands_of_epoc
     config = tiny_config(tiny_dataset, tmp_path / "run")
     config.train.steps, config.log.peak_tflops = 6000, 1e-6
     lines = described(config, package_log)
-    assert "6000 steps of 8 = 48000 pictures = 2e+03 epochs of 24 images, about " in lines[-1]
+    assert re.search(naming(6000, 8, 48000, "2e+03", 24), lines[-1])
     assert not [line for line in lines if line.startswith("WARNING")]  # a set as small is there to be memorised
     monkeypatch.setattr(overview, "SMALL_SET", 20)
     warned = [line for line in described(config, package_log) if line.startswith("WARNING")]
-    assert len(warned) == 1 and "train.steps is 6000" in warned[0] and "--config.train.steps=300" in warned[0]
+    assert len(warned) == 1 and re.search(naming("train.steps", 6000, "--config.train.steps=300"), warned[0])
     config.train.steps = 2900
     assert not [line for line in described(config, package_log) if line.startswith("WARNING")]
 
@@ -127,7 +128,7 @@ def test_held_out_losses_and_checkpoints_come_by_time_too_and_change_nothing(con
     ]
     assert looks == [[3], [1, 2, 3]]
     log = (tmp_path / "by-time" / "train.log").read_text()
-    assert len(re.findall(r"step \d: held-out loss \d\.\d{4}", log)) == 3  # in the log, which the console shows too
+    assert len(re.findall(r"step \d: held-out .*\d\.\d{4}", log)) == 3  # in the log, which the console shows too
     assert tree_equal(restore_ema(tmp_path / "by-time"), restore_ema(tmp_path / "run"))
     assert ema_steps(tmp_path / "by-time") == [3] and plain == str(tmp_path / "run")
 
@@ -146,5 +147,5 @@ def test_a_signal_during_a_held_out_loss_is_obeyed_and_the_log_is_not_silent(con
     monkeypatch.setattr(HeldOut, "__call__", slow)
     assert train(config.copy_and_resolve_references()) == 128 + signal.SIGHUP
     log = (Path(config.workdir) / "train.log").read_text()
-    assert "SIGHUP" in log and "at step 2/3: measuring the held-out loss" in log
-    assert "stopped at step 2" in log and "state saved" in log
+    assert "SIGHUP" in log and lines_naming(log, "step 2/3", "held-out")
+    assert lines_naming(log, "stopped", "step 2", "saved") and "not saved" not in log

@@ -326,7 +326,7 @@ def test_nothing_usable_says_why(folder: Folder, what: str) -> None:
         folder.write(".x.png", "x")
         wanted, reasons = ["dataset or run of this project 1", "hidden 1"], set()
     else:
-        wanted, reasons = ["no image in"], set()
+        wanted, reasons = ["no image"], set()
     folder.build(status=1)
     for words in wanted:
         assert words in folder.said

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from wording import naming
 
 from fluxdit_jax.records import (
     DatasetError,
@@ -233,13 +234,13 @@ def test_other_json_is_no_manifest(raw: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"latent_std": (1.0, 0.0)}, "every std above 0"),
-        ({"latent_mean": (float("nan"), 0.0)}, "must be finite"),
-        ({"latent_mean": (0.0,)}, "the VAE has 2 channels"),
-        ({"buckets": ()}, "bucket table is empty"),
-        ({"shards": {"train": (Shard("../x", "", 1, 1, {}),)}}, "bad shard entry '../x'"),
-        ({"shards": {"train": (Shard("x", "", 1, 0, {}),)}}, "bad shard entry 'x' .0 records"),
-        ({"version": 2}, "format version is 2, this code reads 1"),
+        ({"latent_std": (1.0, 0.0)}, "latent_std.*0"),
+        ({"latent_mean": (float("nan"), 0.0)}, "latent_mean.*finite"),
+        ({"latent_mean": (0.0,)}, r"latent_mean.*\b1\b.*VAE.*\b2\b"),
+        ({"buckets": ()}, "bucket"),
+        ({"shards": {"train": (Shard("../x", "", 1, 1, {}),)}}, r"shard.*'\.\./x'"),
+        ({"shards": {"train": (Shard("x", "", 1, 0, {}),)}}, r"shard.*'x'.*\b0\b"),
+        ({"version": 2}, r"version.*\b2\b.*\b1\b"),
     ],
 )
 def test_impossible_manifests_are_named(changes: dict, message: str) -> None:
@@ -248,7 +249,7 @@ def test_impossible_manifests_are_named(changes: dict, message: str) -> None:
 
 
 def test_a_missing_manifest_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="is not a finished dataset .make one with `python -m preprocess build"):
+    with pytest.raises(DatasetError, match=naming(tmp_path / "manifest.json", "python -m preprocess build")):
         load_manifest(tmp_path)
     with pytest.raises(DatasetError, match=f"{tmp_path / 'moved'}: there is no such folder.*--config.data.path"):
         load_manifest(tmp_path / "moved")

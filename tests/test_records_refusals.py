@@ -108,10 +108,10 @@ def test_nearly_unit_vision_vectors_pass():
         ({"text": b"\0" * 2 * (TEXT_WIDTH + 1)}, ["text", f"width {TEXT_WIDTH}"]),
         ({"original_size": [1]}, ["original_size"]),
         ({"encoded_size": [1, 2, 3]}, ["encoded_size"]),
-        ({"key": b"\xff"}, ["not a fluxdit record", "Unicode"]),
-        ({"caption": None}, ["not a fluxdit record"]),
-        ({"vision": b"123"}, ["not a fluxdit record"]),
-        ({"content_hash": None}, ["not a fluxdit record"]),
+        ({"key": b"\xff"}, ["Unicode"]),
+        ({"caption": None}, ["caption"]),
+        ({"vision": b"123"}, ["vision", "3 bytes"]),
+        ({"content_hash": None}, ["content_hash"]),
     ],
 )
 def test_damaged_fields_are_refused_when_decoding(replacement, words):
@@ -154,7 +154,7 @@ def test_decoding_a_damaged_record_gives_a_record_or_dataset_error(draw):
 
 
 def test_a_field_that_an_example_has_not_is_refused_in_words():
-    with pytest.raises(DatasetError, match="has fields that are not those of a tf.train.Example"):
+    with pytest.raises(DatasetError, match=r"tf\.train\.Example"):
         decode_record(encode_record(make_record(0)) + b"\x12\x00", TEXT_WIDTH)  # field 2, empty
 
 

@@ -14,6 +14,7 @@ import pytest
 from drawing_helpers import SHORT, config, draw, pixels
 from PIL import Image, PngImagePlugin
 from training_helpers import REPOSITORY
+from wording import lines_naming, naming, numbers
 
 from fluxdit_jax import recipe
 from fluxdit_jax.checkpoint import CheckpointError
@@ -35,7 +36,7 @@ LONG = "photo number 3 of a dog by the red sea in the blue light of an evening w
 def test_words_beyond_the_longest_caption_count(scene: Path, capsys: pytest.CaptureFixture) -> None:
     one = draw(scene, "--prompt", f"{LONG} a castle", "--steps", "2")
     told = capsys.readouterr().out
-    assert "prompt 1 has 21 tokens" in told and "at most 7" in told
+    assert lines_naming(told, 1, 21, "tokens", 7)
     other = draw(scene, "--prompt", f"{LONG} boats", "--steps", "2")
     assert (one != other).any()
     capsys.readouterr()
@@ -59,7 +60,7 @@ def test_what_the_encoder_cuts_is_told(scene: Path, capsys: pytest.CaptureFixtur
     path = tmp_path / "prompts.txt"
     path.write_text(f"{SHORT}\n{'word ' * 600}\n")
     draw(scene, "--prompts", str(path), "--steps", "1")
-    assert "prompt 2 has 601 tokens, of which 512 are kept" in capsys.readouterr().out
+    assert re.search(numbers(2, 601, 512), capsys.readouterr().out)
 
 
 def test_a_run_that_cuts_its_captions_cuts_prompts_and_tells(scene: Path, capsys: pytest.CaptureFixture) -> None:
@@ -69,7 +70,7 @@ def test_a_run_that_cuts_its_captions_cuts_prompts_and_tells(scene: Path, capsys
     capsys.readouterr()
     draw(scene, "--prompt", SHORT, "--steps", "1", run="cutting")
     told = capsys.readouterr().out
-    assert "prompt 1 has 7 tokens, of which 4 are kept" in told and "config.data.text_tokens=4" in told
+    assert re.search(numbers(1, 7, 4), told) and "config.data.text_tokens=4" in told
 
 
 # ---------------------------------------------------------------------------------------------------- sizes
@@ -81,7 +82,8 @@ def test_sizes_are_width_x_height_in_and_out(scene: Path, capsys: pytest.Capture
     drawn = draw(scene, "--prompt", SHORT, "--size", f"{width}x{height}", "--steps", "1")
     assert drawn.shape == (height, width, 3)
     told = capsys.readouterr().out
-    assert f"  {width}x{height}  " in told and f"size: {width}x{height} (width x height)\n" in told
+    assert f"  {width}x{height}  " in told
+    assert lines_naming(told, f"size: {width}x{height} ") and not lines_naming(told, "size: ", "common")
     assert Image.open(scene / "x.png").text["size"] == f"{width}x{height}"
     common = next(iter(counts))
     with pytest.raises(SampleError, match=f"--size 8x16 .*{common[1]}x{common[0]}"):
@@ -95,14 +97,14 @@ def test_the_default_size_is_the_most_common_and_only_those_with_pictures_are_of
     common, (empty, *_) = next(iter(counts)), [size for size, count in counts.items() if not count]
     assert counts[common] == max(counts.values()) and sum(counts.values()) == 8
     assert draw(scene, "--prompt", SHORT, "--steps", "1").shape[:2] == common
-    assert f"size: {common[1]}x{common[0]} (width x height), the most common" in capsys.readouterr().out
+    assert lines_naming(capsys.readouterr().out, f"size: {common[1]}x{common[0]} ", "common")
     with pytest.raises(SampleError) as refusal:
         draw(scene, "--prompt", SHORT, "--size", "8x16")
     offered = re.findall(r"(\d+)x(\d+) \(\d+\)", str(refusal.value))
     assert {(int(h), int(w)) for w, h in offered} == {size for size, count in counts.items() if count}
     # one of the table without a picture, as an older version's recipe may ask for, is drawn and told
     assert choose_size(f"{empty[1]}x{empty[0]}", load_manifest(scene / "ds")) == empty
-    assert f"no training picture is {empty[1]}x{empty[0]} (width x height)" in capsys.readouterr().out
+    assert lines_naming(capsys.readouterr().out, f" {empty[1]}x{empty[0]} ")
 
 
 def test_the_height_first_is_named(tmp_path: Path) -> None:
@@ -112,7 +114,7 @@ def test_the_height_first_is_named(tmp_path: Path) -> None:
 
     manifest = dataclasses.replace(write_dataset(tmp_path / "d"), buckets=((64, 64), (48, 80)))
     assert choose_size("80x48", manifest) == (48, 80)
-    with pytest.raises(SampleError, match="48x80 .*the width comes first: 80x48 is one"):
+    with pytest.raises(SampleError, match="48x80 .*width.*: 80x48 "):
         choose_size("48x80", manifest)
 
 
@@ -188,14 +190,14 @@ def test_other_weights_than_the_recipes(scene: Path, capsys: pytest.CaptureFixtu
     c = config(scene / "ds", scene / "third")
     c.seed = 1
     assert train(c) == 0
-    with pytest.raises(SampleError, match="weights are not those of the recipe"):
+    with pytest.raises(SampleError, match=naming(f"--recipe {path}", "digest", "--step", "--weights")):
         draw(scene, "--recipe", str(path), run="third")
     capsys.readouterr()
     draw(scene, "--recipe", str(path), "--step", "8", run="third")
-    assert "weights are not those of the recipe" in capsys.readouterr().out
-    with pytest.raises(CheckpointError, match="no step 3"):
+    assert lines_naming(capsys.readouterr().out, "recipe", "digest")
+    with pytest.raises(CheckpointError, match=naming(scene / "third", 3, 8)):
         draw(scene, "--recipe", str(path), "--step", "3", run="third")
-    with pytest.raises(SampleError, match=f"{scene / 'gone'} is not here.*--workdir"):
+    with pytest.raises(SampleError, match=naming(scene / "gone", "--workdir")):
         draw(scene, "--recipe", str(edited(path, scene / "moved.png", workdir=str(scene / "gone"))), run="")
 
 
@@ -227,7 +229,7 @@ def test_a_recipe_of_an_older_version(scene: Path, capsys: pytest.CaptureFixture
     capsys.readouterr()
     assert (draw(scene, "--recipe", str(path), run="") == one).all()
     assert "older version" in capsys.readouterr().out
-    with pytest.raises(SampleError, match="/photos/a.jpg; give it with --reference"):
+    with pytest.raises(SampleError, match="/photos/a.jpg.*--reference"):
         draw(scene, "--recipe", str(with_reference), run="")
 
 
@@ -279,7 +281,7 @@ def test_hostile_recipes_are_refused_by_name(tmp_path: Path, text: str, named: s
 @pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"{}"])
 def test_files_that_are_no_png(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "r.png").write_bytes(content)
-    with pytest.raises(SampleError, match="cannot be read as a PNG"):
+    with pytest.raises(SampleError, match=r"r\.png.*PNG"):
         recipe.read(tmp_path / "r.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     with pytest.raises(SampleError, match="no recipe"):

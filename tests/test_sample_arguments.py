@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from wording import naming
 
 from fluxdit_jax import export, validate
 from fluxdit_jax.prompts import SampleError, read_prompts
@@ -16,25 +17,25 @@ GIVEN = ["--workdir", "run", "--out", "x.png"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "named"),
     [
-        ([], "--prompt or --prompts"),
-        (["--prompt", "a \udcff dog"], "not UTF-8"),
-        (["--prompt", "x", "--seed", "-1"], "--seed at least 0"),
-        (["--prompt", "x", "--seed", str(2**31 - 1)], "below 2**31"),
-        (["--prompt", "x", "--seed", str(10**30)], "below 2**31"),
-        (["--prompt", "x", "--count", "0"], "at least 1"),
-        (["--prompt", "x", "--guidance-text", "nan"], "finite"),
-        (["--prompt", "x", "--sweep-vision", "1,inf"], "finite"),
-        (["--prompt", "x", "--sweep-text", "1,,2"], "is not numbers"),
-        (["--prompt", "x", "--rescale", "nan"], "between 0 and 1"),
-        (["--prompt", "x", "--out", "x.jpg"], "end in .png"),
+        ([], ["--prompt", "--prompts", "--recipe"]),
+        (["--prompt", "a \udcff dog"], ["--prompt", "UTF-8"]),
+        (["--prompt", "x", "--seed", "-1"], ["--seed", 0]),
+        (["--prompt", "x", "--seed", str(2**31 - 1)], ["--seed", "2**31"]),
+        (["--prompt", "x", "--seed", str(10**30)], ["--seed", "2**31"]),
+        (["--prompt", "x", "--count", "0"], ["--count", 1]),
+        (["--prompt", "x", "--guidance-text", "nan"], ["guidance", "finite"]),
+        (["--prompt", "x", "--sweep-vision", "1,inf"], ["guidance", "finite"]),
+        (["--prompt", "x", "--sweep-text", "1,,2"], ["--sweep-text", "1,,2"]),
+        (["--prompt", "x", "--rescale", "nan"], ["--rescale", 0, 1]),
+        (["--prompt", "x", "--out", "x.jpg"], ["--out", ".png"]),
     ],
 )
-def test_refused_with_the_option(arguments: list[str], words: str, capsys: pytest.CaptureFixture) -> None:
+def test_refused_with_the_option(arguments: list[str], named: list, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as end:
         parse_arguments([*GIVEN, *arguments])
-    assert end.value.code == 2 and words in capsys.readouterr().err
+    assert end.value.code == 2 and re.search(naming(*named), capsys.readouterr().err.splitlines()[-1])
 
 
 def test_prompts_come_from_lines(tmp_path: Path) -> None:
@@ -44,12 +45,10 @@ def test_prompts_come_from_lines(tmp_path: Path) -> None:
     assert parse_arguments([*GIVEN, "--prompt", "first", "--prompts", str(path)]).prompt[0] == "first"
 
 
-@pytest.mark.parametrize(
-    ("content", "words"), [(b"a\xff", "byte 1 is not UTF-8"), (b"x" * 10_000_001, "10,000,000 bytes")]
-)
-def test_files_of_prompts_that_are_refused(tmp_path: Path, content: bytes, words: str) -> None:
+@pytest.mark.parametrize(("content", "named"), [(b"a\xff", [1, "UTF-8"]), (b"x" * 10_000_001, [10_000_000])])
+def test_files_of_prompts_that_are_refused(tmp_path: Path, content: bytes, named: list) -> None:
     (tmp_path / "prompts.txt").write_bytes(content)
-    with pytest.raises(SampleError, match=words):
+    with pytest.raises(SampleError, match=naming("--prompts", tmp_path / "prompts.txt", *named)):
         read_prompts(tmp_path / "prompts.txt")
 
 
@@ -77,13 +76,14 @@ def test_the_help_tells_what_guidance_is_usual(capsys: pytest.CaptureFixture) ->
     with pytest.raises(SystemExit):
         parse_arguments(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for words in ("--guidance-text GUIDANCE_TEXT 1: the model itself; 3 to 7 is usual", "with a reference, 2 to 5",
-                  "1 to 3 is usual; default: 1.0", "width x height"):  # fmt: skip
-        assert words in text, words
+    for option, *usual in (("--guidance-text", 3, 7, 2, 5), ("--guidance-vision", 1, 3)):
+        entry = re.search(f"{option} [A-Z_]+ (.*?) --", text)[1]
+        assert re.search(naming(*usual, "default: 1.0"), entry), entry
+    assert "width x height" in text
 
 
 @pytest.mark.parametrize("given", [[], ["--workdir", "run", "--model", "out"]])
 def test_a_run_or_an_export_is_drawn_from_and_not_both(given: list[str], capsys) -> None:
     with pytest.raises(SystemExit):
         parse_arguments([*given, "--prompt", "x", "--out", "x.png"])
-    assert "--workdir of a run or --model of an export" in capsys.readouterr().err
+    assert re.search(naming("--workdir", "--model", "--recipe"), capsys.readouterr().err.splitlines()[-1])

@@ -23,6 +23,7 @@ from training_helpers import (
     write_config,
     write_dataset,
 )
+from wording import lines_naming
 
 from fluxdit_jax import model
 from fluxdit_jax.checkpoint import restore_ema
@@ -249,7 +250,7 @@ def test_two_processes_are_one_run(train_command, tiny_dataset, tmp_path):
     outputs = [process.communicate(timeout=120) for process in both]
     for process, (_, err) in zip(both, outputs, strict=True):
         assert process.returncode == 128 + signal.SIGTERM, err
-    assert "another process was told to stop), state saved. The same command goes on" in outputs[0][1]
+    assert lines_naming(outputs[0][1], "another process", "saved")
 
     done = train_command.run(config=file)
     assert done.returncode == 0, done.stderr

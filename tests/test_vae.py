@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.numpy import load_file, save_file
+from wording import naming
 
 from fluxdit_jax import vae_strips
 from fluxdit_jax.records import EncoderIdentity
@@ -173,7 +174,7 @@ def test_sharded_weights_in_a_subfolder(tmp_path, kl):
     assert relative(decoder.decode_float(z), reference(model, z)) < 1e-4
     shard = sorted((tmp_path / "vae").glob("*.safetensors"))[0]
     shard.unlink()
-    with pytest.raises(DecoderError, match=f"{INDEX} names files that are not there: {shard.name}"):
+    with pytest.raises(DecoderError, match=f"{INDEX}.*{shard.name}"):
         load_decoder(identity(tmp_path))
 
 
@@ -273,14 +274,14 @@ def test_not_finite_is_black_and_said(kl):
     decoder = load_decoder(identity(kl[1]))
     z = latents(2, 16, 4, 4)
     z[1, 3, 2, 2] = np.nan
-    with pytest.warns(UserWarning, match=r"1 of 2 decoded images.*rows \[1\]"):
+    with pytest.warns(UserWarning, match=naming(1, 2, "[1]")):
         images = decoder.decode(z)
     assert images[0].any() and not images[1].any()
 
 
 @pytest.mark.parametrize("bad", [latents(1, 4, 4, 4), latents(16, 4, 4), np.zeros((1, 16, 4, 4), np.uint8)])
 def test_wrong_latents_are_named(kl, bad):
-    with pytest.raises(ValueError, match=rf"\[B, 16, h, w\], got {bad.dtype}"):
+    with pytest.raises(ValueError, match=naming("[B, 16, h, w]", bad.dtype)):
         load_decoder(identity(kl[1])).decode(bad)
 
 
@@ -292,7 +293,7 @@ def test_missing_weight_is_named(tmp_path, kl, name):
     weights = load_file(copy_of(kl[1], tmp_path) / WEIGHTS)
     del weights[name]
     save_file(weights, tmp_path / WEIGHTS)
-    with pytest.raises(DecoderError, match=f"1 missing decoder weights: {name}"):
+    with pytest.raises(DecoderError, match=f"1 missing .*{name}"):
         load_decoder(identity(tmp_path))
 
 
@@ -300,7 +301,7 @@ def test_missing_weight_is_named(tmp_path, kl, name):
 def test_unexpected_weight_is_named(tmp_path, kl, name):
     weights = load_file(copy_of(kl[1], tmp_path) / WEIGHTS)
     save_file(weights | {name: np.zeros(3, np.float32)}, tmp_path / WEIGHTS)
-    with pytest.raises(DecoderError, match=f"1 unexpected decoder weights: {name}"):
+    with pytest.raises(DecoderError, match=f"1 unexpected .*{name}"):
         load_decoder(identity(tmp_path))
 
 
@@ -308,32 +309,32 @@ def test_wrong_shape_is_named(tmp_path, kl):
     weights = load_file(copy_of(kl[1], tmp_path) / WEIGHTS)
     weights["decoder.conv_out.bias"] = np.zeros(4, np.float32)
     save_file(weights, tmp_path / WEIGHTS)
-    with pytest.raises(DecoderError, match=r"decoder.conv_out.bias is \[4\] where config.json implies \[3\]"):
+    with pytest.raises(DecoderError, match=r"decoder.conv_out.bias .*\[4\].*config.json.*\[3\]"):
         load_decoder(identity(tmp_path))
 
 
 def test_damaged_file_is_named(tmp_path, kl):
     file = copy_of(kl[1], tmp_path) / WEIGHTS
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(DecoderError, match=f"{WEIGHTS} cannot be read"):
+    with pytest.raises(DecoderError, match=str(file)):
         load_decoder(identity(tmp_path))
 
 
 @pytest.mark.parametrize(
-    "key, value, message",
+    "key, value, named",
     [
-        ("_class_name", "AutoencoderDC", "_class_name is 'AutoencoderDC'"),
-        ("act_fn", "elu", "act_fn is 'elu'"),
-        ("out_channels", 4, "out_channels is 4"),
-        ("up_block_types", ["AttnUpDecoderBlock2D"] * 4, "up_block_types is"),
-        ("latent_channels", 8, "channels 8 instead of 16"),
-        ("scaling_factor", 0.5, "scale 0.5 instead of 0.3611"),
+        ("_class_name", "AutoencoderDC", ["_class_name", "'AutoencoderDC'"]),
+        ("act_fn", "elu", ["act_fn", "'elu'"]),
+        ("out_channels", 4, ["out_channels", 4]),
+        ("up_block_types", ["AttnUpDecoderBlock2D"] * 4, ["up_block_types", "AttnUpDecoderBlock2D"]),
+        ("latent_channels", 8, ["channels", 8, 16]),
+        ("scaling_factor", 0.5, ["scale", 0.5, 0.3611]),
     ],
 )
-def test_other_architecture_is_refused(tmp_path, kl, key, value, message):
+def test_other_architecture_is_refused(tmp_path, kl, key, value, named):
     file = copy_of(kl[1], tmp_path) / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
-    with pytest.raises(DecoderError, match=message):
+    with pytest.raises(DecoderError, match=naming(*named)):
         load_decoder(identity(tmp_path, scale=SCALE, shift=SHIFT))
 
 
@@ -399,7 +400,7 @@ def test_not_found_says_what_to_do(tmp_path):
         WEIGHTS,
     ):
         assert part in message
-    with pytest.raises(DecoderError, match="nowhere: no such directory"):
+    with pytest.raises(DecoderError, match=str(tmp_path / "nowhere")):
         load_decoder(identity("acme/flux"), path=str(tmp_path / "nowhere"))
-    with pytest.raises(DecoderError, match="no config.json with"):
+    with pytest.raises(DecoderError, match=f"{tmp_path}.*config.json"):
         load_decoder(identity(tmp_path))

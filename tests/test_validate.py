@@ -9,6 +9,7 @@ import pytest
 from gate_fixtures import failed, gate, scene_config, write_dataset
 from gate_scenes import album
 from training_helpers import lively, tiny_optimizer
+from wording import lines_naming
 
 from fluxdit_jax import model, validate
 from fluxdit_jax.checkpoint import Checkpoints, restore_ema
@@ -59,14 +60,14 @@ def test_an_untrained_run_fails_and_is_told_so(untrained, capsys):
     }  # fmt: skip
     assert report["sampling"] == {"method": "euler", "steps": 2, "seed": 0, "network_evaluations": 400}
     shown = capsys.readouterr().out
-    assert "FAIL: memorisation, vision swap, text edit" in shown and "it is untrained" in shown
-    assert shown.count("it is untrained") == 1 and "of step 7 of 500" in shown
+    assert "FAIL: memorisation, vision swap, text edit" in shown and shown.count("untrained") == 1
+    assert lines_naming(shown, 7, 500)
     assert (report["dataset"]["pictures_tested"], report["dataset"]["drawn_portraits"]) == (20, 0)
     page = (untrained / "validation" / "report.html").read_text()
-    assert page.startswith("<!doctype html>") and "it is untrained" in page
+    assert page.startswith("<!doctype html>") and "untrained" in page
     assert f"EMA of step 7, digest {digest}" in page
     assert list((untrained / "tensorboard").glob("*.validation"))
-    with pytest.raises(GateError, match="failed its validation"):
+    with pytest.raises(GateError, match=r"\(memorisation, vision_swap, text_edit\)"):
         manifest = load_dataset(untrained)
         require_report(untrained, resolve(load_config(untrained), manifest).model, manifest)
 
@@ -81,8 +82,8 @@ def test_the_ema_of_a_newer_checkpoint_is_validated_and_named(untrained, tmp_pat
     assert status == 1 and report["weights"]["digest"] == tree_digest(jax.tree.map(np.asarray, params))
     assert (report["weights"]["ema_step"], report["weights"]["from"]) == (20, "checkpoints")
     shown = capsys.readouterr().out
-    assert f"{workdir}/checkpoints/20 (EMA, step 20" in shown and "ema/ is of step 7" in shown
-    assert "of step 20 of 500" in shown  # the run has not come to its end
+    assert lines_naming(shown, f"{workdir}/checkpoints/20", "EMA", "step 20", "ema/", "step 7")
+    assert lines_naming(shown, 20, 500)  # the run has not come to its end
 
 
 def test_options_choose_what_is_measured(untrained, capsys):
@@ -108,7 +109,7 @@ def test_options_choose_what_is_measured(untrained, capsys):
         (["--edit=fox=>cat"], ["'fox=>cat'", "OLD WORDS=>NEW WORDS:DIRECTION"]),
         (["--edit=zebra=>cat:left"], ["'zebra'"]),
         (["--unrelated=zebra=>cat"], ["--unrelated"]),
-        (["--data=/nowhere"], ["/nowhere", "no such folder", "--data"]),
+        (["--data=/nowhere"], ["/nowhere", "--data"]),
         (["--vae=/nowhere"], ["/nowhere"]),
     ],
 )
@@ -124,9 +125,9 @@ def test_what_cannot_be_measured_is_one_line_and_status_2(untrained, capsys, opt
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("--keys=c(?P<composition>", "is not a regular expression"),
+        ("--keys=c(?P<composition>", "--keys 'c(?P<composition>'"),
         ("--keys=(c)_(l)", "(?P<composition>...)"),
-        ("--limit=0", "--limit must be at least 1"),
+        ("--limit=0", "error: --limit"),
         ("--seed=-1", "--seed"),
         ("--method=magic", "kutta3"),
     ],
@@ -139,7 +140,7 @@ def test_impossible_options_are_refused_before_anything_is_read(tmp_path, capsys
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
     assert validate.command(["--workdir", str(tmp_path)]) == 2
-    assert "not a run directory" in capsys.readouterr().err
+    assert str(tmp_path / "config.json") in capsys.readouterr().err
 
 
 def test_the_painter_draws_each_picture_once_and_the_same_in_any_company(untrained):

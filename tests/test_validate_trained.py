@@ -34,7 +34,7 @@ def trained(tmp_path_factory, xla_cache) -> Path:
 def test_a_trained_run_passes_and_opens_the_gate(trained, capsys):
     status, report = gate(trained)
     assert status == 0 and report["passed"] is True, report["metrics"]
-    assert "PASS: all three tests" in capsys.readouterr().out
+    assert "PASS" in capsys.readouterr().out
     numbers = {name: metric["numbers"] for name, metric in report["metrics"].items()}
     assert numbers["memorisation"]["psnr_worst_db"] > 20
     assert numbers["vision_swap"]["exactly_the_true_answer"] > 0.8
@@ -66,12 +66,12 @@ def shuffle_features(ema: dict) -> None:
 @pytest.mark.parametrize(
     ("doctor", "expected", "advice"),
     [
-        (silence_text, {"memorisation", "vision_swap", "text_edit"}, "the text path"),
-        (silence_vision, {"memorisation", "vision_swap"}, "the vision path"),
+        (silence_text, {"memorisation", "vision_swap", "text_edit"}, "text path"),
+        (silence_vision, {"memorisation", "vision_swap"}, "vision path"),
         (
             shuffle_features,
             {"memorisation", "vision_swap", "text_edit"},
-            "untrained, or its weights are not what",
+            "untrained",
         ),
     ],
 )

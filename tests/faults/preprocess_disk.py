@@ -62,7 +62,7 @@ def fill(step: int) -> tuple[int, int, list[str]]:
                 tried += 1
                 if error:
                     full += 1
-                    if "the disk is full" not in error:
+                    if "full" not in error:
                         wrong.append(f"{kilobytes} KB: {error}")
                     if (disk / "data" / MANIFEST).exists():
                         wrong.append(f"{kilobytes} KB: there is a manifest")

@@ -80,7 +80,7 @@ class Signalled(Tally):
         return wrong
 
     def training_signals(self, quick: bool) -> None:
-        saved = "The same command goes on from there"
+        saved = "(signal {})".format
         for name, number in ENDS.items():
             if quick and name == "INT":
                 continue
@@ -88,7 +88,7 @@ class Signalled(Tally):
                 f"train: SIG{name} in the loop",
                 lambda child, n=number: child.signal(n),
                 (128 + number, 0),
-                saved,
+                saved(int(number)),
             )
         if quick:
             return
@@ -103,7 +103,12 @@ class Signalled(Tally):
             return act
 
         for name, number in ENDS.items():
-            self.train(f"train: SIG{name}, and its echo 20 ms later", twice(number, 0.02), (128 + number, 0), saved)
+            self.train(
+                f"train: SIG{name}, and its echo 20 ms later",
+                twice(number, 0.02),
+                (128 + number, 0),
+                saved(int(number)),
+            )
             early = (128 + number, -number, 0)
             self.train(
                 f"train: SIG{name} while it starts",
@@ -144,7 +149,7 @@ class Signalled(Tally):
             with contextlib.suppress(ProcessLookupError):
                 child.signal(HUP)
 
-        self.train("train: its terminal closes", close, (128 + HUP, 0), "The same command", prepare=become)
+        self.train("train: its terminal closes", close, (128 + HUP, 0), f"(signal {int(HUP)})", prepare=become)
 
     def nohup(self) -> None:
         """`nohup`: SIGHUP is ignored, there is no terminal, and the log is lines, not a bar."""

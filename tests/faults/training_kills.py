@@ -15,6 +15,7 @@ import collections
 import functools
 import json
 import random
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -71,7 +72,7 @@ class Kills:
         ended = scene.train(run)
         told = scene.outcome(run) if ended.status == 0 else ""
         litter = scene.litter(run)
-        if ended.status or told != scene.expected or litter or "cannot be restored" in ended.err:
+        if ended.status or told != scene.expected or litter or re.search(r" E .*checkpoints/\d", ended.err):
             self.blame(hits, f"{ended.status} {difference(told, scene.expected)} {litter} {ended.err[-1500:]}")
         return len(hits)
 
@@ -171,7 +172,7 @@ class Kills:
 def stage(run: Path, ended: forked.Ended, fault: dict) -> str:
     """What a killed run was doing, in words."""
     if fault.get("after") is not None:
-        if "memory of a device" not in ended.err:
+        if not re.search(r"\d GB \(", ended.err):  # what a step takes is told when it is compiled
             return "train: at random, starting or compiling"
         if " I step " not in ended.err:
             return "train: at random, restoring"

@@ -44,12 +44,12 @@ def one_run(scene) -> list[Row]:  # noqa: ANN001
     lines = (run / "metrics.jsonl").read_bytes().count(b"loss") if (run / "metrics.jsonl").exists() else 0
     child.wait_until(lambda: f"pid {child.pid} " in (run / ".lock").read_text(errors="replace"), 60)
     second = scene.train(run, scratch=scene.root / "second")
-    refused = second.status == 1 and f"is in use by pid {child.pid} on " in second.err
+    refused = second.status == 1 and f"pid {child.pid} on " in second.err
     judge("train: a second one is refused", [] if refused else [f"{second.status} {second.err[-600:]}"])
     child.wait_until(lambda: (run / "metrics.jsonl").read_bytes().count(b"loss") > lines, 60)
     child.signal(signal.SIGTERM)
     ended = child.end()
-    saved = ended.status == 0 or (ended.status == 143 and "The same command goes on from there" in ended.err)
+    saved = ended.status == 0 or (ended.status == 143 and f"(signal {int(signal.SIGTERM)})" in ended.err)
     judge("train: SIGTERM in the loop", [] if saved else [f"{ended.status} {ended.err[-600:]}"])
 
     ended = scene.train(run, prepare=lambda: broken_pipe(2))
