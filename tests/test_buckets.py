@@ -69,13 +69,13 @@ def test_default_modulus(resolution: int, modulus: int) -> None:
 @pytest.mark.parametrize(
     ("resolution", "modulus", "aspect", "named"),
     [
-        (1024, 24, 4, "--modulus must be a multiple of 16, got 24"),
-        (1024, 0, 4, "--modulus must be a multiple of 16, got 0"),
-        (32, 64, 4, "--resolution must be from --modulus"),
-        (16385, 16, 1, "to 16384"),
-        (1024, 64, 0.5, "--max-aspect must be from 1 to 100"),
-        (1024, 64, 100.5, "--max-aspect must be from 1 to 100"),
-        (100, 64, 4, "no bucket of modulus 64 fills 94% of 100x100"),
+        (1024, 24, 4, ["--modulus", 16, 24]),
+        (1024, 0, 4, ["--modulus", 16, 0]),
+        (32, 64, 4, ["--resolution", "--modulus", 64, 32]),
+        (16385, 16, 1, ["--resolution", 16384, 16385]),
+        (1024, 64, 0.5, ["--max-aspect", 1, 100, 0.5]),
+        (1024, 64, 100.5, ["--max-aspect", 1, 100, 100.5]),
+        (100, 64, 4, ["--resolution", "--modulus", 64, "94%", "100x100"]),
     ],
 )
 def test_impossible_tables_are_named(resolution: int, modulus: int, aspect: float, named: list) -> None:

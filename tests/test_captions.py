@@ -177,7 +177,7 @@ def test_at_most_one_file_of_a_sample_may_have_a_caption(file: Callable[..., Sou
     assert captions.choose((own, same), NAMES) == (("a",), {})
     assert captions.choose((empty, own, same), NAMES) == (("a",), {"empty caption": 1})
     for sources in ((own, other), (own, same, other), (own, same, empty, other)):
-        with pytest.raises(Rejected, match="several captions of one name: s.a and s.c"):
+        with pytest.raises(Rejected, match=r"several captions of one name.*s\.a.*s\.c"):
             captions.choose(sources, NAMES)
 
 

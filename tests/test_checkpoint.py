@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from training_helpers import abstract_state, meta_of, small_state, tree_equal
+from wording import naming
 
 from fluxdit_jax.checkpoint import (
     EMA,
@@ -201,10 +202,10 @@ def test_ema_weights_can_be_read_without_this_project(two_saved, states):
 
 def test_missing_ema_weights_are_told(tmp_path, two_saved):
     for folder, named in ((EMA, False), (SHORT_EMA, True)):
-        with pytest.raises(CheckpointError, match=f"{tmp_path / folder} has no weights yet") as refusal:
+        with pytest.raises(CheckpointError, match=naming(tmp_path / folder)) as refusal:
             restore_ema(tmp_path, folder=folder)
         assert ("config.ema.short_decay" in str(refusal.value)) == named
-    with pytest.raises(CheckpointError, match="has no step 5; it has 1, 2"):
+    with pytest.raises(CheckpointError, match=naming(two_saved / "ema", 5, "1, 2")):
         restore_ema(two_saved, 5)
 
 
@@ -236,7 +237,7 @@ def flip_in_the_largest_file(folder):
 
 def test_a_flipped_bit_in_ema_weights_is_told(workdir):
     flip_in_the_largest_file(workdir / "ema" / "2")
-    with pytest.raises(CheckpointError, match=r"ema/2 cannot be read: its numbers are not those that were written"):
+    with pytest.raises(CheckpointError, match=r"ema/2\b"):
         restore_ema(workdir)
     assert restore_ema(workdir, 1)[0] == 1
 
@@ -320,9 +321,9 @@ def test_nothing_but_damage_stops_with_a_way_out(workdir, states):
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (lambda: small_state(1, rows=61), ["params/mlp/kernel is [60, 40] there, [61, 40] here"]),
-        (lambda: small_state(1, extra=np.ones(3, np.float32)), ["it has no params/extra"]),
-        (lambda: small_state(1)._replace(ema={"bias": jnp.ones(7)}), ["it has ema/mlp/kernel", "not here"]),
+        (lambda: small_state(1, rows=61), ["params/mlp/kernel", "[60, 40]", "[61, 40]"]),
+        (lambda: small_state(1, extra=np.ones(3, np.float32)), ["params/extra"]),
+        (lambda: small_state(1)._replace(ema={"bias": jnp.ones(7)}), ["ema/mlp/kernel"]),
     ],
     ids=["shape", "missing", "unknown"],
 )

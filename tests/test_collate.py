@@ -110,7 +110,7 @@ def test_memory_used_again_is_padded_with_zeros_and_cannot_be_written():
         for array in batch.values():
             with pytest.raises(ValueError, match="read-only"):
                 array[0] = 0
-        with pytest.raises(DatasetError, match="does not fit"):
+        with pytest.raises(DatasetError, match="8x8"):
             collate([records[0], make_record(9, (8, 8))], [0, 1], 2, 6, 5, memory=memory)
         del batch, array
 

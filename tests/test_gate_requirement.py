@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+from wording import lines_naming, naming
 
 from fluxdit_jax.gate.requirement import GateError, encoder_summary, family, is_of, require_report, tell_pictures
 from fluxdit_jax.model import ModelConfig
@@ -155,12 +156,12 @@ def test_a_report_that_is_missing_or_damaged(tmp_path):
         '{"passed": true, "model": {"family": []}}', json.dumps(whole | {"passed": "yes"}), "[" * 100_000,
     ):  # fmt: skip
         path.write_text(damage)
-        with pytest.raises(GateError, match="is not a validation report") as error:
+        with pytest.raises(GateError, match=naming(path)) as error:
             require_report(path, NANO, manifest())
         assert str(path) in str(error.value)
     path.unlink()
     path.mkdir()
-    with pytest.raises(GateError, match="is not a validation report"):
+    with pytest.raises(GateError, match=naming(tmp_path)):
         require_report(tmp_path, NANO, manifest())
 
 

@@ -19,7 +19,6 @@ from training_helpers import (
     write_dataset,
 )
 from training_helpers import tiny_config as make_config
-from wording import naming
 
 from fluxdit_jax import run_directory
 from fluxdit_jax.config import ConfigError

@@ -110,20 +110,20 @@ def poison(array: np.ndarray, value: float) -> np.ndarray:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (doctored(latent=poison(record().latent, np.nan)), "latent has a value that is not finite"),
-        (doctored(text=poison(record().text, np.inf)), "text has a value that is not finite"),
-        (doctored(latent=poison(record().latent, -np.inf)), "latent has a value that is not finite"),
-        (doctored(text=poison(record().text, -np.nan)), "text has a value that is not finite"),
-        (doctored(vision=poison(record().vision, -np.inf)), "vision has a value that is not finite"),
-        (doctored(vision=record().vision * np.float32(2**0.5)), "vision must have unit L2 norm, got 1.414214"),
-        (doctored(vision=record().vision * np.float32(1.00103)), "vision must have unit L2 norm, got 1.001030"),
-        (doctored(vision=record().vision * np.float32(0.99897)), "vision must have unit L2 norm, got 0.998970"),
-        (doctored(vision=np.zeros(8, np.float32)), "vision must have unit L2 norm, got 0.000000"),
-        (doctored(vision=record().vision * 2), "vision must have unit L2 norm, got 2.000000"),
-        (doctored(text=np.zeros((0, 5), BF16)), r"text must be bfloat16 \[n >= 1, width\]"),
-        (doctored(latent=np.zeros((2, 0, 4), BF16)), r"latent must be bfloat16 \[C, h, w\]"),
-        (doctored(latent=np.zeros((2, 4, 4), np.float32)), "got float32"),
-        (doctored(vision=np.zeros(8, np.float64)), r"vision must be float32 \[width\], got float64"),
+        (doctored(latent=poison(record().latent, np.nan)), "latent.*finite"),
+        (doctored(text=poison(record().text, np.inf)), "text.*finite"),
+        (doctored(latent=poison(record().latent, -np.inf)), "latent.*finite"),
+        (doctored(text=poison(record().text, -np.nan)), "text.*finite"),
+        (doctored(vision=poison(record().vision, -np.inf)), "vision.*finite"),
+        (doctored(vision=record().vision * np.float32(2**0.5)), r"vision.*norm.*1\.414214"),
+        (doctored(vision=record().vision * np.float32(1.00103)), r"vision.*norm.*1\.001030"),
+        (doctored(vision=record().vision * np.float32(0.99897)), r"vision.*norm.*0\.998970"),
+        (doctored(vision=np.zeros(8, np.float32)), r"vision.*norm.*0\.000000"),
+        (doctored(vision=record().vision * 2), r"vision.*norm.*2\.000000"),
+        (doctored(text=np.zeros((0, 5), BF16)), r"text.*bfloat16.*\[0, 5\]"),
+        (doctored(latent=np.zeros((2, 0, 4), BF16)), r"latent.*bfloat16.*\[2, 0, 4\]"),
+        (doctored(latent=np.zeros((2, 4, 4), np.float32)), "latent.*float32"),
+        (doctored(vision=np.zeros(8, np.float64)), "vision.*float32.*float64"),
     ],
 )
 def test_a_poisonous_record_is_neither_written_nor_accepted(bad: Record, message: str) -> None:
@@ -143,7 +143,7 @@ def test_the_largest_finite_numbers_are_accepted() -> None:
 
 
 def test_another_text_width_is_noticed() -> None:
-    with pytest.raises(DatasetError, match="15 values, which are not rows of width 4") as refusal:
+    with pytest.raises(DatasetError, match=naming("text", 15, 4)) as refusal:
         decode_record(encode_record(record()), text_width=4)
     assert "not a fluxdit record" not in str(refusal.value)  # it is one, of another data set
 
@@ -251,5 +251,5 @@ def test_impossible_manifests_are_named(changes: dict, message: str) -> None:
 def test_a_missing_manifest_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=naming(tmp_path / "manifest.json", "python -m preprocess build")):
         load_manifest(tmp_path)
-    with pytest.raises(DatasetError, match=f"{tmp_path / 'moved'}: there is no such folder.*--config.data.path"):
+    with pytest.raises(DatasetError, match=naming(tmp_path / "moved", "--config.data.path", "--data")):
         load_manifest(tmp_path / "moved")
