@@ -63,9 +63,9 @@ def test_a_single_picture_without_conditions() -> None:
 
 @pytest.mark.parametrize(("limit", "length"), [(None, 4), (2, 2)])
 def test_conditions_of_a_record(limit: int | None, length: int) -> None:
-    record = make_record(3, size=(4, 10))
+    record = make_record(3, size=(6, 10))
     found = record_conditions([record], 2, limit)
-    assert found["grid"].tolist() == [[2, 5]] and found["text_length"].tolist() == [length]
+    assert found["grid"].tolist() == [[3, 5]] and found["text_length"].tolist() == [length]
     np.testing.assert_array_equal(found["text"][0], record.text[:length])
     np.testing.assert_array_equal(found["vision"][0], record.vision)
 
