@@ -13,7 +13,7 @@ import pytest
 from training_helpers import TEXT_WIDTH, VISION_WIDTH, make_record, tiny_model
 
 from fluxdit_jax import flow, model
-from fluxdit_jax.generation import Generator, conditions, record_conditions
+from fluxdit_jax.generation import Generator, _padded, conditions, record_conditions
 from fluxdit_jax.patches import unpatchify
 from fluxdit_jax.records import BF16
 from fluxdit_jax.sampler import Guidance
@@ -63,9 +63,9 @@ def test_a_single_picture_without_conditions() -> None:
 
 @pytest.mark.parametrize(("limit", "length"), [(None, 4), (2, 2)])
 def test_conditions_of_a_record(limit: int | None, length: int) -> None:
-    record = make_record(3, size=(4, 10))
+    record = make_record(3, size=(6, 10))
     found = record_conditions([record], 2, limit)
-    assert found["grid"].tolist() == [[2, 5]] and found["text_length"].tolist() == [length]
+    assert found["grid"].tolist() == [[3, 5]] and found["text_length"].tolist() == [length]
     np.testing.assert_array_equal(found["text"][0], record.text[:length])
     np.testing.assert_array_equal(found["vision"][0], record.vision)
 
@@ -128,6 +128,15 @@ def test_a_text_is_padded_to_that_of_training_and_longer_ones_to_twice_as_much_a
     lengths = np.array([1, 17, 4, 5, 8, 9, 16, 2])
     found = [(rows.tolist(), length) for rows, length in generator(2)._batches(lengths)]
     assert found == [([0, 2], 4), ([7], 4), ([3, 4], 8), ([5, 6], 16), ([1], 32)]
+
+
+@pytest.mark.parametrize("length", [2, 3, 8])
+def test_texts_are_padded_to_just_that_length(length: int) -> None:
+    text = np.random.default_rng(0).normal(size=(2, 3, TEXT_WIDTH)).astype(BF16)
+    padded = _padded(text, length)
+    assert padded.shape == (2, length, TEXT_WIDTH) and padded.dtype == BF16
+    np.testing.assert_array_equal(padded[:, :3], text[:, :length])
+    assert not padded[:, 3:].any()
 
 
 def test_weights_are_cast_and_the_network_is_that_of_the_configuration() -> None:
