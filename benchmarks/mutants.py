@@ -144,7 +144,8 @@ def _skip(folder: Path, module: str, most: int | None) -> None:
     from cosmic_ray.work_db import use_db
     from cosmic_ray.work_item import WorkerOutcome, WorkResult
 
-    tree = ast.parse((folder / "clone" / module).read_text())
+    source = (folder / "clone" / module).read_text()
+    tree, lines = ast.parse(source), source.splitlines()
     spans, comparisons, seen = [], set(), set()
     for node in ast.walk(tree):
         parts = [getattr(node, "annotation", None), getattr(node, "returns", None)]
@@ -163,7 +164,8 @@ def _skip(folder: Path, module: str, most: int | None) -> None:
             again = operator == "NumberReplacer" and where in seen
             seen.update([where] if operator == "NumberReplacer" else [])
             same = operator == "AddNot" and where in comparisons
-            if again or same or any(start <= where < end for start, end in spans):
+            bare = lines[where[0] - 1][where[1] :].startswith("*,")  # of a signature
+            if again or same or bare or any(start <= where < end for start, end in spans):
                 session.set_result(item.job_id, WorkResult(worker_outcome=WorkerOutcome.SKIPPED, output="equivalent"))
         left = sorted(session.pending_work_items, key=lambda item: item.job_id)
         for item in left[most:] if most else []:  # a job's id is random
