@@ -16,7 +16,7 @@ from fluxdit_jax.gate.verdict import Case, Chart, Control, Verdict
 REPORT = {
     "passed": True,
     "weights": {"ema_step": 1500, "workdir": "/runs/fox", "digest": "abc"},
-    "model": {"parameters": 2_549_999, "width": 48, "depth": 2, "heads": 3, "family": {"patch": 2}},
+    "model": {"parameters": 2_500_000, "width": 48, "depth": 2, "heads": 3, "family": {"patch": 2}},
     "dataset": {
         "path": "data/set", "name": "set", "records": 40, "format_version": 1, "resolution": 64,
         "shards_sha256": [f"{k}" * 64 for k in range(1, 10)], "pictures_tested": 30, "drawn_portraits": 0,
@@ -80,7 +80,7 @@ def test_what_was_validated_is_told():
         ", ".join(f"{k}" * 16 for k in range(1, 9)), "30 of 40 tested<", "set, format version 1, 64 px",
     ):  # fmt: skip
         assert words in text, words
-    assert "9999" not in text
+    assert "9999" not in text  # the ninth shard
     older = html(
         verdict(), weights=REPORT["weights"] | {"digest": ""}, dataset=REPORT["dataset"] | {"drawn_portraits": None}
     )
