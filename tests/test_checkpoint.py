@@ -76,10 +76,12 @@ def test_what_is_saved_comes_back_bit_for_bit(two_saved, states):
 def test_a_restored_state_can_be_donated(two_saved, states):
     state, _ = restore(two_saved, states[2])
     step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+    memory = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        step(state)
+        after = step(state)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(after)} == memory  # used again, all of it
 
 
 def test_a_new_directory_has_nothing_to_restore(tmp_path, states):

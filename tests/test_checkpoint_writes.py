@@ -150,6 +150,18 @@ def test_a_checkpoint_that_fails_is_told_before_the_next_is_due(tmp_path, states
     assert noted(tmp_path) == []
 
 
+def test_a_disk_that_stays_full_does_not_fill_the_process_with_threads(tmp_path, states, disk):
+    disk.broken.update(("checkpoints/1", "checkpoints/2"))
+    threads = []
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for failures in range(1, 5):
+            save(checkpoints, CHECKPOINTS, 1 + failures % 2, states)
+            checkpoints.poll(wait=True)
+            assert checkpoints.failures == failures
+            threads.append(threading.active_count())
+    assert threads[-1] <= threads[0]
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_write_that_cannot_start_is_a_failure_and_does_not_end_the_run(
     tmp_path, states, package_log, monkeypatch, processes
