@@ -75,7 +75,7 @@ def test_a_signal_removes_what_is_half_written_and_exits_with_its_number(tmp_pat
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert err.startswith("stopped") and err.count("\n") == 1
+    assert err.strip().startswith("stopped") and err.strip().count("\n") == 0
     assert list(tmp_path.iterdir()) == []
 
 

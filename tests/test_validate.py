@@ -60,11 +60,11 @@ def test_an_untrained_run_fails_and_is_told_so(untrained, capsys):
     }  # fmt: skip
     assert report["sampling"] == {"method": "euler", "steps": 2, "seed": 0, "network_evaluations": 400}
     shown = capsys.readouterr().out
-    assert "FAIL: memorisation, vision swap, text edit" in shown and shown.count("untrained") == 1
+    assert "FAIL: memorisation, vision swap, text edit" in shown and shown.count(" untrained") == 1
     assert lines_naming(shown, 7, 500)
     assert (report["dataset"]["pictures_tested"], report["dataset"]["drawn_portraits"]) == (20, 0)
     page = (untrained / "validation" / "report.html").read_text()
-    assert page.startswith("<!doctype html>") and "untrained" in page
+    assert page.startswith("<!doctype html>") and " untrained" in page
     assert f"EMA of step 7, digest {digest}" in page
     assert list((untrained / "tensorboard").glob("*.validation"))
     with pytest.raises(GateError, match=r"\(memorisation, vision_swap, text_edit\)"):
