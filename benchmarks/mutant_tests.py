@@ -15,15 +15,12 @@ import socket
 import sys
 from pathlib import Path
 
-LIBRARIES = ["flax.nnx", "grain", "hypothesis", "jax", "numpy", "optax", "orbax.checkpoint", "PIL.Image", "pytest",
-             "pyarrow.parquet", "scipy.ndimage", "tensorboard.summary", "torch", "transformers"]  # fmt: skip
 QUICK = 0.3  # seconds: tests below go first within their file
 
 
 def serve(clone: Path, address: Path, tests: list[str]) -> None:
     """Answers each connection with the exit status of `pytest -x tests`, run in `clone` in a fork. Does not return."""
-    for name in LIBRARIES:
-        __import__(name)
+    import_libraries()
     os.chdir(clone)
     compileall.compile_dir(clone, quiet=1)  # once; the file with a fault is newer than its bytecode
     sys.dont_write_bytecode = True
@@ -38,6 +35,25 @@ def serve(clone: Path, address: Path, tests: list[str]) -> None:
             status = _in_a_fork(connection, tests, address.with_suffix(".durations"))
             with contextlib.suppress(BrokenPipeError), connection:  # a client that took too long is gone
                 connection.sendall(bytes([status]))
+
+
+def import_libraries() -> None:
+    """What the tests import and this project does not own."""
+    # ruff: noqa: F401
+    import flax.nnx
+    import grain
+    import hypothesis
+    import jax
+    import numpy
+    import optax
+    import orbax.checkpoint
+    import PIL.Image
+    import pyarrow.parquet
+    import pytest
+    import scipy.ndimage
+    import tensorboard.summary
+    import torch
+    import transformers
 
 
 def _in_a_fork(connection: socket.socket, tests: list[str], durations: Path) -> int:

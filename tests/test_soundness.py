@@ -247,7 +247,7 @@ def test_the_command_ends_with_one_error(config, train_command, tmp_path):
     config.optim.lr, config.optim.warmup_steps = 1e30, 0
     done = train_command.run(config=write_config(tmp_path / "c.py", config))
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert len(lines_naming(done.stderr, "error: ", "step 1", "optim.lr")) == 1 and steps_of(config.workdir) == []
+    assert len(lines_naming(done.stderr, " E ", "step 1", "optim.lr")) == 1 and steps_of(config.workdir) == []
 
 
 # ------------------------------------------------------------------------------------------------ on disk

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from drawing_helpers import SHORT, draw, pixels
 from PIL import Image
-from test_checkpoint import cut, make_state, meta
-from training_helpers import tree_equal
+from test_checkpoint import cut
+from training_helpers import meta_of, small_state, tree_equal
 from wording import lines_naming, naming
 
 from fluxdit_jax.checkpoint import SHORT_EMA, CheckpointError, Checkpoints, restore_ema
@@ -135,14 +135,14 @@ def test_a_damaged_export_is_refused_by_name(early: Path, tmp_path: Path) -> Non
 def saved(workdir: Path, steps: tuple[int, ...], keep: int = 2) -> None:
     with Checkpoints(workdir, keep=keep) as checkpoints:
         for step in steps:
-            assert checkpoints.save(step, make_state(step), meta(step))
+            assert checkpoints.save(step, small_state(step), meta_of(step))
 
 
 def test_one_average_of_a_checkpoint_is_read_and_checked_without_the_rest(tmp_path: Path) -> None:
-    state = make_state(3)
+    state = small_state(3)
     state = state._replace(short_ema=jax.tree.map(lambda x: x / 5, state.params))
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        checkpoints.save(3, state, meta(3))
+        checkpoints.save(3, state, meta_of(3))
     for folder, average in (("ema", state.ema), (SHORT_EMA, state.short_ema)):
         weights = restore_weights(tmp_path, folder=folder)
         assert (weights.step, weights.path.name) == (3, "3") and weights.digest == tree_digest(average)
@@ -170,10 +170,10 @@ def test_damaged_weights_of_a_checkpoint_are_refused_and_older_ones_drawn_with_a
 
 
 def test_broken_weights_of_a_checkpoint_are_never_drawn(tmp_path: Path, monkeypatch) -> None:
-    broken = make_state(1)._replace(ema={"mlp": np.float32([np.nan])})
+    broken = small_state(1)._replace(ema={"mlp": np.float32([np.nan])})
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         monkeypatch.setattr("fluxdit_jax.checkpoint.state_fault", lambda state: None)  # an older version's
-        checkpoints.save(1, broken, meta(1))
+        checkpoints.save(1, broken, meta_of(1))
     with pytest.raises(CheckpointError, match="checkpoints/1 .*broken"):
         restore_weights(tmp_path)
 
@@ -181,7 +181,7 @@ def test_broken_weights_of_a_checkpoint_are_never_drawn(tmp_path: Path, monkeypa
 def test_checkpoints_that_are_replaced_while_they_are_read_never_fail(tmp_path: Path) -> None:
     """A reader beside a run that keeps one checkpoint and writes the next at once."""
     saved(tmp_path, (1,), keep=1)
-    states = {step: make_state(step) for step in range(1, 13)}
+    states = {step: small_state(step) for step in range(1, 13)}
     expected = {step: tree_digest(state.ema) for step, state in states.items()}
     done = threading.Event()
 
@@ -189,7 +189,7 @@ def test_checkpoints_that_are_replaced_while_they_are_read_never_fail(tmp_path: 
         try:
             with Checkpoints(tmp_path, keep=1) as checkpoints:
                 for step in range(2, 13):
-                    checkpoints.save(step, states[step], meta(step))
+                    checkpoints.save(step, states[step], meta_of(step))
         finally:
             done.set()
 
