@@ -28,6 +28,20 @@ def test_the_time_grid_runs_from_noise_to_image():
     assert grid.dtype == np.float32
 
 
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("euler", 3 - 1 * (3 * 3 + 1)),
+        ("heun", 3 - (10 + 3 * (3 - 10) + 0) / 2),
+        ("kutta3", 3 - (10 + 4 * (3 * (3 - 10 / 2) + 0.5) + 3 * (3 - 2 * (3 * (3 - 10 / 2) + 0.5) + 10)) / 6),
+    ],
+)
+def test_one_step_by_hand(method, expected):
+    """dx/dt = 3 x + t from x(1) = 3, in one step to t = 0."""
+    found = integrate(lambda x, t: 3 * x + t, np.full(2, 3, np.float32), 1, 1.0, method)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("shift", [1.0, 2.0])
 @pytest.mark.parametrize("method", METHODS)
 def test_order_of_accuracy(method, shift):
@@ -89,20 +103,6 @@ def test_an_unknown_method_is_refused_by_name():
         integrate(lambda x, t: x, rand(2), 2, 1.0, "rk45")
     for method in METHODS:
         assert method in str(refusal.value)
-
-
-@pytest.mark.parametrize(
-    ("method", "expected"),
-    [
-        ("euler", 3 - 1 * (3 * 3 + 1)),
-        ("heun", 3 - (10 + 3 * (3 - 10) + 0) / 2),
-        ("kutta3", 3 - (10 + 4 * (3 * (3 - 10 / 2) + 0.5) + 3 * (3 - 2 * (3 * (3 - 10 / 2) + 0.5) + 10)) / 6),
-    ],
-)
-def test_one_step_by_hand(method, expected):
-    """dx/dt = 3 x + t from x(1) = 3, in one step to t = 0."""
-    found = integrate(lambda x, t: 3 * x + t, np.full(2, 3, np.float32), 1, 1.0, method)
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ guidance
