@@ -108,16 +108,17 @@ def test_the_numbers_of_one_pair(drawn, like):
 
 
 def test_known_answers_are_found_and_measured():
-    """The right answer of the third pair is not in the set; a picture of another size has no PSNR."""
-    pairs = [(0, 1), (1, 0), (4, 1)]
+    """The right answer of the last pair is not in the set; a picture of another size has no PSNR."""
+    pairs = [(0, 1), (0, 1), (1, 0), (4, 1)]
     small = np.asarray(Image.fromarray(RIGHT).resize((32, 32), Image.Resampling.BOX))
-    numbers = measured(pairs, [small, RIGHT, A]).numbers
-    assert numbers["true_answers_known"] == 2 and numbers["exactly_the_true_answer"] == 0.5
+    numbers = measured(pairs, [small, RIGHT, RIGHT, A]).numbers
+    assert numbers["true_answers_known"] == 3 and numbers["exactly_the_true_answer"] == pytest.approx(2 / 3)
     assert numbers["true_answers_passing"] == 1
-    assert numbers["psnr_to_the_true_answer_median_db"] == pytest.approx(likeness.psnr(NEITHER, RIGHT))
-    verdict = measured(pairs, [small] * 3)
+    median = (99 + likeness.psnr(NEITHER, RIGHT)) / 2
+    assert numbers["psnr_to_the_true_answer_median_db"] == pytest.approx(median)
+    verdict = measured(pairs, [small] * 4)
     assert verdict.numbers["psnr_to_the_true_answer_median_db"] is None
-    assert [len(case.pictures) for case in verdict.cases] == [4, 4, 3]
+    assert [len(case.pictures) for case in verdict.cases] == [4, 4, 4, 3]
     numbers = measured([(4, 1)], [A]).numbers
     assert numbers["true_answers_known"] == 0 and "true_answers_passing" not in numbers
     assert numbers["shared_captions"] == 0.8  # all but the cactus
