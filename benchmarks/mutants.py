@@ -82,6 +82,8 @@ def run(module: str, minutes: float, most: int | None) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         subprocess.run(["git", "clone", "--quiet", str(environment.ROOT), str(folder / "clone")], check=True)
+    else:  # what stopped it may have left a fault in place
+        subprocess.run(["git", "checkout", "--quiet", "."], cwd=folder / "clone", check=True)
     tests = [f"tests/{name}.py" for name in MODULES.get(module, [f"test_{Path(module).stem}"])]
     with _server(folder, tests) as client:
         if not known:
