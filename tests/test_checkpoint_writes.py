@@ -6,6 +6,7 @@ import errno
 import importlib.util
 import json
 import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from training_helpers import abstract_state, meta_of, small_state, tree_equal
+from wording import naming
 
 from fluxdit_jax import checkpoint
 from fluxdit_jax.checkpoint import CHECKPOINTS, EMA, SHORT_EMA, Checkpoints, restore_ema
@@ -133,7 +135,7 @@ def test_a_write_that_fails_is_told_by_its_step_and_the_next_goes_well(tmp_path,
         checkpoints.poll(wait=True)
         assert checkpoints.failures == 1
     (told,) = package_log
-    assert told.startswith(f"ERROR could not write {folder}/1: [Errno {errno.ENOSPC}]") and str(tmp_path) in told
+    assert re.match(naming("ERROR", f"{folder}/1", f"[Errno {errno.ENOSPC}]", tmp_path), told)
     if folder == EMA:
         assert restore_ema(tmp_path)[0] == 2
         return
@@ -152,14 +154,14 @@ def test_a_checkpoint_that_fails_is_told_before_the_next_is_due(tmp_path, states
 
 def test_a_disk_that_stays_full_does_not_fill_the_process_with_threads(tmp_path, states, disk):
     disk.broken.update(("checkpoints/1", "checkpoints/2"))
-    threads = []
+    threads = []  # a pool may grow by a thread or two; one for each failure is too many
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        for failures in range(1, 5):
+        for failures in range(1, 9):
             save(checkpoints, CHECKPOINTS, 1 + failures % 2, states)
             checkpoints.poll(wait=True)
             assert checkpoints.failures == failures
             threads.append(threading.active_count())
-    assert threads[-1] <= threads[0]
+    assert threads[-1] - threads[0] < 4
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -180,7 +182,7 @@ def test_a_write_that_cannot_start_is_a_failure_and_does_not_end_the_run(
         assert checkpoints.failures == 1 and anew.leaves_threads()
         assert being_written.exists() == (processes > 1)  # perhaps by another process, which has not failed
         (told,) = package_log
-        assert told.startswith("ERROR could not write short_ema/1: ") and str(tmp_path / SHORT_EMA) in told
+        assert re.match(naming("ERROR", "short_ema/1", tmp_path / SHORT_EMA), told)
         assert save(checkpoints, EMA, 1, states)
     step, weights = restore_ema(tmp_path)
     assert step == 1 and tree_equal(weights, jax.tree.map(np.asarray, states[1].ema))

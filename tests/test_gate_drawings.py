@@ -6,6 +6,7 @@ from build_fixtures import options
 from PIL import Image
 from test_gate_requirement import report_on
 from training_helpers import tiny_config
+from wording import lines_naming
 
 from fluxdit_jax.config import resolve
 from fluxdit_jax.data import RecordSource
@@ -38,4 +39,5 @@ def test_production_after_a_gate_of_drawings_is_warned(tiny_dataset, tmp_path, q
     write_json(report_on(100, 100, resolve(config, of).model, there), tmp_path / "report.json")
     config.gate.report = str(tmp_path / "report.json")
     assert train(config) == 0
-    assert "says nothing of your pictures" in (tmp_path / "run" / "train.log").read_text()
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert lines_naming(log, " W ", "config.gate.report", "preprocess demo", "preprocess subset")

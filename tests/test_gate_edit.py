@@ -1,11 +1,13 @@
 """The text edit: its numbers in closed form, on strips that move by whole pixels, and its verdict at each limit."""
 
 import functools
+import re
 
 import numpy as np
 import pytest
 from gate_pictures import Gallery, album_of, plain
 from gate_scenes import _texture
+from wording import naming
 
 from fluxdit_jax.gate.edit import Edit
 from fluxdit_jax.gate.memorisation import Memorisation
@@ -127,7 +129,7 @@ def test_the_numbers_of_moves_by_whole_pixels():
     assert chart.passed == tuple(case.passed for case in cases) == (True,) * 6 + (False,) * 4
     assert chart.y[9] == 0 and all(0.8 < found <= 1 for found in chart.y[:9])
     assert [case.score for case in cases] == [*chart.x[:9], -1]
-    assert "12.5 % to the right" in cases[0].note and "to the right" not in cases[9].note
+    assert re.search(naming("12.5 %", "right"), cases[0].note) and "right" not in cases[9].note
     assert [title for title, _ in cases[0].pictures] == ["original", "drawn", "edited"]
     assert all(
         (shown == expected).all() for (_, shown), expected in zip(cases[0].pictures, (strip(0), strip(0), strip(8)))

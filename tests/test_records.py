@@ -143,9 +143,8 @@ def test_the_largest_finite_numbers_are_accepted() -> None:
 
 
 def test_another_text_width_is_noticed() -> None:
-    with pytest.raises(DatasetError, match=naming("text", 15, 4)) as refusal:
+    with pytest.raises(DatasetError, match=naming("text", 15, 4)):
         decode_record(encode_record(record()), text_width=4)
-    assert "not a fluxdit record" not in str(refusal.value)  # it is one, of another data set
 
 
 def manifest() -> Manifest:

@@ -14,6 +14,7 @@ from build_fixtures import options
 from drawing_helpers import config, pixels
 from PIL import Image, PngImagePlugin
 from training_helpers import lively, tiny_flow
+from wording import lines_naming
 
 from fluxdit_jax import model
 from fluxdit_jax import sample as command
@@ -107,7 +108,7 @@ def test_one_picture_is_the_file_that_is_asked_for(scene: Scene) -> None:
     assert told["arguments"]["seed"] == 7 and told["arguments"]["step"] == 8 and told["batch_size"] == 1
     assert told["arguments"]["size"] == f"{width}x{height}"
     assert told["arguments"]["workdir"] == str(scene.root / "run") and told["arguments"]["model"] is None
-    assert f"size: {width}x{height} (width x height), the most common" in scene.told
+    assert lines_naming(scene.told, "size", f"{width}x{height}")
     assert f"{path}  {width}x{height}  seed 7  'a dog'\n" in scene.told and "sheet" not in scene.told
     assert not list(scene.root.glob(".*lock"))
 
@@ -134,7 +135,7 @@ def test_several_pictures_have_a_file_each_and_a_sheet(scene: Scene, capsys) -> 
     sheet = Image.open(scene.root / "several.png")
     assert sheet.size == (170 + 9 * 262 + 6, 2 * 262 + 6)
     told = capsys.readouterr().out
-    assert f"size: {width}x{height} (width x height)\n" in told and "the sheet of all 18" in told
+    assert lines_naming(told, "size", f"{width}x{height}") and lines_naming(told, "sheet", 18)
 
 
 class Terminal(io.StringIO):
