@@ -181,13 +181,11 @@ def measure(name: str, directory: str, seed: int, averages: bool, probe: int, li
     optimizer = build_optimizer(settings.optimizer)
     params = jax.jit(lambda key: network.initialize(settings.model, key))(jax.random.key(seed))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-    step = jax.jit(
-        make_train_step(
-            graph, settings.model.dtype, optimizer, settings.flow, statistics, seed, settings.effective_batch,
-            settings.ema_decay,
-        ),
-        donate_argnums=0,
+    whole = make_train_step(
+        graph, settings.model.dtype, optimizer, settings.flow, statistics, seed, settings.effective_batch,
+        settings.ema_decay,
     )  # fmt: skip
+    accumulate, update = (jax.jit(part, donate_argnums=0) for part in whole)
     forward = network.flops_per_sample(settings.model, settings.tokens, settings.text_tokens)
     flops = 3 * forward * settings.effective_batch  # of a step
     batches = data.batches(
@@ -205,7 +203,8 @@ def measure(name: str, directory: str, seed: int, averages: bool, probe: int, li
     with tqdm(total=total, desc=name, unit="step", mininterval=30.0) as bar:
         for number in range(1, total + 1):
             begun = time.monotonic()
-            state, values = step(state, next(batches))
+            state, values = accumulate(state, next(batches))
+            state, _ = update(state)
             if kept:
                 kept = move(kept, state.params)
             bar.update()

@@ -166,7 +166,9 @@ def run_jax(spec: dict[str, Any], a: argparse.Namespace, result: dict[str, Any])
         nonlocal state, batch
         read_at, unread = [], None
         for _ in range(count):
-            state, values = compiled(state, batch)
+            state, values = compiled.accumulate(state, batch)
+            if drawn % target.effective_batch == 0:
+                state, _ = compiled.update(state)
             batch = put()
             if unread is not None:
                 np.asarray(unread)
@@ -181,7 +183,7 @@ def run_jax(spec: dict[str, Any], a: argparse.Namespace, result: dict[str, Any])
 
         with jax.profiler.trace(a.trace):
             turns(a.repeats)
-        text = compiled.as_text()
+        text = compiled.accumulate.as_text()
         with gzip.open(Path(a.trace) / PROGRAM, "wt", encoding="utf-8") as file:
             file.write(text)
         result["profile"] = summary(Path(a.trace), text, a.repeats)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ class MemoryPlan:
     Attributes:
       parts: of the state, by what they are for.
       batch: inputs of the step.
-      temporary: what XLA's own plan of the compiled step needs besides: activations, gradients, scratch.
+      temporary: what XLA's own plan of the largest program needs besides: activations, gradients, scratch.
     """
 
     parts: dict[str, int]
@@ -43,8 +43,8 @@ class MemoryPlan:
         )
 
 
-def plan(compiled: jax.stages.Compiled, state: Any, batch: Any) -> MemoryPlan:
-    """The plan of a compiled step over (state, batch), given as arrays or `ShapeDtypeStruct` with shardings."""
+def plan(programs: Iterable[jax.stages.Compiled], state: Any, batch: Any) -> MemoryPlan:
+    """The plan of a step of compiled programs over (state, batch), arrays or `ShapeDtypeStruct` with shardings."""
     inner = state.opt_state
     parts = {
         "f32 weights": _bytes(state.params),
@@ -52,10 +52,11 @@ def plan(compiled: jax.stages.Compiled, state: Any, batch: Any) -> MemoryPlan:
         "gradient accumulator": _bytes(inner.acc_grads),
         "EMA": _bytes((state.ema, state.short_ema)),
     }
-    analysis = compiled.memory_analysis()
-    if analysis is None:
+    analyses = [program.memory_analysis() for program in programs]
+    if None in analyses:
         log.warning("this device's compiler does not say what a step needs: activations and scratch are not counted")
-    return MemoryPlan(parts, _bytes(batch), 0 if analysis is None else analysis.temp_size_in_bytes)
+        return MemoryPlan(parts, _bytes(batch), 0)
+    return MemoryPlan(parts, _bytes(batch), max(analysis.temp_size_in_bytes for analysis in analyses))
 
 
 def require_fit(

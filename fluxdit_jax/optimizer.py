@@ -117,23 +117,12 @@ def record_norms() -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-class MultiSteps(optax.MultiSteps):
-    """`optax.MultiSteps` that tells its parts: `inner_opt` and the micro-batches of a step.
+def build_optimizer(config: OptimizerConfig) -> optax.MultiSteps:
+    """The whole update rule, and in `init` its state, an `optax.MultiStepsState`.
 
-    `train_step` does itself what `update` does, which computes the whole update at every micro-batch and multiplies
-    it by 0 at all but the last.
-    """
-
-    def __init__(self, inner: optax.GradientTransformation, accumulate: int):
-        super().__init__(inner, accumulate)
-        self.accumulate = accumulate
-
-
-def build_optimizer(config: OptimizerConfig) -> MultiSteps:
-    """The whole update rule; feed it f32 gradients of one micro-batch at a time.
-
-    The state is an `optax.MultiStepsState`: `gradient_step` counts optimizer steps. Gradients that are not
-    finite are dealt with by `train_step`, which then keeps the state from before.
+    `gradient_step` counts optimizer steps and `mini_step` the micro-batches in the mean gradient `acc_grads`.
+    `train_step` does the work of `MultiSteps.update`, which computes the whole update at every micro-batch and
+    multiplies it by 0 at all but the last.
     """
     by_path = jax.tree_util.tree_map_with_path
 
@@ -168,7 +157,7 @@ def build_optimizer(config: OptimizerConfig) -> MultiSteps:
     else:
         raise ValueError(f"optim.name must be one of {NAMES}, got {config.name!r}")
     inner = optax.chain(record_norms(), optax.clip_by_global_norm(config.clip), rule)
-    return MultiSteps(inner, config.accumulate)
+    return optax.MultiSteps(inner, config.accumulate)
 
 
 def gradient_norms(opt_state: optax.MultiStepsState) -> NormsState:

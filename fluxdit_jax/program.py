@@ -15,7 +15,7 @@ from fluxdit_jax.memory_plan import MemoryPlan, plan
 from fluxdit_jax.metrics import pack
 from fluxdit_jax.optimizer import build_optimizer
 from fluxdit_jax.state import TrainState, create_state
-from fluxdit_jax.train_step import make_train_step
+from fluxdit_jax.train_step import TrainStep, make_train_step
 
 
 class Program:
@@ -23,7 +23,7 @@ class Program:
 
     Attributes:
       abstract: the state as `jax.ShapeDtypeStruct` with shardings.
-      metric_shapes: of the metrics that the compiled step packs into one vector; see `metrics.unpack`. `compile`
+      metric_shapes: of the metrics that the compiled "accumulate" and "update" pack into one vector each. `compile`
         fills it: tracing the step takes seconds, so it is traced once.
     """
 
@@ -51,7 +51,7 @@ class Program:
             lambda key: self._state_of(model.initialize(settings.model, key)), out_shardings=self._placed
         )
         self._from_params = jax.jit(self._state_of, out_shardings=self._placed)
-        self.metric_shapes: dict[str, Any] = {}
+        self.metric_shapes: dict[str, dict[str, Any]] = {}
 
     def _state_of(self, params: Any) -> TrainState:
         return create_state(params, self._optimizer, self._settings.short_ema_decay is not None)
@@ -71,22 +71,28 @@ class Program:
         place = sharding.batch_sharding(self._mesh)
         return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, (shape, dtype) in shapes.items()}
 
-    def compile(self) -> jax.stages.Compiled:
-        """(state, batch) -> (state, packed metrics), the state donated."""
-
-        def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, jax.Array]:
-            state, metrics = self._step(state, batch)
-            self.metric_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), metrics)
-            return state, pack(metrics)
-
+    def compile(self) -> TrainStep:
+        """The compiled halves of a step. The state is donated; metrics are packed, see `metrics.unpack`."""
         places = (self._placed, sharding.replicated(self._mesh))
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=places)
-        with jax.set_mesh(self._mesh):  # `attention` asks for it
-            return jitted.lower(self.abstract, self.batch_shapes()).compile()
 
-    def memory(self, compiled: jax.stages.Compiled) -> MemoryPlan:
+        def compiled(part: Callable[..., Any], name: str, *arguments: Any) -> jax.stages.Compiled:
+            def packed(*arguments: Any) -> tuple[TrainState, jax.Array]:
+                state, metrics = part(*arguments)
+                self.metric_shapes[name] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), metrics)
+                return state, pack(metrics)
+
+            packed.__name__ = name
+            with jax.set_mesh(self._mesh):  # `attention` asks for it
+                return jax.jit(packed, donate_argnums=0, out_shardings=places).lower(*arguments).compile()
+
+        return TrainStep(
+            compiled(self._step.accumulate, "accumulate", self.abstract, self.batch_shapes()),
+            compiled(self._step.update, "update", self.abstract),
+        )
+
+    def memory(self, step: TrainStep) -> MemoryPlan:
         """What the compiled step needs on one device."""
-        return plan(compiled, self.abstract, self.batch_shapes())
+        return plan(step, self.abstract, self.batch_shapes())
 
     def smaller(self) -> list[tuple[str, Callable[[], MemoryPlan]]]:
         """What to try, in this order, where the step does not fit: (what to set, how to plan its memory)."""

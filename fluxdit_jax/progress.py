@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import sys
 import threading
 import time
@@ -74,7 +75,10 @@ class Progress:
 
     def finished(self, step: int, loss: float, gradient_norm: float, health: str) -> None:
         """An optimizer step is done."""
-        self._losses.append(loss)
+        self._mini = 0
+        if math.isfinite(loss):
+            self._losses.append(loss)
+        self._step = step
         self._bar.update(step - self._bar.n)
         now = time.monotonic()
         rate = self._samples / max(1e-9, now - self._line_at - self._paused)
@@ -88,7 +92,7 @@ class Progress:
             self._length.steps,
             self._length.epochs(step),
             self._length.epochs(self._length.steps),
-            sum(self._losses) / len(self._losses),
+            sum(self._losses) / max(1, len(self._losses)),
             gradient_norm,
             rate,
             duration(self._left(step)),

@@ -1,4 +1,4 @@
-"""Reads what each micro-batch measured and tells people: terminal, log, metrics.jsonl, TensorBoard."""
+"""Reads what each step measured and tells people: terminal, log, metrics.jsonl, TensorBoard."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ _PACKAGE = logging.getLogger("fluxdit_jax")
 
 
 class Reporter:
-    """Follows a run micro-batch by micro-batch. Use as a context manager.
+    """Follows a run. Use as a context manager.
+
+    What the device measured is read after the next program is dispatched, so that it never waits for the host.
 
     Attributes:
       trouble: the last serious diagnosis, or None; the loop decides what to do about it.
@@ -53,7 +55,7 @@ class Reporter:
     ):
         """
         Args:
-          metric_shapes: of the metrics that `metrics.pack` packed.
+          metric_shapes: of the packed metrics of "accumulate" and "update"; see `metrics.unpack`.
           batch_size: samples per micro-batch.
           flops_per_token: of forward and backward pass, recomputation not counted.
           peak_flops: of all devices per second; 0 if not known.
@@ -68,10 +70,11 @@ class Reporter:
         self.trouble: Diagnosis | None = None
         self._redirect = logging_redirect_tqdm([_PACKAGE]) if _shows_bar() else None
         self.progress = Progress(length, step, bar=_shows_bar())
+        self._step = step
+        self._unread: tuple[str, Any] | None = None
         self._start_step()
         self._start_window()
         if unfinished is not None:
-            self._step_losses: list[float] = unfinished["step_losses"]
             self._losses: list[float] = unfinished["losses"]
             self._bins = np.asarray(unfinished["bins"])
             self._window_skipped = unfinished["skipped"]
@@ -102,7 +105,6 @@ class Reporter:
     def unfinished(self) -> dict[str, Any]:
         """What has been read since the last logged line, as JSON: a resumed run logs the same losses."""
         return {
-            "step_losses": self._step_losses,
             "losses": self._losses,
             "bins": self._bins.tolist(),
             "skipped": self._window_skipped,
@@ -110,8 +112,7 @@ class Reporter:
         }
 
     def _start_step(self) -> None:
-        self._step_losses = []  # of the micro-batches so far
-        self._step_skipped = 0
+        self._micro_batches: list[dict[str, Any]] = []  # of this step
         self._step_started = time.monotonic()
         self._step_waited = 0.0
 
@@ -136,80 +137,75 @@ class Reporter:
         self._window_started += seconds
         self._step_started += seconds
 
-    def read(self, values: Any) -> tuple[int, int]:
-        """Takes one micro-batch's packed metrics, waiting for the device if it must.
-
-        Returns:
-          (optimizer steps done, micro-batches accumulated towards the next), as the device counts them.
+    def take(self, program: str, values: Any) -> None:
+        """Keeps the packed metrics of a program that was dispatched, "accumulate" or "update", and reads those before.
 
         Raises:
-          BrokenRun: see `Watchdog.observe`.
+          BrokenRun: see `Watchdog`.
         """
-        micro = unpack(np.asarray(values), self._shapes)
-        step, mini = int(micro["step"]), int(micro["mini_step"])
-        try:
-            self._watchdog.observe(micro)
-        except BrokenRun as error:
-            self._writer.text(step, "health/broken", str(error))
-            raise
-        self.progress.micro_batch(step, mini, self._batch_size)
-        self._window_samples += self._batch_size
-        self._window_tokens += int(micro["tokens"])
-        self._window_replaced += int(micro["replaced"])
-        if micro["skipped"]:
-            self._step_skipped += 1
-            self._window_skipped += 1
-        else:
-            self._step_losses.append(float(micro["loss"]))
-            self._bins += np.stack([micro["bin_loss"], micro["bin_count"]])
-        if micro["skipped"] or mini == 0:
-            self._finish_step(step, micro, completed=mini == 0 and not micro["skipped"])
-        return step, mini
+        self.read()
+        self._unread = program, values
 
-    def _finish_step(self, step: int, micro: dict[str, Any], completed: bool) -> None:
+    def read(self) -> None:
+        """Reads what is not read yet, waiting for the device; raises `BrokenRun`."""
+        if self._unread is None:
+            return
+        (program, values), self._unread = self._unread, None
+        metrics = unpack(np.asarray(values), self._shapes[program])
+        try:
+            (self._read_micro_batch if program == "accumulate" else self._read_update)(metrics)
+        except BrokenRun as error:
+            self._writer.text(self._step, "health/broken", str(error))
+            raise
+
+    def _read_micro_batch(self, metrics: dict[str, Any]) -> None:
+        self._micro_batches.append(metrics)
+        self.progress.micro_batch(self._step, len(self._micro_batches), self._batch_size)
+        self._window_samples += self._batch_size
+        self._window_tokens += int(metrics["tokens"])
+        self._window_replaced += int(metrics["replaced"])
+        self._window_skipped += int(metrics["skipped"])
+        self._watchdog.micro_batch(self._step, bool(metrics["skipped"]))
+
+    def _read_update(self, metrics: dict[str, Any]) -> None:
+        self._step = step = int(metrics["step"])
         elapsed = max(1e-9, time.monotonic() - self._step_started)
-        # A micro-batch that was skipped leaves the norms of the last whole step there: they are no news.
-        loss = float(np.mean(self._step_losses)) if completed else float("nan")
-        norms = micro["grad_norm_groups"].items() if completed else ()
-        for diagnosis in self._monitor.observe(
-            Observation(
-                step=step,
-                loss=loss,
-                gradient_norm=float(micro["grad_norm"]) if completed else float("nan"),
-                gradient_groups={name: float(norm) for name, norm in norms},
-                rms_ratio=float(micro["prediction_rms"] / micro["target_rms"]) if completed else float("nan"),
-                skipped=self._step_skipped,
-                data_wait=self._step_waited / elapsed,
-            )
-        ):
+        finite = [micro for micro in self._micro_batches if not micro["skipped"]]
+        loss = norm = ratio = float("nan")  # of a step without a finite micro-batch, whose norms are of the step before
+        groups: dict[str, float] = {}
+        if finite:
+            self._watchdog.update(metrics)
+            loss, norm = float(np.mean([micro["loss"] for micro in finite])), float(metrics["grad_norm"])
+            ratio = float(finite[-1]["prediction_rms"] / finite[-1]["target_rms"])
+            groups = {name: float(norm) for name, norm in metrics["grad_norm_groups"].items()}
+            self._losses.append(loss)
+            self._bins += sum(np.stack([micro["bin_loss"], micro["bin_count"]]) for micro in finite)
+        skipped = len(self._micro_batches) - len(finite)
+        waited = self._step_waited / elapsed
+        for diagnosis in self._monitor.observe(Observation(step, loss, norm, groups, ratio, skipped, waited)):
             (log.warning if diagnosis.serious else log.info)("health: %s", diagnosis.message)
             self._writer.text(step, f"health/{diagnosis.kind}", diagnosis.message)
             if diagnosis.serious:
                 self.trouble = diagnosis
-        if not completed:
-            self._step_skipped = 0
-            return
-        self._losses.append(loss)
-        self.progress.finished(step, loss, float(micro["grad_norm"]), self._monitor.summary())
+        self.progress.finished(step, loss, norm, self._monitor.summary())
         if step % self._every == 0 or step == self._total:
-            self._log(step, micro)
+            self._log(step, metrics | {"velocity_rms_ratio": ratio})
         self._start_step()
 
-    def _log(self, step: int, micro: dict[str, Any]) -> None:
+    def _log(self, step: int, metrics: dict[str, Any]) -> None:
         elapsed = max(1e-9, time.monotonic() - self._window_started)
         rate = self._window_samples / elapsed
-        loss = float(np.mean(self._losses))
         scalars = {
-            "loss": loss,
-            "gradient_norm": float(micro["grad_norm"]),
+            "loss": float(np.mean(self._losses)) if self._losses else float("nan"),
+            "gradient_norm": float(metrics["grad_norm"]),
             "learning_rate": float(self._schedule(step - 1)),
             "images_per_second": rate,
             "tokens_per_second": self._window_tokens / elapsed,
             "data_wait": self._window_waited / elapsed,
-            "velocity_rms_ratio": float(micro["prediction_rms"] / micro["target_rms"]),
-            "update_norm": float(micro["update_norm"]),
-            "parameter_norm": float(micro["param_norm"]),
-            "ema_distance": float(micro["ema_distance"]),
+            "velocity_rms_ratio": metrics["velocity_rms_ratio"],
+            "update_norm": float(metrics["update_norm"]),
+            "parameter_norm": float(metrics["param_norm"]),
+            "ema_distance": float(metrics["ema_distance"]),
             "skipped": self._window_skipped,
             "replaced_samples": self._window_replaced,
         }
@@ -221,7 +217,7 @@ class Reporter:
         for index, (total, count) in enumerate(self._bins.T):
             if count:
                 scalars[f"loss_by_time/{index / TIME_BINS:.3f}"] = float(total / count)
-        for name, norm in micro["grad_norm_groups"].items():
+        for name, norm in metrics["grad_norm_groups"].items():
             scalars[f"gradient_norm_by_group/{name.replace('/', '.')}"] = float(norm)
         self._writer.scalars(step, scalars)
         self._start_window()

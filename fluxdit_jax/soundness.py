@@ -65,7 +65,7 @@ def _all_finite(leaves: list[jax.Array]) -> jax.Array:
 
 
 class Watchdog:
-    """Follows a run micro-batch by micro-batch and ends it where nothing but a person can help.
+    """Follows a run and ends it where nothing but a person can help.
 
     Attributes:
       in_a_row: micro-batches skipped since the last one with a finite gradient.
@@ -78,25 +78,20 @@ class Watchdog:
           parameters: how many numbers the weights are. learning_rate: of the run, to speak of it.
         """
         self._max_skipped, self._parameters, self._learning_rate = max_skipped, parameters, learning_rate
+        self._updated: int | None = None  # the last step whose update was seen
         self._norm: float | None = None  # of the weights; None before the first update
         self.in_a_row = 0
 
-    def observe(self, micro: dict[str, Any]) -> None:
-        """Takes the metrics of one micro-batch, as `train_step` makes them.
+    def micro_batch(self, step: int, skipped: bool) -> None:
+        """A micro-batch after `step` is done; raises `BrokenRun` if it is one too many without a finite gradient."""
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        if self.in_a_row >= self._max_skipped:
+            raise BrokenRun(self._without_gradient(step))
 
-        Raises:
-          BrokenRun: its update has broken the weights, or it is one too many without a finite gradient.
-        """
-        step = int(micro["step"])
-        if micro["skipped"]:
-            self.in_a_row += 1
-            if self.in_a_row >= self._max_skipped:
-                raise BrokenRun(self._without_gradient(step))
-            return
-        self.in_a_row = 0
-        if int(micro["mini_step"]):
-            return  # no update, and no norms
-        fault = self._fault(*(float(micro[name]) for name in ("param_norm", "update_norm", "ema_distance")))
+    def update(self, metrics: dict[str, Any]) -> None:
+        """Takes the metrics of an update; raises `BrokenRun` if it has broken the weights."""
+        step = self._updated = int(metrics["step"])
+        fault = self._fault(*(float(metrics[name]) for name in ("param_norm", "update_norm", "ema_distance")))
         if fault is not None:
             raise BrokenRun(
                 f"step {step}: its update has broken the weights: {fault}. The learning rate ({self._learning_rate:g}) "
@@ -119,9 +114,10 @@ class Watchdog:
 
     def _without_gradient(self, step: int) -> str:
         rms = f", with a root mean square of {self._norm / math.sqrt(self._parameters):.3g}" if self._norm else ""
+        since = "the run began" if self._updated is None else f"step {self._updated}"
         return (
             f"step {step}: {self.in_a_row} micro-batches in a row had a gradient with NaN or infinity "
-            f"(health.max_skipped). The weights are finite{rms}, and unchanged since step {step}; they are not saved "
+            f"(health.max_skipped). The weights are finite{rms}, and unchanged since {since}; they are not saved "
             "again. If the run has just begun, look at the data: `python -m preprocess verify` finds bad records, and "
             f"the manifest shows the latent statistics. If it went well before, the learning rate "
             f"({self._learning_rate:g}) has made the weights useless: lower optim.lr by 3 with "

@@ -99,7 +99,7 @@ def train(config: ConfigDict) -> int:
         program = Program(settings, mesh, statistics)
         overview.describe(config, settings, manifest, mesh)
         log.info("compiling the step (a minute or two on a GPU, unless it is in the compilation cache)")
-        compiled = program.compile()
+        accumulate, update = compiled = program.compile()
         plan = program.memory(compiled)
         log.info("memory of a device: %.2f GB (%s)", plan.total / 1e9, plan)
         require_fit(plan, config.device_memory_gb, devices.memory_limit_gb(), program.smaller())
@@ -108,7 +108,7 @@ def train(config: ConfigDict) -> int:
         checkpoints = closing.enter_context(Checkpoints(workdir, config.checkpoint.keep))
         state, meta = _first_state(config, manifest, program, checkpoints)
         samples = meta["samples"]  # drawn so far
-        step, mini = int(state.step), int(state.opt_state.mini_step)
+        step = first = int(state.step)
         continuation.begin(workdir, config, manifest, checkpoints, state)
         signals = closing.enter_context(Signals())  # before the log says that the run has begun
         log.info("step %d of %d", step, config.train.steps)
@@ -154,71 +154,54 @@ def train(config: ConfigDict) -> int:
         trace = Trace(workdir / "profile", configuration.profile_steps(config.profile) if config.profile else range(0))
         closing.callback(trace.stop)
 
-        # ------------------------------------------------------------ the loop: one micro-batch a turn
-        # The metrics of a micro-batch are read after the next one is dispatched, so that the device never
-        # waits for the host. Only where something is to be done with the state is the device waited for.
+        # ------------------------------------------------------------ the loop
+        # The metrics of a program are read after the next one is dispatched, so that the device never waits for
+        # the host. Only where something is to be done with the state is the device waited for.
         save_overdue, look_overdue = Overdue(config.checkpoint.minutes), Overdue(config.log.minutes)
-        unread = None
-        while step < config.train.steps:
-            trace.at(step)
-            state, values = compiled(state, batch)
-            samples += config.data.batch_size
-            asked = time.monotonic()
-            batch = sharding.put_batch(mesh, next(batches))
-            if values.is_ready():  # the device was done before the data came
-                reporter.waited(time.monotonic() - asked)
-            if unread is not None:
-                step, mini = reporter.read(unread)
-            unread = values
-            # where the micro-batch in flight will lead, unless it is skipped
-            step, mini = (step + 1, 0) if mini + 1 == settings.optimizer.accumulate else (step, mini + 1)
-            # Several processes can agree on a stop only where all of them look: at a step's end, and, should
-            # every micro-batch be skipped, after as many of them as a step has.
-            troubled = reporter.trouble is not None and config.health.action == "stop"
-            alone_and_asked = jax.process_count() == 1 and (signals.received is not None or troubled)
-            if mini and samples % config.optim.effective_batch and not alone_and_asked:
-                continue
+        for step in range(first + 1, config.train.steps + 1):
+            trace.at(step - 1)
+            for _ in range(settings.optimizer.accumulate):
+                state, values = accumulate(state, batch)
+                samples += config.data.batch_size
+                asked = time.monotonic()
+                batch = sharding.put_batch(mesh, next(batches))
+                if values.is_ready():  # the device was done before the data came
+                    reporter.waited(time.monotonic() - asked)
+                reporter.take("accumulate", values)
+            state, values = update(state)
+            reporter.take("update", values)
 
-            last = step == config.train.steps and mini == 0
+            last = step == config.train.steps
+            troubled = reporter.trouble is not None and config.health.action == "stop"
+            asked_to_stop = signals.received is not None or troubled
             stopping, save_due, look_due = any_process(
-                [
-                    signals.received is not None or troubled,
-                    mini == 0 and (last or bool(save_overdue)),
-                    mini == 0 and (last or bool(look_overdue)),
-                ]
+                [asked_to_stop, last or bool(save_overdue), last or bool(look_overdue)]
             )
             look_due = look_due and not (stopping and not last)
-            ema_due = mini == 0 and (last or step % config.checkpoint.ema_every == 0)
-            preview_due = preview is not None and (look_due or (not mini and step % config.log.preview_every == 0))
-            heldout_due = heldout is not None and (look_due or (not mini and step % config.log.heldout_every == 0))
+            ema_due = last or step % config.checkpoint.ema_every == 0
+            preview_due = preview is not None and (look_due or step % config.log.preview_every == 0)
+            heldout_due = heldout is not None and (look_due or step % config.log.heldout_every == 0)
             if not (stopping or save_due or ema_due or preview_due or heldout_due):
                 checkpoints.poll()
                 continue
-            promised = (step, mini)
-            step, mini = reporter.read(unread)  # waits for the device
-            unread = None
-            complete = mini == 0 and (step, mini) == promised
+            reporter.read()  # waits for the device
             asked = time.monotonic()
-            state_meta = {
-                "samples": samples,
-                "batch_size": config.data.batch_size,
-                "unfinished": reporter.unfinished(),
-            }
-            if stopping and reporter.suspect:
+            state_meta = {"samples": samples, "unfinished": reporter.unfinished()}
+            if reporter.suspect and (stopping or save_due):
                 log.warning("the last micro-batches had no finite gradient: this state is not saved")
             elif stopping:  # before all else: what asked to stop may not wait for pictures
                 checkpoints.save(step, state, state_meta)
-            if heldout is not None and complete and heldout_due:
+            if heldout is not None and heldout_due:
                 with reporter.progress.doing("measuring the held-out loss"):
                     _measure_heldout(heldout, state, step, writer)
-            if preview is not None and complete and preview_due:
+            if preview is not None and preview_due:
                 with reporter.progress.doing("drawing pictures"):
                     _write_preview(preview, state.ema, step, workdir, writer)
-            if complete and look_due:
+            if look_due:
                 look_overdue.done()
-            if complete and ema_due:
+            if ema_due:
                 checkpoints.save_averages(step, state)
-            if complete and save_due and not stopping:
+            if save_due and not stopping and not reporter.suspect:
                 with reporter.progress.doing("saving"):
                     checkpoints.save(step, state, state_meta)
                 save_overdue.done()
@@ -256,7 +239,6 @@ def _first_state(
     """(state, meta with the samples drawn so far): from this run's checkpoint, from another run, or new."""
     restored = checkpoints.restore(program.abstract)
     if restored is not None:
-        _require_same_split(*restored, config)
         return restored
     if config.resume.from_run is None:
         return program.create(), {"samples": 0}
@@ -265,7 +247,6 @@ def _first_state(
             restored = other.restore(program.abstract)
         if restored is None:
             raise RunError(f"config.resume.from_run: {config.resume.from_run} has no checkpoint")
-        _require_same_split(*restored, config)
         log.info("continuing with the full state of %s", config.resume.from_run)
         return restored[0], {"samples": restored[1]["samples"]}
     weights = restore_weights(Path(config.resume.from_run))
@@ -273,15 +254,6 @@ def _first_state(
     difference = difference_from(Path(config.resume.from_run), manifest)
     log.info("starting from the EMA of %s at step %d; data: %s", config.resume.from_run, weights.step, difference)
     return program.from_ema(weights.ema), {"samples": 0}
-
-
-def _require_same_split(state: TrainState, meta: dict[str, Any], config: ConfigDict) -> None:
-    """Within a step, what is accumulated counts micro-batches; between steps they may change their size."""
-    if int(state.opt_state.mini_step) and meta["batch_size"] != config.data.batch_size:
-        raise RunError(
-            f"the checkpoint at step {int(state.step)} is in the middle of a step of micro-batches of "
-            f"{meta['batch_size']}; resume with that config.data.batch_size once, or up to the next checkpoint"
-        )
 
 
 def _without_gradient(f: FlowConfig) -> frozenset[str]:

@@ -1,9 +1,9 @@
-"""One micro-batch: loss, gradient, accumulation, and, when a step is complete, update and EMA."""
+"""One optimizer step: loss and gradient of each micro-batch, their mean, then update and EMA."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from fluxdit_jax import flow, model
-from fluxdit_jax.optimizer import MultiSteps, ema_decay, gradient_norms, group_norms
+from fluxdit_jax.optimizer import ema_decay, gradient_norms, group_norms
 from fluxdit_jax.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -62,26 +62,35 @@ def flow_loss(
     return flow.sample_means(jnp.square(prediction - target), valid), prediction, target
 
 
+class TrainStep(NamedTuple):
+    """An optimizer step: `accumulate` for each of its micro-batches, then `update`. To be jitted, the state donated.
+
+    Attributes:
+      accumulate: (state, batch) -> (state, metrics of the micro-batch). The batch is what `data.py` makes: latent bf16
+        [B, N, P], grid int32 [B, 2], text bf16 [B, T, E], text_length int32 [B], vision f32 [B, V], index uint32 [B],
+        replaced bool [B].
+      update: state -> (state, metrics of the step).
+    """
+
+    accumulate: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    update: Callable[[TrainState], tuple[TrainState, Metrics]]
+
+
 def make_train_step(
     graph: Any,
     dtype: str,
-    optimizer: MultiSteps,
+    optimizer: optax.MultiSteps,
     flow_config: flow.FlowConfig,
     statistics: tuple[np.ndarray, np.ndarray],
     seed: int,
     effective_batch: int,
     ema_target: float,
     short_ema_target: float | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Builds the pure function (state, batch) -> (state, metrics) to be jitted with the state donated.
-
-    The batch is what `data.py` makes: latent bf16 [B, N, P], grid int32 [B, 2], text bf16 [B, T, E],
-    text_length int32 [B], vision f32 [B, V], index uint32 [B], replaced bool [B].
+) -> TrainStep:
+    """Builds the pure functions of a step. All metrics are device scalars or small vectors.
 
     Args:
       ema_target: decay of the EMA after its warm-up; short_ema_target: of the second one, None for none.
-
-    Metrics are device scalars of the micro-batch; `grad_norm` and the like belong to the last whole step.
     """
     mean_P, std_P = statistics
 
@@ -104,7 +113,8 @@ def make_train_step(
         }
         return metrics["loss"], metrics
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def accumulate(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """Adds a micro-batch to the mean gradient of the step; one whose gradient is not finite is only counted."""
         # The gradient is taken with respect to the compute-dtype weights, then accumulated in f32.
         compute = jax.tree.map(lambda p: p.astype(dtype), state.params)
         grads, metrics = jax.grad(loss_fn, has_aux=True)(compute, batch)
@@ -112,55 +122,44 @@ def make_train_step(
         # Of the squares, not of the numbers: a gradient whose norm overflows would spoil the mean and the moments.
         finite = jnp.isfinite(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
         before = state.opt_state
-        advanced = finite & (before.mini_step == optimizer.accumulate - 1)
-        # A micro-batch with a NaN leaves no trace: not in the accumulator, the moments or the counters.
         mean = jax.tree.map(
-            lambda g, acc: jnp.where(finite, acc + (g - acc) / (before.mini_step + 1), acc),
-            grads,
-            before.acc_grads,
+            lambda g, acc: jnp.where(finite, acc + (g - acc) / (before.mini_step + 1), acc), grads, before.acc_grads
         )
-
-        def update(params: Any, inner: Any, mean: Any, ema: Any, short_ema: Any) -> tuple[Any, tuple[jax.Array, ...]]:
-            updates, inner = optimizer.inner_opt.update(mean, inner, params)
-            params = optax.apply_updates(params, updates)
-
-            def averaged(ema: Any, target: float) -> Any:
-                return optax.incremental_update(params, ema, 1 - ema_decay(before.gradient_step, target))
-
-            ema = averaged(ema, ema_target)
-            short_ema = None if short_ema_target is None else averaged(short_ema, short_ema_target)
-            distance = jax.tree.map(lambda a, b: a - b, params, ema)
-            norms = tuple(group_norms(tree)[0] for tree in (updates, params, distance))
-            return (params, inner, jax.tree.map(jnp.zeros_like, mean), ema, short_ema), norms
-
-        carried = (state.params, before.inner_opt_state, mean, state.ema, state.short_ema)
-        kept = carried, (jnp.zeros((), jnp.float32),) * 3
-        if optimizer.accumulate == 1:
-            # The update is always wanted; in a loop a CPU takes 6 % longer for the step of nano in f32.
-            after = jax.tree.map(lambda new, old: jnp.where(advanced, new, old), update(*carried), kept)
-        else:
-            # A loop of one turn or none. A `cond` XLA makes into selects, which read and write the whole state at
-            # every micro-batch; if something in it forbids that, it copies the state (6 GB at 526 M parameters).
-            after = jax.lax.fori_loop(0, advanced.astype(jnp.int32), lambda _, now: update(*now[0]), kept)
-        (params, inner, mean, ema, short_ema), (update_norm, param_norm, ema_distance) = after
-        opt_state = before._replace(
-            mini_step=jnp.where(finite, (before.mini_step + 1) % optimizer.accumulate, before.mini_step),
-            gradient_step=before.gradient_step + advanced,
-            inner_opt_state=inner,
-            acc_grads=mean,
-        )
+        opt_state = before._replace(mini_step=before.mini_step + finite, acc_grads=mean)
         skipped = (~finite).astype(jnp.int32)
+        return state._replace(opt_state=opt_state, skipped=state.skipped + skipped), metrics | {"skipped": skipped}
+
+    def update(state: TrainState) -> tuple[TrainState, Metrics]:
+        """Updates weights and averages by the mean gradient; without a finite micro-batch only the step is counted."""
+        before = state.opt_state
+        updates, inner = optimizer.inner_opt.update(before.acc_grads, before.inner_opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+
+        def averaged(ema: Any, target: float) -> Any:
+            return optax.incremental_update(params, ema, 1 - ema_decay(before.gradient_step, target))
+
+        ema = averaged(state.ema, ema_target)
+        short_ema = None if short_ema_target is None else averaged(state.short_ema, short_ema_target)
+        old = (state.params, before.inner_opt_state, state.ema, state.short_ema)
+        params, inner, ema, short_ema = jax.tree.map(
+            lambda new, old: jnp.where(before.mini_step > 0, new, old), (params, inner, ema, short_ema), old
+        )
+        opt_state = before._replace(
+            mini_step=jnp.zeros_like(before.mini_step),
+            gradient_step=before.gradient_step + 1,
+            inner_opt_state=inner,
+            acc_grads=jax.tree.map(jnp.zeros_like, before.acc_grads),
+        )
         norms = gradient_norms(opt_state)
-        metrics |= {
+        metrics = {
             "step": opt_state.gradient_step,
-            "mini_step": opt_state.mini_step,
-            "skipped": skipped,
+            "micro_batches": before.mini_step,
             "grad_norm": norms.total,
             "grad_norm_groups": norms.groups,
-            "update_norm": update_norm,
-            "param_norm": param_norm,
-            "ema_distance": ema_distance,
+            "update_norm": group_norms(updates)[0],
+            "param_norm": group_norms(params)[0],
+            "ema_distance": group_norms(jax.tree.map(lambda a, b: a - b, params, ema))[0],
         }
-        return TrainState(params, opt_state, ema, state.skipped + skipped, short_ema), metrics
+        return TrainState(params, opt_state, ema, state.skipped, short_ema), metrics
 
-    return train_step
+    return TrainStep(accumulate, update)

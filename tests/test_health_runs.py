@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from training_helpers import jitted
 
 from fluxdit_jax import flow, model
 from fluxdit_jax.health import Monitor, Observation
@@ -56,7 +57,7 @@ def diagnoses(rule: OptimizerConfig, *, steps: int, doctor=lambda params: params
         data, noise = zeros, jnp.zeros((BATCH, TOKENS, SHAPE.token_width))
     else:
         data, noise = pictures(8), None
-    run = jax.jit(step)
+    run = jitted(step)
     monitor, said = Monitor(rule.lr, rule.warmup_steps), []
     count = len(data["grid"])
     with pytest.MonkeyPatch.context() as patch:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from training_helpers import (
+    jitted,
     lively,
     make_batch,
     network_inputs,
@@ -251,7 +252,7 @@ def two_steps(quick_compile):
     graph, _ = model.build(config)
     optimizer = build_optimizer(tiny_optimizer())
     state = create_state(jax.jit(lambda key: model.initialize(config, key))(jax.random.key(0)), optimizer)
-    step = jax.jit(
+    step = jitted(
         make_train_step(
             graph,
             "float32",

@@ -29,16 +29,34 @@ class Listening(Monitor):
         return super().observe(seen)
 
 
-def micro_batch(number: int, **changes: object) -> dict:
-    """Of two a step; the first of them is number 1."""
+def micro_batch(**changes: object) -> dict:
     bins = np.zeros((2, TIME_BINS), np.float32)
     bins[:, 3] = 6.0, 3.0
     values = {
         "loss": 1.0, "prediction_rms": 2.0, "target_rms": 1.0, "tokens": 30.0, "replaced": 0.0, "bin_loss": bins[0],
-        "bin_count": bins[1], "step": number // 2, "mini_step": number % 2, "skipped": 0.0, "grad_norm": 0.5,
-        "grad_norm_groups": {"mlp": 0.25}, "update_norm": 0.125, "param_norm": 7.0, "ema_distance": 3.0,
+        "bin_count": bins[1], "skipped": 0.0,
     }  # fmt: skip
     return jax.tree.map(np.float32, values | changes)
+
+
+def update(step: int) -> dict:
+    values = {
+        "step": step, "grad_norm": 0.5, "grad_norm_groups": {"mlp": 0.25}, "update_norm": 0.125, "param_norm": 7.0,
+        "ema_distance": 3.0, "micro_batches": 2,
+    }  # fmt: skip
+    return jax.tree.map(np.float32, values)
+
+
+SHAPES = {"accumulate": jax.eval_shape(micro_batch), "update": jax.eval_shape(lambda: update(1))}
+
+
+def steps(reporter: Reporter, *micro_batches: dict) -> None:
+    """Reports steps of two micro-batches each."""
+    for number, changes in enumerate(micro_batches, start=1):
+        reporter.take("accumulate", np.asarray(pack(micro_batch(**changes))))
+        if number % 2 == 0:
+            reporter.take("update", np.asarray(pack(update(number // 2))))
+    reporter.read()
 
 
 @pytest.fixture
@@ -46,7 +64,7 @@ def reporter(tmp_path: Path):
     monitor = Listening()
     made = Reporter(
         writer=MetricsWriter(tmp_path, 0), monitor=monitor, watchdog=Watchdog(100, 10, 1e-3), batch_size=4,
-        schedule=optax.linear_schedule(1.0, 0.0, 10), metric_shapes=jax.eval_shape(lambda: micro_batch(1)),
+        schedule=optax.linear_schedule(1.0, 0.0, 10), metric_shapes=SHAPES,
         flops_per_token=50.0, peak_flops=1e6, step=0, length=Length(4, 2, 8, 16), every=2,
     )  # fmt: skip
     with made:
@@ -56,8 +74,7 @@ def reporter(tmp_path: Path):
 def test_scalars_are_means_sums_and_ratios_of_the_right_way_round(reporter) -> None:
     made, monitor, path = reporter
     made.waited(0.5)
-    for number, changes in enumerate(({"loss": 1.0}, {"loss": 3.0}, {"replaced": 2.0}, {"loss": 5.0}), start=1):
-        made.read(np.asarray(pack(micro_batch(number, **changes))))
+    steps(made, {"loss": 1.0}, {"loss": 3.0}, {"replaced": 2.0}, {"loss": 5.0})
     (line,) = (line for line in read_metrics(path) if "loss" in line)
     assert line["step"] == 2 and line["loss"] == pytest.approx((2 + 3) / 2)
     expected = {
@@ -75,11 +92,19 @@ def test_scalars_are_means_sums_and_ratios_of_the_right_way_round(reporter) -> N
 
 def test_a_skipped_micro_batch_is_counted_and_gives_no_number(reporter) -> None:
     made, monitor, path = reporter
-    made.read(np.asarray(pack(micro_batch(1))))
-    nan = micro_batch(1, loss=np.nan, skipped=1.0)
-    assert made.read(np.asarray(pack(nan))) == (0, 1)
-    for number in (2, 3, 4):
-        made.read(np.asarray(pack(micro_batch(number))))
+    nan = {"loss": np.nan, "prediction_rms": np.nan, "skipped": 1.0}
+    steps(made, {}, nan, {}, {"loss": 4.0})
     (line,) = (line for line in read_metrics(path) if "loss" in line)
-    assert line["skipped"] == 1 and line["loss"] == 1.0 and line["loss_by_time/0.375"] == 2.0
-    assert [seen.skipped for seen in monitor.heard] == [1, 0, 0] and np.isnan(monitor.heard[0].rms_ratio)
+    assert line["skipped"] == 1 and line["loss"] == pytest.approx((1 + 2.5) / 2) and line["loss_by_time/0.375"] == 2.0
+    assert [seen.skipped for seen in monitor.heard] == [1, 0] and monitor.heard[0].rms_ratio == 2.0
+
+
+def test_a_step_without_a_finite_micro_batch_gives_no_number(reporter) -> None:
+    made, monitor, path = reporter
+    nan = {"loss": np.nan, "skipped": 1.0}
+    steps(made, nan, nan, {}, {"loss": 4.0})
+    (line,) = (line for line in read_metrics(path) if "loss" in line)
+    assert line["skipped"] == 2 and line["loss"] == 2.5 and made.suspect is False
+    assert [seen.skipped for seen in monitor.heard] == [2, 0]
+    first = monitor.heard[0]
+    assert np.isnan([first.loss, first.gradient_norm, first.rms_ratio]).all() and first.gradient_groups == {}

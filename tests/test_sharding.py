@@ -142,18 +142,21 @@ results, programs, states = {}, {}, {}
 for layout in layouts:
     mesh = mesh_of(*layout)
     program = programs[layout] = Program(settings, mesh, statistics)
-    compiled, state = program.compile(), program.create()
-    losses = []
+    (accumulate, update), state = program.compile(), program.create()
+    losses, norms = [], []
     for number in range(6):
         batch = make_batch(size=8, first_index=8 * number)
         batch["text"] = np.pad(batch["text"], ((0, 0), (0, 3), (0, 0)))
-        state, values = compiled(state, put_batch(mesh, batch))
+        state, values = accumulate(state, put_batch(mesh, batch))
         losses.append(np.asarray(values))
+        if number % 2:
+            state, values = update(state)
+            norms.append(np.asarray(values))
     for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(program.abstract)):
         assert leaf.sharding == wanted.sharding
     split = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
     assert (split > 10) == (layout[1] > 1), (layout, split)
-    results[layout], states[layout] = (np.stack(losses), jax.device_get(gather(state.ema))), state
+    results[layout], states[layout] = (np.concatenate([*losses, *norms]), jax.device_get(gather(state.ema))), state
 
 one = results[layouts[0]]
 for layout, (losses, ema) in results.items():

@@ -91,23 +91,20 @@ def test_every_part_of_a_state_is_looked_at(part):
     assert {"params": "weights", "ema": "EMA", "short_ema": "short EMA", "opt_state": "moments"}[part] in fault
 
 
-def micro(step=1, mini=0, skipped=0, norm=1.0, update=0.1, distance=0.1):
-    return {
-        "step": step, "mini_step": mini, "skipped": skipped, "param_norm": norm, "update_norm": update,
-        "ema_distance": distance,
-    }  # fmt: skip
+def updated(step=1, norm=1.0, update=0.1, distance=0.1):
+    return {"step": step, "param_norm": norm, "update_norm": update, "ema_distance": distance}
 
 
 def test_the_watchdog_counts_micro_batches_in_a_row_only():
     watchdog = Watchdog(3, 100, 1e-3)
     for _ in range(5):
-        for _ in range(2):
-            watchdog.observe(micro(skipped=1, mini=1))
-        watchdog.observe(micro(mini=1, norm=0.0, update=0.0, distance=0.0))  # no update: no norms
+        for skipped in (True, True, False):
+            watchdog.micro_batch(0, skipped)
+    watchdog.update(updated(1))
     for _ in range(2):
-        watchdog.observe(micro(skipped=1))
+        watchdog.micro_batch(1, True)
     with pytest.raises(BrokenRun, match=naming(3, "micro-batches")) as ended:
-        watchdog.observe(micro(skipped=1))
+        watchdog.micro_batch(2, True)
     for word in (
         "health.max_skipped",
         "finite",
@@ -133,10 +130,10 @@ def test_the_watchdog_counts_micro_batches_in_a_row_only():
 def test_the_watchdog_ends_a_run_at_the_update_that_breaks_it(change, first):
     watchdog = Watchdog(100, 100, 1e30)
     if not first:
-        watchdog.observe(micro(6))
+        watchdog.update(updated(6))
     change = change | ({"norm": 20.02} if "update" in change else {})
     with pytest.raises(BrokenRun, match=naming("step 7", "optim.lr", "1e+30")):
-        watchdog.observe(micro(7, **change))
+        watchdog.update(updated(7, **change))
 
 
 # ------------------------------------------------------------------------------------------------ runs
@@ -202,7 +199,7 @@ def overflowing(tmp_path_factory):
 def test_a_run_without_any_finite_gradient_ends_and_does_not_blame_the_weights(config, overflowing, batch_size):
     config.data.path, config.data.batch_size, config.log.heldout_every = str(overflowing), batch_size, 0
     config.health.max_skipped = 40
-    with pytest.raises(BrokenRun, match=naming("step 0", 40, "micro-batches")):
+    with pytest.raises(BrokenRun, match=naming(40, "micro-batches")):
         train(config)
     log = log_of(config.workdir)
     assert lines_naming(log, "finite", "preprocess verify", 40, "micro-batches")
@@ -265,7 +262,7 @@ def abstract(state):
 
 def write_as_before(workdir, step, state):
     """A checkpoint and EMA weights, written without a look at the numbers."""
-    meta = {"samples": 4, "batch_size": 4}
+    meta = {"samples": 4}
     meta |= {"digest": tree_digest(state, meta)}
     with ocp.CheckpointManager(workdir / "checkpoints") as manager:
         manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)))
@@ -277,10 +274,10 @@ def write_as_before(workdir, step, state):
 def test_broken_weights_are_not_written_and_not_taken_for_good_ones(tmp_path, package_log, value):
     good, bad = make_state(0.1), make_state(value)
     with Checkpoints(tmp_path, 5) as checkpoints:
-        checkpoints.save(1, good, {"samples": 4, "batch_size": 4})
+        checkpoints.save(1, good, {"samples": 4})
         checkpoints.save_ema(1, good.ema)
         with pytest.raises(BrokenRun, match="state.*step 2"):
-            checkpoints.save(2, bad, {"samples": 8, "batch_size": 4})
+            checkpoints.save(2, bad, {"samples": 8})
         with pytest.raises(BrokenRun, match="EMA.*step 2"):
             checkpoints.save_ema(2, bad.ema)
     assert steps_of(tmp_path) == ema_steps(tmp_path) == [1]
@@ -310,7 +307,7 @@ def test_what_was_damaged_before_is_not_overwritten(tmp_path):
     for _ in range(2):
         with Checkpoints(tmp_path, 5) as checkpoints:
             if not steps_of(tmp_path):
-                checkpoints.save(1, good, {"samples": 4, "batch_size": 4})
+                checkpoints.save(1, good, {"samples": 4})
         write_as_before(tmp_path, 3, make_state(np.nan))
         shutil.rmtree(tmp_path / "ema" / "3")
         with Checkpoints(tmp_path, 5) as checkpoints:

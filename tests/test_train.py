@@ -287,18 +287,6 @@ def test_the_split_may_change_between_steps_with_the_same_samples(config, finish
         np.testing.assert_allclose(a, b, atol=2e-3)
 
 
-@slow
-def test_the_split_may_not_change_within_a_step(config, monkeypatch):
-    with monkeypatch.context() as patch:
-        interrupt(patch, 4)
-        run(config, expected=128 + signal.SIGTERM)
-    config.data.batch_size = 2
-    with pytest.raises(RunError, match=naming("micro-batches", 4, "data.batch_size")):
-        train(config)
-    config.data.batch_size = 4
-    run(config)
-
-
 def test_a_damaged_newest_checkpoint_costs_steps_and_nothing_else(config, finished, monkeypatch):
     config.checkpoint.minutes = 1e-9  # after every step
     config.train.steps = 5
@@ -480,7 +468,9 @@ def test_a_bad_record_is_skipped_counted_and_told(config, overflowing, batch_siz
     assert list(logged) == list(range(1, STEPS + 1))
     skipped = sum(values["skipped"] for values in logged.values())
     assert 2 <= skipped <= 4  # once in every epoch of 24 samples
-    assert all(np.isfinite(value) for values in logged.values() for value in values.values())
+    whole = 8 // batch_size  # micro-batches of a step
+    lost = {step for step, values in logged.items() if values["skipped"] == whole}  # without any gradient
+    assert all(np.isfinite(v) for step, values in logged.items() for v in values.values() if step not in lost)
     texts = [e for e in read_metrics(Path(config.workdir) / "metrics.jsonl") if "health/non-finite" in e]
     assert texts and "skipped" in texts[0]["health/non-finite"]
     assert "health: step" in log_of(config.workdir)
@@ -492,6 +482,7 @@ def test_a_run_of_nothing_but_bad_records_stops_if_asked_to(config, overflowing,
     config.data.batch_size, config.health.action, config.log.heldout_every = batch_size, "stop", 0
     run(config, expected=3)
     assert lines_naming(log_of(config.workdir), "stopped", 0, "(health:") and "non-finite" in log_of(config.workdir)
+    assert not list(Path(config.workdir, "checkpoints").glob("[0-9]*"))
 
 
 @slow
@@ -543,7 +534,7 @@ def test_places_are_kept_and_nothing_is_compiled_twice(config, tiny_dataset):
     manifest = load_manifest(tiny_dataset)
     settings = resolve(config, manifest)
     program = Program(settings, make_mesh(-1, 1, 4), patch_statistics(manifest.latent_mean, manifest.latent_std, 2))
-    compiled = program.compile()
+    accumulate, update = program.compile()
     state = program.create()
     source = data.RecordSource(tiny_dataset, manifest, "train")
     options = {"patch": 2, "tokens": 4, "text_tokens": 8, "threads": 1, "prefetch": 1}
@@ -552,6 +543,6 @@ def test_places_are_kept_and_nothing_is_compiled_twice(config, tiny_dataset):
         assert {name: (a.shape, a.dtype) for name, a in batch.items()} == {
             name: (s.shape, s.dtype) for name, s in shapes.items()
         }
-        state, _ = compiled(state, batch)
+        state, _ = update(accumulate(state, batch)[0])
         for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(program.abstract)):
             assert (leaf.shape, leaf.dtype, leaf.sharding) == (wanted.shape, wanted.dtype, wanted.sharding)

@@ -1,4 +1,4 @@
-"""One micro-batch through the real step: loss, accumulation, skipping, precision, EMA."""
+"""Micro-batches and steps of the real thing: loss, accumulation, skipping, precision, EMA."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 from training_helpers import (
     CHANNELS,
     UNEVEN_SIZES,
+    jitted,
     lively,
     make_batch,
     make_record,
@@ -24,7 +25,7 @@ from training_helpers import (
 )
 
 from fluxdit_jax import data, flow, model
-from fluxdit_jax.optimizer import MultiSteps, build_optimizer, ema_decay, path_name
+from fluxdit_jax.optimizer import build_optimizer, ema_decay, path_name
 from fluxdit_jax.state import create_state
 from fluxdit_jax.train_step import make_train_step, patch_statistics, valid_tokens
 
@@ -36,7 +37,7 @@ DROPS = {"drop_text": 0.2, "drop_vision": 0.2, "drop_both": 0.1}
 
 
 def programs(accumulate=1, effective=4, dtype="float32", warmup=0, lr=1e-3, eps=1e-3, name="adamw", **flow_changes):
-    """(a fresh state, the jitted step) of the tiny network, at an EMA target of 0.9999."""
+    """(a fresh state, `jitted` of the step) of the tiny network, at an EMA target of 0.9999."""
     changes = tuple(sorted((DROPS | flow_changes).items()))
     return _programs(accumulate, effective, dtype, warmup, lr, eps, name, changes)
 
@@ -66,7 +67,7 @@ def _programs(accumulate, effective, dtype, warmup, lr, eps, name, flow_changes)
         effective_batch=effective,
         ema_target=0.9999,
     )
-    return create_state(lively(shapes, scale=0.2), optimizer), jax.jit(step)
+    return create_state(lively(shapes, scale=0.2), optimizer), jitted(step)
 
 
 def poisoned(batch, value=np.nan):
@@ -138,18 +139,16 @@ def test_dropped_conditions_are_not_seen_by_the_step(what):
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_micro_batches_equal_the_big_batch(name):
-    """Two optimizer steps of 12 samples, as 1 x 12 and as 3 x 4."""
+    """Two steps of 12 samples, as 1 x 12 and as 3 x 4."""
     results = []
     for size in (12, 4):
         state, step = programs(accumulate=12 // size, effective=12, name=name)
-        losses = []
-        for first in range(0, 24, size):
-            state, metrics = step(state, make_batch(size=size, first_index=first))
-            losses.append(float(metrics["loss"]))
-        assert int(state.step) == 2
-        results.append((state, np.reshape(losses, (2, -1)).mean(axis=1), metrics))
-    (big, big_loss, big_metrics), (small, small_loss, small_metrics) = results
-    np.testing.assert_allclose(small_loss, big_loss, rtol=1e-5)
+        for start in (0, 12):
+            parts = range(start, start + 12, size)
+            state, metrics = step(state, *(make_batch(size=size, first_index=first) for first in parts))
+        assert int(state.step) == 2 and metrics["micro_batches"] == 12 // size
+        results.append((state, metrics))
+    (big, big_metrics), (small, small_metrics) = results
     np.testing.assert_allclose(small_metrics["grad_norm"], big_metrics["grad_norm"], rtol=1e-4)
     start = programs(accumulate=1, effective=12, name=name)[0].params
     for path, (a, b, c) in jax.tree_util.tree_leaves_with_path(
@@ -162,18 +161,39 @@ def test_micro_batches_equal_the_big_batch(name):
     assert np.abs(np.asarray(small.ema["out"]["kernel"]) - big.ema["out"]["kernel"]).max() < 1e-5
 
 
+def three(first=0):
+    return [make_batch(first_index=first + 4 * number) for number in range(3)]
+
+
 def test_between_micro_batches_nothing_moves_but_the_accumulator():
     state, step = programs(accumulate=3, effective=12)
-    for number in range(2):
-        after, metrics = step(state, make_batch(first_index=4 * number))
-        assert tree_equal(after.params, state.params) and tree_equal(after.ema, state.ema)
-        assert tree_equal(after.opt_state.inner_opt_state, state.opt_state.inner_opt_state)
-        assert not tree_equal(after.opt_state.acc_grads, state.opt_state.acc_grads)
-        assert (int(metrics["step"]), int(metrics["mini_step"])) == (0, number + 1)
-        state = after
-    after, metrics = step(state, make_batch(first_index=8))
-    assert (int(metrics["step"]), int(metrics["mini_step"])) == (1, 0)
-    assert not tree_equal(after.params, state.params) and not tree_equal(after.ema, state.ema)
+    start = state
+    for number, batch in enumerate(three(), start=1):
+        state, _ = step.accumulate(state, batch)
+        assert tree_equal(state.params, start.params) and tree_equal(state.ema, start.ema)
+        assert tree_equal(state.opt_state.inner_opt_state, start.opt_state.inner_opt_state)
+        assert (int(state.step), int(state.opt_state.mini_step)) == (0, number)
+    after, metrics = step.update(state)
+    assert (int(metrics["step"]), int(after.step), int(after.opt_state.mini_step)) == (1, 1, 0)
+    assert not tree_equal(after.params, start.params) and not tree_equal(after.ema, start.ema)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(after.opt_state.acc_grads))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_step_is_that_of_optax_multi_steps(name):
+    """The mean, the update and the whole state after it, given the same gradients."""
+    state, step = programs(accumulate=3, effective=12, name=name)
+    optimizer = build_optimizer(tiny_optimizer(name=name, accumulate=3, eps=1e-3, weight_decay=0.01))
+    wanted, params = state.opt_state, state.params
+    for batch in three():
+        fresh, _ = step.accumulate(state, batch)  # of an empty mean: the gradient itself
+        updates, wanted = jax.jit(optimizer.update)(fresh.opt_state.acc_grads, wanted, params)
+        params = optax.apply_updates(params, updates)
+    after, _ = step(state, *three())
+    structure, leaves = jax.tree.structure(wanted), jax.tree.leaves((wanted, params))
+    assert jax.tree.structure(after.opt_state) == structure
+    for a, b in zip(jax.tree.leaves((after.opt_state, after.params)), leaves, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
 def test_the_schedule_counts_optimizer_steps():
@@ -181,8 +201,7 @@ def test_the_schedule_counts_optimizer_steps():
     state, step = programs(accumulate=3, effective=12, warmup=4, eps=1e-8)
     for expected in (0.25e-3, 0.5e-3):
         before = state.params
-        for number in range(3):
-            state, _ = step(state, make_batch(first_index=4 * number))
+        state, _ = step(state, *three())
         moved = max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(before)))
         np.testing.assert_allclose(moved, expected, rtol=0.05)
 
@@ -191,25 +210,31 @@ def test_the_schedule_counts_optimizer_steps():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 3e38], ids=["nan", "inf", "overflow"])
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_a_non_finite_micro_batch_leaves_no_trace(accumulate, value):
-    state, step = programs(accumulate=accumulate, effective=4 * accumulate)
-    good = [make_batch(first_index=4 * i) for i in range(3)]
-    clean, dirty = state, state
-    for batch in good:
-        clean, _ = step(clean, batch)
-    for number, batch in enumerate(good):
-        dirty, metrics = step(dirty, batch)
-        assert not metrics["skipped"]
-        before = dirty
-        dirty, metrics = step(dirty, poisoned(make_batch(first_index=50 + 4 * number), value))
-        assert metrics["skipped"] and int(dirty.skipped) == number + 1
-        assert tree_equal(dirty._replace(skipped=before.skipped), before)
-        assert int(metrics["step"]) == int(before.step)
+def test_the_mean_is_over_the_finite_micro_batches(value):
+    """A micro-batch whose gradient is not finite is counted and leaves no other trace, wherever in the step it is."""
+    state, step = programs(accumulate=3, effective=12)
+    bad = poisoned(make_batch(first_index=50), value)
+    clean, _ = step(state, *three())
+    for place in range(4):
+        batches = three()
+        batches.insert(place, bad)
+        dirty, metrics = step(state, *batches)
+        assert int(dirty.skipped) == 1 and metrics["micro_batches"] == 3
+        assert tree_equal(dirty._replace(skipped=clean.skipped), clean)
         for name in ("grad_norm", "update_norm", "param_norm", "ema_distance"):
             assert np.isfinite(metrics[name]), name
-    assert tree_equal(dirty._replace(skipped=clean.skipped), clean)
-    assert int(clean.skipped) == 0 and int(clean.step) == 3 // accumulate
+    for batch in three():
+        before, (state, metrics) = state, step.accumulate(state, batch)
+        assert metrics["skipped"] == 0 and int(state.skipped) == int(before.skipped) == 0
+
+
+def test_a_step_without_a_finite_micro_batch_changes_only_the_count_of_steps():
+    state, step = programs(accumulate=3, effective=12)
+    state, _ = step(state, *three())
+    after, metrics = step(state, *(poisoned(batch) for batch in three()))
+    assert (int(after.step), int(after.skipped), int(metrics["micro_batches"])) == (2, 3, 0)
+    counted = state.opt_state._replace(gradient_step=after.step)
+    assert tree_equal(after._replace(skipped=state.skipped), state._replace(opt_state=counted))
 
 
 def test_a_non_finite_weight_is_not_hidden():
@@ -220,7 +245,7 @@ def test_a_non_finite_weight_is_not_hidden():
     state = state._replace(params=state.params | {"patch_embed": patch_embed})
     for count in (1, 2):
         state, metrics = step(state, make_batch())
-        assert metrics["skipped"] and int(state.skipped) == count and int(state.step) == 0
+        assert metrics["skipped"] and int(state.skipped) == count and metrics["micro_batches"] == 0
 
 
 # ------------------------------------------------------------------------------------------------ precision
@@ -252,11 +277,12 @@ def test_the_optimizer_is_fed_f32_gradients_of_a_bf16_network():
         fed.extend(leaf.dtype for leaf in jax.tree.leaves((gradients, params)))
         return optimizer.inner_opt.update(gradients, state, params)
 
-    watched = MultiSteps(optax.GradientTransformation(optimizer.inner_opt.init, update), 3)
+    watched = optax.MultiSteps(optax.GradientTransformation(optimizer.inner_opt.init, update), 3)
     graph, shapes = model.build(config)
     statistics = patch_statistics(MEAN, STD, 2)
     step = make_train_step(graph, "bfloat16", watched, tiny_flow(), statistics, 0, 12, 0.9999)
-    jax.eval_shape(step, create_state(lively(shapes), optimizer), make_batch())
+    state, _ = jax.eval_shape(step.accumulate, create_state(lively(shapes), optimizer), make_batch())
+    jax.eval_shape(step.update, state)
     assert fed and set(fed) == {jnp.dtype("float32")}
 
 
@@ -272,7 +298,7 @@ def operand_types(jaxpr):
 def test_the_network_really_runs_in_bf16():
     """Products take bf16; on a CPU they give f32, as `product.py` says."""
     state, step = programs(dtype="bfloat16")
-    found = list(operand_types(jax.make_jaxpr(step)(state, make_batch()).jaxpr))
+    found = list(operand_types(jax.make_jaxpr(step.accumulate)(state, make_batch()).jaxpr))
     # not the gradients of the f32 logits of attention: six of 56
     assert len(found) > 20 and np.mean([types == {"bfloat16"} for types in found]) > 0.8, found
 
@@ -281,18 +307,14 @@ def test_the_network_really_runs_in_bf16():
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_the_ema_moves_once_per_real_step_by_its_closed_form(accumulate):
-    """At step 10⁶ the decay is 0.9999; skipped and partial micro-batches do not move it."""
+def test_the_ema_moves_once_a_step_by_its_closed_form(accumulate):
+    """At step 10⁶ the decay is 0.9999."""
     state, step = programs(accumulate=accumulate, effective=4 * accumulate)
     state = at_step(state, 10**6)
     state = state._replace(ema=lively(state.params, seed=5))
     for _ in range(2):
-        for number in range(accumulate):
-            before = state
-            state, _ = step(state, poisoned(make_batch()))
-            assert tree_equal(state.ema, before.ema)
-            state, _ = step(state, make_batch(first_index=4 * number))
-            assert tree_equal(state.ema, before.ema) == (number < accumulate - 1)
+        before = state
+        state, _ = step(state, *three()[:accumulate], poisoned(make_batch()))
         for old, new, param in zip(
             jax.tree.leaves(before.ema), jax.tree.leaves(state.ema), jax.tree.leaves(state.params)
         ):
@@ -308,7 +330,7 @@ def test_a_second_ema_has_its_own_decay_and_changes_nothing_else():
         model.build(config),
     )
     one, two = (
-        jax.jit(make_train_step(graph, "float32", optimizer, tiny_flow(), mean_std, 0, 4, 0.9999, short))
+        jitted(make_train_step(graph, "float32", optimizer, tiny_flow(), mean_std, 0, 4, 0.9999, short))
         for short in (None, 0.9)
     )
     params = lively(shapes, scale=0.2)

@@ -30,6 +30,7 @@ from fluxdit_jax.records import (
     shard_name,
 )
 from fluxdit_jax.state import TrainState, create_state
+from fluxdit_jax.train_step import TrainStep
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LATENT_SIZES = ((4, 4), (2, 8), (8, 2))  # 4 tokens each at patch 2, three aspect ratios
@@ -241,6 +242,20 @@ def tree_equal(a, b) -> bool:
         and np.asarray(x).tobytes() == np.asarray(y).tobytes()
         for x, y in zip(leaves_a, leaves_b)
     )
+
+
+def jitted(parts: TrainStep):
+    """`step(state, *micro_batches) -> (state, metrics)`: of the last micro-batch and of the update."""
+    accumulate, update = map(jax.jit, parts)
+
+    def step(state, *batches):
+        for batch in batches:
+            state, micro = accumulate(state, batch)
+        state, metrics = update(state)
+        return state, micro | metrics
+
+    step.accumulate, step.update = accumulate, update
+    return step
 
 
 class TrainCommand:
