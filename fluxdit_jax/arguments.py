@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import inspect
-import io
 import re
 import sys
-import tokenize
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
 
-from fluxdit_jax.config import default_config
+from fluxdit_jax.config import KEYS, default_config
 from fluxdit_jax.paths import expanded
 
 SHIPPED = Path(__file__).parent / "configs"  # a link to configs/; in an installed package the files themselves
@@ -112,29 +109,8 @@ def near_keys(arguments: list[str]) -> str:
 
 def described_keys(prefix: str = "") -> list[str]:
     """A line for each key that begins with `prefix`: "optim.lr = 0.0001  what it is"."""
-    meanings, lines = _meanings(), []
-
-    def add(tree: ConfigDict, above: str) -> None:
-        for name in tree:
-            key = above + name
-            if isinstance(tree[name], ConfigDict):
-                add(tree[name], f"{key}.")
-            elif key.startswith(prefix):
-                lines.append(f"{f'{key} = {tree[name]!r}':42} {meanings.get(key, '')}".rstrip())
-
-    add(default_config(), "")
-    return lines
-
-
-def _meanings() -> dict[str, str]:
-    """{key: the comment behind its default} of `config.default_config`, where the keys are declared."""
-    meanings: dict[str, str] = {}
-    key = None
-    source = inspect.getsource(default_config)
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        assigned = re.match(r"\s*c\.([\w.]+) = ", token.line)
-        if assigned:
-            key = assigned[1]
-        if token.type == tokenize.COMMENT and key is not None:
-            meanings.setdefault(key, token.string.lstrip("# "))
-    return meanings
+    return [
+        f"{f'{name} = {None if key.optional else key.default!r}':42} {key.meaning}"
+        for name, key in KEYS.items()
+        if name.startswith(prefix)
+    ]
