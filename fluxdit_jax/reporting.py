@@ -65,6 +65,7 @@ class Reporter:
         """
         self._writer, self._monitor, self._watchdog, self._schedule = writer, monitor, watchdog, schedule
         self._shapes, self._batch_size, self._every = metric_shapes, batch_size, every
+        self._nothing_finite = False  # of the last step
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._total = length.steps
         self.trouble: Diagnosis | None = None
@@ -99,8 +100,12 @@ class Reporter:
 
     @property
     def suspect(self) -> bool:
-        """Whether the last micro-batches give reason not to save the state."""
-        return self._watchdog.in_a_row >= SUSPECT
+        """Whether the last step gives reason not to save the state: all its micro-batches were skipped, or many."""
+        return self._nothing_finite or self._watchdog.in_a_row >= SUSPECT
+
+    def end(self) -> None:
+        """After the last step of a run; raises `BrokenRun` if that was one of many without a finite gradient."""
+        self._watchdog.end(self._step)
 
     def unfinished(self) -> dict[str, Any]:
         """What has been read since the last logged line, as JSON: a resumed run logs the same losses."""
@@ -171,6 +176,7 @@ class Reporter:
         self._step = step = int(metrics["step"])
         elapsed = max(1e-9, time.monotonic() - self._step_started)
         finite = [micro for micro in self._micro_batches if not micro["skipped"]]
+        self._nothing_finite = not finite
         loss = norm = ratio = float("nan")  # of a step without a finite micro-batch, whose norms are of the step before
         groups: dict[str, float] = {}
         if finite:

@@ -88,6 +88,11 @@ class Watchdog:
         if self.in_a_row >= self._max_skipped:
             raise BrokenRun(self._without_gradient(step))
 
+    def end(self, step: int) -> None:
+        """The run is over, after `step`; raises `BrokenRun` if its last `SUSPECT` micro-batches were all skipped."""
+        if self.in_a_row >= SUSPECT:
+            raise BrokenRun(self._without_gradient(step))
+
     def update(self, metrics: dict[str, Any]) -> None:
         """Takes the metrics of an update; raises `BrokenRun` if it has broken the weights."""
         step = self._updated = int(metrics["step"])
@@ -121,6 +126,6 @@ class Watchdog:
             "again. If the run has just begun, look at the data: `python -m preprocess verify` finds bad records, and "
             f"the manifest shows the latent statistics. If it went well before, the learning rate "
             f"({self._learning_rate:g}) has made the weights useless: lower optim.lr by 3 with "
-            f"--config.resume.allow_changes=True; if checkpoints/{step} is there, it holds these weights: move it "
-            "away, and the run goes on from the one before"
+            f"--config.resume.allow_changes=True; checkpoints/{self._updated or step} and later ones, if they are "
+            "there, hold these weights: move them away, and the run goes on from the one before"
         )

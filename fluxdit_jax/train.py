@@ -185,9 +185,12 @@ def train(config: ConfigDict) -> int:
                 checkpoints.poll()
                 continue
             reporter.read()  # waits for the device
+            if last:
+                reporter.end()
+            unchanged = reporter.suspect and not last
             asked = time.monotonic()
             state_meta = {"samples": samples, "unfinished": reporter.unfinished()}
-            if reporter.suspect and (stopping or save_due):
+            if unchanged and (stopping or save_due):
                 log.warning("the last micro-batches had no finite gradient: this state is not saved")
             elif stopping:  # before all else: what asked to stop may not wait for pictures
                 checkpoints.save(step, state, state_meta)
@@ -199,9 +202,9 @@ def train(config: ConfigDict) -> int:
                     _write_preview(preview, state.ema, step, workdir, writer)
             if look_due:
                 look_overdue.done()
-            if ema_due:
+            if ema_due and not unchanged:
                 checkpoints.save_averages(step, state)
-            if save_due and not stopping and not reporter.suspect:
+            if save_due and not stopping and not unchanged:
                 with reporter.progress.doing("saving"):
                     checkpoints.save(step, state, state_meta)
                 save_overdue.done()

@@ -198,13 +198,22 @@ def overflowing(tmp_path_factory):
 @pytest.mark.parametrize("batch_size", [4, 8])
 def test_a_run_without_any_finite_gradient_ends_and_does_not_blame_the_weights(config, overflowing, batch_size):
     config.data.path, config.data.batch_size, config.log.heldout_every = str(overflowing), batch_size, 0
-    config.health.max_skipped = 40
+    config.health.max_skipped, config.train.steps = 40, 100
     with pytest.raises(BrokenRun, match=naming(40, "micro-batches")):
         train(config)
     log = log_of(config.workdir)
     assert lines_naming(log, "finite", "preprocess verify", 40, "micro-batches")
     misleading = {"health/disconnected", "health/sinking", "health/spiked", "health/diverged"}
     assert not kinds_told(read_metrics(Path(config.workdir) / "metrics.jsonl")) & misleading
+    assert steps_of(config.workdir) == [] and ema_steps(Path(config.workdir)) == []
+
+
+def test_a_run_does_not_end_well_where_nothing_is_finite(config, overflowing):
+    """Before as many micro-batches as health.max_skipped."""
+    config.data.path, config.data.batch_size, config.log.heldout_every = str(overflowing), 8, 0
+    config.train.steps = 12
+    with pytest.raises(BrokenRun, match=naming("step 12", "12 micro-batches")):
+        train(config)
     assert steps_of(config.workdir) == [] and ema_steps(Path(config.workdir)) == []
 
 

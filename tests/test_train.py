@@ -363,7 +363,7 @@ def test_a_device_whose_compiler_tells_no_plan_has_one_of_the_state_alone(monkey
     optimizer = optax.MultiSteps(optax.sgd(0.1), 2)
     state = create_state({"w": jax.numpy.zeros(256)}, optimizer)
     compiled = jax.jit(lambda state, batch: (state, batch)).lower(state, state.params).compile()
-    found = plan(compiled, state, state.params)
+    found = plan([compiled], state, state.params)
     assert (found.parts["f32 weights"], found.batch, found.temporary) == (1024, 1024, 0)
     assert "activations" in caplog.text
 
@@ -480,8 +480,9 @@ def test_a_bad_record_is_skipped_counted_and_told(config, overflowing, batch_siz
 def test_a_run_of_nothing_but_bad_records_stops_if_asked_to(config, overflowing, batch_size):
     config.data.path = str(overflowing(set(range(24))))
     config.data.batch_size, config.health.action, config.log.heldout_every = batch_size, "stop", 0
+    config.train.steps = 100
     run(config, expected=3)
-    assert lines_naming(log_of(config.workdir), "stopped", 0, "(health:") and "non-finite" in log_of(config.workdir)
+    assert lines_naming(log_of(config.workdir), "stopped", "(health:") and "non-finite" in log_of(config.workdir)
     assert not list(Path(config.workdir, "checkpoints").glob("[0-9]*"))
 
 
@@ -489,7 +490,7 @@ def test_a_run_of_nothing_but_bad_records_stops_if_asked_to(config, overflowing,
 @pytest.mark.parametrize("batch_size", [2, 8])
 def test_a_run_of_nothing_but_bad_records_still_obeys_a_signal(config, overflowing, batch_size, monkeypatch):
     config.data.path = str(overflowing(set(range(24))))
-    config.data.batch_size, config.log.heldout_every = batch_size, 0
+    config.data.batch_size, config.log.heldout_every, config.train.steps = batch_size, 0, 100
     with monkeypatch.context() as patch:
         interrupt(patch, 30)
         run(config, expected=128 + signal.SIGTERM)

@@ -11,7 +11,16 @@ import linear_network
 import numpy as np
 import pytest
 from linear_network import START
-from training_helpers import CHANNELS, UNEVEN_SIZES, make_batch, make_record, tiny_flow, tiny_optimizer, tree_equal
+from training_helpers import (
+    CHANNELS,
+    UNEVEN_SIZES,
+    jitted,
+    make_batch,
+    make_record,
+    tiny_flow,
+    tiny_optimizer,
+    tree_equal,
+)
 
 from fluxdit_jax import data, flow
 from fluxdit_jax.optimizer import build_optimizer
@@ -124,7 +133,7 @@ def norm(tree: dict) -> float:
 def test_two_steps_by_hand(accumulate: int) -> None:
     """Loss, gradient, its mean over the micro-batches, Adam's update, both averages, and all that is measured."""
     state, step = program(accumulate)
-    step = jax.jit(step)
+    step = jitted(step)
     params, emas = dict(START), [dict(START), dict(START)]
     first, second = dict.fromkeys(START, 0.0), dict.fromkeys(START, 0.0)
     for number in range(2):
@@ -134,18 +143,17 @@ def test_two_steps_by_hand(accumulate: int) -> None:
             batch["replaced"][:part] = True
             gradient, expected = by_hand(params, batch, 4 * accumulate)
             gradients.append(gradient)
-            state, metrics = step(state, batch)
+            state, metrics = step.accumulate(state, batch)
             for name, value in expected.items():
                 np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
             assert metrics["replaced"] == part and not metrics["skipped"]
-            last = part == accumulate - 1
-            assert (int(metrics["step"]), int(metrics["mini_step"])) == (number + last, 0 if last else part + 1)
-            if not last:
-                mean = {name: np.mean([g[name] for g in gradients]) for name in START}
-                for name, value in mean.items():
-                    np.testing.assert_allclose(state.opt_state.acc_grads[name], value, rtol=1e-4, atol=1e-6)
-                assert metrics["update_norm"] == metrics["param_norm"] == metrics["ema_distance"] == 0
-        mean = {name: np.mean([g[name] for g in gradients]) for name in START}
+            assert (int(state.step), int(state.opt_state.mini_step)) == (number, part + 1)
+            mean = {name: np.mean([g[name] for g in gradients]) for name in START}
+            for name, value in mean.items():
+                np.testing.assert_allclose(state.opt_state.acc_grads[name], value, rtol=1e-4, atol=1e-6)
+        state, metrics = step.update(state)
+        assert (int(state.step), int(state.opt_state.mini_step)) == (number + 1, 0)
+        assert (int(metrics["step"]), int(metrics["micro_batches"])) == (number + 1, accumulate)
         updates = {}
         for name, g in mean.items():
             first[name] = 0.9 * first[name] + 0.1 * g
@@ -168,35 +176,44 @@ def test_two_steps_by_hand(accumulate: int) -> None:
             np.testing.assert_allclose(metrics["grad_norm_groups"][name], abs(value), rtol=1e-4, err_msg=name)
 
 
+def bad_batch() -> dict:
+    bad = make_batch(first_index=40)
+    bad["latent"][2, 0, 0] = np.nan
+    return bad
+
+
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_a_micro_batch_that_is_not_finite_is_counted_and_leaves_no_trace(accumulate: int) -> None:
     fresh, step = program(accumulate)
-    step = jax.jit(step)
-    bad = make_batch(first_index=40)
-    bad["latent"][2, 0, 0] = np.nan
+    step = jitted(step)
     clean = dirty = fresh
-    for part in range(2 * accumulate):
-        batch = make_batch(first_index=4 * part)
-        clean, _ = step(clean, batch)
-        dirty, metrics = step(dirty, batch)
-        counts = int(metrics["step"]), int(metrics["mini_step"])
-        dirty, metrics = step(dirty, bad)
-        assert metrics["skipped"] == 1 and (int(metrics["step"]), int(metrics["mini_step"])) == counts
-        assert int(dirty.skipped) == part + 1
+    for number in range(2):
+        for part in range(accumulate):
+            batch = make_batch(first_index=4 * (number * accumulate + part))
+            clean, _ = step.accumulate(clean, batch)
+            dirty, _ = step.accumulate(dirty, batch)
+            dirty, metrics = step.accumulate(dirty, bad_batch())
+            assert metrics["skipped"] == 1 and int(dirty.skipped) == number * accumulate + part + 1
+            assert tree_equal(dirty._replace(skipped=clean.skipped), clean)
+        clean, _ = step.update(clean)
+        dirty, metrics = step.update(dirty)
+        assert int(metrics["micro_batches"]) == accumulate
         assert tree_equal(dirty._replace(skipped=clean.skipped), clean)
     assert int(clean.skipped) == 0 and int(clean.step) == 2
+
+
+def test_a_step_of_nothing_finite_is_counted_and_changes_nothing_else() -> None:
+    state, step = program(3)
+    step = jitted(step)
+    state, _ = step(state, *[make_batch(first_index=4 * part) for part in range(3)])
+    after, metrics = step(state, *[bad_batch()] * 3)
+    assert (int(metrics["step"]), int(metrics["micro_batches"]), int(after.skipped)) == (2, 0, 3)
+    counted = after.opt_state._replace(gradient_step=state.opt_state.gradient_step)
+    assert tree_equal(after._replace(opt_state=counted, skipped=state.skipped), state)
 
 
 def test_without_a_second_average_there_is_none() -> None:
     optimizer, (graph, params) = build_optimizer(OPTIMIZER), linear_network.build()
     step = make_train_step(graph, "float32", optimizer, FLOW, patch_statistics(MEAN, STD, 2), 0, 4, EMA)
-    after: TrainState = jax.eval_shape(step, create_state(params, optimizer), make_batch())[0]
+    after: TrainState = jax.eval_shape(step.update, create_state(params, optimizer))[0]
     assert after.short_ema is None
-
-
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_only_a_step_of_several_micro_batches_has_its_update_in_a_loop(accumulate: int) -> None:
-    """A loop of no turn is how all micro-batches but the last do without the update."""
-    state, step = program(accumulate)
-    outer = [equation.primitive.name for equation in jax.make_jaxpr(step)(state, make_batch()).jaxpr.eqns]
-    assert outer.count("while") == (accumulate > 1)
