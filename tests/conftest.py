@@ -5,13 +5,15 @@ from __future__ import annotations
 import collections
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
+import fork_server
 import numpy as np
 import pytest
 import tiny_models
+from fork_server import Commands
 
 # Without a GPU, programs are compiled with little optimisation, in this process and in those it starts: most of the
 # time of the tests is XLA's compiler. Set before JAX is imported.
@@ -72,6 +74,21 @@ def tiny_dino2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """DINOv2 ViT, width 32, patch 14; see `tiny_models.save_tiny_dino2`."""
     pytest.importorskip("torch")
     return tiny_models.save_tiny_dino2(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def commands() -> Iterator[Commands]:
+    """Starts commands that use JAX, on the CPU."""
+    with Commands(fork_server.JAX, {"JAX_PLATFORMS": "cpu"}) as commands:
+        yield commands
+
+
+@pytest.fixture(scope="session")
+def encoder_commands() -> Iterator[Commands]:
+    """Starts commands that use PyTorch's encoders, and JAX if any on the CPU."""
+    pytest.importorskip("torch")
+    with Commands(fork_server.ENCODERS, {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}) as commands:
+        yield commands
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,14 @@
 """The whole road with the real classes: photographs, tiny VAE, T5 and DINOv3, the commands of the README."""
 
+import functools
 import json
-import os
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fork_server import Commands
 from PIL import Image
 from wording import lines_naming
 
@@ -16,20 +17,16 @@ pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def run(cache: Path, *arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", *arguments],
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+Run = Callable[..., subprocess.CompletedProcess]
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory, draw_photo, tiny_vae_dir, tiny_t5_dir, tiny_dino_dir, xla_cache) -> Path:
+def run(encoder_commands: Commands, xla_cache: Path) -> Run:
+    return functools.partial(encoder_commands.run, env={"XDG_CACHE_HOME": str(xla_cache)}, cwd=REPOSITORY)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory, draw_photo, tiny_vae_dir, tiny_t5_dir, tiny_dino_dir, run) -> Path:
     """12 photographs of three aspect ratios through `build` with the real classes."""
     root = tmp_path_factory.mktemp("road")
     photos = root / "photos"
@@ -38,7 +35,6 @@ def dataset(tmp_path_factory, draw_photo, tiny_vae_dir, tiny_t5_dir, tiny_dino_d
         Image.fromarray(draw_photo(*size, number)).save(photos / f"{number:02}.png")
         (photos / f"{number:02}.json").write_text(json.dumps({"caption": f"waves number {number}"}))
     built = run(
-        xla_cache,
         "preprocess", "build", "--input", str(photos), "--output", str(root / "data"), "--resolution", "128",
         "--modulus", "16", "--holdout", "0", "--vae", str(tiny_vae_dir), "--text-encoder", str(tiny_t5_dir),
         "--vision-encoder", str(tiny_dino_dir),
@@ -48,12 +44,11 @@ def dataset(tmp_path_factory, draw_photo, tiny_vae_dir, tiny_t5_dir, tiny_dino_d
 
 
 @pytest.fixture(scope="module")
-def narrow_prod(dataset: Path, xla_cache: Path) -> tuple[Path, subprocess.CompletedProcess]:
+def narrow_prod(dataset: Path, run: Run) -> tuple[Path, subprocess.CompletedProcess]:
     """Two steps of configs/prod.py with a reduced width, as the README's production command."""
     workdir = dataset.parent / "run"
     manifest = json.loads((dataset / "manifest.json").read_text())
     trained = run(
-        xla_cache,
         "fluxdit_jax.train", "--config=configs/prod.py", f"--config.data.path={dataset}",
         f"--config.workdir={workdir}", "--config.train.steps=2", "--config.model.width=64", "--config.model.heads=2",
         "--config.model.depth=2", "--config.optim.effective_batch=8", "--config.gate.required=False",
@@ -76,12 +71,11 @@ def test_training_writes_everything_of_the_run_directory(narrow_prod) -> None:
     assert preview.std() > 5  # decoded by the Flax VAE, not a blank sheet
 
 
-def test_sample_draws_with_the_encoders_of_the_data_set(narrow_prod, xla_cache: Path) -> None:
+def test_sample_draws_with_the_encoders_of_the_data_set(narrow_prod, run: Run) -> None:
     workdir, _ = narrow_prod
     photo = workdir.parent / "photos" / "01.png"
     out = workdir / "drawn.png"
     drawn = run(
-        xla_cache,
         "fluxdit_jax.sample", "--workdir", str(workdir), "--prompt", "waves number 3", "--reference", str(photo),
         "--guidance-text", "2", "--guidance-vision", "1.5", "--steps", "2", "--seed", "5", "--out", str(out),
     )  # fmt: skip
@@ -92,10 +86,9 @@ def test_sample_draws_with_the_encoders_of_the_data_set(narrow_prod, xla_cache: 
     assert image.text["seed"] == "5"
 
 
-def test_sample_refuses_another_text_encoder(narrow_prod, xla_cache: Path) -> None:
+def test_sample_refuses_another_text_encoder(narrow_prod, run: Run) -> None:
     workdir, _ = narrow_prod
     drawn = run(
-        xla_cache,
         "fluxdit_jax.sample", "--workdir", str(workdir), "--prompt", "x", "--text-encoder", "builtin:hash",
         "--out", str(workdir / "refused.png"),
     )  # fmt: skip
@@ -105,9 +98,8 @@ def test_sample_refuses_another_text_encoder(narrow_prod, xla_cache: Path) -> No
     assert not (workdir / "refused.png").exists()
 
 
-def test_production_does_not_start_without_the_gate(dataset: Path, xla_cache: Path) -> None:
+def test_production_does_not_start_without_the_gate(dataset: Path, run: Run) -> None:
     refused = run(
-        xla_cache,
         "fluxdit_jax.train", "--config=configs/prod.py", f"--config.data.path={dataset}",
         f"--config.workdir={dataset.parent / 'refused'}", "--config.model.text_width=64",
         "--config.model.vision_width=32",
@@ -117,14 +109,14 @@ def test_production_does_not_start_without_the_gate(dataset: Path, xla_cache: Pa
     assert not (dataset.parent / "refused" / "checkpoints").exists()
 
 
-def test_export_writes_the_ema_bit_for_bit(narrow_prod, xla_cache: Path, tmp_path: Path) -> None:
+def test_export_writes_the_ema_bit_for_bit(narrow_prod, run: Run, tmp_path: Path) -> None:
     from safetensors.numpy import load_file
 
     from fluxdit_jax.checkpoint import restore_ema
     from fluxdit_jax.export import flatten
 
     workdir, _ = narrow_prod
-    exported = run(xla_cache, "fluxdit_jax.export", "--workdir", str(workdir), "--out", str(tmp_path / "out"))
+    exported = run("fluxdit_jax.export", "--workdir", str(workdir), "--out", str(tmp_path / "out"))
     assert exported.returncode == 0, exported.stderr
     expected = flatten(restore_ema(workdir)[1])
     found = load_file(tmp_path / "out" / "model.safetensors")

@@ -27,11 +27,11 @@ KILLS = int(os.environ.get("FLUXDIT_KILLS", "2"))
 
 @pytest.fixture(scope="module")
 def config(tiny_dataset, tmp_path_factory):
-    """40 steps of two micro-batches; a checkpoint after every one, so that kills strike while one is written."""
+    """20 steps of two micro-batches; a checkpoint after every one, so that kills strike while one is written."""
     c = tiny_config(tiny_dataset, tmp_path_factory.mktemp("runs") / "whole")
-    c.train.steps, c.log.every = 40, 2
+    c.train.steps, c.log.every = 20, 2
     c.flow.drop_text, c.flow.drop_vision, c.flow.drop_both = 0.2, 0.2, 0.1
-    c.checkpoint.minutes, c.checkpoint.ema_every = 1e-9, 10
+    c.checkpoint.minutes, c.checkpoint.ema_every = 1e-9, 5
     return c
 
 
@@ -39,7 +39,7 @@ def config(tiny_dataset, tmp_path_factory):
 def whole(config, train_command, tmp_path_factory):
     done = train_command.run(config=write_config(tmp_path_factory.mktemp("config") / "c.py", config))
     assert done.returncode == 0, done.stderr
-    assert "done: 40 steps" in done.stderr
+    assert "done: 20 steps" in done.stderr
     return Path(config.workdir)
 
 
@@ -56,7 +56,7 @@ def losses(workdir):
 
 def assert_same_outcome(workdir, whole):
     assert losses(workdir) == losses(whole)
-    for step in range(10, 41, 10):
+    for step in range(5, 21, 5):
         assert tree_equal(restore_ema(workdir, step), restore_ema(whole, step)), step
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from build_fixtures import FLAGS, write_photos
+from fork_server import Commands
 from training_helpers import REPOSITORY
 
 from fluxdit_jax.config import PATHS, ConfigError, check, default_config
@@ -33,15 +33,17 @@ def preprocess(*arguments: str) -> int:
     return main(list(arguments))
 
 
-def run(xla_cache: Path, *arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {
-        "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(xla_cache),
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", *arguments], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return done
+Run = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.fixture
+def run(commands: Commands, xla_cache: Path) -> Run:
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        done = commands.run(*arguments, env={"XDG_CACHE_HOME": str(xla_cache)})
+        assert done.returncode == 0, done.stderr
+        return done
+
+    return run
 
 
 def test_only_a_leading_tilde_is_a_home(home: Path) -> None:
@@ -67,7 +69,7 @@ def test_every_key_that_is_a_path(home: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_commands_from_pictures_to_export(home: Path, draw_photo, xla_cache: Path) -> None:
+def test_the_commands_from_pictures_to_export(home: Path, draw_photo, run: Run) -> None:
     write_photos(home / "photos", 6, draw_photo)
     size = ["--resolution=128", "--modulus=16", "--holdout=0"]
     assert preprocess("build", "--input=~/photos", "--output=~/ds", *size, *FLAGS) == 0
@@ -78,14 +80,14 @@ def test_the_commands_from_pictures_to_export(home: Path, draw_photo, xla_cache:
     assert preprocess("subset", "--input=~/ds", "--images=~/photos", "--output=~/few", *few) == 0
     (home / "experiment.py").write_text((REPOSITORY / "configs" / "demo.py").read_text())
     run(
-        xla_cache, "fluxdit_jax.train", "--config=~/experiment.py", "--config.workdir=~/run", "--config.data.path=~/ds",
+        "fluxdit_jax.train", "--config=~/experiment.py", "--config.workdir=~/run", "--config.data.path=~/ds",
         "--config.model.width=32", "--config.model.depth=1", "--config.model.heads=1", "--config.train.steps=1",
         "--config.data.batch_size=2", "--config.optim.effective_batch=2", "--config.log.preview_every=0",
         "--config.optim.schedule=constant",
     )  # fmt: skip
-    run(xla_cache, "fluxdit_jax.sample", "--workdir=~/run", "--out=~/pictures/p.png", "--prompt=x", "--steps=1",
+    run("fluxdit_jax.sample", "--workdir=~/run", "--out=~/pictures/p.png", "--prompt=x", "--steps=1",
         "--reference=~/photos/set0/p00.png")  # fmt: skip
-    run(xla_cache, "fluxdit_jax.export", "--workdir=~/run", "--out=~/exported")
+    run("fluxdit_jax.export", "--workdir=~/run", "--out=~/exported")
     for made in (
         "ds/manifest.json",
         "seen",

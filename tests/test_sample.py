@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from drawing_helpers import SHORT, config, draw, pixels
+from fork_server import Commands
 from PIL import Image, PngImagePlugin
-from training_helpers import REPOSITORY
 from wording import lines_naming, naming, numbers
 
 from fluxdit_jax import recipe
@@ -121,26 +119,23 @@ def test_the_height_first_is_named(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------- recipes
 
 
-def test_a_picture_is_drawn_again_from_its_file_alone(scene: Path, xla_cache: Path, tmp_path: Path) -> None:
+def test_a_picture_is_drawn_again_from_its_file_alone(
+    scene: Path, commands: Commands, xla_cache: Path, tmp_path: Path
+) -> None:
     """One of several, with everything that can be given, by the real command in another folder."""
     photo = tmp_path / "photo.png"
     photo.write_bytes((scene / "photos" / "set0" / "p00.png").read_bytes())
     first = tmp_path / "first.png"
-    common = {
-        "cwd": tmp_path, "capture_output": True, "text": True,
-        "env": os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(xla_cache)},
-    }  # fmt: skip
-    program = [sys.executable, "-m", "fluxdit_jax.sample"]
-    done = subprocess.run(
-        [*program, "--workdir", str(scene / "run"), "--out", str(first), "--prompt", SHORT, "--prompt", f"{LONG} 山",
-         "--reference", "photo.png", "--guidance-text", "3", "--guidance-vision", "1.5", "--rescale", "0.4",
-         "--steps", "2", "--seed", "5", "--method", "euler", "--step", "4"],
-        **common,
+    run = functools.partial(commands.run, "fluxdit_jax.sample", cwd=tmp_path, env={"XDG_CACHE_HOME": str(xla_cache)})
+    done = run(
+        "--workdir", scene / "run", "--out", first, "--prompt", SHORT, "--prompt", f"{LONG} 山",
+        "--reference", "photo.png", "--guidance-text", 3, "--guidance-vision", 1.5, "--rescale", 0.4,
+        "--steps", 2, "--seed", 5, "--method", "euler", "--step", 4,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     photo.unlink()  # the recipe has its vector
     for name in ("first-001", "first"):
-        done = subprocess.run([*program, "--recipe", f"{name}.png", "--out", "again.png"], **common)
+        done = run("--recipe", f"{name}.png", "--out", "again.png")
         assert done.returncode == 0, done.stderr
         np.testing.assert_array_equal(pixels(tmp_path / "again.png"), pixels(tmp_path / f"{name}.png"))
         again, before = (Image.open(tmp_path / f"{n}.png").text for n in ("again", name))

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from fork_server import JAX, Commands
 from gate_fixtures import failed, gate, scene_config, write_dataset
 from gate_scenes import album
 from training_helpers import TrainCommand, write_config
@@ -22,11 +23,13 @@ pytestmark = pytest.mark.slow  # a training of 500 steps: about a minute of CPU
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, xla_cache) -> Path:
-    """A run that has learnt 20 scenes: 500 steps."""
+    """A run that has learnt 20 scenes: 500 steps, compiled as for a user (conftest.py turns most of it off)."""
     folder = tmp_path_factory.mktemp("gate")
     write_dataset(album(("fox", "teapot")), folder / "scenes")
     config = write_config(folder / "config.py", scene_config(folder / "scenes", folder / "run"))
-    done = TrainCommand(xla_cache, optimised=True).run(config=config)
+    optimised = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
+    with Commands(JAX, optimised) as commands:
+        done = TrainCommand(commands, xla_cache).run(config=config)
     assert done.returncode == 0, done.stderr
     return folder / "run"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from fork_server import Commands
 from training_helpers import TrainCommand, write_dataset
 
 import fluxdit_jax.train
@@ -92,5 +93,5 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def train_command(xla_cache: Path) -> TrainCommand:
-    return TrainCommand(xla_cache)
+def train_command(commands: Commands, xla_cache: Path) -> TrainCommand:
+    return TrainCommand(commands, xla_cache)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
+from fork_server import Commands, Process
 from ml_collections import ConfigDict
 
 from fluxdit_jax import data, flow, model
@@ -259,37 +258,21 @@ def jitted(parts: TrainStep):
 
 
 class TrainCommand:
-    """`python -m fluxdit_jax.train` in a process of its own, with a compilation cache for the session.
+    """`python -m fluxdit_jax.train` in a process of its own, with a compilation cache for the session."""
 
-    Optimised: compiled as for a user (conftest.py turns most of it off), for runs whose steps take longer than that.
-    """
+    def __init__(self, commands: Commands, cache: Path):
+        self._commands, self._cache = commands, cache
 
-    def __init__(self, cache: Path, optimised: bool = False):
-        self._environment = os.environ | {
-            "XDG_CACHE_HOME": str(cache),
-            "PYTHONPATH": str(REPOSITORY),
-            "JAX_PLATFORMS": "cpu",
-        }
-        if optimised:
-            self._environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
-
-    def start(self, *arguments: str, config: Path, devices: int = 1) -> subprocess.Popen:
+    def start(self, *arguments: str, config: Path) -> Process:
         """Starts it; stdout and stderr are pipes of text."""
-        environment = self._environment | {
-            "XLA_FLAGS": f"{self._environment.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
-        }
-        return subprocess.Popen(
-            [sys.executable, "-m", "fluxdit_jax.train", f"--config={config}", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=REPOSITORY,
-            env=environment,
+        environment = {"XDG_CACHE_HOME": str(self._cache)}
+        return self._commands.start(
+            "fluxdit_jax.train", f"--config={config}", *arguments, env=environment, cwd=REPOSITORY
         )
 
-    def run(self, *arguments: str, config: Path, devices: int = 1) -> subprocess.CompletedProcess:
+    def run(self, *arguments: str, config: Path) -> subprocess.CompletedProcess:
         """Runs it to the end."""
-        with self.start(*arguments, config=config, devices=devices) as process:
+        with self.start(*arguments, config=config) as process:
             out, err = process.communicate(timeout=300)
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 

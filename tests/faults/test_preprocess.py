@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from build_fixtures import contents, write_photos
+from fork_server import Commands, Process
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -59,25 +60,16 @@ def test_killed_at_random_moments() -> None:
 
 @pytest.mark.slow
 def test_killed_with_real_encoders_it_ends_byte_identical(
-    tmp_path: Path, draw_photo, tiny_vae_dir: Path, tiny_t5_dir: Path, tiny_dino_dir: Path
-) -> None:
+    tmp_path: Path, draw_photo, tiny_vae_dir: Path, tiny_t5_dir: Path, tiny_dino_dir: Path,
+    encoder_commands: Commands,
+) -> None:  # fmt: skip
     photos = write_photos(tmp_path / "photos", 24, draw_photo)
     models = ["--vae", tiny_vae_dir, "--text-encoder", tiny_t5_dir, "--vision-encoder", tiny_dino_dir]
     more = ["--resolution", "128", "--shard-size", "4", "--batch-size", "3", "--device", "cpu"]
 
-    def start(output: Path) -> subprocess.Popen:
-        command = [
-            sys.executable,
-            "-m",
-            "preprocess",
-            "build",
-            "--input",
-            photos,
-            "--output",
-            output,
-            *models,
-        ]
-        return subprocess.Popen([*map(str, command), *more], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    def start(output: Path) -> Process:
+        command = ["preprocess", "build", "--input", photos, "--output", output, *models, *more]
+        return encoder_commands.start(*command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     assert start(tmp_path / "a" / "data").wait() == 0
     output = tmp_path / "b" / "data"
