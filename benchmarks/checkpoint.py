@@ -88,7 +88,10 @@ def make_steps() -> Callable[[], float]:
     flow = FlowConfig(0.0, 1.0, 1.0, 3.0, True, 0.05, 0.1, 0.05)
     width = config.token_width
     moments = np.zeros(width, np.float32), np.ones(width, np.float32)
-    whole = make_train_step(model.build(config)[0], "float32", optimizer, flow, moments, 0, BATCH, 0.9999)
+    graph = model.build(config)[0]
+    whole = make_train_step(
+        graph, "float32", optimizer, flow, moments, seed=0, global_batch_size=BATCH, ema_target=0.9999
+    )
     accumulate, update = (jax.jit(part, donate_argnums=0) for part in whole)
     batch = {
         "latent": jnp.ones((BATCH, TOKENS, width), jnp.bfloat16),

@@ -182,14 +182,14 @@ def measure(name: str, directory: str, seed: int, averages: bool, probe: int, li
     params = jax.jit(lambda key: network.initialize(settings.model, key))(jax.random.key(seed))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     whole = make_train_step(
-        graph, settings.model.dtype, optimizer, settings.flow, statistics, seed, settings.effective_batch,
-        settings.ema_decay,
+        graph, settings.model.dtype, optimizer, settings.flow, statistics, seed=seed,
+        global_batch_size=settings.global_batch_size, ema_target=settings.ema_decay,
     )  # fmt: skip
     accumulate, update = (jax.jit(part, donate_argnums=0) for part in whole)
     forward = network.flops_per_sample(settings.model, settings.tokens, settings.text_tokens)
-    flops = 3 * forward * settings.effective_batch  # of a step
+    flops = 3 * forward * settings.global_batch_size  # of a step
     batches = data.batches(
-        data.RecordSource(directory, manifest, "train"), seed=seed, start=0, batch_size=settings.batch_size,
+        data.RecordSource(directory, manifest, "train"), seed=seed, start=0, batch_size=settings.micro_batch_size,
         patch=settings.model.patch, tokens=settings.tokens, text_tokens=settings.text_tokens, threads=1, prefetch=4,
     )  # fmt: skip
     gate = Gate(directory, manifest, settings, graph)

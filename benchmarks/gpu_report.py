@@ -18,9 +18,9 @@ def timed(rows: list[Row], target: str, side: str) -> list[Row]:
 
 
 def allowed(row: Row, memory_gb: float = 0.0) -> bool:
-    """Whether the configuration could say this: the effective batch is a multiple, and `train` would let it start."""
+    """Whether the configuration could say this: the global batch is a multiple, and `train` would let it start."""
     fits = not memory_gb or row.get("plan_gb") is None or row["plan_gb"] <= memory_gb
-    return fits and TARGETS[row["spec"]["target"]].effective_batch % row["spec"]["batch"] == 0
+    return fits and TARGETS[row["spec"]["target"]].global_batch_size % row["spec"]["batch"] == 0
 
 
 def best(rows: list[Row], target: str, side: str, memory_gb: float = 0.0) -> Row | None:
@@ -90,13 +90,13 @@ def advice(rows: list[Row], target: str, champion: Row) -> str:
     """What the configuration should say, and what it says."""
     spec, config = champion["spec"], TARGETS[target].config
     should = (spec["batch"], spec["remat"])
-    text = f"c.data.batch_size = {spec['batch']}, c.model.remat = {spec['remat']!r}"
+    text = f"c.data.micro_batch_size = {spec['batch']}, c.model.remat = {spec['remat']!r}"
     text += f" ({champion['images_s']:.2f} images/s)"
     try:
         c = configuration_of(TARGETS[target])
     except ImportError as error:
         return f"{target}: best is {text}; configs/{config}.py could not be read to compare ({error})"
-    says = (c.data.batch_size, c.model.remat)
+    says = (c.data.micro_batch_size, c.model.remat)
     if says == should:
         return f"{target}: configs/{config}.py says the best already: {text}"
     now = [row for row in timed(rows, target, "jax") if (row["spec"]["batch"], row["spec"]["remat"]) == says]

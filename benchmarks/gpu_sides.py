@@ -33,7 +33,7 @@ class Target:
     width: int
     depth: int
     heads: int
-    effective_batch: int
+    global_batch_size: int
     text_width: int = 1024
     vision_width: int = 1024
 
@@ -84,16 +84,16 @@ def settings(target: Target, spec: dict[str, Any]) -> tuple[Any, tuple[np.ndarra
     if spec["target"] == "toy":
         for key in ("width", "depth", "heads", "text_width", "vision_width"):
             c.model[key] = getattr(target, key)
-        c.optim.effective_batch = target.effective_batch
-    c.data.batch_size, c.model.remat, c.model.attention = spec["batch"], spec["remat"], spec["attention"]
-    found = (c.model.width, c.model.depth, c.model.heads, c.optim.effective_batch)
-    expected = (target.width, target.depth, target.heads, target.effective_batch)
+        c.optim.global_batch_size = target.global_batch_size
+    c.data.micro_batch_size, c.model.remat, c.model.attention = spec["batch"], spec["remat"], spec["attention"]
+    found = (c.model.width, c.model.depth, c.model.heads, c.optim.global_batch_size)
+    expected = (target.width, target.depth, target.heads, target.global_batch_size)
     if found != expected:
         raise ValueError(
-            f"configs/{target.config}.py has width, depth, heads, effective batch {found}, TARGETS in "
+            f"configs/{target.config}.py has width, depth, heads, global batch {found}, TARGETS in "
             f"benchmarks/gpu_sides.py {expected}: make them the same"
         )
-    c.optim.effective_batch = max(c.optim.effective_batch, spec["batch"])
+    c.optim.global_batch_size = max(c.optim.global_batch_size, spec["batch"])
 
     def encoder(width: int, **options: Any) -> EncoderIdentity:
         return EncoderIdentity("random numbers", "", "00", "float32", width, options)
@@ -167,7 +167,7 @@ def run_jax(spec: dict[str, Any], a: argparse.Namespace, result: dict[str, Any])
         read_at, unread = [], None
         for _ in range(count):
             state, values = compiled.accumulate(state, batch)
-            if drawn % target.effective_batch == 0:
+            if drawn % target.global_batch_size == 0:
                 state, _ = compiled.update(state)
             batch = put()
             if unread is not None:
@@ -213,7 +213,7 @@ def run_torch(spec: dict[str, Any], a: argparse.Namespace, result: dict[str, Any
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
     target = TARGETS[spec["target"]]
-    accumulate = max(1, target.effective_batch // spec["batch"])
+    accumulate = max(1, target.global_batch_size // spec["batch"])
     module = TorchDiT(network(target))
     if spec["remat"] == "block":
         module.blocks = torch.nn.ModuleList(checkpointed(block) for block in module.blocks)

@@ -20,8 +20,8 @@ def get_config() -> ConfigDict:
     c.model.width = 192
     c.model.depth = 4
     c.model.heads = 3
-    c.data.batch_size = 16
-    c.optim.effective_batch = 16
+    c.data.micro_batch_size = 16
+    c.optim.global_batch_size = 16
     # Muon, 1,200 steps: 29.5 dB and every swap and edit right; AdamW (2e-3) needs about 2,400 for that.
     c.optim.name = "muon"
     c.optim.lr = 8e-3

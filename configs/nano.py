@@ -23,8 +23,8 @@ def get_config() -> ConfigDict:
     c.model.depth = 12
     c.model.heads = 6
     c.model.remat = "attention"
-    c.data.batch_size = 8
-    c.optim.effective_batch = 8
+    c.data.micro_batch_size = 8
+    c.optim.global_batch_size = 8
     c.optim.lr = 1e-3
     c.optim.schedule = "cosine"
     c.optim.warmup_steps = 200

@@ -26,10 +26,10 @@ def get_config() -> ConfigDict:
     c.model.depth = 24
     c.model.heads = 18
     c.model.remat = "attention"
-    c.data.batch_size = 4
+    c.data.micro_batch_size = 4
     c.data.threads = 4
     c.data.prefetch = 8
-    c.optim.effective_batch = 256
+    c.optim.global_batch_size = 256
     c.optim.lr = 1e-4
     c.optim.schedule = "constant"  # the run has no planned end; the EMA does the annealing
     c.optim.warmup_steps = 1000

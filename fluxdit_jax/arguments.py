@@ -11,7 +11,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from fluxdit_jax.config import KEYS, default_config
+from fluxdit_jax.config import KEYS, RENAMED, default_config
 from fluxdit_jax.paths import expanded
 
 SHIPPED = Path(__file__).parent / "configs"  # a link to configs/; in an installed package the files themselves
@@ -88,12 +88,14 @@ def _found(argument: str) -> str:
 
 
 def near_keys(arguments: list[str]) -> str:
-    """For the first override of a key that is far from any: the keys of its group, or the groups; "" for none."""
+    """For the first override of an unknown key: its new name, or the keys of its group if none is near."""
     default = default_config()
     for argument in arguments:
         match = re.fullmatch(r"--?config\.([\w.]+)(=.*)?", argument)
         if match is None:
             continue
+        if match[1] in RENAMED:
+            return f". It is now called config.{RENAMED[match[1]]}"
         group: Any = default
         parts = match[1].split(".")
         for depth, part in enumerate(parts):

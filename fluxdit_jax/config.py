@@ -77,6 +77,8 @@ class Key:
         return self.default if isinstance(self.default, type) else type(self.default)
 
 
+# The defaults of what the model, the flow and the optimizer take stand in their dataclasses.
+_MODEL, _FLOW, _OPTIM = model.ModelConfig, flow.FlowConfig, optimizer.OptimizerConfig
 KEYS = {
     "seed": Key(0, "decides initialisation, order of the data, noise, times and dropped conditions", NOT_NEGATIVE),
     "workdir": Key(str, "the run directory; not empty: the run in it is resumed", path=True),
@@ -84,7 +86,7 @@ KEYS = {
     "device_memory_gb": Key(24.0, "what one device may use; the memory plan is held against it", POSITIVE),
     # data
     "data.path": Key(str, "dataset directory made by `python -m preprocess build`", path=True),
-    "data.batch_size": Key(16, "samples per micro-batch, over all devices", POSITIVE),
+    "data.micro_batch_size": Key(16, "samples per micro-batch, over all devices", POSITIVE),
     "data.text_tokens": Key(int, "captions are padded or cut to this; None: the longest stored", POSITIVE),
     "data.caption_weights": Key(
         (), "relative weights of a picture's 1st, 2nd, ... caption; the last: of all further", WEIGHTS
@@ -95,20 +97,20 @@ KEYS = {
         "stop", "at a damaged record: stop, or skip: the next sound one stands in, up to 1 %", one_of(*ON_CORRUPT)
     ),
     # model
-    "model.width": Key(384, "features of a token", POSITIVE),
-    "model.depth": Key(12, "blocks", POSITIVE),
-    "model.heads": Key(6, "attention heads; width / heads is a multiple of 4", POSITIVE),
-    "model.patch": Key(2, "latent pixels per token side", POSITIVE),
-    "model.channels": Key(16, "latent channels; must be the dataset's", POSITIVE),
-    "model.text_width": Key(1024, "width of a text token; must be the dataset's", POSITIVE),
-    "model.vision_width": Key(1024, "width of the vision vector; must be the dataset's", POSITIVE),
+    "model.width": Key(_MODEL.width, "features of a token", POSITIVE),
+    "model.depth": Key(_MODEL.depth, "blocks", POSITIVE),
+    "model.heads": Key(_MODEL.heads, "attention heads; width / heads is a multiple of 4", POSITIVE),
+    "model.patch": Key(_MODEL.patch, "latent pixels per token side", POSITIVE),
+    "model.channels": Key(_MODEL.channels, "latent channels; must be the dataset's", POSITIVE),
+    "model.text_width": Key(_MODEL.text_width, "width of a text token; must be the dataset's", POSITIVE),
+    "model.vision_width": Key(_MODEL.vision_width, "width of the vision vector; must be the dataset's", POSITIVE),
     "model.dtype": Key(
         "auto",
         "of the network: bfloat16, float32; auto: float32 on a CPU, as few have fast bfloat16",
         one_of("auto", "bfloat16", "float32"),
     ),
     "model.remat": Key(
-        "none",
+        _MODEL.remat,
         "what is recomputed in the backward pass: none, dots, attention, block",
         one_of(*model.REMAT_POLICIES),
     ),
@@ -116,27 +118,27 @@ KEYS = {
         "auto", "cudnn, xla; auto: cudnn (flash) on an NVIDIA GPU in bfloat16", one_of("auto", "cudnn", "xla")
     ),
     # flow
-    "flow.mean": Key(0.0, "of the logit of t", FINITE),
-    "flow.std": Key(1.0, "of the logit of t", POSITIVE),
-    "flow.uniform_share": Key(0.0, "share of samples with uniform t; 1.0: uniform time", SHARE),
+    "flow.mean": Key(_FLOW.mean, "of the logit of t", FINITE),
+    "flow.std": Key(_FLOW.std, "of the logit of t", POSITIVE),
+    "flow.uniform_share": Key(_FLOW.uniform_share, "share of samples with uniform t; 1.0: uniform time", SHARE),
     "flow.shift": Key(float, "time shift s; None: sqrt(largest token count / 256), at least 1", POSITIVE),
-    "flow.stratified": Key(True, "one t from each of effective_batch quantiles"),
-    "flow.drop_text": Key(0.1, "probability of training a sample on its vision vector alone", SHARE),
-    "flow.drop_vision": Key(0.3, "... on its caption alone", SHARE),
-    "flow.drop_both": Key(0.1, "... on neither", SHARE),
+    "flow.stratified": Key(_FLOW.stratified, "one t from each of global_batch_size quantiles"),
+    "flow.drop_text": Key(_FLOW.drop_text, "probability of training a sample on its vision vector alone", SHARE),
+    "flow.drop_vision": Key(_FLOW.drop_vision, "... on its caption alone", SHARE),
+    "flow.drop_both": Key(_FLOW.drop_both, "... on neither", SHARE),
     # optim
-    "optim.name": Key("adamw", "adamw, muon", one_of(*optimizer.NAMES)),
-    "optim.lr": Key(1e-4, "the highest learning rate", POSITIVE),
-    "optim.adam_lr": Key(1e-4, "with muon: of everything but the matrices inside the blocks", POSITIVE),
-    "optim.schedule": Key("constant", "constant, cosine", one_of(*optimizer.SCHEDULES)),
-    "optim.warmup_steps": Key(1000, "steps in which the rate rises from 0", NOT_NEGATIVE),
-    "optim.final_fraction": Key(0.0, "where the cosine ends, as a share of lr", SHARE),
-    "optim.b1": Key(0.9, "decay of the first moment", DECAY),
-    "optim.b2": Key(0.95, "decay of the second moment", DECAY),
-    "optim.eps": Key(1e-8, "added to the root of the second moment", POSITIVE),
-    "optim.weight_decay": Key(0.01, "matrices only", NOT_NEGATIVE),
-    "optim.clip": Key(1.0, "global gradient norm", POSITIVE),
-    "optim.effective_batch": Key(256, "samples per optimizer step; a multiple of data.batch_size", POSITIVE),
+    "optim.name": Key(_OPTIM.name, "adamw, muon", one_of(*optimizer.NAMES)),
+    "optim.lr": Key(_OPTIM.lr, "the highest learning rate", POSITIVE),
+    "optim.adam_lr": Key(_OPTIM.adam_lr, "with muon: of everything but the matrices inside the blocks", POSITIVE),
+    "optim.schedule": Key(_OPTIM.schedule, "constant, cosine", one_of(*optimizer.SCHEDULES)),
+    "optim.warmup_steps": Key(_OPTIM.warmup_steps, "steps in which the rate rises from 0", NOT_NEGATIVE),
+    "optim.final_fraction": Key(_OPTIM.final_fraction, "where the cosine ends, as a share of lr", SHARE),
+    "optim.b1": Key(_OPTIM.b1, "decay of the first moment", DECAY),
+    "optim.b2": Key(_OPTIM.b2, "decay of the second moment", DECAY),
+    "optim.eps": Key(_OPTIM.eps, "added to the root of the second moment", POSITIVE),
+    "optim.weight_decay": Key(_OPTIM.weight_decay, "matrices only", NOT_NEGATIVE),
+    "optim.grad_clip_norm": Key(_OPTIM.grad_clip_norm, "global gradient norm", POSITIVE),
+    "optim.global_batch_size": Key(256, "samples per optimizer step; a multiple of data.micro_batch_size", POSITIVE),
     # ema, train, checkpoint
     "ema.decay": Key(0.9999, "warmed up as min(decay, (1 + t) / (10 + t))", DECAY),
     "ema.short_decay": Key(float, "of a second average, to see whether the first lags; None: none", DECAY),
@@ -173,8 +175,8 @@ KEYS = {
     ),
     "mesh.fsdp": Key(1, "devices that split the weights", POSITIVE),
     "mesh.coordinator": Key(str, "several processes: host:port of process 0; auto: ask the cluster (SLURM)"),
-    "mesh.processes": Key(1, "with host:port: how many processes", POSITIVE),
-    "mesh.process": Key(0, "with host:port: the number of this one", NOT_NEGATIVE),
+    "mesh.num_processes": Key(1, "with host:port: how many processes", POSITIVE),
+    "mesh.process_id": Key(0, "with host:port: the number of this one", NOT_NEGATIVE),
     "resume.allow_changes": Key(False, "resume although keys that change the mathematics were changed"),
     "resume.from_run": Key(
         str, "a new run starts from this run's weights (another stage, resolution, data)", path=True
@@ -186,6 +188,13 @@ KEYS = {
     ),
 }
 PATHS = tuple(name for name, key in KEYS.items() if key.path)
+RENAMED = {
+    "data.batch_size": "data.micro_batch_size",
+    "optim.effective_batch": "optim.global_batch_size",
+    "optim.clip": "optim.grad_clip_norm",
+    "mesh.processes": "mesh.num_processes",
+    "mesh.process": "mesh.process_id",
+}
 
 
 def default_config() -> ConfigDict:
@@ -211,7 +220,7 @@ class Settings:
       tokens: image tokens a sequence is padded to (the largest bucket).
       text_tokens: text tokens a caption is padded to.
       text_limit: text tokens a longer caption is cut to; None: none of the data set is that long.
-      batch_size: samples of a micro-batch over all devices; effective_batch: of an optimizer step.
+      micro_batch_size: samples of a micro-batch over all devices; global_batch_size: of an optimizer step.
     """
 
     model: model.ModelConfig
@@ -220,8 +229,8 @@ class Settings:
     tokens: int
     text_tokens: int
     text_limit: int | None
-    batch_size: int
-    effective_batch: int
+    micro_batch_size: int
+    global_batch_size: int
     ema_decay: float
     short_ema_decay: float | None
     seed: int
@@ -264,6 +273,10 @@ def _require_kind(name: str, value: Any, kind: type) -> None:
 
 def check(c: ConfigDict) -> None:
     """Expands `~` in the keys that are paths. Raises `ConfigError`, naming the key, for a value that cannot be."""
+    for name, successor in RENAMED.items():
+        group, _, last = name.partition(".")
+        if isinstance(c.get(group), ConfigDict) and last in c[group]:
+            raise ConfigError(f"config.{name} is now called config.{successor}")
     for name, key in KEYS.items():
         value = _value(c, name)
         if not (key.optional and value is None):
@@ -300,10 +313,10 @@ def _check_together(c: ConfigDict) -> None:
         f"a multiple of model.heads ({c.model.heads}) with a head size that is a multiple of 4",
     )
     _require(
-        c.optim.effective_batch % c.data.batch_size == 0,
-        "optim.effective_batch",
-        c.optim.effective_batch,
-        f"a multiple of data.batch_size ({c.data.batch_size})",
+        c.optim.global_batch_size % c.data.micro_batch_size == 0,
+        "optim.global_batch_size",
+        c.optim.global_batch_size,
+        f"a multiple of data.micro_batch_size ({c.data.micro_batch_size})",
     )
     if c.profile is not None:
         profile_steps(c.profile)
@@ -358,13 +371,13 @@ def resolve(c: ConfigDict, manifest: Manifest) -> Settings:
             optimizer.OptimizerConfig,
             c.optim,
             total_steps=c.train.steps,
-            accumulate=c.optim.effective_batch // c.data.batch_size,
+            grad_accum_steps=c.optim.global_batch_size // c.data.micro_batch_size,
         ),
         tokens=tokens,
         text_tokens=text_tokens,
         text_limit=text_tokens if text_tokens < manifest.text_tokens else None,
-        batch_size=c.data.batch_size,
-        effective_batch=c.optim.effective_batch,
+        micro_batch_size=c.data.micro_batch_size,
+        global_batch_size=c.optim.global_batch_size,
         ema_decay=c.ema.decay,
         short_ema_decay=c.ema.short_decay,
         seed=c.seed,

@@ -4,7 +4,7 @@ x_t = (1 - t) x_0 + t noise, target velocity v = noise - x_0, t = 1 is noise (ar
 Everything here is f32: time in bf16 has 8 bits, which merges neighbouring noise levels near t = 1.
 
 Every random number of a sample is a function of (seed, index), where index counts the samples drawn since
-the start of the run. The draws of a step are therefore the same however the effective batch is split into
+the start of the run. The draws of a step are therefore the same however the global batch is split into
 micro-batches or over devices, and no random state needs saving.
 """
 
@@ -29,18 +29,18 @@ class FlowConfig:
       mean, std: of the normal whose sigmoid is t (logit-normal, arXiv:2403.03206 section 3.1).
       uniform_share: share of samples whose t is uniform instead; 1.0 is plain uniform time.
       shift: s of t' = s t / (1 + (s - 1) t), applied last; sampling uses the same s.
-      stratified: draw the times of one effective batch from as many equal quantiles, for a quieter loss.
+      stratified: draw the times of one global batch from as many equal quantiles, for a quieter loss.
       drop_text, drop_vision, drop_both: probabilities of the one categorical draw a sample gets.
     """
 
-    mean: float
-    std: float
-    uniform_share: float
-    shift: float
-    stratified: bool
-    drop_text: float
-    drop_vision: float
-    drop_both: float
+    mean: float = 0.0
+    std: float = 1.0
+    uniform_share: float = 0.0
+    shift: float = 1.0
+    stratified: bool = True
+    drop_text: float = 0.1
+    drop_vision: float = 0.3
+    drop_both: float = 0.1
 
 
 def shift_time(t: jax.Array, shift: float) -> jax.Array:
@@ -63,18 +63,18 @@ def sample_keys(seed: int, index_B: jax.Array) -> jax.Array:
     return jax.vmap(lambda index: jax.random.fold_in(root, index))(index_B)
 
 
-def draw_time(config: FlowConfig, seed: int, index_B: jax.Array, effective_batch: int) -> jax.Array:
+def draw_time(config: FlowConfig, seed: int, index_B: jax.Array, global_batch_size: int) -> jax.Array:
     """Times in (0, 1), f32 [B], after the shift."""
     keys = sample_keys(seed, index_B)
     u = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, _TIME)))(keys)
     if config.stratified:
-        step_B, slot_B = index_B // effective_batch, index_B % effective_batch
+        step_B, slot_B = index_B // global_batch_size, index_B % global_batch_size
 
         def stratum(step: jax.Array, slot: jax.Array) -> jax.Array:
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), _STRATA)
-            return jax.random.permutation(key, effective_batch)[slot]
+            return jax.random.permutation(key, global_batch_size)[slot]
 
-        u = (jax.vmap(stratum)(step_B, slot_B) + u) / effective_batch
+        u = (jax.vmap(stratum)(step_B, slot_B) + u) / global_batch_size
     return time_at_quantile(config, u)
 
 

@@ -59,16 +59,16 @@ class ModelConfig:
       attention: "cudnn" or "xla" (see `attention.choose_implementation`).
     """
 
-    width: int
-    depth: int
-    heads: int
-    patch: int
-    channels: int
-    text_width: int
-    vision_width: int
-    dtype: str
-    remat: str
-    attention: str
+    width: int = 384
+    depth: int = 12
+    heads: int = 6
+    patch: int = 2
+    channels: int = 16
+    text_width: int = 1024
+    vision_width: int = 1024
+    dtype: str = "bfloat16"
+    remat: str = "none"
+    attention: str = "xla"
 
     @property
     def head_dim(self) -> int:

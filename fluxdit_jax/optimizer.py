@@ -23,23 +23,23 @@ class OptimizerConfig:
     lr: peak learning rate. For Muon that of the matrices; `adam_lr` is that of the rest.
     warmup_steps, total_steps: optimizer steps.
     final_fraction: the cosine ends at this share of the peak.
-    clip: largest global gradient norm.
-    accumulate: micro-batches per optimizer step.
+    grad_clip_norm: largest global norm of the gradient; a larger one is scaled down to it.
+    grad_accum_steps: micro-batches per optimizer step.
     """
 
-    name: str
-    lr: float
-    adam_lr: float
-    schedule: str
-    warmup_steps: int
     total_steps: int
-    final_fraction: float
-    b1: float
-    b2: float
-    eps: float
-    weight_decay: float
-    clip: float
-    accumulate: int
+    name: str = "adamw"
+    lr: float = 1e-4
+    adam_lr: float = 1e-4
+    schedule: str = "constant"
+    warmup_steps: int = 1000
+    final_fraction: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    grad_clip_norm: float = 1.0
+    grad_accum_steps: int = 1
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -156,8 +156,8 @@ def build_optimizer(config: OptimizerConfig) -> optax.MultiSteps:
         )
     else:
         raise ValueError(f"optim.name must be one of {NAMES}, got {config.name!r}")
-    inner = optax.chain(record_norms(), optax.clip_by_global_norm(config.clip), rule)
-    return optax.MultiSteps(inner, config.accumulate)
+    inner = optax.chain(record_norms(), optax.clip_by_global_norm(config.grad_clip_norm), rule)
+    return optax.MultiSteps(inner, config.grad_accum_steps)
 
 
 def gradient_norms(opt_state: optax.MultiStepsState) -> NormsState:

@@ -21,8 +21,8 @@ _EXPECTED_MFU = 0.4
 
 def length(config: ConfigDict, manifest: Manifest) -> Length:
     """How long the run is."""
-    micro_batches = config.optim.effective_batch // config.data.batch_size
-    return Length(config.train.steps, micro_batches, config.optim.effective_batch, manifest.records("train"))
+    micro_batches = config.optim.global_batch_size // config.data.micro_batch_size
+    return Length(config.train.steps, micro_batches, config.optim.global_batch_size, manifest.records("train"))
 
 
 def training_flops(settings: Settings) -> int:
@@ -54,7 +54,7 @@ def describe(config: ConfigDict, settings: Settings, manifest: Manifest, mesh: j
         )
     log.info(
         "batch: %d x %d = %d on %d %s device(s); time shift %.2f",
-        *(config.data.batch_size, settings.optimizer.accumulate, config.optim.effective_batch),
+        *(config.data.micro_batch_size, settings.optimizer.grad_accum_steps, config.optim.global_batch_size),
         *(mesh.size, jax.devices()[0].device_kind, settings.flow.shift),
     )
     _describe_length(length(config, manifest), training_flops(settings), config, mesh.size)

@@ -42,10 +42,10 @@ class Program:
             self._optimizer,
             settings.flow,
             statistics,
-            settings.seed,
-            settings.effective_batch,
-            settings.ema_decay,
-            settings.short_ema_decay,
+            seed=settings.seed,
+            global_batch_size=settings.global_batch_size,
+            ema_target=settings.ema_decay,
+            short_ema_target=settings.short_ema_decay,
         )
         self._create = jax.jit(
             lambda key: self._state_of(model.initialize(settings.model, key)), out_shardings=self._placed
@@ -67,7 +67,9 @@ class Program:
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """A micro-batch over all devices, as `data.collate` makes it."""
         s, m = self._settings, self._settings.model
-        shapes = data.batch_shapes(s.batch_size, m.token_width, s.tokens, s.text_tokens, m.text_width, m.vision_width)
+        shapes = data.batch_shapes(
+            s.micro_batch_size, m.token_width, s.tokens, s.text_tokens, m.text_width, m.vision_width
+        )
         place = sharding.batch_sharding(self._mesh)
         return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, (shape, dtype) in shapes.items()}
 
@@ -97,23 +99,23 @@ class Program:
     def smaller(self) -> list[tuple[str, Callable[[], MemoryPlan]]]:
         """What to try, in this order, where the step does not fit: (what to set, how to plan its memory)."""
         s, devices = self._settings, self._mesh.size
-        choices = [(s.batch_size, "block")] if s.model.remat != "block" else []
-        batch = s.batch_size // 2
+        choices = [(s.micro_batch_size, "block")] if s.model.remat != "block" else []
+        batch = s.micro_batch_size // 2
         while batch >= devices and batch % devices == 0:
             choices.append((batch, "block"))
             batch //= 2
 
         def planner(batch: int, remat: str) -> Callable[[], MemoryPlan]:
             def make() -> MemoryPlan:
-                optimizer = dataclasses.replace(s.optimizer, accumulate=s.effective_batch // batch)
+                optimizer = dataclasses.replace(s.optimizer, grad_accum_steps=s.global_batch_size // batch)
                 network = dataclasses.replace(s.model, remat=remat)
-                settings = dataclasses.replace(s, batch_size=batch, model=network, optimizer=optimizer)
+                settings = dataclasses.replace(s, micro_batch_size=batch, model=network, optimizer=optimizer)
                 program = Program(settings, self._mesh, self._statistics)
                 return program.memory(program.compile())
 
             return make
 
         return [
-            (f"--config.data.batch_size={batch} --config.model.remat={remat}", planner(batch, remat))
+            (f"--config.data.micro_batch_size={batch} --config.model.remat={remat}", planner(batch, remat))
             for batch, remat in choices
         ]

@@ -17,7 +17,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from fluxdit_jax.config import default_config
+from fluxdit_jax.config import RENAMED, default_config
 from fluxdit_jax.files import write_whole
 from fluxdit_jax.lock import Lock
 from fluxdit_jax.records import DatasetError, Manifest, json_checksum, load_manifest
@@ -33,7 +33,7 @@ FREE_KEYS = (
     "device_memory_gb",
     "profile",
     "data.path",
-    "data.batch_size",
+    "data.micro_batch_size",
     "data.threads",
     "data.prefetch",
     "data.on_corrupt",
@@ -184,6 +184,15 @@ def _completed(values: dict[str, Any], defaults: dict[str, Any], prefix: str = "
     return whole
 
 
+def _renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """The keys of an earlier version under today's names."""
+    for name, successor in RENAMED.items():
+        old, new = name.split("."), successor.split(".")
+        if isinstance(values.get(old[0]), dict) and old[1] in values[old[0]]:
+            values.setdefault(new[0], {})[new[1]] = values[old[0]].pop(old[1])
+    return values
+
+
 def _with_tuples(value: Any) -> Any:
     """JSON as a configuration: its lists are tuples."""
     if isinstance(value, dict):
@@ -204,7 +213,7 @@ def _recorded(workdir: Path) -> ConfigDict:
                 "its checksum is not that of its content: it is damaged, or was edited by hand. Bring a backup; "
                 "or mend the value and take the line with the checksum out"
             )
-        return ConfigDict(_with_tuples(values))
+        return ConfigDict(_with_tuples(_renamed(values)))
     except FileNotFoundError as error:
         raise RunError(f"{path} does not exist: {workdir} is not a run directory of fluxdit_jax.train") from error
     except (OSError, ValueError, TypeError, RecursionError) as error:

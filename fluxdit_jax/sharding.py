@@ -33,7 +33,9 @@ def make_mesh(data: int, fsdp: int, batch_size: int) -> Mesh:
             f"config.mesh is data={data} x fsdp={fsdp} = {data * fsdp} devices, but there are {len(devices)}"
         )
     if batch_size % len(devices):
-        raise MeshError(f"config.data.batch_size is {batch_size}; it must be a multiple of the {len(devices)} devices")
+        raise MeshError(
+            f"config.data.micro_batch_size is {batch_size}; it must be a multiple of the {len(devices)} devices"
+        )
     return Mesh(np.asarray(devices).reshape(data, fsdp), ("data", "fsdp"))
 
 

@@ -79,7 +79,7 @@ def train(config: ConfigDict) -> int:
         configuration.check(config)
         manifest = load_manifest(config.data.path)
         settings = configuration.resolve(config, manifest)
-        mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.data.batch_size)
+        mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.data.micro_batch_size)
         source = data.RecordSource(config.data.path, manifest, "train", config.data.on_corrupt)
         statistics = patch_statistics(manifest.latent_mean, manifest.latent_std, settings.model.patch)
         report = require_report(config.gate.report, settings.model, manifest) if config.gate.required else None
@@ -118,7 +118,7 @@ def train(config: ConfigDict) -> int:
             source,
             seed=config.seed,
             start=samples,
-            batch_size=config.data.batch_size,
+            batch_size=config.data.micro_batch_size,
             patch=settings.model.patch,
             tokens=settings.tokens,
             text_tokens=settings.text_tokens,
@@ -142,7 +142,7 @@ def train(config: ConfigDict) -> int:
                 watchdog=Watchdog(config.health.max_skipped, model.count_parameters(settings.model), config.optim.lr),
                 schedule=learning_rate(settings.optimizer, config.optim.lr),
                 metric_shapes=program.metric_shapes,
-                batch_size=config.data.batch_size,
+                batch_size=config.data.micro_batch_size,
                 flops_per_token=overview.training_flops(settings) / settings.tokens,
                 peak_flops=1e12 * (devices.peak_tflops(config.log.peak_tflops) or 0) * mesh.size,
                 step=step,
@@ -160,9 +160,9 @@ def train(config: ConfigDict) -> int:
         save_overdue, look_overdue = Overdue(config.checkpoint.minutes), Overdue(config.log.minutes)
         for step in range(first + 1, config.train.steps + 1):
             trace.at(step - 1)
-            for _ in range(settings.optimizer.accumulate):
+            for _ in range(settings.optimizer.grad_accum_steps):
                 state, values = accumulate(state, batch)
-                samples += config.data.batch_size
+                samples += config.data.micro_batch_size
                 asked = time.monotonic()
                 batch = sharding.put_batch(mesh, next(batches))
                 if values.is_ready():  # the device was done before the data came
@@ -284,7 +284,7 @@ def _make_heldout(
         statistics=statistics,
         tokens=settings.tokens,
         text_tokens=settings.text_tokens,
-        batch_size=settings.batch_size,
+        batch_size=settings.micro_batch_size,
         pictures=config.log.heldout_count,
     )
 
@@ -337,7 +337,7 @@ def main(argv: list[str]) -> None:
     config = _CONFIG.value
     devices.use_compilation_cache()
     devices.use_most_memory()
-    devices.join_processes(config.mesh.coordinator, config.mesh.processes, config.mesh.process)
+    devices.join_processes(config.mesh.coordinator, config.mesh.num_processes, config.mesh.process_id)
     keep_freed_memory(large_too=jax.default_backend() == "cpu")
     try:
         code = train(config)

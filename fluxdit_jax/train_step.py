@@ -82,8 +82,9 @@ def make_train_step(
     optimizer: optax.MultiSteps,
     flow_config: flow.FlowConfig,
     statistics: tuple[np.ndarray, np.ndarray],
+    *,
     seed: int,
-    effective_batch: int,
+    global_batch_size: int,
     ema_target: float,
     short_ema_target: float | None = None,
 ) -> TrainStep:
@@ -97,7 +98,7 @@ def make_train_step(
     def loss_fn(params: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
         index = batch["index"]
         x0, valid = normalize_latents(batch, mean_P, std_P)
-        t = flow.draw_time(flow_config, seed, index, effective_batch)
+        t = flow.draw_time(flow_config, seed, index, global_batch_size)
         noise = flow.draw_noise(seed, index, x0.shape[1:])
         keep = flow.draw_kept_conditions(flow_config, seed, index)
         loss_B, prediction, target = flow_loss(graph, params, batch, x0, valid, t, noise, keep)

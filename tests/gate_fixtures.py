@@ -83,7 +83,7 @@ def scene_config(dataset: Path, workdir: Path) -> ConfigDict:
     c = default_config()
     c.workdir, c.data.path = str(workdir), str(dataset)
     c.model.width, c.model.depth, c.model.heads = 128, 3, 4
-    c.data.batch_size = c.optim.effective_batch = 20
+    c.data.micro_batch_size = c.optim.global_batch_size = 20
     c.optim.name, c.optim.lr, c.optim.adam_lr = "muon", 8e-3, 3e-3
     c.optim.schedule, c.optim.warmup_steps, c.optim.final_fraction = "cosine", 50, 0.02
     c.flow.uniform_share, c.flow.shift = 1.0, 2.0

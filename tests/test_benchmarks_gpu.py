@@ -32,9 +32,9 @@ def row(batch, remat, images_s, *, side="jax", peak=10.0, plan=10.0, turn="run/0
 def test_each_configuration_is_what_a_run_would_get(target):
     for batch, remat in gpu.OURS[target]:
         settings, (mean, _) = gpu_sides.settings(gpu_sides.TARGETS[target], gpu.make(target, "jax", batch, remat))
-        assert (settings.batch_size, settings.model.remat) == (batch, remat)
+        assert (settings.micro_batch_size, settings.model.remat) == (batch, remat)
         assert settings.tokens == gpu_sides.TARGETS[target].side ** 2
-        assert settings.optimizer.accumulate * batch == settings.effective_batch
+        assert settings.optimizer.grad_accum_steps * batch == settings.global_batch_size
         assert len(mean) == settings.model.token_width
     same = model.flops_per_sample(settings.model, settings.tokens, settings.text_tokens)
     assert gpu_sides.flops_per_image(gpu_sides.TARGETS[target]) == 3 * same
@@ -75,7 +75,7 @@ def test_the_best_is_one_that_train_would_start_and_among_equals_the_smallest():
         row(4, "block", 10.0, peak=9.0),
         row(8, "block", 10.1, peak=12.0),
         row(8, "attention", 14.0, plan=25.0),  # `train` refuses a plan above device_memory_gb
-        row(12, "none", 15.0),  # no multiple makes an effective batch of 256
+        row(12, "none", 15.0),  # no multiple makes a global batch of 256
         row(2, "none", None, status="out of memory"),
     ]
     assert gpu_report.best(rows, "prod-1024", "jax", 24.0)["spec"]["batch"] == 4
@@ -89,7 +89,7 @@ def test_the_report_has_the_ratio_of_each_round_and_the_change_to_make():
     rows += [row(4, "attention", 9.0), row(16, "block", None, status="out of memory")]
     text = gpu_report.report(rows, 24.0, ["prod-256 jax"])
     assert lines_naming(text, "1.30", "1.20", "1.40", 3, "PyTorch")
-    assert "c.data.batch_size = 8, c.model.remat = 'attention'" in text
+    assert "c.data.micro_batch_size = 8, c.model.remat = 'attention'" in text
     assert lines_naming(text, "configs/prod.py", 4, "'attention'", "9.00 images/s")
     assert "| 16 | out of memory |" in text and lines_naming(text, "time (1)", "prod-256 jax")
 

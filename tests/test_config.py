@@ -26,7 +26,7 @@ from wording import naming
 
 from fluxdit_jax import arguments
 from fluxdit_jax import config as configuration
-from fluxdit_jax.config import ConfigError, check, default_config, profile_steps, resolve
+from fluxdit_jax.config import KEYS, RENAMED, ConfigError, check, default_config, profile_steps, resolve
 from fluxdit_jax.records import load_manifest
 
 pytest_plugins = ("training_fixtures",)
@@ -99,8 +99,16 @@ ZERO_IS_FINE = {
     "log.minutes",
     "log.preview_every",
     "log.heldout_every",
-    "mesh.process",
+    "mesh.process_id",
 }
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_renamed_key_names_its_successor(config, old, new):
+    assert new in KEYS and old not in KEYS
+    set_key(config, old, 1)
+    with pytest.raises(ConfigError, match=naming(f"config.{old}", f"config.{new}")):
+        check(config)
 
 
 @pytest.mark.parametrize("key", [key for key in INTEGERS if key not in ZERO_IS_FINE])
@@ -135,13 +143,13 @@ def test_a_count_of_zero_names_its_key(config, key):
         ({"optim.b1": 1.0}, ["optim.b1", 1]),
         ({"optim.b2": -0.1}, ["optim.b2", 0]),
         ({"ema.decay": 1.0}, ["ema.decay", 1]),
-        ({"optim.clip": 0.0}, ["optim.clip", 0]),
+        ({"optim.grad_clip_norm": 0.0}, ["optim.grad_clip_norm", 0]),
         ({"optim.final_fraction": 1.5}, ["optim.final_fraction", 0, 1]),
         ({"optim.weight_decay": -0.1}, ["optim.weight_decay", 0]),
         ({"optim.name": "lion"}, ["optim.name", "'lion'", "adamw, muon"]),
         ({"optim.schedule": "linear"}, ["optim.schedule", "constant, cosine"]),
-        ({"optim.effective_batch": 10}, ["optim.effective_batch", "data.batch_size", 4]),
-        ({"optim.effective_batch": 2}, ["optim.effective_batch", "data.batch_size", 4]),
+        ({"optim.global_batch_size": 10}, ["optim.global_batch_size", "data.micro_batch_size", 4]),
+        ({"optim.global_batch_size": 2}, ["optim.global_batch_size", "data.micro_batch_size", 4]),
         ({"optim.schedule": "cosine", "optim.warmup_steps": 99}, ["optim.warmup_steps", "train.steps", 8]),
         ({"model.heads": 3}, ["model.width", 32, "model.heads", 3]),
         ({"model.heads": 16}, ["model.width", 4]),
@@ -242,8 +250,8 @@ def test_the_parts_get_the_values(config, tiny_dataset):
     assert settings.model.width == 32 and settings.model.channels == CHANNELS
     assert settings.tokens == 4  # the largest of 4, 3 and 3
     assert settings.text_tokens == 8  # the longest stored is 5
-    assert settings.optimizer.accumulate == 2 and settings.optimizer.total_steps == 8
-    assert (settings.batch_size, settings.effective_batch, settings.seed) == (4, 8, 0)
+    assert settings.optimizer.grad_accum_steps == 2 and settings.optimizer.total_steps == 8
+    assert (settings.micro_batch_size, settings.global_batch_size, settings.seed) == (4, 8, 0)
     assert settings.ema_decay == 0.9999
     assert settings.flow.shift == 1.0  # of 4 tokens
     assert settings.model.dtype == "float32" and settings.model.attention == "xla"
@@ -306,11 +314,12 @@ def refused(train_command, config_file, *arguments):
     ("argument", "words"),
     [
         ("--config.model.widht=64", ["widht", "width"]),
-        ("--config.data.batch_size=many", ["batch_size", "many"]),
+        ("--config.data.micro_batch_size=many", ["batch_size", "many"]),
+        ("--config.data.batch_size=4", ["data.batch_size", "config.data.micro_batch_size"]),
         ("workdir=/tmp/x", ["workdir=/tmp/x", "--config.group.key=value"]),
         ("--config.model.dtype=float16", ["config.model.dtype", "65,504"]),
     ],
-    ids=["unknown", "type", "extra", "float16"],
+    ids=["unknown", "type", "renamed", "extra", "float16"],
 )
 def test_the_command_refuses_in_one_line(train_command, config, tmp_path, argument, words):
     line = refused(train_command, write_config(tmp_path / "c.py", config), argument)

@@ -215,8 +215,8 @@ SHORT = {
     "fluxdit_jax.train": [
         f"--config.{change}"
         for change in (
-            "model.width=32", "model.depth=1", "model.heads=2", "train.steps=3", "optim.effective_batch=4",
-            "data.batch_size=4", "model.remat=none", "optim.warmup_steps=1", "log.every=1", "log.preview_every=0",
+            "model.width=32", "model.depth=1", "model.heads=2", "train.steps=3", "optim.global_batch_size=4",
+            "data.micro_batch_size=4", "model.remat=none", "optim.warmup_steps=1", "log.every=1", "log.preview_every=0",
             "log.heldout_count=2", "checkpoint.ema_every=2", "gate.required=False",
         )
     ],

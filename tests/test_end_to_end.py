@@ -51,7 +51,7 @@ def narrow_prod(dataset: Path, run: Run) -> tuple[Path, subprocess.CompletedProc
     trained = run(
         "fluxdit_jax.train", "--config=configs/prod.py", f"--config.data.path={dataset}",
         f"--config.workdir={workdir}", "--config.train.steps=2", "--config.model.width=64", "--config.model.heads=2",
-        "--config.model.depth=2", "--config.optim.effective_batch=8", "--config.gate.required=False",
+        "--config.model.depth=2", "--config.optim.global_batch_size=8", "--config.gate.required=False",
         "--config.log.preview_steps=2", "--config.log.preview_count=3", "--config.log.every=1",
         f"--config.model.text_width={manifest['text']['width']}",
         f"--config.model.vision_width={manifest['vision']['width']}",

@@ -57,7 +57,7 @@ def test_a_healthy_run_is_left_in_peace(seed):
 @pytest.mark.parametrize("noise", [0.05, 0.15, 0.25])
 @pytest.mark.parametrize("seed", range(5))
 def test_a_resumed_run_on_its_plateau_is_left_in_peace(seed, noise):
-    """An effective batch of 16 has losses that vary by 11 % from step to step."""
+    """A global batch of 16 has losses that vary by 11 % from step to step."""
     assert watch(healthy(3000, seed, start=5000, noise=noise)) == []
 
 

@@ -26,7 +26,7 @@ TIMES = flow.FlowConfig(
 )  # fmt: skip
 RULE = OptimizerConfig(
     name="adamw", lr=3e-3, adam_lr=3e-3, schedule="constant", warmup_steps=20, total_steps=400,
-    final_fraction=0.0, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip=1.0, accumulate=1,
+    final_fraction=0.0, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, grad_clip_norm=1.0, grad_accum_steps=1,
 )  # fmt: skip
 BATCH, TOKENS = 16, 4
 
@@ -51,7 +51,9 @@ def diagnoses(rule: OptimizerConfig, *, steps: int, doctor=lambda params: params
     optimizer = build_optimizer(rule)
     state = create_state(doctor(model.initialize(SHAPE, jax.random.key(0))), optimizer)
     statistics = (np.zeros(SHAPE.token_width, np.float32), np.ones(SHAPE.token_width, np.float32))
-    step = make_train_step(graph, "float32", optimizer, TIMES, statistics, 0, BATCH, 0.999)
+    step = make_train_step(
+        graph, "float32", optimizer, TIMES, statistics, seed=0, global_batch_size=BATCH, ema_target=0.999
+    )
     if constant:  # the target velocity is zero: nothing is left to learn but silence
         zeros = dict(pictures(1), latent=np.zeros((1, TOKENS, SHAPE.token_width), np.float32))
         data, noise = zeros, jnp.zeros((BATCH, TOKENS, SHAPE.token_width))

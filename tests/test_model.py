@@ -260,7 +260,7 @@ def two_steps(quick_compile):
             tiny_flow(drop_text=0.2, drop_vision=0.2, drop_both=0.2),
             patch_statistics((0.5,) * 4, (2.0,) * 4, 2),
             seed=0,
-            effective_batch=16,
+            global_batch_size=16,
             ema_target=0.999,
         )
     )

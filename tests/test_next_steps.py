@@ -17,7 +17,7 @@ pytest_plugins = ("training_fixtures",)
 TINY = [
     f"--config.{key}"
     for key in ("train.steps=1", "optim.warmup_steps=1", "model.width=64", "model.depth=1", "model.heads=1",
-                "data.batch_size=4", "optim.effective_batch=4", "log.preview_every=0", "log.heldout_every=0")
+                "data.micro_batch_size=4", "optim.global_batch_size=4", "log.preview_every=0", "log.heldout_every=0")
 ]  # fmt: skip
 
 

@@ -134,7 +134,7 @@ def test_norms_of_bf16_are_summed_in_f32():
 
 @pytest.mark.parametrize("clip", [0.5, 1e6])
 def test_clipping_by_the_global_norm_and_norms_from_before_it(params, clip):
-    optimizer = build_optimizer(tiny_optimizer(clip=clip))
+    optimizer = build_optimizer(tiny_optimizer(grad_clip_norm=clip))
     gradient = lively(params, seed=1)
     _, state = jax.jit(optimizer.update)(gradient, optimizer.init(params), params)
     norm, groups = group_norms(gradient)
@@ -216,7 +216,7 @@ def test_muon_orthogonalises_kernels_of_blocks_and_gives_the_rest_to_adam(params
 
 
 def test_accumulation_is_the_mean_and_counts_optimizer_steps(params):
-    config = tiny_optimizer(accumulate=3, eps=1e-2)
+    config = tiny_optimizer(grad_accum_steps=3, eps=1e-2)
     optimizer, whole = build_optimizer(config), build_optimizer(tiny_optimizer(eps=1e-2))
     gradients = [lively(params, seed=seed) for seed in range(3)]
     state, update = optimizer.init(params), jax.jit(optimizer.update)

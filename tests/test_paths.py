@@ -82,7 +82,7 @@ def test_the_commands_from_pictures_to_export(home: Path, draw_photo, run: Run) 
     run(
         "fluxdit_jax.train", "--config=~/experiment.py", "--config.workdir=~/run", "--config.data.path=~/ds",
         "--config.model.width=32", "--config.model.depth=1", "--config.model.heads=1", "--config.train.steps=1",
-        "--config.data.batch_size=2", "--config.optim.effective_batch=2", "--config.log.preview_every=0",
+        "--config.data.micro_batch_size=2", "--config.optim.global_batch_size=2", "--config.log.preview_every=0",
         "--config.optim.schedule=constant",
     )  # fmt: skip
     run("fluxdit_jax.sample", "--workdir=~/run", "--out=~/pictures/p.png", "--prompt=x", "--steps=1",

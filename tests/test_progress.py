@@ -91,7 +91,7 @@ def test_something_is_due_after_a_tenth_and_then_after_all_of_its_minutes(monkey
 def described(config, package_log):
     manifest = load_manifest(config.data.path)
     package_log.clear()
-    overview.describe(config, resolve(config, manifest), manifest, make_mesh(1, 1, config.data.batch_size))
+    overview.describe(config, resolve(config, manifest), manifest, make_mesh(1, 1, config.data.micro_batch_size))
     return package_log
 
 

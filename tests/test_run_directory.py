@@ -16,7 +16,7 @@ import pytest
 from training_helpers import REPOSITORY, tiny_config, write_dataset
 from wording import naming
 
-from fluxdit_jax.config import default_config
+from fluxdit_jax.config import RENAMED, default_config
 from fluxdit_jax.records import MANIFEST, DatasetError, Manifest, load_manifest
 from fluxdit_jax.run_directory import (
     SHAPE_KEYS,
@@ -79,8 +79,8 @@ def test_a_start_records_everything_and_a_second_one_resumes(config, manifest, w
         ("flow.stratified", False),
         ("optim.name", "muon"),
         ("optim.lr", 1e-4),
-        ("optim.effective_batch", 16),
-        ("optim.clip", 2.0),
+        ("optim.global_batch_size", 16),
+        ("optim.grad_clip_norm", 2.0),
         ("ema.decay", 0.999),
     ],
 )
@@ -104,11 +104,11 @@ def test_a_change_of_the_mathematics_is_refused_by_key_with_both_values(config, 
 
 
 MAY_CHANGE = {
-    "workdir", "profile", "device_memory_gb", "data.path", "data.batch_size", "data.threads", "data.prefetch",
+    "workdir", "profile", "device_memory_gb", "data.path", "data.micro_batch_size", "data.threads", "data.prefetch",
     "data.on_corrupt", "model.remat", "checkpoint.minutes", "checkpoint.keep", "checkpoint.ema_every", "health.action",
     "health.max_skipped", "log.every", "log.minutes", "log.preview_every", "log.preview_count", "log.preview_steps",
     "log.preview_guidance", "log.heldout_every", "log.heldout_count", "log.peak_tflops", "log.vae", "gate.required",
-    "gate.report", "mesh.data", "mesh.fsdp", "mesh.coordinator", "mesh.processes", "mesh.process",
+    "gate.report", "mesh.data", "mesh.fsdp", "mesh.coordinator", "mesh.num_processes", "mesh.process_id",
     "resume.allow_changes", "resume.from_run", "resume.take",
 }  # fmt: skip
 
@@ -129,6 +129,23 @@ def test_every_key_but_these_decides_the_mathematics():
         assert len(free) + len(decisive) == 1 and (free + decisive)[0].startswith(f"{key}: ")
         refused |= {key} if decisive else set()
     assert refused == flatten(before.to_dict()).keys() - MAY_CHANGE
+
+
+def test_a_run_of_before_keys_were_renamed_goes_on(config, manifest, workdir):
+    """Its values count, under the new names."""
+    config.data.micro_batch_size, config.optim.global_batch_size, config.mesh.process_id = 2, 8, 3
+    record_start(workdir, config, manifest)
+    recorded = json.loads((workdir / "config.json").read_text())
+    del recorded["checksum"]
+    for old, new in RENAMED.items():
+        (group, name), (new_group, new_name) = old.split("."), new.split(".")
+        recorded[group][name] = recorded[new_group].pop(new_name)
+    (workdir / "config.json").write_text(json.dumps(recorded))
+    assert load_config(workdir).to_dict() == config.to_dict() | {"data": load_config(workdir).data.to_dict()}
+    assert check_resume(workdir, config, manifest) is True
+    config.optim.global_batch_size = 16
+    with pytest.raises(RunError, match=naming("optim.global_batch_size", 8, 16)):
+        check_resume(workdir, config, manifest)
 
 
 def test_a_tuple_is_the_same_when_it_is_read_again(config, manifest, workdir):
@@ -154,7 +171,7 @@ def test_all_changes_are_listed(config, manifest, workdir):
 
 def test_what_does_not_touch_the_mathematics_may_change(config, manifest, workdir):
     record_start(workdir, config, manifest)
-    config.data.threads, config.data.prefetch, config.data.batch_size = 1, 1, 8
+    config.data.threads, config.data.prefetch, config.data.micro_batch_size = 1, 1, 8
     config.model.remat = "block"
     config.checkpoint.minutes, config.checkpoint.keep, config.log.every = 1.0, 5, 3
     config.health.action, config.device_memory_gb, config.profile = "stop", 80.0, "1:2"

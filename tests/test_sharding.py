@@ -128,7 +128,7 @@ layouts = [tuple(map(int, name.split("x"))) for name in sys.argv[3:]]
 assert len(jax.devices()) == 4
 config = tiny_config(dataset, scratch)
 config.model.width, config.flow.drop_text = 64, 0.2
-config.data.batch_size, config.optim.effective_batch = 8, 16
+config.data.micro_batch_size, config.optim.global_batch_size = 8, 16
 manifest = load_manifest(dataset)
 settings = resolve(config, manifest)
 statistics = patch_statistics(manifest.latent_mean, manifest.latent_std, 2)
@@ -221,8 +221,8 @@ def start_two(train_command, config_file):
     return [
         train_command.start(
             f"--config.mesh.coordinator={coordinator}",
-            "--config.mesh.processes=2",
-            f"--config.mesh.process={process}",
+            "--config.mesh.num_processes=2",
+            f"--config.mesh.process_id={process}",
             config=config_file,
         )
         for process in range(2)

@@ -148,7 +148,7 @@ def kinds_told(entries):
     [(1e30, "stop", 8), (30.0, "warn", 4)],
 )
 def test_a_rate_far_too_high_ends_the_run_at_its_first_step_and_saves_nothing(config, lr, action, batch_size):
-    config.optim.lr, config.health.action, config.data.batch_size = lr, action, batch_size
+    config.optim.lr, config.health.action, config.data.micro_batch_size = lr, action, batch_size
     config.optim.warmup_steps = 0
     with pytest.raises(BrokenRun, match=naming("step 1", "optim.lr", f"({lr:g})")):
         train(config)
@@ -197,7 +197,7 @@ def overflowing(tmp_path_factory):
 
 @pytest.mark.parametrize("batch_size", [4, 8])
 def test_a_run_without_any_finite_gradient_ends_and_does_not_blame_the_weights(config, overflowing, batch_size):
-    config.data.path, config.data.batch_size, config.log.heldout_every = str(overflowing), batch_size, 0
+    config.data.path, config.data.micro_batch_size, config.log.heldout_every = str(overflowing), batch_size, 0
     config.health.max_skipped, config.train.steps = 40, 100
     with pytest.raises(BrokenRun, match=naming(40, "micro-batches")):
         train(config)
@@ -210,7 +210,7 @@ def test_a_run_without_any_finite_gradient_ends_and_does_not_blame_the_weights(c
 
 def test_a_run_does_not_end_well_where_nothing_is_finite(config, overflowing):
     """Before as many micro-batches as health.max_skipped."""
-    config.data.path, config.data.batch_size, config.log.heldout_every = str(overflowing), 8, 0
+    config.data.path, config.data.micro_batch_size, config.log.heldout_every = str(overflowing), 8, 0
     config.train.steps = 12
     with pytest.raises(BrokenRun, match=naming("step 12", "12 micro-batches")):
         train(config)

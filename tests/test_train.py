@@ -275,7 +275,7 @@ def test_other_optimizers_and_precisions_resume_exactly(config, tmp_path, monkey
 def test_the_split_may_change_between_steps_with_the_same_samples(config, finished):
     config.train.steps = 3
     run(config)
-    config.train.steps, config.data.batch_size = STEPS, 2
+    config.train.steps, config.data.micro_batch_size = STEPS, 2
     run(config)
     found, expected = scalars(config.workdir), scalars(finished)
     for step in range(1, STEPS + 1):
@@ -460,7 +460,7 @@ def overflowing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("batch_size", rest_slow(4, 8))
 def test_a_bad_record_is_skipped_counted_and_told(config, overflowing, batch_size):
     config.data.path = str(overflowing({7}))
-    config.data.batch_size = batch_size
+    config.data.micro_batch_size = batch_size
     config.log.heldout_every = 0
     config.flow.shift = 1.0  # with some times a gradient of finite numbers, whose squares are not
     run(config)
@@ -479,7 +479,7 @@ def test_a_bad_record_is_skipped_counted_and_told(config, overflowing, batch_siz
 @pytest.mark.parametrize("batch_size", rest_slow(4, 2, 8))
 def test_a_run_of_nothing_but_bad_records_stops_if_asked_to(config, overflowing, batch_size):
     config.data.path = str(overflowing(set(range(24))))
-    config.data.batch_size, config.health.action, config.log.heldout_every = batch_size, "stop", 0
+    config.data.micro_batch_size, config.health.action, config.log.heldout_every = batch_size, "stop", 0
     config.train.steps = 100
     run(config, expected=3)
     assert lines_naming(log_of(config.workdir), "stopped", "(health:") and "non-finite" in log_of(config.workdir)
@@ -490,7 +490,7 @@ def test_a_run_of_nothing_but_bad_records_stops_if_asked_to(config, overflowing,
 @pytest.mark.parametrize("batch_size", [2, 8])
 def test_a_run_of_nothing_but_bad_records_still_obeys_a_signal(config, overflowing, batch_size, monkeypatch):
     config.data.path = str(overflowing(set(range(24))))
-    config.data.batch_size, config.log.heldout_every, config.train.steps = batch_size, 0, 100
+    config.data.micro_batch_size, config.log.heldout_every, config.train.steps = batch_size, 0, 100
     with monkeypatch.context() as patch:
         interrupt(patch, 30)
         run(config, expected=128 + signal.SIGTERM)

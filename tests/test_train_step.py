@@ -47,7 +47,7 @@ def _programs(accumulate, effective, dtype, warmup, lr, eps, name, flow_changes)
     optimizer = build_optimizer(
         tiny_optimizer(
             name=name,
-            accumulate=accumulate,
+            grad_accum_steps=accumulate,
             lr=lr,
             adam_lr=lr,
             warmup_steps=warmup,
@@ -64,7 +64,7 @@ def _programs(accumulate, effective, dtype, warmup, lr, eps, name, flow_changes)
         tiny_flow(stratified=True, **dict(flow_changes)),
         patch_statistics(MEAN, STD, 2),
         seed=0,
-        effective_batch=effective,
+        global_batch_size=effective,
         ema_target=0.9999,
     )
     return create_state(lively(shapes, scale=0.2), optimizer), jitted(step)
@@ -183,7 +183,7 @@ def test_between_micro_batches_nothing_moves_but_the_accumulator():
 def test_a_step_is_that_of_optax_multi_steps(name):
     """The mean, the update and the whole state after it, given the same gradients."""
     state, step = programs(accumulate=3, effective=12, name=name)
-    optimizer = build_optimizer(tiny_optimizer(name=name, accumulate=3, eps=1e-3, weight_decay=0.01))
+    optimizer = build_optimizer(tiny_optimizer(name=name, grad_accum_steps=3, eps=1e-3, weight_decay=0.01))
     wanted, params = state.opt_state, state.params
     for batch in three():
         fresh, _ = step.accumulate(state, batch)  # of an empty mean: the gradient itself
@@ -270,7 +270,7 @@ def test_small_updates_move_the_f32_masters_of_a_bf16_network():
 
 
 def test_the_optimizer_is_fed_f32_gradients_of_a_bf16_network():
-    config, optimizer = tiny_model(dtype="bfloat16"), build_optimizer(tiny_optimizer(accumulate=3))
+    config, optimizer = tiny_model(dtype="bfloat16"), build_optimizer(tiny_optimizer(grad_accum_steps=3))
     fed = []
 
     def update(gradients, state, params):
@@ -280,7 +280,9 @@ def test_the_optimizer_is_fed_f32_gradients_of_a_bf16_network():
     watched = optax.MultiSteps(optax.GradientTransformation(optimizer.inner_opt.init, update), 3)
     graph, shapes = model.build(config)
     statistics = patch_statistics(MEAN, STD, 2)
-    step = make_train_step(graph, "bfloat16", watched, tiny_flow(), statistics, 0, 12, 0.9999)
+    step = make_train_step(
+        graph, "bfloat16", watched, tiny_flow(), statistics, seed=0, global_batch_size=12, ema_target=0.9999
+    )
     state, _ = jax.eval_shape(step.accumulate, create_state(lively(shapes), optimizer), make_batch())
     jax.eval_shape(step.update, state)
     assert fed and set(fed) == {jnp.dtype("float32")}
@@ -326,7 +328,7 @@ def test_the_ema_moves_once_a_step_by_its_closed_form(accumulate):
 def test_a_second_ema_has_its_own_decay_and_changes_nothing_else():
     config, (mean_std) = tiny_model(dtype="float32"), patch_statistics(MEAN, STD, 2)
     optimizer, (graph, shapes) = (
-        build_optimizer(tiny_optimizer(accumulate=1, warmup_steps=0)),
+        build_optimizer(tiny_optimizer(grad_accum_steps=1, warmup_steps=0)),
         model.build(config),
     )
     one, two = (

@@ -66,8 +66,8 @@ def test_normalised_latents_are_zero_at_padding_whatever_stands_there():
 
 @functools.cache
 def program(accumulate: int):
-    """(a fresh state with two averages, the step) for effective batches of 4 * accumulate samples."""
-    optimizer = build_optimizer(dataclasses.replace(OPTIMIZER, accumulate=accumulate))
+    """(a fresh state with two averages, the step) for global batches of 4 * accumulate samples."""
+    optimizer = build_optimizer(dataclasses.replace(OPTIMIZER, grad_accum_steps=accumulate))
     graph, params = linear_network.build()
     step = make_train_step(
         graph,
@@ -76,7 +76,7 @@ def program(accumulate: int):
         FLOW,
         patch_statistics(MEAN, STD, 2),
         seed=0,
-        effective_batch=4 * accumulate,
+        global_batch_size=4 * accumulate,
         ema_target=EMA,
         short_ema_target=SHORT_EMA,
     )
@@ -214,6 +214,8 @@ def test_a_step_of_nothing_finite_is_counted_and_changes_nothing_else() -> None:
 
 def test_without_a_second_average_there_is_none() -> None:
     optimizer, (graph, params) = build_optimizer(OPTIMIZER), linear_network.build()
-    step = make_train_step(graph, "float32", optimizer, FLOW, patch_statistics(MEAN, STD, 2), 0, 4, EMA)
+    step = make_train_step(
+        graph, "float32", optimizer, FLOW, patch_statistics(MEAN, STD, 2), seed=0, global_batch_size=4, ema_target=EMA
+    )
     after: TrainState = jax.eval_shape(step.update, create_state(params, optimizer))[0]
     assert after.short_ema is None

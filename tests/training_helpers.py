@@ -131,7 +131,7 @@ def tiny_config(dataset: Path, workdir: Path) -> ConfigDict:
     c.model.width, c.model.depth, c.model.heads = 32, 2, 2
     c.model.channels, c.model.text_width, c.model.vision_width = CHANNELS, TEXT_WIDTH, VISION_WIDTH
     c.model.dtype = "float32"
-    c.data.batch_size, c.optim.effective_batch = 4, 8
+    c.data.micro_batch_size, c.optim.global_batch_size = 4, 8
     c.optim.lr, c.optim.warmup_steps = 1e-2, 2
     c.train.steps = 8
     c.log.every, c.log.preview_every, c.log.minutes = 1, 0, 0.0
@@ -184,8 +184,8 @@ def tiny_optimizer(**changes) -> OptimizerConfig:
         b2=0.95,
         eps=1e-8,
         weight_decay=0.0,
-        clip=1e9,
-        accumulate=1,
+        grad_clip_norm=1e9,
+        grad_accum_steps=1,
     )
     return OptimizerConfig(**(values | changes))
 
@@ -319,7 +319,7 @@ def small_state(seed: int, rows: int = 60, short_ema: bool = False, **changes) -
     """A small training state in the middle of its second step, of random numbers, on the device."""
     rng = np.random.default_rng(seed)
     params = {"mlp": {"kernel": np.zeros((rows, 40), np.float32)}, "bias": np.zeros(7, np.float32)} | changes
-    optimizer = build_optimizer(tiny_optimizer(accumulate=3))
+    optimizer = build_optimizer(tiny_optimizer(grad_accum_steps=3))
     shapes = jax.eval_shape(lambda params: create_state(params, optimizer, short_ema), params)
     state = jax.tree.map(
         lambda leaf: (rng.normal(size=leaf.shape) if leaf.dtype == np.float32 else np.ones(leaf.shape)).astype(
