@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import app
 from absl import logging as absl_logging
@@ -242,7 +243,7 @@ def _first_state(
     """(state, meta with the samples drawn so far): from this run's checkpoint, from another run, or new."""
     restored = checkpoints.restore(program.abstract)
     if restored is not None:
-        return restored
+        return _whole_steps(*restored)
     if config.resume.from_run is None:
         return program.create(), {"samples": 0}
     if config.resume.take == "state":
@@ -251,12 +252,24 @@ def _first_state(
         if restored is None:
             raise RunError(f"config.resume.from_run: {config.resume.from_run} has no checkpoint")
         log.info("continuing with the full state of %s", config.resume.from_run)
-        return restored[0], {"samples": restored[1]["samples"]}
+        state, meta = _whole_steps(*restored)
+        return state, {"samples": meta["samples"]}
     weights = restore_weights(Path(config.resume.from_run))
     require_same_shapes(str(weights.path), weights.ema, program.abstract.params)
     difference = difference_from(Path(config.resume.from_run), manifest)
     log.info("starting from the EMA of %s at step %d; data: %s", config.resume.from_run, weights.step, difference)
     return program.from_ema(weights.ema), {"samples": 0}
+
+
+def _whole_steps(state: TrainState, meta: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
+    """Without the micro-batches of a step that is not done, with which earlier versions saved; they are drawn again."""
+    done = int(state.opt_state.mini_step)
+    if not done:
+        return state, meta
+    log.info("the checkpoint is of within a step: its %d micro-batch(es) are drawn again", done)
+    zeros = jax.tree.map(jnp.zeros_like, (state.opt_state.mini_step, state.opt_state.acc_grads))
+    opt_state = state.opt_state._replace(mini_step=zeros[0], acc_grads=zeros[1])
+    return state._replace(opt_state=opt_state), meta | {"samples": meta["samples"] - done * meta["batch_size"]}
 
 
 def _without_gradient(f: FlowConfig) -> frozenset[str]:

@@ -272,6 +272,27 @@ def test_other_optimizers_and_precisions_resume_exactly(config, tmp_path, monkey
     assert_same_outcome(config.workdir, whole.workdir)
 
 
+@slow
+def test_a_checkpoint_of_within_a_step_goes_on_from_the_step(config, finished):
+    """As earlier versions wrote them."""
+    config.train.steps = 5
+    run(config)
+    settings, manifest = resolve(config, load_manifest(Path(config.data.path))), load_manifest(Path(config.data.path))
+    mesh = make_mesh(1, 1, 4)
+    abstract = Program(settings, mesh, patch_statistics(manifest.latent_mean, manifest.latent_std, 2)).abstract
+    with Checkpoints(Path(config.workdir), 2) as checkpoints:
+        state, meta = checkpoints.restore(abstract)
+    shutil.rmtree(Path(config.workdir) / "checkpoints")
+    gradients = jax.tree.map(jax.numpy.ones_like, state.opt_state.acc_grads)
+    half = state.opt_state._replace(mini_step=state.opt_state.mini_step + 1, acc_grads=gradients)
+    with Checkpoints(Path(config.workdir), 2) as checkpoints:
+        more = {"samples": meta["samples"] + 4, "batch_size": 4, "unfinished": meta["unfinished"]}
+        checkpoints.save(5, state._replace(opt_state=half), more)
+    config.train.steps = STEPS
+    run(config)
+    assert_same_outcome(config.workdir, finished)
+
+
 def test_the_split_may_change_between_steps_with_the_same_samples(config, finished):
     config.train.steps = 3
     run(config)
