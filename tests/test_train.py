@@ -23,7 +23,7 @@ from training_helpers import (
 from wording import lines_naming, naming
 
 from fluxdit_jax import data, devices
-from fluxdit_jax.checkpoint import EMA, SHORT_EMA, CheckpointError, ema_steps, restore_ema
+from fluxdit_jax.checkpoint import EMA, SHORT_EMA, CheckpointError, Checkpoints, ema_steps, restore_ema
 from fluxdit_jax.config import resolve
 from fluxdit_jax.memory_plan import MemoryPlan, OutOfMemory, plan, require_fit
 from fluxdit_jax.metrics import read_metrics
