@@ -315,7 +315,7 @@ def refused(train_command, config_file, *arguments):
     [
         ("--config.model.widht=64", ["widht", "width"]),
         ("--config.data.micro_batch_size=many", ["batch_size", "many"]),
-        ("--config.data.batch_size=4", ["data.batch_size", "config.data.micro_batch_size"]),
+        ("--config.data.batch_size=4", ["batch_size", "config.data.micro_batch_size"]),
         ("workdir=/tmp/x", ["workdir=/tmp/x", "--config.group.key=value"]),
         ("--config.model.dtype=float16", ["config.model.dtype", "65,504"]),
     ],
