@@ -187,8 +187,8 @@ def read(folder: Path) -> list[dict[str, Any]]:
             "operator": item["mutations"][0]["operator_name"].removeprefix("core/"),
             "line": item["mutations"][0]["start_pos"][0],
             "outcome": result and (result["test_outcome"] or result["output"]),
-            "was": " ".join(text.strip() for sign, text in changed if sign == "-"),
-            "is": " ".join(text.strip() for sign, text in changed if sign == "+"),
+            "was": " ".join(text.strip() for sign, text in changed if sign == "-").strip(),
+            "is": " ".join(text.strip() for sign, text in changed if sign == "+").strip(),
         })  # fmt: skip
     return rows
 
