@@ -34,13 +34,13 @@ from tqdm import tqdm
 
 from benchmarks.environment import table, write
 from configs import demo, nano, prod
-from fluxdit_jax import model
-from fluxdit_jax.checkpoint import Checkpoints
 from fluxdit_jax.config import default_config
-from fluxdit_jax.digest import tree_digest
 from fluxdit_jax.flow import FlowConfig
+from fluxdit_jax.model import dit
 from fluxdit_jax.optimizer import OptimizerConfig, build_optimizer
-from fluxdit_jax.paths import given_path
+from fluxdit_jax.run.checkpoint import Checkpoints
+from fluxdit_jax.run.digest import tree_digest
+from fluxdit_jax.shared.paths import given_path
 from fluxdit_jax.state import TrainState, create_state
 from fluxdit_jax.train_step import make_train_step
 
@@ -49,14 +49,14 @@ CHUNK = 64 * 2**20
 TEXT_TOKENS, TOKENS, BATCH = 32, 64, 16  # of the demonstration run
 
 
-def model_config(config: Any, **changes: Any) -> model.ModelConfig:
+def model_config(config: Any, **changes: Any) -> dit.ModelConfig:
     """The network of a configuration, f32, as on a CPU."""
     names = ("width", "depth", "heads", "patch", "channels", "text_width", "vision_width", "remat")
     values = {name: config.model[name] for name in names} | changes
-    return model.ModelConfig(**values, dtype="float32", attention="xla")
+    return dit.ModelConfig(**values, dtype="float32", attention="xla")
 
 
-SIZES: dict[str, model.ModelConfig] = {
+SIZES: dict[str, dit.ModelConfig] = {
     "demo": model_config(demo.get_config()),
     "nano": model_config(nano.get_config()),
     "large": model_config(prod.get_config(), depth=4),
@@ -65,10 +65,10 @@ SIZES: dict[str, model.ModelConfig] = {
 OPTIMIZER = OptimizerConfig("adamw", 1e-4, 1e-4, "constant", 100, 1000, 0.0, 0.9, 0.95, 1e-8, 0.01, 1.0, 1)
 
 
-def make_state(config: model.ModelConfig) -> TrainState:
+def make_state(config: dit.ModelConfig) -> TrainState:
     """A state as after a step: random numbers everywhere but in the accumulator."""
     optimizer = build_optimizer(OPTIMIZER)
-    state = create_state(model.initialize(config, jax.random.key(0)), optimizer)
+    state = create_state(dit.initialize(config, jax.random.key(0)), optimizer)
     rng = np.random.default_rng(0)
 
     def fill(leaf):
@@ -88,7 +88,7 @@ def make_steps() -> Callable[[], float]:
     flow = FlowConfig(0.0, 1.0, 1.0, 3.0, True, 0.05, 0.1, 0.05)
     width = config.token_width
     moments = np.zeros(width, np.float32), np.ones(width, np.float32)
-    graph = model.build(config)[0]
+    graph = dit.build(config)[0]
     whole = make_train_step(
         graph, "float32", optimizer, flow, moments, seed=0, global_batch_size=BATCH, ema_target=0.9999
     )
@@ -102,7 +102,7 @@ def make_steps() -> Callable[[], float]:
         "index": jnp.arange(BATCH, dtype=jnp.uint32),
         "replaced": jnp.zeros((BATCH,), bool),
     }
-    state = create_state(model.initialize(config, jax.random.key(0)), optimizer)
+    state = create_state(dit.initialize(config, jax.random.key(0)), optimizer)
 
     def run() -> float:
         nonlocal state
@@ -165,7 +165,7 @@ def measure(name: str, work: Path, repeats: int) -> dict[str, Any]:
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state)
     run_step = make_steps()
-    row: dict[str, Any] = {"name": name, "parameters": model.count_parameters(SIZES[name]), "bytes": size}
+    row: dict[str, Any] = {"name": name, "parameters": dit.count_parameters(SIZES[name]), "bytes": size}
     before = [run_step() for _ in range(20)]
     row["step_s"] = statistics.median(before)
     measures: dict[str, list[float]] = {}

@@ -31,26 +31,29 @@ from tqdm import tqdm
 from benchmarks import plain_dit
 from benchmarks.environment import RESULTS, describe, table, write
 from configs import demo
-from fluxdit_jax import data, devices, model, pictures
-from fluxdit_jax.allocator import keep_freed_memory
 from fluxdit_jax.config import Settings, resolve
-from fluxdit_jax.displacement import displacement
+from fluxdit_jax.dataset.manifest import Manifest, load_manifest
+from fluxdit_jax.device import devices
 from fluxdit_jax.gate import edit, swap
 from fluxdit_jax.gate.album import Album
+from fluxdit_jax.gate.displacement import displacement
 from fluxdit_jax.gate.edit import Edit
+from fluxdit_jax.gate.image_metrics import psnr
 from fluxdit_jax.gate.memorisation import Memorisation
 from fluxdit_jax.gate.painter import Painter
-from fluxdit_jax.gate.rules import choose_rules, choose_unrelated
 from fluxdit_jax.gate.swap import Swap
-from fluxdit_jax.generation import Generator
-from fluxdit_jax.likeness import psnr
+from fluxdit_jax.loader import reader
+from fluxdit_jax.model import dit
 from fluxdit_jax.optimizer import build_optimizer
-from fluxdit_jax.paths import expanded
-from fluxdit_jax.prompts import encode_prompts
-from fluxdit_jax.records import Manifest, load_manifest
+from fluxdit_jax.sampling import image_grid
+from fluxdit_jax.sampling.pipeline import Generator
+from fluxdit_jax.sampling.prompts import encode_prompts
+from fluxdit_jax.shared.edit_rules import choose_rules, choose_unrelated
+from fluxdit_jax.shared.host_memory import keep_freed_memory
+from fluxdit_jax.shared.paths import expanded
 from fluxdit_jax.state import create_state
 from fluxdit_jax.train_step import make_train_step, patch_statistics
-from fluxdit_jax.vae import load_decoder
+from fluxdit_jax.vae.decoder import load_decoder
 
 NAME = "convergence"
 PROBE = 100  # steps
@@ -88,11 +91,11 @@ class Gate:
     """The three tests of `fluxdit_jax.validate` on a data set, for any weights."""
 
     def __init__(self, directory: str, manifest: Manifest, settings: Settings, graph: Any):
-        source = data.RecordSource(directory, manifest, "train")
+        source = reader.RecordSource(directory, manifest, "train")
         records = [source[index] for index in range(len(source))]
         captions = [record.caption for record in records]
         self._decoder = load_decoder(manifest.vae, None)
-        truths = pictures.decode_all(self._decoder, [record.latent for record in records])
+        truths = image_grid.decode_all(self._decoder, [record.latent for record in records])
         album = Album(tuple(records), tuple(truths), settings.model.patch)
         self._memorisation, self._swap = Memorisation.plan(album), Swap.plan(album, 60)
         rules, unrelated = choose_rules(captions, []), choose_unrelated(captions, None)
@@ -175,8 +178,8 @@ def measure(name: str, directory: str, seed: int, averages: bool, probe: int, li
     manifest = load_manifest(directory)
     settings = resolve(config, manifest)
     plain = name.startswith("plain_dit")
-    network = plain_dit if plain else model
-    graph = plain_dit.build(settings.model) if plain else model.build(settings.model)[0]
+    network = plain_dit if plain else dit
+    graph = plain_dit.build(settings.model) if plain else dit.build(settings.model)[0]
     statistics = patch_statistics(manifest.latent_mean, manifest.latent_std, settings.model.patch)
     optimizer = build_optimizer(settings.optimizer)
     params = jax.jit(lambda key: network.initialize(settings.model, key))(jax.random.key(seed))
@@ -188,8 +191,8 @@ def measure(name: str, directory: str, seed: int, averages: bool, probe: int, li
     accumulate, update = (jax.jit(part, donate_argnums=0) for part in whole)
     forward = network.flops_per_sample(settings.model, settings.tokens, settings.text_tokens)
     flops = 3 * forward * settings.global_batch_size  # of a step
-    batches = data.batches(
-        data.RecordSource(directory, manifest, "train"), seed=seed, start=0, batch_size=settings.micro_batch_size,
+    batches = reader.batches(
+        reader.RecordSource(directory, manifest, "train"), seed=seed, start=0, batch_size=settings.micro_batch_size,
         patch=settings.model.patch, tokens=settings.tokens, text_tokens=settings.text_tokens, threads=1, prefetch=4,
     )  # fmt: skip
     gate = Gate(directory, manifest, settings, graph)

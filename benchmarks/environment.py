@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fluxdit_jax import cuda_stack
+from fluxdit_jax.device import cuda_stack
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -14,7 +14,7 @@ speed. Ours is the step of `fluxdit_jax.train` (accumulation, EMA, norms, metric
 the loop does it). The other side is the same network in PyTorch (`torch_dit.py`): bf16 autocast, `torch.compile`,
 scaled dot product attention by PyTorch's choice, fused AdamW, accumulation, no EMA or metrics. For each target: our
 configurations and PyTorch's in turn, the best of ours without cuDNN's attention, then rounds of the two best in turn,
-which give the ratio. MFU counts 3 forward passes, no recomputation, against `fluxdit_jax.devices.PEAK_TFLOPS`.
+which give the ratio. MFU counts 3 forward passes, no recomputation, against `fluxdit_jax.device.devices.PEAK_TFLOPS`.
 
 Out of memory is a row. So is what fails, with its error. After `--minutes` nothing is started any more and what was
 left out is listed; `--append` goes on from results/gpu.json, which is written after each row, into $OUT too if set.
@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from benchmarks import environment
 from benchmarks.gpu_sides import PROGRAM, TARGETS
-from fluxdit_jax import cuda_stack
+from fluxdit_jax.device import cuda_stack
 from fluxdit_jax.environment import stacks
 
 NAME = "gpu"
@@ -117,7 +117,7 @@ def first_gpu() -> tuple[str, float] | None:
 def peak_tflops(name: str) -> float | None:
     """Dense bf16 TFLOP/s of a device by its name; None if it is not known, or without JAX."""
     try:
-        from fluxdit_jax.devices import peak_tflops_of
+        from fluxdit_jax.device.devices import peak_tflops_of
     except ImportError:
         return None
     return peak_tflops_of(name)

@@ -61,7 +61,7 @@ def configuration_of(target: Target) -> Any:
 
 def network(target: Target) -> Any:
     """The `ModelConfig` of a target, without ml_collections or a data set."""
-    from fluxdit_jax.model import ModelConfig
+    from fluxdit_jax.model.dit import ModelConfig
 
     widths = (target.text_width, target.vision_width)
     return ModelConfig(target.width, target.depth, target.heads, 2, 16, *widths, "bfloat16", "none", "xla")
@@ -69,7 +69,7 @@ def network(target: Target) -> Any:
 
 def flops_per_image(target: Target) -> int:
     """Forward and backward, recomputation not counted: three times the forward products."""
-    from fluxdit_jax.model import flops_per_sample
+    from fluxdit_jax.model.dit import flops_per_sample
 
     return 3 * flops_per_sample(network(target), target.side**2, TEXT_TOKENS)
 
@@ -77,7 +77,7 @@ def flops_per_image(target: Target) -> int:
 def settings(target: Target, spec: dict[str, Any]) -> tuple[Any, tuple[np.ndarray, np.ndarray]]:
     """(`Settings` as a run with this micro-batch, remat and attention would get them, latent statistics)."""
     from fluxdit_jax import config as configuration
-    from fluxdit_jax.records import EncoderIdentity, Manifest
+    from fluxdit_jax.dataset.manifest import EncoderIdentity, Manifest
     from fluxdit_jax.train_step import patch_statistics
 
     c = configuration_of(target)
@@ -129,7 +129,7 @@ def run_jax(spec: dict[str, Any], a: argparse.Namespace, result: dict[str, Any])
     """The step that `fluxdit_jax.train` runs, called as its loop does. Fills `result` as it goes."""
     import jax
 
-    from fluxdit_jax import devices, sharding
+    from fluxdit_jax.device import devices, sharding
     from fluxdit_jax.program import Program
 
     if jax.default_backend() != "gpu" and not a.cpu:

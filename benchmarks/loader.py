@@ -36,19 +36,16 @@ from tqdm import tqdm
 
 from benchmarks.environment import RESULTS, table, write
 from benchmarks.loader_sides import collate, digests
-from fluxdit_jax.patches import patchify
-from fluxdit_jax.records import (
-    BF16,
+from fluxdit_jax.dataset.manifest import (  # fmt: skip
     MANIFEST,
-    WRITER_OPTIONS,
     EncoderIdentity,
     Manifest,
-    Record,
     Shard,
-    encode_record,
     sha256_file,
     shard_name,
-)  # fmt: skip
+)
+from fluxdit_jax.dataset.records import BF16, WRITER_OPTIONS, Record, encode_record
+from fluxdit_jax.model.patches import patchify
 
 PEERS = ("torch==2.13.0", "mosaicml-streaming==0.13.0", "webdataset==1.0.2", "ml_dtypes==0.6.0")
 VENV = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fluxdit_jax" / "bench-venv"

@@ -34,7 +34,7 @@ patchify = _patchify()
 
 
 def collate(samples):
-    """[(latent bytes, side, text bytes, vision bytes)] -> what `fluxdit_jax.data.collate` makes, bf16 as uint16."""
+    """[(latent bytes, side, text bytes, vision bytes)] -> what `loader.reader.collate` makes, bf16 as uint16."""
     B, side = len(samples), samples[0][1]
     latent = np.empty((B, (side // 2) ** 2, 64), np.uint16)
     text = np.zeros((B, TEXT_TOKENS, WIDTH), np.uint16)
@@ -69,9 +69,9 @@ def threaded(read, count):
 def ours(directory, threads=2):
     """Threads, and batches ahead, as `default_config` has them."""
     sys.path.insert(0, str(ROOT))
-    from fluxdit_jax.allocator import keep_freed_memory
-    from fluxdit_jax.data import RecordSource, batches
-    from fluxdit_jax.records import load_manifest
+    from fluxdit_jax.dataset.manifest import load_manifest
+    from fluxdit_jax.loader.reader import RecordSource, batches
+    from fluxdit_jax.shared.host_memory import keep_freed_memory
 
     keep_freed_memory(large_too=False)  # as `fluxdit_jax.train` does on a GPU
     manifest = load_manifest(directory)

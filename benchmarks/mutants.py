@@ -1,7 +1,7 @@
 """Mutation testing: small faults are planted in a module one at a time, and its tests must notice (cosmic-ray).
 
     bash scripts/mutants.sh                                   # every module of MODULES: hours; goes on where it stopped
-    bash scripts/mutants.sh preprocess/buckets.py fluxdit_jax/flow.py
+    bash scripts/mutants.sh preprocess/build/buckets.py fluxdit_jax/flow.py
     bash scripts/mutants.sh --report                          # survivors, and the table in results/mutants.json
 
 Faults are planted in a clone of what is committed, below .mutants/; nothing else is changed. A survivor is judged once:
@@ -34,16 +34,17 @@ MODULES = {
     "fluxdit_jax/flow.py": ["test_flow"],
     "fluxdit_jax/train_step.py": ["test_train_step_by_hand"],
     "fluxdit_jax/optimizer.py": ["test_optimizer"],
-    "fluxdit_jax/model.py": ["test_model_by_hand"],
-    "fluxdit_jax/attention.py": ["test_attention"],
-    "fluxdit_jax/sampler.py": ["test_sampler"],
-    "fluxdit_jax/generation.py": ["test_generation"],
+    "fluxdit_jax/model/dit.py": ["test_model_by_hand"],
+    "fluxdit_jax/model/attention.py": ["test_attention"],
+    "fluxdit_jax/sampling/solvers.py": ["test_sampler"],
+    "fluxdit_jax/sampling/pipeline.py": ["test_generation"],
     "fluxdit_jax/sample.py": ["test_sample_command"],
-    "fluxdit_jax/checkpoint.py": ["test_checkpoint_writes", "test_checkpoint"],
-    "fluxdit_jax/data.py": ["test_collate", "test_data"],
-    "fluxdit_jax/records.py": ["test_records", "test_records_captions", "test_records_refusals", "test_manifest"],
+    "fluxdit_jax/run/checkpoint.py": ["test_checkpoint_writes", "test_checkpoint"],
+    "fluxdit_jax/loader/reader.py": ["test_collate", "test_data"],
+    "fluxdit_jax/dataset/records.py": ["test_records", "test_records_captions", "test_records_refusals"],
+    "fluxdit_jax/dataset/manifest.py": ["test_manifest", "test_records"],
     "fluxdit_jax/gate/requirement.py": ["test_gate_requirement"],
-    "fluxdit_jax/gate/rules.py": ["test_gate_rules"],
+    "fluxdit_jax/shared/edit_rules.py": ["test_gate_rules"],
     "fluxdit_jax/gate/pairing.py": ["test_gate_pairing"],
     "fluxdit_jax/gate/memorisation.py": ["test_gate_memorisation"],
     "fluxdit_jax/gate/swap.py": ["test_gate_swap"],
@@ -54,11 +55,11 @@ MODULES = {
     "fluxdit_jax/gate/training.py": ["test_gate_advice"],
     "fluxdit_jax/gate/advice.py": ["test_gate_advice"],
     "fluxdit_jax/gate/page.py": ["test_gate_sections"],
-    "preprocess/buckets.py": ["test_buckets"],
-    "preprocess/statistics.py": ["test_statistics"],
-    "preprocess/plan.py": ["test_plan"],
-    "preprocess/captions.py": ["test_captions"],
-    "preprocess/scan.py": ["test_scan_folder", "test_scan"],
+    "preprocess/build/buckets.py": ["test_buckets"],
+    "preprocess/build/statistics.py": ["test_statistics"],
+    "preprocess/build/plan.py": ["test_plan"],
+    "preprocess/input/captions.py": ["test_captions"],
+    "preprocess/input/scan.py": ["test_scan_folder", "test_scan"],
 }
 _BINARY = "Add_Sub|Sub_Add|Mul_Div|Div_Mul|FloorDiv_Mul|Mod_FloorDiv|Pow_Mul|BitAnd_BitOr|BitOr_BitAnd"
 _COMPARISON = "Eq_NotEq|NotEq_Eq|Lt_LtE|LtE_Lt|Gt_GtE|GtE_Gt|Lt_GtE|GtE_Lt|Gt_LtE|LtE_Gt|Is_IsNot|IsNot_Is"
@@ -243,7 +244,7 @@ def main() -> None:
     if not arguments.report:
         for module in arguments.modules or MODULES:
             if not (environment.ROOT / module).is_file():
-                parser.error(f"{module}: no such file; give a path from the root, as preprocess/buckets.py")
+                parser.error(f"{module}: no such file; give a path from the root, as preprocess/build/buckets.py")
             run(module, arguments.minutes, arguments.most)
     report()
 

@@ -1,4 +1,4 @@
-"""The baseline of `convergence.py`: a plain DiT of the same width, depth, heads and patch as `fluxdit_jax.model`.
+"""The baseline of `convergence.py`: a plain DiT of the same width, depth, heads and patch as `fluxdit_jax.model.dit`.
 
 What Peebles & Xie 2023 (arXiv:2212.09748) describe, with cross-attention for the caption as PixArt-alpha has it
 (arXiv:2310.00426): LayerNorm, an adaLN-Zero network in every block, fixed sin-cos positions, GELU MLP of four
@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fluxdit_jax.attention import attend
-from fluxdit_jax.model import TIME_FEATURES, ModelConfig, time_features
+from fluxdit_jax.model.attention import attend
+from fluxdit_jax.model.dit import TIME_FEATURES, ModelConfig, time_features
 
 
 class Linear(nnx.Module):
@@ -101,7 +101,7 @@ class PlainDiT(nnx.Module):
     def __call__(
         self, x_BxNxP, t_B, grid_Bx2, text_BxTxE, text_length_B, vision_BxV, keep_text_B, keep_vision_B
     ) -> jax.Array:
-        """As `fluxdit_jax.model.DiT.__call__`: f32 velocity [B, N, P]."""
+        """As `fluxdit_jax.model.dit.DiT.__call__`: f32 velocity [B, N, P]."""
         config = self.config
         dtype = jnp.dtype(config.dtype)
         tokens = x_BxNxP.shape[1]

@@ -32,8 +32,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.environment import ROOT, table, write
-from fluxdit_jax.allocator import keep_freed_memory
-from fluxdit_jax.paths import expanded
+from fluxdit_jax.shared.host_memory import keep_freed_memory
+from fluxdit_jax.shared.paths import expanded
 
 sys.path.append(str(ROOT / "tests"))
 BATCH = 8  # `build`'s default
@@ -259,10 +259,10 @@ def rows_of_plan(count: int) -> None:
     """Memory of a plan with `count` items with captions of 300 characters, and what that is for ten million."""
     import hashlib
 
-    from preprocess.images import Header
-    from preprocess.options import Options
-    from preprocess.place import Place
-    from preprocess.plan import Item, make_units
+    from preprocess.build.options import Options
+    from preprocess.build.plan import Item, make_units
+    from preprocess.decoding.images import Header
+    from preprocess.input.byte_source import Place
 
     buckets = Options("in", "out").checked().buckets()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

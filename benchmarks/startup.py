@@ -27,7 +27,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.environment import ROOT, table, write
-from fluxdit_jax.paths import given_path
+from fluxdit_jax.shared.paths import given_path
 
 UNWANTED = (
     "torch",

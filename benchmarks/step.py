@@ -135,7 +135,7 @@ def compile_rows() -> list[dict]:
 
 def measure(a: argparse.Namespace) -> None:
     """Checks that the networks agree, runs the rounds, prints the table and writes results/step.json."""
-    from fluxdit_jax import model
+    from fluxdit_jax.model import dit
 
     rounds = earlier_rounds() if a.append else []
     same = agree(TOY)
@@ -144,7 +144,7 @@ def measure(a: argparse.Namespace) -> None:
         sys.exit(f"the two networks do not compute the same: {same}")
     size = TOY if a.smoke else Size()
     network = settings(size, "float32", "none").model
-    flops = 3 * size.batch * model.flops_per_sample(network, size.tokens, size.text_tokens)
+    flops = 3 * size.batch * dit.flops_per_sample(network, size.tokens, size.text_tokens)
     sides = [SIDES[0], *(side for side in a.sides if side != SIDES[0])]
     for _ in range(a.rounds):
         rounds.append(run_round(sides, a.smoke, a.repeats))

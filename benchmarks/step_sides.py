@@ -39,10 +39,11 @@ def peak_memory() -> int:
 
 def settings(size: Size, dtype: str, remat: str, attention: str = "xla"):
     """The real `Settings` of fluxdit_jax for AdamW on this size, no conditions dropped."""
-    from fluxdit_jax import flow, model, optimizer
+    from fluxdit_jax import flow, optimizer
     from fluxdit_jax.config import Settings
+    from fluxdit_jax.model import dit
 
-    network = model.ModelConfig(
+    network = dit.ModelConfig(
         width=size.width,
         depth=size.depth,
         heads=size.heads,
@@ -55,7 +56,7 @@ def settings(size: Size, dtype: str, remat: str, attention: str = "xla"):
         attention=attention,
     )
     return Settings(
-        model=network,
+        dit=network,
         flow=flow.FlowConfig(
             mean=0.0,
             std=1.0,
@@ -107,7 +108,7 @@ def inputs(size: Size) -> dict[str, np.ndarray]:
 
 
 def program(size: Size, dtype: str, remat: str, attention: str = "xla"):
-    from fluxdit_jax import sharding
+    from fluxdit_jax.device import sharding
     from fluxdit_jax.program import Program
 
     statistics = (np.zeros(64, np.float32), np.ones(64, np.float32))
@@ -128,7 +129,7 @@ def run_jax(size: Size, dtype: str, remat: str, repeats: int, attention: str = "
     """The step of `fluxdit_jax.train`: AdamW, EMA, norms, metrics; buffers donated."""
     import jax
 
-    from fluxdit_jax.allocator import keep_freed_memory
+    from fluxdit_jax.shared.host_memory import keep_freed_memory
 
     if jax.default_backend() == "cpu":
         keep_freed_memory(large_too=True)
@@ -225,10 +226,10 @@ def agree(size: Size) -> dict[str, float]:
     import torch
 
     from benchmarks.torch_dit import TorchDiT
-    from fluxdit_jax import model
+    from fluxdit_jax.model import dit
 
     config = settings(size, "float32", "none").model
-    graph, shapes = model.build(config)
+    graph, shapes = dit.build(config)
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda leaf: (0.1 * rng.normal(size=leaf.shape)).astype(np.float32), shapes)
     b = inputs(size)
@@ -237,7 +238,7 @@ def agree(size: Size) -> dict[str, float]:
     keep = np.ones(size.batch, bool)
 
     def loss(params):
-        y = model.apply(graph, params, b["latent"], t, b["grid"], b["text"], b["text_length"], b["vision"], keep, keep)
+        y = dit.apply(graph, params, b["latent"], t, b["grid"], b["text"], b["text_length"], b["vision"], keep, keep)
         return jax.numpy.mean(y**2)
 
     ours, gradient = jax.jit(jax.value_and_grad(loss))(params)

@@ -1,6 +1,6 @@
 """fluxdit_jax's network in plain PyTorch, the other side of the benchmarks of the training step.
 
-The arithmetic is that of `fluxdit_jax.model.DiT` (same layers, same order, scaled dot product attention by
+The arithmetic is that of `fluxdit_jax.model.dit.DiT` (same layers, same order, scaled dot product attention by
 PyTorch's own function); `load` copies a JAX parameter tree into it, so that the losses can be compared.
 """
 

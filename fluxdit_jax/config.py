@@ -15,12 +15,13 @@ import jax
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from fluxdit_jax import flow, model, optimizer
-from fluxdit_jax.attention import choose_implementation
-from fluxdit_jax.data import ON_CORRUPT
-from fluxdit_jax.other_captions import MAX_CAPTIONS
-from fluxdit_jax.paths import HomeError, expand_keys
-from fluxdit_jax.records import Manifest
+from fluxdit_jax import flow, optimizer
+from fluxdit_jax.dataset.captions import MAX_CAPTIONS
+from fluxdit_jax.dataset.manifest import Manifest
+from fluxdit_jax.loader.reader import ON_CORRUPT
+from fluxdit_jax.model import dit
+from fluxdit_jax.model.attention import choose_implementation
+from fluxdit_jax.shared.paths import HomeError, expand_keys
 
 T = TypeVar("T")
 
@@ -78,7 +79,7 @@ class Key:
 
 
 # The defaults of what the model, the flow and the optimizer take stand in their dataclasses.
-_MODEL, _FLOW, _OPTIM = model.ModelConfig, flow.FlowConfig, optimizer.OptimizerConfig
+_MODEL, _FLOW, _OPTIM = dit.ModelConfig, flow.FlowConfig, optimizer.OptimizerConfig
 KEYS = {
     "seed": Key(0, "decides initialisation, order of the data, noise, times and dropped conditions", NOT_NEGATIVE),
     "workdir": Key(str, "the run directory; not empty: the run in it is resumed", path=True),
@@ -112,7 +113,7 @@ KEYS = {
     "model.remat": Key(
         _MODEL.remat,
         "what is recomputed in the backward pass: none, dots, attention, block",
-        one_of(*model.REMAT_POLICIES),
+        one_of(*dit.REMAT_POLICIES),
     ),
     "model.attention": Key(
         "auto", "cudnn, xla; auto: cudnn (flash) on an NVIDIA GPU in bfloat16", one_of("auto", "cudnn", "xla")
@@ -223,7 +224,7 @@ class Settings:
       micro_batch_size: samples of a micro-batch over all devices; global_batch_size: of an optimizer step.
     """
 
-    model: model.ModelConfig
+    model: dit.ModelConfig
     flow: flow.FlowConfig
     optimizer: optimizer.OptimizerConfig
     tokens: int
@@ -365,7 +366,7 @@ def resolve(c: ConfigDict, manifest: Manifest) -> Settings:
         attention = choose_implementation(dtype, c.model.width // c.model.heads)
     shift = flow.shift_for_tokens(tokens) if c.flow.shift is None else c.flow.shift
     return Settings(
-        model=_fill(model.ModelConfig, c.model, dtype=dtype, attention=attention),
+        model=_fill(dit.ModelConfig, c.model, dtype=dtype, attention=attention),
         flow=_fill(flow.FlowConfig, c.flow, shift=shift),
         optimizer=_fill(
             optimizer.OptimizerConfig,

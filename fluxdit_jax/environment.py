@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import fluxdit_jax
-from fluxdit_jax import cuda_stack
+from fluxdit_jax.device import cuda_stack
 
 NAME = "fluxdit_jax"
 INSTALL = "bash scripts/install.sh"
@@ -201,7 +201,7 @@ def _memory() -> str:
 
 
 def _cache(jax: ModuleType) -> str:
-    from fluxdit_jax.devices import use_compilation_cache
+    from fluxdit_jax.device.devices import use_compilation_cache
 
     use_compilation_cache()
     folder = Path(jax.config.jax_compilation_cache_dir)

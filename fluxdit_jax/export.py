@@ -20,16 +20,16 @@ from absl import logging as absl_logging
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from fluxdit_jax import command, files
-from fluxdit_jax.checkpoint import EMA, SHORT_EMA, CheckpointError
 from fluxdit_jax.config import ConfigError, Settings, resolve
-from fluxdit_jax.exported import DESCRIPTION, WEIGHTS, ExportError, describe, flatten
+from fluxdit_jax.dataset.manifest import DatasetError, Manifest
 from fluxdit_jax.gate.requirement import is_of
-from fluxdit_jax.paths import given_path
-from fluxdit_jax.records import DatasetError, Manifest
-from fluxdit_jax.run_directory import RunError, RunLock, load_config, load_dataset
-from fluxdit_jax.sizes import in_words, pictures_by_size
-from fluxdit_jax.weights import Weights, restore_weights
+from fluxdit_jax.run.checkpoint import EMA, SHORT_EMA, CheckpointError
+from fluxdit_jax.run.run_directory import RunError, RunLock, load_config, load_dataset
+from fluxdit_jax.run.weights import Weights, restore_weights
+from fluxdit_jax.sampling.exported import DESCRIPTION, WEIGHTS, ExportError, describe, flatten
+from fluxdit_jax.sampling.sizes import in_words, pictures_by_size
+from fluxdit_jax.shared import atomic_files, cli
+from fluxdit_jax.shared.paths import given_path
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def export(workdir: Path, out: Path, step: int | None = None, folder: str = EMA)
     Args:
       folder: which average, see `restore_weights`.
     """
-    files.require_writable(out)
+    atomic_files.require_writable(out)
     config, manifest = load_config(workdir), load_dataset(workdir)
     settings = resolve(config, manifest)
     weights = restore_weights(workdir, step, folder)
@@ -57,7 +57,7 @@ def export(workdir: Path, out: Path, step: int | None = None, folder: str = EMA)
     }
     lock, work = RunLock(out, f"{WORK}/lock", temporary=True, option="--out"), out / WORK
     try:
-        with command.undoing(lambda: shutil.rmtree(work, ignore_errors=True)):
+        with cli.undoing(lambda: shutil.rmtree(work, ignore_errors=True)):
             _clear(work)  # of what a killed process left
             _write(work, tensors, {"format": "fluxdit_jax", "ema_step": str(weights.step)}, texts)
             # While config.json is missing nobody takes new weights with an old description for an export.
@@ -78,7 +78,7 @@ def _write(work: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str],
     except SafetensorError as error:
         raise ExportError(f"{work / WEIGHTS}: {error}") from error
     for name, text in texts.items():
-        files.write_whole(work / name, text)
+        atomic_files.write_whole(work / name, text)
     shutil.copymode(work / DESCRIPTION, work / WEIGHTS)  # safetensors makes its file for the owner alone
 
 
@@ -179,7 +179,7 @@ def main() -> None:
         out = shlex.quote(str(arguments.out))
         print(f"Draw from it: python -m fluxdit_jax.sample --model {out} --prompt TEXT --out FILE.png")
 
-    command.run(work, USER_ERRORS)
+    cli.run(work, USER_ERRORS)
 
 
 if __name__ == "__main__":

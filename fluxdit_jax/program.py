@@ -9,11 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from fluxdit_jax import data, model, sharding
 from fluxdit_jax.config import Settings
-from fluxdit_jax.memory_plan import MemoryPlan, plan
-from fluxdit_jax.metrics import pack
+from fluxdit_jax.device import sharding
+from fluxdit_jax.device.memory_plan import MemoryPlan, plan
+from fluxdit_jax.loader import reader
+from fluxdit_jax.model import dit
 from fluxdit_jax.optimizer import build_optimizer
+from fluxdit_jax.run.metrics import pack
 from fluxdit_jax.state import TrainState, create_state
 from fluxdit_jax.train_step import TrainStep, make_train_step
 
@@ -29,7 +31,7 @@ class Program:
 
     def __init__(self, settings: Settings, mesh: jax.sharding.Mesh, statistics: tuple[np.ndarray, np.ndarray]):
         self._settings, self._mesh, self._statistics = settings, mesh, statistics
-        graph, shapes = model.build(settings.model)
+        graph, shapes = dit.build(settings.model)
         self._optimizer = build_optimizer(settings.optimizer)
         abstract = jax.eval_shape(self._state_of, shapes)
         self._placed = sharding.tree_sharding(mesh, abstract)
@@ -48,7 +50,7 @@ class Program:
             short_ema_target=settings.short_ema_decay,
         )
         self._create = jax.jit(
-            lambda key: self._state_of(model.initialize(settings.model, key)), out_shardings=self._placed
+            lambda key: self._state_of(dit.initialize(settings.model, key)), out_shardings=self._placed
         )
         self._from_params = jax.jit(self._state_of, out_shardings=self._placed)
         self.metric_shapes: dict[str, dict[str, Any]] = {}
@@ -67,7 +69,7 @@ class Program:
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """A micro-batch over all devices, as `data.collate` makes it."""
         s, m = self._settings, self._settings.model
-        shapes = data.batch_shapes(
+        shapes = reader.batch_shapes(
             s.micro_batch_size, m.token_width, s.tokens, s.text_tokens, m.text_width, m.vision_width
         )
         place = sharding.batch_sharding(self._mesh)

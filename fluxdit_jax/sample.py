@@ -20,22 +20,24 @@ from absl import logging as absl_logging
 from PIL import Image
 from tqdm import tqdm
 
-from fluxdit_jax import command, devices, exported, files, pictures, recipe, sampler
-from fluxdit_jax.checkpoint import CheckpointError
 from fluxdit_jax.config import ConfigError, Settings, resolve
+from fluxdit_jax.dataset.manifest import DatasetError, Manifest
+from fluxdit_jax.device import devices
 from fluxdit_jax.flow import FlowConfig
-from fluxdit_jax.generation import Generator, conditions
-from fluxdit_jax.prompts import SampleError, encode_prompts, encode_reference, read_reference
-from fluxdit_jax.recipe import Recipe
-from fluxdit_jax.records import DatasetError, Manifest
-from fluxdit_jax.run_directory import RunError, RunLock, load_config, load_dataset
-from fluxdit_jax.sample_arguments import parse_arguments
-from fluxdit_jax.sizes import choose_size, in_words
+from fluxdit_jax.run.checkpoint import CheckpointError
+from fluxdit_jax.run.run_directory import RunError, RunLock, load_config, load_dataset
+from fluxdit_jax.run.weights import Weights, restore_weights
+from fluxdit_jax.sampling import exported, image_grid, recipe, solvers
+from fluxdit_jax.sampling.arguments import parse_arguments
+from fluxdit_jax.sampling.pipeline import Generator, conditions
+from fluxdit_jax.sampling.prompts import SampleError, encode_prompts, encode_reference, read_reference
+from fluxdit_jax.sampling.recipe import Recipe
+from fluxdit_jax.sampling.sizes import choose_size, in_words
+from fluxdit_jax.shared import atomic_files, cli
+from fluxdit_jax.shared.sanitize import shown
 from fluxdit_jax.train_step import patch_statistics
-from fluxdit_jax.untrusted import shown
-from fluxdit_jax.vae import load_decoder
-from fluxdit_jax.vae_files import DecoderError
-from fluxdit_jax.weights import Weights, restore_weights
+from fluxdit_jax.vae.decoder import load_decoder
+from fluxdit_jax.vae.files import DecoderError
 from preprocess import PreprocessError
 
 USER_ERRORS = (
@@ -66,9 +68,9 @@ def check_out(paths: list[Path]) -> None:
         if path.is_dir():
             raise SampleError(f"--out {path} is a folder; give the name of a PNG file")
     try:
-        files.require_writable(paths[0].parent, longest=max((path.name for path in paths), key=len))
+        atomic_files.require_writable(paths[0].parent, longest=max((path.name for path in paths), key=len))
     except OSError as error:
-        raise SampleError(f"--out {paths[0]} cannot be written: {command.explain(error)}") from error
+        raise SampleError(f"--out {paths[0]} cannot be written: {cli.explain(error)}") from error
 
 
 def sample(arguments: argparse.Namespace) -> list[np.ndarray]:
@@ -158,7 +160,7 @@ def _draw(
     settings: Settings,
     manifest: Manifest,
     ema: Any,
-    decoder: pictures.Decoder,
+    decoder: image_grid.Decoder,
     requests: list[Request],
     texts: list[np.ndarray],
     made: Recipe,
@@ -189,9 +191,9 @@ def _draw(
     count = len(requests) * len(sweep_text) * len(sweep_vision)
     with tqdm(total=count, unit="image", disable=not sys.stderr.isatty()) as bar:
         for vision, text in itertools.product(sweep_vision, sweep_text):
-            guidance = sampler.Guidance(text, vision, arguments.rescale)
+            guidance = solvers.Guidance(text, vision, arguments.rescale)
             latents = generator.latents(params, wanted, noise, bar.update, guidance)
-            drawn[vision, text] = pictures.decode_all(decoder, latents)
+            drawn[vision, text] = image_grid.decode_all(decoder, latents)
     return drawn
 
 
@@ -259,8 +261,8 @@ def _write_sweep(
             titles.append(f"vision {vision:g}, seed {request.seed}: {request.prompt}")
             print(f"row {len(rows)}  vision {vision:g}  seed {request.seed}  {request.prompt!r}")
     columns = [f"text {text:g}" for text in texts]
-    sheet = pictures.grid(rows, row_titles=titles, column_titles=columns, cell=256)
-    pictures.save(sheet, arguments.out, made.notes())
+    sheet = image_grid.grid(rows, row_titles=titles, column_titles=columns, cell=256)
+    image_grid.save(sheet, arguments.out, made.notes())
     print(f"{arguments.out}  {len(requests)} pictures at {len(texts)} x {len(visions)} guidance scales")
 
 
@@ -274,12 +276,12 @@ def _write(
     paths = _outputs(arguments, len(images))
     for request, pixels, path in zip(requests, images, paths, strict=True):
         notes = made.of_one(request.prompt, request.seed).notes()
-        pictures.save(Image.fromarray(pixels), path, notes)
+        image_grid.save(Image.fromarray(pixels), path, notes)
         print(f"{path}  {pixels.shape[1]}x{pixels.shape[0]}  seed {request.seed}  {request.prompt!r}")
     if len(images) > 1:
         rows = [images[i : i + arguments.count] for i in range(0, len(images), arguments.count)]
-        sheet = pictures.grid(rows, row_titles=arguments.prompt, cell=256)
-        pictures.save(sheet, arguments.out, made.notes())
+        sheet = image_grid.grid(rows, row_titles=arguments.prompt, cell=256)
+        image_grid.save(sheet, arguments.out, made.notes())
         print(f"{arguments.out}  the sheet of all {len(images)}")
 
 
@@ -290,7 +292,7 @@ def main() -> None:
     def work() -> None:
         sample(parse_arguments(sys.argv[1:]))
 
-    command.run(work, USER_ERRORS)
+    cli.run(work, USER_ERRORS)
 
 
 if __name__ == "__main__":

@@ -21,42 +21,37 @@ from absl import app
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from fluxdit_jax import (
-    arguments,
-    command,
-    continuation,
-    data,
-    devices,
-    model,
-    overview,
-    pictures,
-    reporting,
-    sharding,
-)
 from fluxdit_jax import config as configuration
-from fluxdit_jax.allocator import keep_freed_memory
-from fluxdit_jax.checkpoint import CheckpointError, Checkpoints, leaves_threads, require_same_shapes
+from fluxdit_jax import train_arguments
 from fluxdit_jax.config import Settings
-from fluxdit_jax.due import Overdue
+from fluxdit_jax.dataset.manifest import DatasetError, Manifest, load_manifest
+from fluxdit_jax.device import devices, sharding
+from fluxdit_jax.device.memory_plan import OutOfMemory, require_fit
+from fluxdit_jax.device.sharding import MeshError
 from fluxdit_jax.flow import FlowConfig
 from fluxdit_jax.gate.requirement import GateError, require_report, tell_pictures
-from fluxdit_jax.health import Monitor
-from fluxdit_jax.heldout import HeldOut
-from fluxdit_jax.memory_plan import OutOfMemory, require_fit
-from fluxdit_jax.metrics import LogError, MetricsWriter
+from fluxdit_jax.loader import reader
+from fluxdit_jax.model import dit
 from fluxdit_jax.optimizer import learning_rate
-from fluxdit_jax.preview import Preview, make_preview
 from fluxdit_jax.program import Program
-from fluxdit_jax.records import DatasetError, Manifest, load_manifest
-from fluxdit_jax.run_directory import RunError, RunLock, check_resume, difference_from, flatten
-from fluxdit_jax.sharding import MeshError
-from fluxdit_jax.soundness import BrokenRun, Watchdog
+from fluxdit_jax.run import continuation, overview, reporting
+from fluxdit_jax.run.checkpoint import CheckpointError, Checkpoints, leaves_threads, require_same_shapes
+from fluxdit_jax.run.health import Monitor
+from fluxdit_jax.run.metrics import LogError, MetricsWriter
+from fluxdit_jax.run.profile import Trace
+from fluxdit_jax.run.run_directory import RunError, RunLock, check_resume, difference_from, flatten
+from fluxdit_jax.run.signals import Signals, any_process
+from fluxdit_jax.run.soundness import BrokenRun, Watchdog
+from fluxdit_jax.run.timer import Overdue
+from fluxdit_jax.run.validation_loss import HeldOut
+from fluxdit_jax.run.weights import places, restore_weights
+from fluxdit_jax.sampling import image_grid
+from fluxdit_jax.sampling.preview import Preview, make_preview
+from fluxdit_jax.shared import cli
+from fluxdit_jax.shared.host_memory import keep_freed_memory
 from fluxdit_jax.state import TrainState
-from fluxdit_jax.stopping import Signals, any_process
-from fluxdit_jax.trace import Trace
 from fluxdit_jax.train_step import patch_statistics
-from fluxdit_jax.vae_files import DecoderError
-from fluxdit_jax.weights import places, restore_weights
+from fluxdit_jax.vae.files import DecoderError
 
 log = logging.getLogger("fluxdit_jax")
 USER_ERRORS = (
@@ -81,7 +76,7 @@ def train(config: ConfigDict) -> int:
         manifest = load_manifest(config.data.path)
         settings = configuration.resolve(config, manifest)
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.data.micro_batch_size)
-        source = data.RecordSource(config.data.path, manifest, "train", config.data.on_corrupt)
+        source = reader.RecordSource(config.data.path, manifest, "train", config.data.on_corrupt)
         statistics = patch_statistics(manifest.latent_mean, manifest.latent_std, settings.model.patch)
         report = require_report(config.gate.report, settings.model, manifest) if config.gate.required else None
         if config.resume.from_run is not None and not places(Path(config.resume.from_run)):
@@ -115,7 +110,7 @@ def train(config: ConfigDict) -> int:
         log.info("step %d of %d", step, config.train.steps)
 
         # ------------------------------------------------------------ data, and what is written and shown
-        batches = data.batches(
+        batches = reader.batches(
             source,
             seed=config.seed,
             start=samples,
@@ -140,7 +135,7 @@ def train(config: ConfigDict) -> int:
             reporting.Reporter(
                 writer=writer,
                 monitor=Monitor(config.optim.lr, config.optim.warmup_steps, _without_gradient(settings.flow)),
-                watchdog=Watchdog(config.health.max_skipped, model.count_parameters(settings.model), config.optim.lr),
+                watchdog=Watchdog(config.health.max_skipped, dit.count_parameters(settings.model), config.optim.lr),
                 schedule=learning_rate(settings.optimizer, config.optim.lr),
                 metric_shapes=program.metric_shapes,
                 batch_size=config.data.micro_batch_size,
@@ -292,13 +287,13 @@ def _make_heldout(
     return HeldOut(
         settings.model,
         settings.flow,
-        data.RecordSource(config.data.path, manifest, "holdout", config.data.on_corrupt),
+        reader.RecordSource(config.data.path, manifest, "holdout", config.data.on_corrupt),
         mesh=mesh,
         statistics=statistics,
         tokens=settings.tokens,
         text_tokens=settings.text_tokens,
         batch_size=settings.micro_batch_size,
-        pictures=config.log.heldout_count,
+        image_grid=config.log.heldout_count,
     )
 
 
@@ -329,9 +324,9 @@ def _write_preview(preview: Preview, ema: Any, step: int, workdir: Path, writer:
     path = workdir / "samples" / f"step_{step:07d}.png"
     try:
         path.parent.mkdir(exist_ok=True)
-        pictures.save(sheet, path)
+        image_grid.save(sheet, path)
     except OSError as error:
-        log.error("no picture of this step, the run goes on: %s", command.explain(error))
+        log.error("no picture of this step, the run goes on: %s", cli.explain(error))
     else:
         log.info("step %d: pictures by the EMA in %s", step, path)
     writer.image(step, "samples", np.asarray(sheet))
@@ -342,11 +337,11 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: unexpected argument {argv[1]!r}; overrides are written --config.group.key=value")
     if _CONFIG.value is None:
         sys.exit("error: give a configuration, as --config=configs/demo.py")
-    command.outlive_readers()
+    cli.outlive_readers()
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax narrates every save at INFO
-    absl_logging.get_absl_logger().addFilter(command.without_traceback)  # and a failed one with pages
-    threading.excepthook = command.thread_error
-    command.without_pages()
+    absl_logging.get_absl_logger().addFilter(cli.without_traceback)  # and a failed one with pages
+    threading.excepthook = cli.thread_error
+    cli.without_pages()
     config = _CONFIG.value
     devices.use_compilation_cache()
     devices.use_most_memory()
@@ -355,7 +350,7 @@ def main(argv: list[str]) -> None:
     try:
         code = train(config)
     except USER_ERRORS as error:
-        print(f"error: {command.explain(error)}", file=sys.stderr)
+        print(f"error: {cli.explain(error)}", file=sys.stderr)
         code = 1
     except BrokenRun:  # the reporter has told it
         code = 1
@@ -363,10 +358,10 @@ def main(argv: list[str]) -> None:
         print("stopped at once; the same command goes on from the last checkpoint, if any", file=sys.stderr)
         code = 130
     if leaves_threads() and jax.process_count() == 1:
-        command.leave(code)
+        cli.leave(code)
     sys.exit(code)
 
 
 if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=True)
-    app.run(main, flags_parser=arguments.parse)
+    app.run(main, flags_parser=train_arguments.parse)

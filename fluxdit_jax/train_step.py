@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fluxdit_jax import flow, model
+from fluxdit_jax import flow
+from fluxdit_jax.model import dit
 from fluxdit_jax.optimizer import ema_decay, gradient_norms, group_norms
 from fluxdit_jax.state import TrainState
 
@@ -47,7 +48,7 @@ def flow_loss(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Runs the network on (x_t, t) and returns f32 (loss [B], prediction [B, N, P], target [B, N, P])."""
     noise = jnp.where(valid[..., None], noise, 0.0)
-    prediction = model.apply(
+    prediction = dit.apply(
         graph,
         params,
         flow.interpolate(x0, noise, t),

@@ -27,32 +27,35 @@ import jax
 from absl import logging as absl_logging
 from tqdm import tqdm
 
-from fluxdit_jax import command as programs
-from fluxdit_jax import devices, files, pictures, sampler
-from fluxdit_jax.checkpoint import CheckpointError
 from fluxdit_jax.config import ConfigError, Settings, resolve
-from fluxdit_jax.data import RecordSource
+from fluxdit_jax.dataset.manifest import DatasetError, Manifest
+from fluxdit_jax.dataset.records import Record
+from fluxdit_jax.device import devices
 from fluxdit_jax.gate.advice import advise, by_cause
 from fluxdit_jax.gate.album import DEMO_KEYS, Album
 from fluxdit_jax.gate.edit import Edit
 from fluxdit_jax.gate.memorisation import Memorisation
 from fluxdit_jax.gate.page import write_page
 from fluxdit_jax.gate.painter import Painter, Wanted
-from fluxdit_jax.gate.rules import EditError, Rule, choose_rules, choose_unrelated
+from fluxdit_jax.gate.report import FOLDER, Circumstances, build_report, write_json, write_tensorboard
 from fluxdit_jax.gate.swap import Swap
 from fluxdit_jax.gate.verdict import Verdict
-from fluxdit_jax.generation import Generator
-from fluxdit_jax.metrics import LogError, read_metrics
-from fluxdit_jax.paths import expanded, given_path
-from fluxdit_jax.preview import spread
-from fluxdit_jax.prompts import SampleError, encode_prompts
-from fluxdit_jax.records import DatasetError, Manifest, Record
-from fluxdit_jax.report import FOLDER, Circumstances, build_report, write_json, write_tensorboard
-from fluxdit_jax.run_directory import RunError, RunLock, load_config, load_dataset, require_dataset
+from fluxdit_jax.loader.reader import RecordSource
+from fluxdit_jax.run.checkpoint import CheckpointError
+from fluxdit_jax.run.metrics import LogError, read_metrics
+from fluxdit_jax.run.run_directory import RunError, RunLock, load_config, load_dataset, require_dataset
+from fluxdit_jax.run.weights import restore_weights
+from fluxdit_jax.sampling import image_grid, solvers
+from fluxdit_jax.sampling.pipeline import Generator
+from fluxdit_jax.sampling.preview import spread
+from fluxdit_jax.sampling.prompts import SampleError, encode_prompts
+from fluxdit_jax.shared import atomic_files
+from fluxdit_jax.shared import cli as programs
+from fluxdit_jax.shared.edit_rules import EditError, Rule, choose_rules, choose_unrelated
+from fluxdit_jax.shared.paths import expanded, given_path
 from fluxdit_jax.train_step import patch_statistics
-from fluxdit_jax.vae import load_decoder
-from fluxdit_jax.vae_files import DecoderError
-from fluxdit_jax.weights import restore_weights
+from fluxdit_jax.vae.decoder import load_decoder
+from fluxdit_jax.vae.files import DecoderError
 from preprocess import PreprocessError
 
 EVALUATIONS = {"euler": 1, "heun": 2, "kutta3": 3}  # of the network, for each solver step
@@ -112,7 +115,7 @@ def _add_arguments(add: Any) -> None:
     )  # fmt: skip
     add("--steps", type=int, default=6, help="solver steps; 6 to 16 is usual; default: 6")
     add(
-        "--method", choices=sampler.METHODS, default="kutta3",
+        "--method", choices=solvers.METHODS, default="kutta3",
         help="solver; kutta3 costs three evaluations of the network a step, heun two, euler one; default: kutta3",
     )  # fmt: skip
     add("--seed", type=int, default=0, help="of the noise and of who is paired with whom; default: 0")
@@ -150,7 +153,7 @@ def validate(arguments: argparse.Namespace) -> bool:
 
     # ------------------------------------------------------------ the true pictures
     decoder = load_decoder(manifest.vae, arguments.vae or config.log.vae)
-    truths = pictures.decode_all(decoder, [record.latent for record in records])
+    truths = image_grid.decode_all(decoder, [record.latent for record in records])
     album = Album(tuple(records), tuple(truths), settings.model.patch, arguments.seed, arguments.keys)
     seconds["load"] = time.monotonic() - started
 
@@ -191,7 +194,7 @@ def validate(arguments: argparse.Namespace) -> bool:
         networks=count * arguments.steps * EVALUATIONS[arguments.method],
         digest=weights.digest,
         weights=weights.path.parent.name,
-        pictures=len(records),
+        image_grid=len(records),
         drawn=count_drawn(records),
     )
     report = build_report(verdicts, circumstances, settings.model, manifest)
@@ -216,7 +219,7 @@ def make_painter(
     settings: Settings,
     manifest: Manifest,
     ema: dict[str, Any],
-    decoder: pictures.Decoder,
+    decoder: image_grid.Decoder,
 ) -> Painter:
     """The run's model as a painter."""
     generator = Generator(
@@ -276,7 +279,7 @@ def command(argv: list[str]) -> int:
 def _locked(arguments: argparse.Namespace) -> int:
     if not arguments.workdir.is_dir():
         raise RunError(f"--workdir {arguments.workdir} does not exist")
-    files.require_writable(arguments.workdir / FOLDER)
+    atomic_files.require_writable(arguments.workdir / FOLDER)
     lock = RunLock(arguments.workdir, ".validation.lock", temporary=True, option="--workdir")
     try:
         return 0 if validate(arguments) else 1

@@ -13,11 +13,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from fluxdit_jax.command import outlive_readers
-from fluxdit_jax.paths import expanded
-from fluxdit_jax.untrusted import shown
+from fluxdit_jax.shared.cli import outlive_readers
+from fluxdit_jax.shared.paths import expanded
+from fluxdit_jax.shared.sanitize import shown
 from preprocess import PreprocessError
-from preprocess.options import Options
+from preprocess.build.options import Options
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, and so it stays
             signal.signal(number, _stop)
     sys.unraisablehook = _stop_again
-    from fluxdit_jax.records import DatasetError
+    from fluxdit_jax.dataset.manifest import DatasetError
 
     try:
         return parsed.run(parsed)
@@ -64,8 +64,8 @@ def _stop_again(unraisable: Any) -> None:
 
 
 def _build(parsed: argparse.Namespace) -> int:
-    from preprocess.build import build, dry_run
-    from preprocess.repeat import complete
+    from preprocess.build.build import build, dry_run
+    from preprocess.build.repeat import complete
 
     names = {field.name for field in dataclasses.fields(Options)}
     options, taken = complete({name: value for name, value in vars(parsed).items() if name in names})
@@ -80,15 +80,15 @@ def _build(parsed: argparse.Namespace) -> int:
 
 
 def _inspect(parsed: argparse.Namespace) -> int:
-    from preprocess.report import inspect
+    from preprocess.inspect.report import inspect
 
     inspect(parsed.dataset, parsed.output, parsed.cells, parsed.device)
     return 0
 
 
 def _verify(parsed: argparse.Namespace) -> int:
-    from fluxdit_jax.records import MANIFEST, DatasetError
-    from preprocess.verify import WHOLE, Finding, repair, report, verify
+    from fluxdit_jax.dataset.manifest import MANIFEST, DatasetError
+    from preprocess.inspect.verify import WHOLE, Finding, repair, report, verify
 
     try:
         findings = verify(parsed.dataset, parsed.workers)
@@ -105,7 +105,7 @@ def _verify(parsed: argparse.Namespace) -> int:
 
 
 def _export(parsed: argparse.Namespace) -> int:
-    from preprocess.export import export
+    from preprocess.inspect.export import export
 
     written = export(parsed.dataset, parsed.output, parsed.format)
     print(f"{len(written)} files are in {parsed.output}, the first is {written[0].name}")
@@ -121,8 +121,8 @@ def _demo(parsed: argparse.Namespace) -> int:
 
 
 def _subset(parsed: argparse.Namespace) -> int:
-    from preprocess.candidates import SubsetOptions
-    from preprocess.subset import subset
+    from preprocess.subset.candidates import SubsetOptions
+    from preprocess.subset.subset import subset
 
     names = {field.name for field in dataclasses.fields(SubsetOptions)}
     values = {name: value for name, value in vars(parsed).items() if name in names}

@@ -13,15 +13,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from absl import logging as absl_logging
 
-from fluxdit_jax import data, pictures
-from fluxdit_jax.checkpoint import restore_ema
 from fluxdit_jax.config import resolve
-from fluxdit_jax.generation import Generator, conditions
-from fluxdit_jax.paths import given_path
-from fluxdit_jax.prompts import encode_prompts
-from fluxdit_jax.run_directory import load_config, load_dataset
+from fluxdit_jax.loader import reader
+from fluxdit_jax.run.checkpoint import restore_ema
+from fluxdit_jax.run.run_directory import load_config, load_dataset
+from fluxdit_jax.sampling import image_grid
+from fluxdit_jax.sampling.pipeline import Generator, conditions
+from fluxdit_jax.sampling.prompts import encode_prompts
+from fluxdit_jax.shared.paths import given_path
 from fluxdit_jax.train_step import patch_statistics
-from fluxdit_jax.vae import load_decoder
+from fluxdit_jax.vae.decoder import load_decoder
 
 SHOWN = ("c00", "c04", "c07", "c09", "c12", "c15")  # compositions of the demonstration set
 ROWS = (
@@ -49,7 +50,7 @@ def draw(workdir: Path, shown: tuple[str, ...] = SHOWN, step: int | None = None)
     settings = resolve(config, manifest)
     by_key = {}
     for split in ("train", "holdout"):
-        source = data.RecordSource(config.data.path, manifest, split) if manifest.records(split) else ()
+        source = reader.RecordSource(config.data.path, manifest, split) if manifest.records(split) else ()
         by_key.update((record.key, record) for record in (source[i] for i in range(len(source))))
     # The k-th composition in the k-th light; its partner is another composition in another light.
     own = [by_key[f"{name}_l{k % 5}.png"] for k, name in enumerate(shown)]
@@ -76,14 +77,14 @@ def draw(workdir: Path, shown: tuple[str, ...] = SHOWN, step: int | None = None)
     )
     _, ema = restore_ema(workdir, step)
     latents = generator.latents(generator.cast(ema), wanted, generator.noise(list(range(3 * len(own)))))
-    images = pictures.decode_all(load_decoder(manifest.vae), [record.latent for record in own] + latents)
+    images = image_grid.decode_all(load_decoder(manifest.vae), [record.latent for record in own] + latents)
     return [images[start : start + len(own)] for start in range(0, len(images), len(own))]
 
 
 def main(workdir: Path, out: Path) -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
     out.parent.mkdir(parents=True, exist_ok=True)
-    pictures.grid(draw(workdir), row_titles=ROWS, cell=160).save(out, optimize=True)
+    image_grid.grid(draw(workdir), row_titles=ROWS, cell=160).save(out, optimize=True)
     print(out)
 
 

@@ -15,9 +15,10 @@ import demo_sheet
 from matplotlib.figure import Figure
 from PIL import Image
 
-from fluxdit_jax import pictures, sample
-from fluxdit_jax.metrics import METRICS, read_metrics
-from fluxdit_jax.paths import given_path
+from fluxdit_jax import sample
+from fluxdit_jax.run.metrics import METRICS, read_metrics
+from fluxdit_jax.sampling import image_grid
+from fluxdit_jax.shared.paths import given_path
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "docs" / "figures"
@@ -144,7 +145,7 @@ def draw_sick(work: Path) -> None:
 def draw_failures(work: Path) -> None:
     for name, run_name, step in FAILURES:
         rows = demo_sheet.draw(work / run_name, SHOWN, step)
-        save_sheet(pictures.grid(rows, row_titles=demo_sheet.ROWS, cell=104), name)
+        save_sheet(image_grid.grid(rows, row_titles=demo_sheet.ROWS, cell=104), name)
 
 
 def save_sheet(sheet: Image.Image, name: str) -> None:
@@ -164,7 +165,7 @@ def draw_guidance(work: Path) -> None:
             + ["--out", str(work / "guidance.png")]
         )
     )
-    sheet = pictures.grid(
+    sheet = image_grid.grid(
         [images[row * len(texts) : (row + 1) * len(texts)] for row in range(len(visions))],
         column_titles=[f"text {scale:g}" for scale in texts],
         row_titles=[f"vision {scale:g}" for scale in visions],

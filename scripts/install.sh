@@ -62,14 +62,14 @@ END
   fi
 fi
 
-# 2. what to install: see fluxdit_jax/cuda_stack.py
+# 2. what to install: see fluxdit_jax/device/cuda_stack.py
 installed="$(cat "$venv/installed" 2>/dev/null || true)"  # a checksum, the build of JAX, the extras
 case "$installed" in  # what was installed before stays, at the new versions
   *" encoders,dev") extras="encoders,dev" ;;
   *" encoders") extras="${extras:-encoders}" ;;
 esac
 case "$installed" in *" cpu "*) cpu=1 ;; esac
-stack() { "$python" ${outside:+-S} -m fluxdit_jax.cuda_stack "$@"; }  # -S: what lies beside another Python is not meant
+stack() { "$python" ${outside:+-S} -m fluxdit_jax.device.cuda_stack "$@"; }  # -S: what lies beside another Python is not meant
 outside=1
 if [ -e "$venv" ]; then outside=""; fi
 cuda=""

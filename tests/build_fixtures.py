@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fluxdit_jax import records
-from preprocess.build import build
-from preprocess.options import Options
-from preprocess.units import Rows, read_rows
-from preprocess.verify import verify
+from fluxdit_jax.dataset import records
+from fluxdit_jax.dataset.manifest import INDEX, load_manifest
+from preprocess.build.build import build
+from preprocess.build.options import Options
+from preprocess.build.units import Rows, read_rows
+from preprocess.inspect.verify import verify
 
 SIZES = [(160, 160), (140, 180), (180, 140), (300, 310), (128, 150)]
 ENCODERS = {"vae": "builtin:dct", "text_encoder": "builtin:hash", "vision_encoder": "builtin:tone"}
@@ -67,7 +68,7 @@ def options(photos: Path, output: Path, **more: object) -> Options:
 
 def read(directory: Path) -> dict[str, records.Record]:
     """All records by key."""
-    manifest = records.load_manifest(directory)
+    manifest = load_manifest(directory)
     found = {}
     for shards in manifest.shards.values():
         for shard in shards:
@@ -79,7 +80,7 @@ def read(directory: Path) -> dict[str, records.Record]:
 
 def index(directory: Path) -> list[dict]:
     """The rows of the index."""
-    return Rows.load(directory / records.INDEX).table.to_pylist()
+    return Rows.load(directory / INDEX).table.to_pylist()
 
 
 def contents(directory: Path) -> dict[str, bytes]:

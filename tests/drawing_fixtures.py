@@ -9,7 +9,7 @@ from build_fixtures import options, write_photos
 from drawing_helpers import config
 
 from fluxdit_jax.train import train
-from preprocess.build import build
+from preprocess.build.build import build
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from PIL import Image
 from training_helpers import tiny_config
 
 from fluxdit_jax.sample import sample
-from fluxdit_jax.sample_arguments import parse_arguments
+from fluxdit_jax.sampling.arguments import parse_arguments
 
 SHORT = "photo number 3 of a dog"  # 7 tokens, as the captions have
 

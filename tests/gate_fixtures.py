@@ -13,16 +13,9 @@ from PIL import Image
 
 from fluxdit_jax import validate
 from fluxdit_jax.config import default_config
+from fluxdit_jax.dataset.manifest import MANIFEST, Manifest, Shard, sha256_file, shard_name
+from fluxdit_jax.dataset.records import WRITER_OPTIONS, encode_record
 from fluxdit_jax.gate.album import Album
-from fluxdit_jax.records import (
-    MANIFEST,
-    WRITER_OPTIONS,
-    Manifest,
-    Shard,
-    encode_record,
-    sha256_file,
-    shard_name,
-)
 from preprocess.demo import COMPOSITIONS, LIGHTS, compose
 from preprocess.encoders.builtin import DctVae, HashText, ToneVision
 

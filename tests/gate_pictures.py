@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fluxdit_jax.dataset.records import BF16, Record
 from fluxdit_jax.gate.album import Album
 from fluxdit_jax.gate.painter import Wanted
-from fluxdit_jax.records import BF16, Record
 
 PATCH = 2
 

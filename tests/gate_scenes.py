@@ -14,10 +14,10 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.ndimage import gaussian_filter, shift
 
-from fluxdit_jax import pictures
+from fluxdit_jax.dataset.records import Record
 from fluxdit_jax.gate.album import Album
 from fluxdit_jax.gate.painter import Wanted
-from fluxdit_jax.records import Record
+from fluxdit_jax.sampling import image_grid
 from preprocess.encoders.builtin import DctVae, HashText, ToneVision
 
 SUBJECTS = ("fox", "teapot", "lighthouse", "cactus")
@@ -80,7 +80,7 @@ def album(subjects: Sequence[str] = SUBJECTS, lights: int = len(LIGHTS)) -> Albu
                     content_hash=hashlib.sha256(image.tobytes()).hexdigest(),
                 )
             )
-    truths = pictures.decode_all(vae, [record.latent for record in records])
+    truths = image_grid.decode_all(vae, [record.latent for record in records])
     return Album(tuple(records), tuple(truths), patch=2)
 
 

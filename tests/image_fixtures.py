@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from preprocess.images import Limits, Picture, decode, read_header
+from preprocess.decoding.images import Limits, Picture, decode, read_header
 
 LIMITS = Limits(min_side=8)
 COLOURS = {"red": (200, 30, 40), "green": (40, 180, 60), "blue": (30, 60, 190), "grey": (128, 128, 128)}

@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from fluxdit_jax.lock import Lock, LockError
+from fluxdit_jax.shared.lock import Lock, LockError
 
 
 def racer(folder: Path, rounds: int, barrier, answers) -> None:

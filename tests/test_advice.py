@@ -12,9 +12,9 @@ from build_fixtures import FLAGS, write_image
 from PIL import Image
 from wording import lines_naming, naming, numbers
 
-from fluxdit_jax import records
+from fluxdit_jax.dataset.manifest import load_manifest
 from preprocess.__main__ import main
-from preprocess.advice import repeated_captions
+from preprocess.build.advice import repeated_captions
 
 
 class Road:
@@ -110,7 +110,7 @@ def test_captions_of_deleted_photographs_are_listed_and_are_no_rejects(road: Roa
     said = road.build("--resolution", "128", "--dry-run")
     assert lines_naming(said, 0, "rejected") and re.search(r"\b17$", said, re.M)
     road.build("--resolution", "128", "--max-rejects", "0")
-    assert records.load_manifest(road.data).rejects == 0
+    assert load_manifest(road.data).rejects == 0
 
 
 def test_a_square_subset_tells_how_much_it_bends(road: Road, draw_photo) -> None:

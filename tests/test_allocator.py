@@ -10,7 +10,7 @@ import pytest
 
 FAULTS = """
 import resource, threading
-from fluxdit_jax.allocator import keep_freed_memory
+from fluxdit_jax.shared.host_memory import keep_freed_memory
 {call}
 def faults(size):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fluxdit_jax import attention
-from fluxdit_jax.attention import attend, choose_implementation
-from fluxdit_jax.sharding import make_mesh
+from fluxdit_jax.device.sharding import make_mesh
+from fluxdit_jax.model import attention
+from fluxdit_jax.model.attention import attend, choose_implementation
 
 pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.usefixtures("quick_compile")

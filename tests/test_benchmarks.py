@@ -11,7 +11,7 @@ from test_model_by_hand import product_flops
 from training_helpers import network_inputs, tiny_model
 
 from benchmarks import environment, plain_dit
-from fluxdit_jax import model
+from fluxdit_jax.model import dit
 
 
 def test_the_plain_dit_answers_as_the_model_does_its_flops_are_counted_alike_and_all_of_it_learns():
@@ -22,7 +22,7 @@ def test_the_plain_dit_answers_as_the_model_does_its_flops_are_counted_alike_and
     params = jax.jit(lambda key: plain_dit.initialize(config, key))(jax.random.key(0))
 
     def run(params):
-        return model.apply(graph, params, *inputs.values())
+        return dit.apply(graph, params, *inputs.values())
 
     by_hand = 2 * plain_dit.flops_per_sample(config, 48, 24)
     assert by_hand == product_flops(jax.make_jaxpr(run)(params).jaxpr)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from wording import naming
 
 from preprocess import PreprocessError
-from preprocess.buckets import (
+from preprocess.build.buckets import (
     Geometry,
     bucket_table,
     default_modulus,

@@ -29,16 +29,17 @@ from build_fixtures import (
 from PIL import Image
 from wording import lines_naming, naming
 
-import preprocess.build
-from fluxdit_jax import records
+import preprocess.build.build
+from fluxdit_jax.dataset import records
+from fluxdit_jax.dataset.manifest import INDEX, MANIFEST, REJECTS, load_manifest, sha256_file
 from preprocess import PreprocessError
-from preprocess.build import build, dry_run
-from preprocess.comparison import WouldLose
+from preprocess.build.build import build, dry_run
+from preprocess.build.comparison import WouldLose
+from preprocess.build.lock import locked
+from preprocess.build.units import read_rows
+from preprocess.decoding.images import Limits, decode, read_header
 from preprocess.encoders import load_text_encoder, load_vae, load_vision_encoder
-from preprocess.images import Limits, decode, read_header
-from preprocess.lock import locked
-from preprocess.units import read_rows
-from preprocess.verify import verify
+from preprocess.inspect.verify import verify
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def test_records_are_what_the_encoders_say(photos: Path, tmp_path: Path) -> None
 def test_manifest_index_and_statistics(photos: Path, tmp_path: Path) -> None:
     build(options(photos, tmp_path / "data"))
     directory = tmp_path / "data"
-    manifest = records.load_manifest(directory)
+    manifest = load_manifest(directory)
     found = read(directory)
     train, holdout = manifest.shards["train"], manifest.shards["holdout"]
     assert manifest.records("train") + manifest.records("holdout") == 24 and manifest.records("holdout") > 0
@@ -92,9 +93,9 @@ def test_manifest_index_and_statistics(photos: Path, tmp_path: Path) -> None:
     assert np.abs(np.array(manifest.latent_std) - values.std(axis=1)).max() < 1e-10
     assert manifest.text_tokens == max(len(record.text) for record in found.values())
     for shard in train + holdout:
-        assert records.sha256_file(directory / shard.file) == shard.sha256
+        assert sha256_file(directory / shard.file) == shard.sha256
         assert sum(shard.buckets.values()) == shard.records
-    assert not (directory / ".build").exists() and (directory / records.REJECTS).read_text() == ""
+    assert not (directory / ".build").exists() and (directory / REJECTS).read_text() == ""
 
 
 def test_the_same_input_gives_the_same_bytes(photos: Path, tmp_path: Path) -> None:
@@ -145,7 +146,7 @@ def test_real_encoders_from_directories(
             limit=9,
         )
     )
-    manifest = records.load_manifest(tmp_path / "data")
+    manifest = load_manifest(tmp_path / "data")
     assert (manifest.vae.width, manifest.text.width, manifest.vision.width) == (16, 64, 32)
     assert manifest.vae.id == str(tiny_vae_dir) and manifest.vae.dtype == "float32"
     found = read(tmp_path / "data")
@@ -267,7 +268,7 @@ def test_an_image_never_changes_its_split(photos: Path, tmp_path: Path, draw_pho
 
 def test_a_damaged_record_is_not_taken_over(photos: Path, tmp_path: Path) -> None:
     build(options(photos, tmp_path / "data"))
-    manifest = records.load_manifest(tmp_path / "data")
+    manifest = load_manifest(tmp_path / "data")
     shard = tmp_path / "data" / manifest.shards["train"][0].file
     row = next(r for r in index(tmp_path / "data") if r["shard"] == shard.name)
     data = bytearray(shard.read_bytes())
@@ -313,7 +314,7 @@ def test_bad_inputs_are_rejected_with_their_reason(
     (photos / "cut.txt").write_text("cut in the middle")
     write_image(photos / "mute.png", 51, None, draw_photo)
     result = build(options(photos, tmp_path / "data", max_rejects=0.2))
-    lines = [json.loads(line) for line in (tmp_path / "data" / records.REJECTS).read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "data" / REJECTS).read_text().splitlines()]
     assert [(line["key"], line["reason"]) for line in lines] == [
         ("cut.png", "damaged image"),
         ("empty.png", "zero bytes"),
@@ -332,19 +333,19 @@ def test_a_file_that_changes_between_plan_and_encoding(
     photos: Path, tmp_path: Path, draw_photo, monkeypatch, capsys: pytest.CaptureFixture
 ) -> None:
     """It is not stored under the hash of what was there before; the same command again takes it."""
-    key, tell = "set1/p03.png", preprocess.build.tell_plan
+    key, tell = "set1/p03.png", preprocess.build.build.tell_plan
 
     def change(*arguments: object) -> None:
         tell(*arguments)
         write_image(photos / key, 103, None, draw_photo)
 
-    monkeypatch.setattr(preprocess.build, "tell_plan", change)
+    monkeypatch.setattr(preprocess.build.build, "tell_plan", change)
     result = build(options(photos, tmp_path / "data", max_rejects=0.5))
     monkeypatch.undo()
-    (line,) = [json.loads(line) for line in (tmp_path / "data" / records.REJECTS).read_text().splitlines()]
+    (line,) = [json.loads(line) for line in (tmp_path / "data" / REJECTS).read_text().splitlines()]
     assert (line["key"], line["reason"]) == (key, "changed during the build")
     assert result.counts.rejected == 1 and key not in read(tmp_path / "data")
-    assert lines_naming(capsys.readouterr().out, 1, str(tmp_path / "data" / records.REJECTS))
+    assert lines_naming(capsys.readouterr().out, 1, str(tmp_path / "data" / REJECTS))
     assert build(options(photos, tmp_path / "data", max_rejects=0.5)).counts.latents == 1
     assert_as_fresh(photos, tmp_path / "data", tmp_path, max_rejects=0.5)
 
@@ -375,7 +376,7 @@ def test_what_is_cut_copied_or_enlarged_is_counted_and_told(
     assert end["counts"]["truncated"] == cut and end["records"] == 27
 
 
-@pytest.mark.parametrize("name", [records.INDEX, records.REJECTS, "build.json", records.MANIFEST])
+@pytest.mark.parametrize("name", [INDEX, REJECTS, "build.json", MANIFEST])
 def test_killed_while_it_publishes_there_is_no_manifest(photos: Path, tmp_path: Path, draw_photo, name: str) -> None:
     """Nobody takes for a data set what is half of one; the next build completes it."""
     data = tmp_path / "data"
@@ -383,7 +384,7 @@ def test_killed_while_it_publishes_there_is_no_manifest(photos: Path, tmp_path: 
     write_image(photos / "a.png", 99, "one more dog", draw_photo)
     with killed_before(data / name):
         build(options(photos, data, limit=6, holdout=0.0), replace=True)
-    assert not (data / records.MANIFEST).exists()
+    assert not (data / MANIFEST).exists()
     build(options(photos, data, limit=6, holdout=0.0))
     assert_as_fresh(photos, data, tmp_path, limit=6, holdout=0.0)
 
@@ -401,7 +402,7 @@ def test_an_encoder_that_returns_nan(photos: Path, tmp_path: Path, tiny_dino_dir
     log = [json.loads(line) for line in (tmp_path / "data" / "build_log.jsonl").read_text().splitlines()]
     reasons = [line["reason"] for line in log if line["event"] == "reject"]
     assert reasons == ["the vision encoder returned NaN"] * 24
-    assert not (tmp_path / "data" / records.MANIFEST).exists()
+    assert not (tmp_path / "data" / MANIFEST).exists()
 
 
 # --------------------------------------------------------------------------------------------------- refusals
@@ -423,7 +424,7 @@ def test_an_encoder_that_returns_nan(photos: Path, tmp_path: Path, tiny_dino_dir
 def test_impossible_wishes_are_one_line_errors(photos: Path, tmp_path: Path, more: dict, named: list) -> None:
     with pytest.raises(PreprocessError, match=naming(*named)):
         build(dataclasses.replace(options(photos, tmp_path / "data"), **more))
-    assert not (tmp_path / "data" / records.MANIFEST).exists()
+    assert not (tmp_path / "data" / MANIFEST).exists()
 
 
 def test_an_empty_folder_and_one_with_only_bad_images(tmp_path: Path) -> None:
@@ -433,7 +434,7 @@ def test_an_empty_folder_and_one_with_only_bad_images(tmp_path: Path) -> None:
         build(options(folder, tmp_path / "data"))
     (folder / "a.png").write_bytes(b"nothing")
     (folder / "a.txt").write_text("words")
-    with pytest.raises(PreprocessError, match=naming(1, "not an image: 1", str(tmp_path / "data" / records.REJECTS))):
+    with pytest.raises(PreprocessError, match=naming(1, "not an image: 1", str(tmp_path / "data" / REJECTS))):
         build(options(folder, tmp_path / "data"))
 
 
@@ -482,7 +483,7 @@ def test_a_reader_that_goes_away_stops_nothing(photos: Path, tmp_path: Path) -> 
     command = f"{sys.executable} -m preprocess build --input {photos} --output {tmp_path / 'data'} --resolution 128"
     result = subprocess.run(["bash", "-c", f"{command} {' '.join(FLAGS)} | true"], capture_output=True, text=True)
     assert "Traceback" not in result.stderr
-    assert records.load_manifest(tmp_path / "data").records("train") > 0
+    assert load_manifest(tmp_path / "data").records("train") > 0
 
 
 def test_a_signal_inside_a_garbage_collection_stops_it_too(tmp_path: Path, draw_photo) -> None:
@@ -617,13 +618,16 @@ def test_precomputed_vectors(photos: Path, tmp_path: Path) -> None:
     assert result.counts.latents == result.counts.texts == 0
     found = read(tmp_path / "data")
     assert len(found) == 22 and found[changed].vision @ vectors[changed] < 0
-    lines = [json.loads(line) for line in (tmp_path / "data" / records.REJECTS).read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "data" / REJECTS).read_text().splitlines()]
     assert [line["reason"] for line in lines] == ["no vector", "vector is not finite"]
     assert_as_fresh(photos, tmp_path / "data", tmp_path, max_rejects=0.5, **more)
 
 
 def test_a_vector_that_changes_between_plan_and_encoding(photos: Path, tmp_path: Path, monkeypatch) -> None:
-    keys, tell = sorted(p.relative_to(photos).as_posix() for p in photos.rglob("*.png")), preprocess.build.tell_plan
+    keys, tell = (
+        sorted(p.relative_to(photos).as_posix() for p in photos.rglob("*.png")),
+        preprocess.build.build.tell_plan,
+    )
     for number, key in enumerate(keys):
         (tmp_path / "v" / key).parent.mkdir(parents=True, exist_ok=True)
         np.save(tmp_path / "v" / f"{key}.npy", np.random.default_rng(number).normal(size=1024).astype(np.float32))
@@ -632,11 +636,11 @@ def test_a_vector_that_changes_between_plan_and_encoding(photos: Path, tmp_path:
         tell(*arguments)
         np.save(tmp_path / "v" / f"{keys[3]}.npy", np.ones(1024, np.float32))
 
-    monkeypatch.setattr(preprocess.build, "tell_plan", change)
+    monkeypatch.setattr(preprocess.build.build, "tell_plan", change)
     more = {"vision_embeddings": str(tmp_path / "v"), "max_rejects": 0.5}
     build(options(photos, tmp_path / "data", **more))
     monkeypatch.undo()
-    (line,) = [json.loads(line) for line in (tmp_path / "data" / records.REJECTS).read_text().splitlines()]
+    (line,) = [json.loads(line) for line in (tmp_path / "data" / REJECTS).read_text().splitlines()]
     assert (line["key"], line["reason"]) == (keys[3], "changed during the build")
     build(options(photos, tmp_path / "data", **more))
     assert_as_fresh(photos, tmp_path / "data", tmp_path, **more)

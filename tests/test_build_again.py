@@ -13,12 +13,12 @@ import pytest
 from build_fixtures import FLAGS, contents, index, options, read, write_image, write_photos
 from wording import lines_naming, naming, numbers
 
-from fluxdit_jax import records
-from preprocess import repeat
+from fluxdit_jax.dataset.manifest import load_manifest
 from preprocess.__main__ import main
-from preprocess.build import build
-from preprocess.comparison import WouldLose
-from preprocess.verify import repair, verify
+from preprocess.build import repeat
+from preprocess.build.build import build
+from preprocess.build.comparison import WouldLose
+from preprocess.inspect.verify import repair, verify
 
 COUNT = 12
 SMALL = [*FLAGS, "--resolution", "128", "--modulus", "16", "--holdout", "0", "--shard-size", "8"]
@@ -166,7 +166,7 @@ def test_the_output_alone_repeats_its_build_anywhere(scene: Scene, monkeypatch: 
     said = scene.build()
     assert re.search(numbers(12, 11, 1, 0, 1), said), said
     assert re.search(alone(1, 1), said, re.M) and lines_naming(said, 1, 12, "set1/p03.png")
-    assert records.load_manifest(scene.data).resolution == 128
+    assert load_manifest(scene.data).resolution == 128
 
 
 def test_a_moved_input_is_taken_if_nothing_is_missing_in_it(scene: Scene) -> None:
@@ -255,7 +255,7 @@ def interrupt(output: Path, *arguments: str, after: int) -> None:
     """Runs a build in a process of its own, which dies when it has finished some units."""
     pid = os.fork()
     if pid == 0:
-        from preprocess import build as module
+        from preprocess.build.build import build as module
 
         class Dies(module.Existing):
             def add(self, rows) -> None:  # noqa: ANN001
@@ -290,10 +290,10 @@ def test_an_interrupted_first_build(first: Path, tmp_path: Path, capsys: pytest.
 
 def test_an_interrupted_replacement_goes_on_by_the_output_alone(scene: Scene) -> None:
     interrupt(scene.data, "--resolution", "96", "--replace", after=1)
-    assert records.load_manifest(scene.data).resolution == 128, "not before it is complete"
+    assert load_manifest(scene.data).resolution == 128, "not before it is complete"
     assert "--resolution 128" in scene.build("--resolution", "64", status=1)
     said = scene.build()
-    assert "--resolution 96" in said and records.load_manifest(scene.data).resolution == 96
+    assert "--resolution 96" in said and load_manifest(scene.data).resolution == 96
     assert "--resolution 96" in scene.build("--resolution", "128", status=1)
 
 

@@ -22,19 +22,20 @@ from build_fixtures import FLAGS, assert_as_fresh, contents, index, options, rea
 from safetensors.torch import load
 from wording import lines_naming, numbers
 
-from fluxdit_jax import other_captions, records
-from fluxdit_jax.records import load_manifest
-from preprocess import captions
-from preprocess.build import build, dry_run
-from preprocess.candidates import SubsetOptions
+from fluxdit_jax.dataset import captions as stored
+from fluxdit_jax.dataset import records
+from fluxdit_jax.dataset.manifest import INDEX, REJECTS, load_manifest
+from preprocess.build.build import build, dry_run
+from preprocess.build.plan import make_plan
 from preprocess.encoders import load_text_encoder
-from preprocess.export import export
-from preprocess.forecast import forecast
-from preprocess.plan import make_plan
-from preprocess.report import inspect
-from preprocess.scan import scan
-from preprocess.subset import subset
-from preprocess.verify import repair, verify
+from preprocess.input import captions
+from preprocess.input.scan import scan
+from preprocess.inspect.export import export
+from preprocess.inspect.forecast import forecast
+from preprocess.inspect.report import inspect
+from preprocess.inspect.verify import repair, verify
+from preprocess.subset.candidates import SubsetOptions
+from preprocess.subset.subset import subset
 
 SEVERAL = {
     "set0/p00.png": ["a dog", "ein Hund in „Anführung“\nund zwei Zeilen", "a dog" + " that barks" * 20],
@@ -95,7 +96,7 @@ def test_records_of_one_caption_are_the_same_bytes_beside_others(built: Path, tm
     of_one, of_several = read(tmp_path / "data"), read(built / "data")
     same = {key for key in of_one if records.encode_record(of_one[key]) == records.encode_record(of_several[key])}
     assert same == of_one.keys() - SEVERAL.keys()
-    assert b"several" not in one[records.INDEX] and b"others" not in one[records.INDEX]
+    assert b"several" not in one[INDEX] and b"others" not in one[INDEX]
 
 
 def test_a_list_of_one_caption_is_one_caption(built: Path, tmp_path: Path, draw_photo) -> None:
@@ -111,7 +112,7 @@ def test_a_list_of_one_caption_is_one_caption(built: Path, tmp_path: Path, draw_
 def test_more_captions_than_a_record_holds_are_counted(
     copied: tuple[Path, Path], capsys: pytest.CaptureFixture
 ) -> None:
-    assert captions.MAX_CAPTIONS == other_captions.MAX_CAPTIONS
+    assert captions.MAX_CAPTIONS == stored.MAX_CAPTIONS
     photos, data = copied
     caption(photos, "set0/p02.png", [f"caption {k}" for k in range(103)])
     build(options(photos, data))
@@ -193,7 +194,7 @@ def test_the_first_further_caption_and_the_last(copied: tuple[Path, Path], tmp_p
         caption(photos, key, texts[0])
     caption(photos, "set0/p02.png", before)
     assert build(options(photos, data)).counts.pictures == 0
-    assert b"several" not in (data / records.INDEX).read_bytes()
+    assert b"several" not in (data / INDEX).read_bytes()
     assert_as_fresh(photos, data, tmp_path)
 
 
@@ -250,7 +251,7 @@ def test_a_further_caption_that_becomes_nan_rejects_its_picture(built: Path, tmp
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     more = {"text_encoder": str(model), "device": "cpu", "max_rejects": 0.5, "holdout": 0.0}
     build(options(built / "photos", tmp_path / "data", **more))
-    (line,) = map(json.loads, (tmp_path / "data" / records.REJECTS).read_text().splitlines())
+    (line,) = map(json.loads, (tmp_path / "data" / REJECTS).read_text().splitlines())
     assert (line["key"], line["reason"]) == ("set0/p00.png", "the text encoder returned NaN")
     assert read(tmp_path / "data").keys() == read(built / "data").keys() - {"set0/p00.png"}
     assert verify(tmp_path / "data") == []
@@ -282,7 +283,7 @@ def test_a_lost_index_is_salvaged_with_its_counts(
     built: Path, copied: tuple[Path, Path], capsys: pytest.CaptureFixture
 ) -> None:
     _, data = copied
-    (data / records.INDEX).unlink()
+    (data / INDEX).unlink()
     repair(data, verify(data))
     assert "encoded 0 latents, 0 captions, 0 vision vectors" in capsys.readouterr().out
     assert verify(data) == [] and contents(data) == contents(built / "data")
@@ -294,7 +295,7 @@ def test_a_record_whose_longest_caption_is_not_that_of_the_index_is_named(
     """The index says what a record with one text less would be: both are sound by themselves."""
     from training_helpers import write_shard
 
-    from preprocess.units import read_rows
+    from preprocess.build.units import read_rows
 
     _, data = copied
     row = next(r for r in index(data) if r["key"] == "set0/p00.png")

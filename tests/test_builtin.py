@@ -7,7 +7,7 @@ import skimage.data
 from PIL import Image
 from wording import naming
 
-from fluxdit_jax.records import EncoderIdentity
+from fluxdit_jax.dataset.manifest import EncoderIdentity
 from preprocess.encoders.builtin import DctVae, HashText, ToneVision
 
 

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fluxdit_jax.other_captions import MAX_CAPTIONS
-from preprocess import captions
-from preprocess.captions import Source
-from preprocess.images import Rejected
-from preprocess.place import Place
-from preprocess.tables import path_in, read_table
+from fluxdit_jax.dataset.captions import MAX_CAPTIONS
+from preprocess.decoding.images import Rejected
+from preprocess.input import captions
+from preprocess.input.byte_source import Place
+from preprocess.input.captions import Source
+from preprocess.input.tables import path_in, read_table
 
 NAMES = captions.fields("mine")
 

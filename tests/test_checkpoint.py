@@ -19,7 +19,7 @@ import pytest
 from training_helpers import abstract_state, meta_of, small_state, tree_equal
 from wording import naming
 
-from fluxdit_jax.checkpoint import (
+from fluxdit_jax.run.checkpoint import (
     EMA,
     SHORT_EMA,
     CheckpointError,
@@ -30,7 +30,7 @@ from fluxdit_jax.checkpoint import (
     first_line,
     restore_ema,
 )
-from fluxdit_jax.digest import tree_digest
+from fluxdit_jax.run.digest import tree_digest
 
 pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.usefixtures("quick_compile")

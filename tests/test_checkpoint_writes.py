@@ -17,8 +17,8 @@ import pytest
 from training_helpers import abstract_state, meta_of, small_state, tree_equal
 from wording import naming
 
-from fluxdit_jax import checkpoint
-from fluxdit_jax.checkpoint import CHECKPOINTS, EMA, SHORT_EMA, Checkpoints, restore_ema
+from fluxdit_jax.run import checkpoint
+from fluxdit_jax.run.checkpoint import CHECKPOINTS, EMA, SHORT_EMA, Checkpoints, restore_ema
 
 pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.usefixtures("quick_compile")

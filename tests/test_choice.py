@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fluxdit_jax.gate.rules import DEFAULT_RULES
-from preprocess.choice import (
+from fluxdit_jax.shared.edit_rules import DEFAULT_RULES
+from preprocess.subset.choice import (
     THUMBNAIL,
     Candidates,
     choose,

@@ -17,11 +17,12 @@ from training_helpers import (
     tree_equal,
 )
 
-from fluxdit_jax.batch_memory import BatchMemory
-from fluxdit_jax.data import batch_shapes, collate, with_drawn_caption
-from fluxdit_jax.other_captions import draw
-from fluxdit_jax.patches import patchify, unpatchify
-from fluxdit_jax.records import BF16, DatasetError
+from fluxdit_jax.dataset.captions import draw
+from fluxdit_jax.dataset.manifest import DatasetError
+from fluxdit_jax.dataset.records import BF16
+from fluxdit_jax.loader.batch_memory import BatchMemory
+from fluxdit_jax.loader.reader import batch_shapes, collate, with_drawn_caption
+from fluxdit_jax.model.patches import patchify, unpatchify
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))

@@ -11,7 +11,7 @@ import pytest
 from image_fixtures import LIMITS, encode, four_quarters, png_chunk, read, with_chunks
 from PIL import Image, ImageCms, ImageFilter
 
-from preprocess.images import read_header
+from preprocess.decoding.images import read_header
 
 SRGB = (0.64, 0.33, 0.30, 0.60, 0.15, 0.06, 0.3127, 0.3290)
 P3 = (0.68, 0.32, 0.265, 0.69, 0.15, 0.06, 0.3127, 0.3290)

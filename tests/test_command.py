@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxdit_jax.command import explain, thread_error
+from fluxdit_jax.shared.cli import explain, thread_error
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROGRAM = """

@@ -24,10 +24,10 @@ from training_helpers import (
 )
 from wording import naming
 
-from fluxdit_jax import arguments
 from fluxdit_jax import config as configuration
+from fluxdit_jax import train_arguments
 from fluxdit_jax.config import KEYS, RENAMED, ConfigError, check, default_config, profile_steps, resolve
-from fluxdit_jax.records import load_manifest
+from fluxdit_jax.dataset.manifest import load_manifest
 
 pytest_plugins = ("training_fixtures",)
 
@@ -385,14 +385,14 @@ def test_config_errors_are_what_the_command_catches():
 
 def test_every_key_is_described_on_demand(capsys):
     with pytest.raises(SystemExit) as ended:
-        arguments.parse(["train", "--keys"])
+        train_arguments.parse(["train", "--keys"])
     assert ended.value.code == 0
     lines = capsys.readouterr().out.splitlines()
     assert sorted(line.split(" = ")[0] for line in lines) == sorted(key for key, _ in DEFAULTS)
     for line in lines:
         assert line[42:].strip(), line
     with pytest.raises(SystemExit):
-        arguments.parse(["train", "--keys=ema"])
+        train_arguments.parse(["train", "--keys=ema"])
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
         "ema.decay",
         "ema.short_decay",
@@ -401,7 +401,7 @@ def test_every_key_is_described_on_demand(capsys):
 
 def test_help_names_the_keys_option_and_the_configurations(capsys):
     with pytest.raises(SystemExit) as ended:
-        arguments.parse(["train", "--help"])
+        train_arguments.parse(["train", "--help"])
     said = capsys.readouterr().out
     assert ended.value.code == 0 and "--keys" in said and "configs/" in said and "--config.optim.lr" in said
 
@@ -417,5 +417,5 @@ def test_help_names_the_keys_option_and_the_configurations(capsys):
     ],
 )
 def test_a_key_far_from_any_gets_the_keys_of_its_group(argument, keys):
-    said = arguments.near_keys(["--config=configs/demo.py", argument])
+    said = train_arguments.near_keys(["--config=configs/demo.py", argument])
     assert all(key in said for key in keys) if keys else said == ""

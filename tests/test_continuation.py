@@ -13,10 +13,10 @@ import pytest
 from training_helpers import tiny_config, tree_equal, write_config, write_dataset
 from wording import lines_naming, naming
 
-from fluxdit_jax.checkpoint import EMA, SHORT_EMA, Checkpoints, ema_digest, ema_steps, restore_ema
-from fluxdit_jax.metrics import read_metrics
-from fluxdit_jax.records import MANIFEST
-from fluxdit_jax.run_directory import RunError
+from fluxdit_jax.dataset.manifest import MANIFEST
+from fluxdit_jax.run.checkpoint import EMA, SHORT_EMA, Checkpoints, ema_digest, ema_steps, restore_ema
+from fluxdit_jax.run.metrics import read_metrics
+from fluxdit_jax.run.run_directory import RunError
 from fluxdit_jax.train import train
 
 pytest_plugins = ("training_fixtures",)
@@ -213,7 +213,7 @@ def test_a_new_run_and_one_that_goes_on_leave_nothing_behind(config, finished, t
 
 
 def test_other_numbers_under_the_same_step_are_never_kept_without_a_word(workdir, finished):
-    from fluxdit_jax.checkpoint import CheckpointError
+    from fluxdit_jax.run.checkpoint import CheckpointError
 
     ema = restore_ema(finished, 6)[1]
     with Checkpoints(workdir, 2) as checkpoints:

@@ -26,9 +26,10 @@ from training_helpers import joined as whole
 from training_helpers import read_batches as read
 from wording import naming
 
-from fluxdit_jax.data import RecordSource, batches, collate, with_drawn_caption
-from fluxdit_jax.records import BF16, DatasetError, encode_record, load_manifest, serialize_unchecked
-from fluxdit_jax.shards import Shards
+from fluxdit_jax.dataset.manifest import DatasetError, load_manifest
+from fluxdit_jax.dataset.records import BF16, encode_record, serialize_unchecked
+from fluxdit_jax.dataset.shards import Shards
+from fluxdit_jax.loader.reader import RecordSource, batches, collate, with_drawn_caption
 
 pytest_plugins = ("training_fixtures",)
 

@@ -5,7 +5,7 @@ import pytest
 from gate_scenes import LIGHTS, SUBJECTS, scene
 from scipy.ndimage import gaussian_filter
 
-from fluxdit_jax.displacement import displacement
+from fluxdit_jax.gate.displacement import displacement
 
 pytest_plugins = ("gate_fixtures",)
 RNG = np.random.default_rng(0)

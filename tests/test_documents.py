@@ -24,8 +24,8 @@ from ml_collections import ConfigDict, config_flags
 from PIL import Image
 from training_helpers import REPOSITORY
 
-from fluxdit_jax import arguments, environment, export, sample, train, validate
 from fluxdit_jax import config as configuration
+from fluxdit_jax import environment, export, sample, train, train_arguments, validate
 from preprocess import __main__ as preprocess
 
 pytest_plugins = ("training_fixtures",)
@@ -99,7 +99,7 @@ def known_options() -> dict[str, set[str]]:
     }
     found["fluxdit_jax.sample"] = options_of(help_of(lambda: sample.parse_arguments(["--help"])))
     found["fluxdit_jax.validate"] = options_of(help_of(lambda: validate.parse_arguments(["--help"])))
-    found["fluxdit_jax.train"] = options_of(help_of(lambda: arguments.parse(["train", "--help"])))
+    found["fluxdit_jax.train"] = options_of(help_of(lambda: train_arguments.parse(["train", "--help"])))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["export", "--help"])
         found["fluxdit_jax.export"] = options_of(help_of(export.main))
@@ -140,7 +140,7 @@ def test_every_command_is_understood_by_its_program(command: Command, known_opti
     elif command.module == "fluxdit_jax.train":
         words = [word.replace("--config=FILE", "--config=configs/demo.py") for word in command.arguments]
         if words == ["--keys"]:
-            assert "optim.lr" in help_of(lambda: arguments.parse(["train", *words]))
+            assert "optim.lr" in help_of(lambda: train_arguments.parse(["train", *words]))
         elif words:
             read_config(words)
     elif command.module in known_options:

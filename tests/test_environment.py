@@ -12,7 +12,7 @@ import pytest
 from wording import lines_naming
 
 from fluxdit_jax import environment
-from fluxdit_jax.cuda_stack import Card
+from fluxdit_jax.device.cuda_stack import Card
 
 REPOSITORY = Path(__file__).parents[1]
 NCCL = "nvidia/nccl/lib/libnccl.so.2"

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from tensorflow_datasets.proto import tf_example_pb2
 from training_helpers import TEXT_WIDTH, make_record
 
-from fluxdit_jax.data import collate
-from fluxdit_jax.example import BYTES, INTEGERS, integers, spans
-from fluxdit_jax.records import DatasetError, check_record, decode_record, encode_record
+from fluxdit_jax.dataset.manifest import DatasetError
+from fluxdit_jax.dataset.records import check_record, decode_record, encode_record
+from fluxdit_jax.dataset.tf_example import BYTES, INTEGERS, integers, spans
+from fluxdit_jax.loader.reader import collate
 
 
 def by_the_library(data):

@@ -16,10 +16,10 @@ from PIL import Image
 from safetensors.torch import load
 from wording import naming
 
-from fluxdit_jax.records import DatasetError, load_manifest
+from fluxdit_jax.dataset.manifest import DatasetError, load_manifest
 from preprocess import PreprocessError
-from preprocess.build import build
-from preprocess.export import export
+from preprocess.build.build import build
+from preprocess.inspect.export import export
 
 
 def test_every_record_is_there_bit_for_bit(tmp_path: Path, draw_photo) -> None:

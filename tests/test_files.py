@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from wording import lines_naming, numbers
 
-from fluxdit_jax.board import Board
-from fluxdit_jax.files import Appended, replacing, write_whole
+from fluxdit_jax.run.summary_writer import Board
+from fluxdit_jax.shared.atomic_files import Appended, replacing, write_whole
 
 pytest_plugins = ("training_fixtures",)
 

@@ -14,8 +14,8 @@ from build_fixtures import FLAGS, read
 from image_fixtures import LIMITS, TURNED, UPRIGHT, corners, encode, four_quarters, whole
 from PIL import Image
 
-from preprocess import formats
-from preprocess.images import Limits, Rejected, decode, read_header
+from preprocess.decoding import formats
+from preprocess.decoding.images import Limits, Rejected, decode, read_header
 
 SAVED = {
     "JPEG": {"quality": 95},

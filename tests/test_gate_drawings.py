@@ -9,12 +9,12 @@ from training_helpers import tiny_config
 from wording import lines_naming
 
 from fluxdit_jax.config import resolve
-from fluxdit_jax.data import RecordSource
-from fluxdit_jax.records import load_manifest
-from fluxdit_jax.report import write_json
+from fluxdit_jax.dataset.manifest import load_manifest
+from fluxdit_jax.gate.report import write_json
+from fluxdit_jax.loader.reader import RecordSource
 from fluxdit_jax.train import train
 from fluxdit_jax.validate import count_drawn
-from preprocess.build import build
+from preprocess.build.build import build
 from preprocess.demo import draw_dataset
 from preprocess.demo.cast import COMPOSITIONS
 

@@ -11,7 +11,7 @@ from wording import naming
 
 from fluxdit_jax.gate.edit import Edit
 from fluxdit_jax.gate.memorisation import Memorisation
-from fluxdit_jax.gate.rules import Rule
+from fluxdit_jax.shared.edit_rules import Rule
 
 TO_THE_RIGHT, TO_THE_LEFT = Rule("left", "right", "right"), Rule("right", "left", "left")
 DOWN = Rule("left", "right", "down")

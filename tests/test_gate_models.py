@@ -15,8 +15,8 @@ from fluxdit_jax.gate.album import Album
 from fluxdit_jax.gate.edit import Edit
 from fluxdit_jax.gate.memorisation import Memorisation
 from fluxdit_jax.gate.painter import Wanted
-from fluxdit_jax.gate.rules import DEFAULT_RULES
 from fluxdit_jax.gate.swap import Swap
+from fluxdit_jax.shared.edit_rules import DEFAULT_RULES
 from preprocess.encoders.builtin import HashText
 
 ALBUM = album()
@@ -440,7 +440,7 @@ def test_without_known_answers_the_verdict_stands_and_says_less():
 
 def test_where_the_measure_itself_is_wrong_the_edit_cannot_pass():
     """Words that move nothing in the true pictures, given as if they moved the subject."""
-    from fluxdit_jax.gate.rules import Rule
+    from fluxdit_jax.shared.edit_rules import Rule
 
     backwards = Rule("looking left", "looking right", "left")
     plan = Edit.plan(ALBUM, [backwards], ("portrait of", "picture of"), 20, HashText().encode)

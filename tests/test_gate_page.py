@@ -10,16 +10,15 @@ import pytest
 from gate_scenes import Oracle, album
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fluxdit_jax import report
-from fluxdit_jax.gate import charts, page
+from fluxdit_jax.dataset.manifest import EncoderIdentity, Manifest
+from fluxdit_jax.gate import charts, page, report
 from fluxdit_jax.gate.advice import advise
 from fluxdit_jax.gate.edit import Edit
 from fluxdit_jax.gate.memorisation import Memorisation
-from fluxdit_jax.gate.rules import DEFAULT_RULES
 from fluxdit_jax.gate.swap import Swap
 from fluxdit_jax.gate.verdict import Case, Verdict
-from fluxdit_jax.model import ModelConfig
-from fluxdit_jax.records import EncoderIdentity, Manifest
+from fluxdit_jax.model.dit import ModelConfig
+from fluxdit_jax.shared.edit_rules import DEFAULT_RULES
 from preprocess.encoders.builtin import HashText
 
 MODEL = ModelConfig(

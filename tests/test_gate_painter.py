@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from training_helpers import TEXT_WIDTH, VISION_WIDTH, lively, tiny_model
 
-from fluxdit_jax import model
+from fluxdit_jax.dataset.records import BF16
 from fluxdit_jax.gate.painter import Painter, Wanted
-from fluxdit_jax.generation import Generator
-from fluxdit_jax.records import BF16
+from fluxdit_jax.model import dit
+from fluxdit_jax.sampling.pipeline import Generator
 from fluxdit_jax.train_step import patch_statistics
 
 
@@ -33,7 +33,7 @@ def test_each_picture_is_drawn_once_in_full_batches_and_is_the_same_alone() -> N
     generator = Generator(
         config, tokens=4, text_tokens=4, shift=1.0, statistics=statistics, steps=1, method="euler", batch_size=2
     )
-    params, done = generator.cast(lively(model.build(config)[1])), list[int]()
+    params, done = generator.cast(lively(dit.build(config)[1])), list[int]()
     asked = [wanted(0, 0), wanted(1, 1), wanted(0, 0), wanted(0, 2), wanted(2, 0, (1, 3)), wanted(2, 0)]
     painter = Painter(generator, params, Grey(), batch_size=2)
     assert [one.key for one in painter.missing(asked)] == [asked[k].key for k in (0, 1, 3, 4, 5)]

@@ -7,10 +7,10 @@ import re
 import pytest
 from wording import lines_naming, naming
 
+from fluxdit_jax.dataset.manifest import EncoderIdentity, Manifest, Shard
+from fluxdit_jax.gate.report import Circumstances, build_report, write_json
 from fluxdit_jax.gate.requirement import GateError, encoder_summary, family, is_of, require_report, tell_pictures
-from fluxdit_jax.model import ModelConfig
-from fluxdit_jax.records import EncoderIdentity, Manifest, Shard
-from fluxdit_jax.report import Circumstances, build_report, write_json
+from fluxdit_jax.model.dit import ModelConfig
 
 pytest_plugins = ("training_fixtures",)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fluxdit_jax.gate.rules import DEFAULT_RULES, EditError, Rule, choose_rules, choose_unrelated, edited
+from fluxdit_jax.shared.edit_rules import DEFAULT_RULES, EditError, Rule, choose_rules, choose_unrelated, edited
 
 CAPTIONS = ["portrait of a man, looking left", "portrait of a woman, looking right", "portrait of a cat"]
 

@@ -6,7 +6,7 @@ from gate_pictures import Gallery, album_of, plain
 from gate_scenes import scene
 from PIL import Image
 
-from fluxdit_jax import likeness
+from fluxdit_jax.gate import image_metrics
 from fluxdit_jax.gate.memorisation import Memorisation
 from fluxdit_jax.gate.pairing import swap_pairs
 from fluxdit_jax.gate.swap import Swap
@@ -21,7 +21,7 @@ ALBUM = album_of(
     keys=["c00_l0.png", "c01_l1.png", "c00_l1.png", "c01_l0.png", "c02_l0.png"],
 )
 A, B, RIGHT, NEITHER = TRUTHS[:4]
-STRUCTURE, TONES = likeness.structures(TRUTHS), likeness.tones(TRUTHS)
+STRUCTURE, TONES = image_metrics.structures(TRUTHS), image_metrics.tones(TRUTHS)
 
 
 def measured(pairs, swapped, own=(), random=(), album=ALBUM):
@@ -114,7 +114,7 @@ def test_known_answers_are_found_and_measured():
     numbers = measured(pairs, [small, RIGHT, RIGHT, A]).numbers
     assert numbers["true_answers_known"] == 3 and numbers["exactly_the_true_answer"] == pytest.approx(2 / 3)
     assert numbers["true_answers_passing"] == 1
-    median = (99 + likeness.psnr(NEITHER, RIGHT)) / 2
+    median = (99 + image_metrics.psnr(NEITHER, RIGHT)) / 2
     assert numbers["psnr_to_the_true_answer_median_db"] == pytest.approx(median)
     verdict = measured(pairs, [small] * 4)
     assert verdict.numbers["psnr_to_the_true_answer_median_db"] is None

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from training_helpers import TEXT_WIDTH, VISION_WIDTH, make_record, tiny_model
 
-from fluxdit_jax import flow, model
-from fluxdit_jax.generation import Generator, _padded, conditions, record_conditions
-from fluxdit_jax.patches import unpatchify
-from fluxdit_jax.records import BF16
-from fluxdit_jax.sampler import Guidance
+from fluxdit_jax import flow
+from fluxdit_jax.dataset.records import BF16
+from fluxdit_jax.model import dit
+from fluxdit_jax.model.patches import unpatchify
+from fluxdit_jax.sampling.pipeline import Generator, _padded, conditions, record_conditions
+from fluxdit_jax.sampling.solvers import Guidance
 from fluxdit_jax.train_step import patch_statistics
 
 pytest_plugins = ("training_fixtures",)
@@ -150,7 +151,7 @@ def test_weights_are_cast_and_the_network_is_that_of_the_configuration() -> None
         steps=1,
         batch_size=1,
     )
-    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), model.build(config)[1])
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), dit.build(config)[1])
     params = drawing.cast(zeros)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
     wanted = conditions(*given(), GRIDS, VISION_WIDTH)

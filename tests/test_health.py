@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from wording import naming
 
-from fluxdit_jax.health import BASELINE, LOUD, SILENT, WINDOW, Monitor, Observation
+from fluxdit_jax.run.health import BASELINE, LOUD, SILENT, WINDOW, Monitor, Observation
 
 GROUPS = ("blocks/mlp", "null_text", "out")
 

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 from training_helpers import jitted
 
-from fluxdit_jax import flow, model
-from fluxdit_jax.health import Monitor, Observation
+from fluxdit_jax import flow
+from fluxdit_jax.model import dit
 from fluxdit_jax.optimizer import OptimizerConfig, build_optimizer
+from fluxdit_jax.run.health import Monitor, Observation
 from fluxdit_jax.state import create_state
 from fluxdit_jax.train_step import make_train_step
 
 pytestmark = pytest.mark.slow  # each compiles a training step of its own
 
-SHAPE = model.ModelConfig(
+SHAPE = dit.ModelConfig(
     width=32, depth=2, heads=2, patch=1, channels=4, text_width=16, vision_width=8,
     dtype="float32", remat="none", attention="xla",
 )  # fmt: skip
@@ -47,9 +48,9 @@ def pictures(count: int) -> dict[str, np.ndarray]:
 
 def diagnoses(rule: OptimizerConfig, *, steps: int, doctor=lambda params: params, constant=False) -> list:
     """Trains a tiny network and returns what the monitor said, in order."""
-    graph, _ = model.build(SHAPE)
+    graph, _ = dit.build(SHAPE)
     optimizer = build_optimizer(rule)
-    state = create_state(doctor(model.initialize(SHAPE, jax.random.key(0))), optimizer)
+    state = create_state(doctor(dit.initialize(SHAPE, jax.random.key(0))), optimizer)
     statistics = (np.zeros(SHAPE.token_width, np.float32), np.ones(SHAPE.token_width, np.float32))
     step = make_train_step(
         graph, "float32", optimizer, TIMES, statistics, seed=0, global_batch_size=BATCH, ema_target=0.999

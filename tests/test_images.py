@@ -14,8 +14,8 @@ import pytest
 from image_fixtures import LIMITS, TURNED, UPRIGHT, animated, corners, encode, four_quarters, png_chunk, whole
 from PIL import Image, ImageCms
 
-from preprocess import images
-from preprocess.images import Rejected, decode, read_header
+from preprocess.decoding import images
+from preprocess.decoding.images import Rejected, decode, read_header
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])

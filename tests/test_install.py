@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from fluxdit_jax import cuda_stack
-from fluxdit_jax.cuda_stack import Card, StackError, Torch
+from fluxdit_jax.device import cuda_stack
+from fluxdit_jax.device.cuda_stack import Card, StackError, Torch
 
 REPOSITORY = Path(__file__).parents[1]
 PYPI, CU126, ROCM, CPU = (
@@ -46,7 +46,7 @@ def clone(tmp_path: Path) -> Path:
     (folder / "scripts").mkdir(parents=True)
     (folder / "fluxdit_jax").mkdir()
     for name in ("scripts/install.sh", "requirements.txt", "pyproject.toml", "fluxdit_jax/__init__.py",
-                 "fluxdit_jax/cuda_stack.py"):  # fmt: skip
+                 "fluxdit_jax/device/cuda_stack.py"):  # fmt: skip
         shutil.copy(REPOSITORY / name, folder / name)
     tools = tmp_path / "bin"
     tools.mkdir()
@@ -221,7 +221,7 @@ def test_the_torch_that_is_there_is_recognised_without_importing_it(tmp_path, ve
     installed.mkdir(parents=True)
     lines = ["Metadata-Version: 2.1", "Name: torch", f"Version: {version}", *(f"Requires-Dist: {n}" for n in needs)]
     (installed / "METADATA").write_text("\n".join(lines) + "\n")
-    code = "from fluxdit_jax.cuda_stack import find_torch; print(tuple(find_torch()))"
+    code = "from fluxdit_jax.device.cuda_stack import find_torch; print(tuple(find_torch()))"
     environment = os.environ | {"PYTHONPATH": f"{site}{os.pathsep}{REPOSITORY}"}
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert said.stdout.strip() == str(tuple(found))

@@ -7,7 +7,7 @@ import pytest
 from image_fixtures import LIMITS, encode, whole
 from PIL import Image
 
-from preprocess.images import Rejected, decode, read_header
+from preprocess.decoding.images import Rejected, decode, read_header
 
 WAYS = {
     "baseline": {},

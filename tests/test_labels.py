@@ -14,7 +14,8 @@ from matplotlib import get_data_path
 from PIL import Image, ImageDraw
 from training_helpers import REPOSITORY
 
-from fluxdit_jax import labels, pictures
+from fluxdit_jax.sampling import image_grid
+from fluxdit_jax.shared import labels
 
 FONTS = Path(get_data_path()) / "fonts" / "ttf"
 pytest_plugins = ("training_fixtures",)
@@ -66,7 +67,7 @@ def test_a_font_of_the_system_is_found(tmp_path: Path) -> None:
         and not any(face.has(chr(code)) for face in (labels.Face(), labels.Face(str(FONTS / "DejaVuSans.ttf"))))
         and not chr(code).isspace()
     )
-    code = f"from fluxdit_jax.labels import drawable; print(*drawable({lacking!r}))"
+    code = f"from fluxdit_jax.shared.labels import drawable; print(*drawable({lacking!r}))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY,
         env=os.environ | {"FONTCONFIG_FILE": str(tmp_path / "fonts.conf"), "PYTHONIOENCODING": "utf-8"},
@@ -85,7 +86,7 @@ def test_a_missing_script_is_told_once(package_log: list[str]) -> None:
 def test_long_words_stay_beside_the_pictures() -> None:
     """Text without spaces is broken; nothing is drawn under a picture and cut off there."""
     white = [[np.full((64, 64, 3), 255, np.uint8)]]
-    sheet = np.asarray(pictures.grid(white, row_titles=["x" * 200], cell=64))
+    sheet = np.asarray(image_grid.grid(white, row_titles=["x" * 200], cell=64))
     assert (sheet[6:70, 176:240] == 255).all() and (sheet[:, :170] < 100).any()
     font = labels.Face().font(12)
     draw = ImageDraw.Draw(Image.new("RGB", (8, 8)))
@@ -97,7 +98,7 @@ def test_long_words_stay_beside_the_pictures() -> None:
 
 def test_the_same_words_in_other_scripts_differ_on_a_sheet() -> None:
     sheets = [
-        np.asarray(pictures.grid([[np.zeros((32, 32, 3), np.uint8)]], row_titles=[text], cell=64))
+        np.asarray(image_grid.grid([[np.zeros((32, 32, 3), np.uint8)]], row_titles=[text], cell=64))
         for text in ("山の写真", "海の写真", "гора", "море", "صورة", "אישה")
     ]
     assert len({sheet.tobytes() for sheet in sheets}) == len(sheets)
@@ -107,8 +108,8 @@ def test_the_contact_sheet_of_inspect_tells_captions_apart(tmp_path: Path, draw_
     """matplotlib draws one and the same sign for every character of a script that its fonts lack."""
     from build_fixtures import options, write_image
 
-    from preprocess.build import build
-    from preprocess.report import inspect
+    from preprocess.build.build import build
+    from preprocess.inspect.report import inspect
 
     sheets = []
     for caption in ("山の写真", "海の写真"):

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from preprocess import PreprocessError
-from preprocess.lock import locked
+from preprocess.build.lock import locked
 
 HOLD = (
-    "import sys, time; from pathlib import Path; from preprocess.lock import locked\n"
+    "import sys, time; from pathlib import Path; from preprocess.build.lock import locked\n"
     "with locked(Path(sys.argv[1])):\n"
     "    print('held', flush=True)\n"
     "    time.sleep(60)\n"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fluxdit_jax.records import (
+from fluxdit_jax.dataset.manifest import (
     DatasetError,
     EncoderIdentity,
     Manifest,

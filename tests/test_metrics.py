@@ -22,9 +22,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from wording import naming, numbers
 
-from fluxdit_jax.board import Board
-from fluxdit_jax.metrics import MetricsWriter, pack, read_metrics, unpack
-from fluxdit_jax.scalars import LAYOUT, SCALARS, on_board
+from fluxdit_jax.run.metrics import MetricsWriter, pack, read_metrics, unpack
+from fluxdit_jax.run.scalars import LAYOUT, SCALARS, on_board
+from fluxdit_jax.run.summary_writer import Board
 
 pytest_plugins = ("training_fixtures",)
 

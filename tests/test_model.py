@@ -19,7 +19,7 @@ from training_helpers import (
     tiny_optimizer,
 )
 
-from fluxdit_jax import attention, model
+from fluxdit_jax.model import attention, dit
 from fluxdit_jax.optimizer import build_optimizer, gradient_norms, path_name
 from fluxdit_jax.state import create_state
 from fluxdit_jax.train_step import make_train_step, patch_statistics
@@ -27,7 +27,7 @@ from fluxdit_jax.train_step import make_train_step, patch_statistics
 pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-PROD = model.ModelConfig(
+PROD = dit.ModelConfig(
     width=1152,
     depth=28,
     heads=16,
@@ -46,9 +46,9 @@ class Network:
 
     def __init__(self, config):
         self.config = config
-        self.graph, shapes = model.build(config)
+        self.graph, shapes = dit.build(config)
         self.params = lively(shapes)
-        self.run = jax.jit(lambda params, *inputs: model.apply(self.graph, params, *inputs))
+        self.run = jax.jit(lambda params, *inputs: dit.apply(self.graph, params, *inputs))
 
     def __call__(self, inputs, params=None):
         return np.asarray(self.run(self.params if params is None else params, *inputs.values()))
@@ -68,21 +68,21 @@ def real_tokens(out, inputs):
 
 def test_a_new_network_predicts_zero_and_its_blocks_are_the_identity():
     config = tiny_model()
-    graph, _ = model.build(config)
-    params = model.initialize(config, jax.random.key(1))
+    graph, _ = dit.build(config)
+    params = dit.initialize(config, jax.random.key(1))
     inputs = network_inputs(config)
-    assert not np.asarray(model.apply(graph, params, *inputs.values())).any()
+    assert not np.asarray(dit.apply(graph, params, *inputs.values())).any()
     params["out"]["kernel"] = jnp.ones_like(params["out"]["kernel"])
     without_blocks = jax.tree.map(jnp.zeros_like, params["blocks"])
-    a = model.apply(graph, params, *inputs.values())
-    b = model.apply(graph, params | {"blocks": without_blocks}, *inputs.values())
+    a = dit.apply(graph, params, *inputs.values())
+    b = dit.apply(graph, params | {"blocks": without_blocks}, *inputs.values())
     assert np.asarray(a).any()
     np.testing.assert_array_equal(a, b)
 
 
 def test_the_seed_decides_the_weights():
     config = tiny_model()
-    make = jax.jit(lambda key: model.initialize(config, key)["blocks"]["mlp"]["down"]["kernel"])
+    make = jax.jit(lambda key: dit.initialize(config, key)["blocks"]["mlp"]["down"]["kernel"])
     np.testing.assert_array_equal(make(jax.random.key(3)), make(jax.random.key(3)))
     assert not np.array_equal(make(jax.random.key(3)), make(jax.random.key(4)))
 
@@ -96,7 +96,7 @@ def test_scan_equals_a_loop_over_the_blocks(network, monkeypatch):
 
     def value_and_grad():
         def loss(params):
-            out = model.apply(network.graph, params, *inputs.values())
+            out = dit.apply(network.graph, params, *inputs.values())
             return jnp.sum(out * weight), out
 
         (_, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(network.params)
@@ -123,11 +123,11 @@ def test_scan_equals_a_loop_over_the_blocks(network, monkeypatch):
 def test_remat_policies_compute_the_same_and_keep_ever_less():
     inputs = network_inputs(tiny_model(), grids=((4, 4), (3, 5)), tokens=16)
     results, kept = {}, {}
-    for policy in model.REMAT_POLICIES:
-        graph, shapes = model.build(tiny_model(remat=policy))
+    for policy in dit.REMAT_POLICIES:
+        graph, shapes = dit.build(tiny_model(remat=policy))
 
         def loss(params, graph=graph):
-            return jnp.mean(jnp.square(model.apply(graph, params, *inputs.values())))
+            return jnp.mean(jnp.square(dit.apply(graph, params, *inputs.values())))
 
         params = lively(shapes)
         results[policy] = jax.jit(jax.value_and_grad(loss))(params)
@@ -151,10 +151,10 @@ def test_attention_that_is_kept_is_not_computed_again(monkeypatch):
     inputs = network_inputs(tiny_model(), grids=((4, 4), (3, 5)), tokens=16)
 
     def exponentials(policy):
-        graph, shapes = model.build(tiny_model(remat=policy))
+        graph, shapes = dit.build(tiny_model(remat=policy))
 
         def loss(params):
-            return jnp.sum(model.apply(graph, params, *inputs.values()))
+            return jnp.sum(dit.apply(graph, params, *inputs.values()))
 
         return str(jax.make_jaxpr(jax.grad(loss))(lively(shapes))).count("= exp ")
 
@@ -249,9 +249,9 @@ def test_a_dropped_condition_is_wholly_replaced_by_its_null(network, keep, ignor
 def two_steps(quick_compile):
     """(graph, params after two optimizer steps from the real start, the state, the step) with dropped conditions."""
     config = tiny_model()
-    graph, _ = model.build(config)
+    graph, _ = dit.build(config)
     optimizer = build_optimizer(tiny_optimizer())
-    state = create_state(jax.jit(lambda key: model.initialize(config, key))(jax.random.key(0)), optimizer)
+    state = create_state(jax.jit(lambda key: dit.initialize(config, key))(jax.random.key(0)), optimizer)
     step = jitted(
         make_train_step(
             graph,
@@ -272,7 +272,7 @@ def two_steps(quick_compile):
 def test_conditions_reach_the_output_after_two_steps(two_steps):
     graph, state, _ = two_steps
     inputs = network_inputs(tiny_model())
-    run = jax.jit(lambda *inputs: model.apply(graph, state.params, *inputs))
+    run = jax.jit(lambda *inputs: dit.apply(graph, state.params, *inputs))
     out = np.asarray(run(*inputs.values()))
     for name in ("t", "text", "vision", "keep_text", "keep_vision"):
         value = ~inputs[name] if inputs[name].dtype == bool else inputs[name][::-1]
@@ -304,10 +304,10 @@ def test_every_parameter_has_gradient_after_two_steps(two_steps):
 
 def test_rotary_positions_are_relative_and_tell_rows_from_columns():
     grid, head_dim = np.array([[5, 7]], np.int32), 16
-    cos, sin = model.rotary(grid, 35, head_dim)
+    cos, sin = dit.rotary(grid, 35, head_dim)
     rng = np.random.default_rng(0)
     q, k = (np.broadcast_to(rng.normal(size=head_dim), (1, 35, 1, head_dim)) for _ in range(2))
-    rotated = [np.asarray(model.rotate(jnp.asarray(x, jnp.float32), cos, sin))[0, :, 0] for x in (q, k)]
+    rotated = [np.asarray(dit.rotate(jnp.asarray(x, jnp.float32), cos, sin))[0, :, 0] for x in (q, k)]
     np.testing.assert_allclose(np.linalg.norm(rotated[0], axis=1), np.linalg.norm(q[0, 0, 0]), rtol=1e-6)
     products = (rotated[0] @ rotated[1].T).reshape(5, 7, 5, 7)
     by_offset: dict[tuple[int, int], list[float]] = {}
@@ -355,7 +355,7 @@ def test_counting_the_production_model_allocates_nothing():
     ends += 9 * D * D + 9 * D + (D * 64 + 64)
     before = {id(array) for array in jax.live_arrays()}
     started = time.monotonic()
-    count = model.count_parameters(PROD)
+    count = dit.count_parameters(PROD)
     assert time.monotonic() - started < 60
     assert count == 28 * block + ends
     assert {id(array) for array in jax.live_arrays()} <= before

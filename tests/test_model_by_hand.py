@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from training_helpers import lively, network_inputs, tiny_model
 
-from fluxdit_jax import model
+from fluxdit_jax.model import dit
 from fluxdit_jax.optimizer import path_name
 
 pytest_plugins = ("training_fixtures",)
@@ -30,7 +30,7 @@ def test_widths_that_follow_from_others():
 
 
 def test_rotary_angles_in_closed_form():
-    cos, sin = model.rotary(np.array([[2, 3], [3, 2]], np.int32), tokens=7, head_dim=16)
+    cos, sin = dit.rotary(np.array([[2, 3], [3, 2]], np.int32), tokens=7, head_dim=16)
     assert cos.shape == sin.shape == (2, 7, 8)
     for sample, columns in enumerate((3, 2)):
         for token in range(7):
@@ -42,13 +42,13 @@ def test_rotary_angles_in_closed_form():
 
 def test_time_features_in_closed_form():
     t = np.array([0.0, 0.25, 1.0], np.float32)
-    features = model.time_features(t)
-    assert features.shape == (3, model.TIME_FEATURES) and features.dtype == jnp.float32
+    features = dit.time_features(t)
+    assert features.shape == (3, dit.TIME_FEATURES) and features.dtype == jnp.float32
     frequencies = 10_000.0 ** (-np.arange(128) / 128)
     angles = 1000.0 * t[:, None].astype(np.float64) * frequencies
     np.testing.assert_allclose(features, np.concatenate([np.cos(angles), np.sin(angles)], axis=1), atol=2e-4)
     # neighbouring noise levels near 1 stay apart, which they would not in bf16
-    close = np.asarray(model.time_features(np.array([0.999, 0.9995], np.float32)))
+    close = np.asarray(dit.time_features(np.array([0.999, 0.9995], np.float32)))
     assert np.abs(close[0] - close[1]).max() > 0.1
 
 
@@ -56,14 +56,14 @@ def test_rms_norm_in_closed_form():
     x = np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32) * 50
     scale = np.linspace(0.5, 2, 64, dtype=np.float32)
     exact = x / np.sqrt(np.mean(x.astype(np.float64) ** 2, axis=1, keepdims=True)) * scale
-    np.testing.assert_allclose(model.rms_norm(x, scale), exact, rtol=1e-5)
-    assert not np.asarray(model.rms_norm(jnp.zeros((2, 8)))).any()
+    np.testing.assert_allclose(dit.rms_norm(x, scale), exact, rtol=1e-5)
+    assert not np.asarray(dit.rms_norm(jnp.zeros((2, 8)))).any()
     # f32 inside: only the result is rounded to bf16
     x = x.astype(ml_dtypes.bfloat16)
     wide = x.astype(np.float64)
     exact = wide / np.sqrt(np.mean(wide**2, axis=1, keepdims=True) + 1e-6)
     rounded = exact.astype(ml_dtypes.bfloat16)
-    assert np.mean(np.asarray(model.rms_norm(jnp.asarray(x))) == rounded) > 0.98
+    assert np.mean(np.asarray(dit.rms_norm(jnp.asarray(x))) == rounded) > 0.98
 
 
 # ------------------------------------------------------------------------------------------------ the whole
@@ -134,11 +134,11 @@ def predicted(params, config, x, t, grid, text, vision):
 def test_the_forward_pass_in_closed_form():
     """Of four pictures of other sizes: both conditions, one, the other, none."""
     config = tiny_model(width=24, heads=3, depth=2)
-    graph, shapes = model.build(config)
+    graph, shapes = dit.build(config)
     params = lively(shapes)
     inputs = network_inputs(config, grids=((2, 3), (3, 1), (1, 5), (2, 2)), tokens=6)
     inputs["keep_text"][2:], inputs["keep_vision"][1::2] = False, False
-    out = np.asarray(jax.jit(lambda *inputs: model.apply(graph, params, *inputs))(*inputs.values()))
+    out = np.asarray(jax.jit(lambda *inputs: dit.apply(graph, params, *inputs))(*inputs.values()))
     wide = jax.tree.map(lambda leaf: leaf.astype(np.float64), params)
     for row, grid in enumerate(inputs["grid"]):
         text = inputs["text"][row, : inputs["text_length"][row]].astype(np.float64) if row < 2 else None
@@ -154,8 +154,8 @@ def test_the_forward_pass_in_closed_form():
 
 
 def test_initialize_makes_the_tree_that_build_describes():
-    _, shapes = model.build(tiny_model())
-    params = jax.jit(lambda key: model.initialize(tiny_model(), key))(jax.random.key(0))
+    _, shapes = dit.build(tiny_model())
+    params = jax.jit(lambda key: dit.initialize(tiny_model(), key))(jax.random.key(0))
     assert jax.tree.structure(params) == jax.tree.structure(shapes)
     for path, (leaf, shape) in jax.tree_util.tree_leaves_with_path(
         jax.tree.map(lambda a, b: (a, b), params, shapes), is_leaf=lambda x: isinstance(x, tuple)
@@ -165,7 +165,7 @@ def test_initialize_makes_the_tree_that_build_describes():
 
 def test_initial_weights():
     config = tiny_model(width=128, depth=3, text_width=64)
-    params = jax.jit(lambda key: model.initialize(config, key))(jax.random.key(0))
+    params = jax.jit(lambda key: dit.initialize(config, key))(jax.random.key(0))
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name, leaf = path_name(path), np.asarray(leaf)
         if name == "out/kernel" or name.endswith("bias") or name.endswith("table"):
@@ -193,10 +193,10 @@ def test_initial_weights():
 # ------------------------------------------------------------------------------------------------ cost
 
 
-@pytest.mark.parametrize("policy", model.REMAT_POLICIES)
+@pytest.mark.parametrize("policy", dit.REMAT_POLICIES)
 def test_every_policy_but_none_computes_blocks_again(policy):
-    graph, shapes = model.build(tiny_model(remat=policy))
-    program = jax.make_jaxpr(lambda params: model.apply(graph, params, *network_inputs(tiny_model()).values()))(shapes)
+    graph, shapes = dit.build(tiny_model(remat=policy))
+    program = jax.make_jaxpr(lambda params: dit.apply(graph, params, *network_inputs(tiny_model()).values()))(shapes)
     assert ("remat" in str(program)) == (policy != "none")
 
 
@@ -217,13 +217,13 @@ def product_flops(jaxpr) -> int:
 @pytest.mark.parametrize("depth", [1, 3])
 def test_flops_against_the_program_and_against_xla(depth):
     config = tiny_model(width=192, depth=depth, heads=3, text_width=128, vision_width=96, channels=16)
-    graph, shapes = model.build(config)
+    graph, shapes = dit.build(config)
     tokens, text_tokens = 48, 24
     inputs = network_inputs(config, grids=((6, 8),), tokens=tokens, text_tokens=text_tokens)
-    by_hand = model.flops_per_sample(config, tokens, text_tokens)
+    by_hand = dit.flops_per_sample(config, tokens, text_tokens)
 
     def run(params):
-        return model.apply(graph, params, *inputs.values())
+        return dit.apply(graph, params, *inputs.values())
 
     assert by_hand == product_flops(jax.make_jaxpr(run)(shapes).jaxpr)
     if depth == 1:  # XLA counts the body of a scan once, and also norms, rotations, softmax and gates

@@ -13,18 +13,18 @@ import pytest
 from training_helpers import tiny_config, tiny_optimizer
 from wording import naming
 
-from fluxdit_jax import model
-from fluxdit_jax.checkpoint import EMA, SHORT_EMA, Checkpoints, ema_digest
 from fluxdit_jax.config import resolve
-from fluxdit_jax.digest import tree_digest
+from fluxdit_jax.dataset.manifest import load_manifest
 from fluxdit_jax.export import ExportError, export
+from fluxdit_jax.gate.report import Circumstances, build_report, write_json
 from fluxdit_jax.gate.requirement import GateError, is_of, require_report
+from fluxdit_jax.model import dit
 from fluxdit_jax.optimizer import build_optimizer
-from fluxdit_jax.records import load_manifest
-from fluxdit_jax.report import Circumstances, build_report, write_json
-from fluxdit_jax.run_directory import record_start
+from fluxdit_jax.run.checkpoint import EMA, SHORT_EMA, Checkpoints, ema_digest
+from fluxdit_jax.run.digest import tree_digest
+from fluxdit_jax.run.run_directory import record_start
+from fluxdit_jax.run.weights import restore_weights
 from fluxdit_jax.state import create_state
-from fluxdit_jax.weights import restore_weights
 
 pytest_plugins = ("training_fixtures",)
 
@@ -62,13 +62,13 @@ def scene(tiny_dataset, tmp_path):
 def write_weights(workdir, settings, step, seed):
     with Checkpoints(workdir, 1) as checkpoints:
         for folder, number in ((EMA, seed), (SHORT_EMA, seed + 100)):
-            checkpoints.save_ema(step, model.initialize(settings.model, jax.random.key(number)), folder)
+            checkpoints.save_ema(step, dit.initialize(settings.model, jax.random.key(number)), folder)
 
 
 def write_checkpoint(scene, step, seed):
     """What a run that is training writes between two EMA weights."""
     workdir, settings, _ = scene
-    state = create_state(model.initialize(settings.model, jax.random.key(seed)), build_optimizer(tiny_optimizer()))
+    state = create_state(dit.initialize(settings.model, jax.random.key(seed)), build_optimizer(tiny_optimizer()))
     with Checkpoints(workdir, 1) as checkpoints:
         checkpoints.save(step, state, {"samples": 0, "batch_size": 4})
 
@@ -193,7 +193,7 @@ def test_a_relative_path_names_the_same_run(scene, monkeypatch):
 
 def test_the_digest_beside_weights_is_that_of_their_numbers(scene):
     workdir, settings, _ = scene
-    assert ema_digest(workdir, 4) == tree_digest(model.initialize(settings.model, jax.random.key(4)))
+    assert ema_digest(workdir, 4) == tree_digest(dit.initialize(settings.model, jax.random.key(4)))
     assert ema_digest(workdir, 5) is None
 
 

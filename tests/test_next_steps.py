@@ -9,7 +9,7 @@ import pytest
 from build_fixtures import FLAGS, write_photos
 from training_helpers import TrainCommand
 
-from fluxdit_jax import records
+from fluxdit_jax.dataset.manifest import load_manifest
 from preprocess.__main__ import main
 
 pytest_plugins = ("training_fixtures",)
@@ -68,7 +68,7 @@ def test_photographs_lead_through_the_gate_to_production(
     encoders += ["--vision-encoder", str(tiny_dino_dir), "--device", "cpu"]
     build = ["build", "--input", str(photos), "--output", "photos", "--resolution", "128", *encoders]
     _, subset, production = printed(capsys, *build, "--holdout", "0.3")
-    assert "holdout" in records.load_manifest("photos").shards
+    assert "holdout" in load_manifest("photos").shards
     again, gate, validate = printed(capsys, *subset[3:])
     assert gate[3].endswith("configs/nano.py")
     _, same, check = printed(capsys, *again[3:])

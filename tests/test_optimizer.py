@@ -9,7 +9,7 @@ import optax
 import pytest
 from training_helpers import lively, tiny_model, tiny_optimizer, tree_equal
 
-from fluxdit_jax import model
+from fluxdit_jax.model import dit
 from fluxdit_jax.optimizer import (
     build_optimizer,
     ema_decay,
@@ -32,7 +32,7 @@ def leaves(tree):
 
 @pytest.fixture(scope="module")
 def params():
-    return lively(model.build(tiny_model())[1])
+    return lively(dit.build(tiny_model())[1])
 
 
 # ------------------------------------------------------------------------------------------------ schedules

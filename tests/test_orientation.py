@@ -11,7 +11,7 @@ import pytest
 from image_fixtures import LIMITS, TURNED, corners, encode, four_quarters, png_chunk, whole, with_chunks
 from PIL import Image, ImageOps
 
-from preprocess.images import read_header
+from preprocess.decoding.images import read_header
 
 LOSSY = {"quality": 95}
 SAVED = {

@@ -20,11 +20,11 @@ from training_helpers import (
 )
 from training_helpers import tiny_config as make_config
 
-from fluxdit_jax import run_directory
 from fluxdit_jax.config import ConfigError
-from fluxdit_jax.data import RecordSource, batches
-from fluxdit_jax.other_captions import draw
-from fluxdit_jax.records import load_manifest
+from fluxdit_jax.dataset.captions import draw
+from fluxdit_jax.dataset.manifest import load_manifest
+from fluxdit_jax.loader.reader import RecordSource, batches
+from fluxdit_jax.run import run_directory
 from fluxdit_jax.train import train
 
 pytest_plugins = ("training_fixtures",)
@@ -178,7 +178,7 @@ def test_what_stands_in_for_damage_meets_the_caption_of_the_sample(tmp_path):
 
 
 def losses(workdir: Path) -> dict[int, float]:
-    from fluxdit_jax.metrics import read_metrics
+    from fluxdit_jax.run.metrics import read_metrics
 
     return {e["step"]: e["loss"] for e in read_metrics(workdir / "metrics.jsonl") if "loss" in e}
 

@@ -13,7 +13,7 @@ from fork_server import Commands
 from training_helpers import REPOSITORY
 
 from fluxdit_jax.config import PATHS, ConfigError, check, default_config
-from fluxdit_jax.paths import HomeError, expanded, given_path
+from fluxdit_jax.shared.paths import HomeError, expanded, given_path
 from preprocess.__main__ import main
 
 pytest_plugins = ("training_fixtures",)

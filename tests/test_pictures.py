@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fluxdit_jax import pictures
+from fluxdit_jax.sampling import image_grid
 from preprocess.encoders.builtin import DctVae
 
 MARGIN, CELL = 6, 40
@@ -19,7 +19,7 @@ def test_a_sheet_has_its_rows_under_each_other_and_fits_each_picture_into_its_ce
     wide[:, :10] = 0, 200, 0  # its left half
     rows = [[wide, flat(20, 20, (0, 0, 200))], [flat(20, 10, (90, 90, 0)), flat(80, 80, (0, 90, 90))]]
     rows[1].append(flat(8, 8, (7, 7, 7)))
-    sheet = np.asarray(pictures.grid(rows, cell=CELL))
+    sheet = np.asarray(image_grid.grid(rows, cell=CELL))
     step = CELL + MARGIN
     assert sheet.shape == (2 * step + MARGIN, 3 * step + MARGIN, 3)
 
@@ -37,8 +37,8 @@ def test_a_sheet_has_its_rows_under_each_other_and_fits_each_picture_into_its_ce
 
 def test_titles_make_room_for_themselves() -> None:
     rows = [[flat(8, 8, (200, 0, 0))], [flat(8, 8, (0, 200, 0))]]
-    plain = np.asarray(pictures.grid(rows, cell=CELL))
-    titled = np.asarray(pictures.grid(rows, cell=CELL, column_titles=["above"], row_titles=["first", "second"]))
+    plain = np.asarray(image_grid.grid(rows, cell=CELL))
+    titled = np.asarray(image_grid.grid(rows, cell=CELL, column_titles=["above"], row_titles=["first", "second"]))
     top, left = (titled.shape[axis] - plain.shape[axis] for axis in range(2))
     assert top > 0 and left > 0
     np.testing.assert_array_equal(titled[top + MARGIN :, left + MARGIN :], plain[MARGIN:, MARGIN:])
@@ -50,6 +50,6 @@ def test_latents_of_mixed_sizes_are_decoded_in_order() -> None:
     rng, vae = np.random.default_rng(0), DctVae()
     sizes = [(2, 4), (4, 2), (2, 4), (3, 3), (4, 2)]
     latents = [rng.normal(size=(16, *size)).astype(np.float32) / 4 for size in sizes]
-    for latent, image in zip(latents, pictures.decode_all(vae, latents), strict=True):
+    for latent, image in zip(latents, image_grid.decode_all(vae, latents), strict=True):
         assert image.shape == (8 * latent.shape[1], 8 * latent.shape[2], 3)
         np.testing.assert_array_equal(image, vae.decode(latent[None])[0])

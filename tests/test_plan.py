@@ -15,13 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fluxdit_jax.records import EncoderIdentity
-from preprocess.captions import Source
-from preprocess.findings import Found, Reject, Scan
-from preprocess.images import Header, Rejected
-from preprocess.options import Options
-from preprocess.place import Place
-from preprocess.plan import (
+from fluxdit_jax.dataset.manifest import EncoderIdentity
+from preprocess.build.options import Options
+from preprocess.build.plan import (
     Fingerprints,
     Item,
     NothingToBuild,
@@ -32,7 +28,11 @@ from preprocess.plan import (
     make_units,
     split_of,
 )
-from preprocess.vectors import Vectors
+from preprocess.decoding.images import Header, Rejected
+from preprocess.input.byte_source import Place
+from preprocess.input.captions import Source
+from preprocess.input.findings import Found, Reject, Scan
+from preprocess.input.vectors import Vectors
 
 IDENTITY = EncoderIdentity("owner/model", "abc", "f" * 64, "bfloat16", 16, {"factor": 8})
 OPTIONS = Options("in", "out")

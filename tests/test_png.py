@@ -21,8 +21,8 @@ from image_fixtures import (
 )
 from PIL import Image, ImageCms, PngImagePlugin
 
-from preprocess.images import Rejected, decode, read_header
-from preprocess.png import MAX_INFLATED, Png
+from preprocess.decoding.images import Rejected, decode, read_header
+from preprocess.decoding.png import MAX_INFLATED, Png
 
 PLAIN = encode(four_quarters())
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

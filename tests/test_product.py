@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fluxdit_jax import attention
-from fluxdit_jax.product import matmul, repeat_rows, transpose
+from fluxdit_jax.model import attention
+from fluxdit_jax.model.matmul import matmul, repeat_rows, transpose
 
 
 def draw(shape, seed, dtype):

@@ -12,15 +12,15 @@ import pytest
 from training_helpers import tiny_config, tree_equal
 from wording import lines_naming, naming
 
-from fluxdit_jax import due, overview, progress
-from fluxdit_jax.checkpoint import ema_steps, restore_ema
-from fluxdit_jax.command import duration
 from fluxdit_jax.config import resolve
-from fluxdit_jax.heldout import HeldOut
-from fluxdit_jax.metrics import read_metrics
-from fluxdit_jax.progress import Length, Progress
-from fluxdit_jax.records import load_manifest
-from fluxdit_jax.sharding import make_mesh
+from fluxdit_jax.dataset.manifest import load_manifest
+from fluxdit_jax.device.sharding import make_mesh
+from fluxdit_jax.run import overview, progress, timer
+from fluxdit_jax.run.checkpoint import ema_steps, restore_ema
+from fluxdit_jax.run.metrics import read_metrics
+from fluxdit_jax.run.progress import Length, Progress
+from fluxdit_jax.run.validation_loss import HeldOut
+from fluxdit_jax.shared.cli import duration
 from fluxdit_jax.train import train
 
 pytest_plugins = ("training_fixtures",)
@@ -75,8 +75,8 @@ def test_a_log_that_would_be_silent_names_what_the_run_is_doing(package_log, mon
 
 def test_something_is_due_after_a_tenth_and_then_after_all_of_its_minutes(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(due.time, "monotonic", lambda: now[0])
-    overdue, never = due.Overdue(minutes=30.0), due.Overdue(minutes=0.0)
+    monkeypatch.setattr(timer.time, "monotonic", lambda: now[0])
+    overdue, never = timer.Overdue(minutes=30.0), timer.Overdue(minutes=0.0)
     now[0] += 179
     assert not overdue
     now[0] += 2

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from build_fixtures import FLAGS, read, write_image
 
-from fluxdit_jax import records
+from fluxdit_jax.dataset.manifest import MANIFEST, REJECTS
 from preprocess.__main__ import main
 
 SMALL = [*FLAGS, "--resolution", "128", "--modulus", "16", "--holdout", "0"]
@@ -62,12 +62,12 @@ class Folder:
         captured = self._capsys.readouterr()
         self.said = captured.out + captured.err
         assert status is None or found == status, self.said
-        if not (self.output / records.MANIFEST).exists():
+        if not (self.output / MANIFEST).exists():
             return {}
         return {key: (record.caption, *record.other_captions) for key, record in read(self.output).items()}
 
     def rejects(self, counted: bool = True) -> dict[str, str]:
-        lines = [json.loads(line) for line in (self.output / records.REJECTS).read_text().splitlines()]
+        lines = [json.loads(line) for line in (self.output / REJECTS).read_text().splitlines()]
         return {line["key"]: line["reason"] for line in lines if line.get("counted", True) == counted}
 
 
@@ -153,7 +153,7 @@ def test_a_source_without_a_caption_hides_none_behind_it(folder: Folder) -> None
         "g.png": ("g",),
     }
     assert folder.rejects() == {"e.png": "invalid UTF-8"}
-    (line,) = (json.loads(line) for line in (folder.output / records.REJECTS).read_text().splitlines())
+    (line,) = (json.loads(line) for line in (folder.output / REJECTS).read_text().splitlines())
     assert "e.json" in line["detail"] and "e.txt" in line["detail"]
     for count in (
         "broken JSON 1",

@@ -14,20 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wording import naming
 
-from fluxdit_jax.records import (
+from fluxdit_jax.dataset.manifest import (
     DatasetError,
     EncoderIdentity,
     Manifest,
-    Record,
     Shard,
-    check_fit,
-    check_record,
-    decode_record,
-    encode_record,
     json_checksum,
     load_manifest,
     shard_name,
 )
+from fluxdit_jax.dataset.records import Record, check_fit, check_record, decode_record, encode_record
 
 BF16 = ml_dtypes.bfloat16
 

@@ -19,12 +19,11 @@ from training_helpers import (
 )
 from wording import naming
 
-from fluxdit_jax import example, records
-from fluxdit_jax.data import RecordSource
-from fluxdit_jax.other_captions import MAX_CAPTIONS
-from fluxdit_jax.records import (
+from fluxdit_jax.dataset import records, tf_example
+from fluxdit_jax.dataset.captions import MAX_CAPTIONS
+from fluxdit_jax.dataset.manifest import DatasetError
+from fluxdit_jax.dataset.records import (
     BF16,
-    DatasetError,
     Record,
     check_fit,
     check_record,
@@ -33,6 +32,7 @@ from fluxdit_jax.records import (
     serialize_unchecked,
     tfds_features,
 )
+from fluxdit_jax.loader.reader import RecordSource
 
 
 def assert_same(one: Record, two: Record) -> None:
@@ -56,7 +56,7 @@ def test_captions_come_back_bit_for_bit_without_the_library(others, seed):
         other_texts=tuple(rng.normal(size=(n, TEXT_WIDTH)).astype(BF16) for _, n in others),
     )
     data = encode_record(original)
-    assert example.spans(data, records._SEVERAL if others else records._FEATURES)
+    assert tf_example.spans(data, records._SEVERAL if others else records._FEATURES)
     again = decode_record(data, TEXT_WIDTH)
     check_record(again)
     assert_same(again, original)
@@ -148,7 +148,7 @@ def test_damage_is_named_by_its_feature(values, words):
 
 def test_lengths_that_are_cut_short_are_named():
     data = encode_record(make_record(1, captions=3))
-    (_, end) = dict(zip(records._SEVERAL, example.spans(data, records._SEVERAL), strict=True))[b"other_lengths"]
+    (_, end) = dict(zip(records._SEVERAL, tf_example.spans(data, records._SEVERAL), strict=True))[b"other_lengths"]
     with pytest.raises(DatasetError, match="other_lengths.*cut"):
         decode_record(data[: end - 1] + b"\x80" + data[end:], TEXT_WIDTH)
 

@@ -10,15 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from training_helpers import CHANNELS, TEXT_WIDTH, VISION_WIDTH, make_record
 
-from fluxdit_jax.records import (
-    BF16,
-    DatasetError,
-    Record,
-    check_record,
-    decode_record,
-    encode_record,
-    tfds_features,
-)
+from fluxdit_jax.dataset.manifest import DatasetError
+from fluxdit_jax.dataset.records import BF16, Record, check_record, decode_record, encode_record, tfds_features
 
 
 def assert_same_record(a: Record, b: Record) -> None:

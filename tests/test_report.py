@@ -13,9 +13,9 @@ from build_fixtures import options, read, write_image, write_photos
 from PIL import Image
 from wording import lines_naming, naming, numbers
 
-from fluxdit_jax.records import DatasetError
-from preprocess.build import build
-from preprocess.report import Dataset, inspect, padding
+from fluxdit_jax.dataset.manifest import DatasetError
+from preprocess.build.build import build
+from preprocess.inspect.report import Dataset, inspect, padding
 
 
 @pytest.fixture

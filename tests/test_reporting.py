@@ -10,11 +10,11 @@ import optax
 import pytest
 
 from fluxdit_jax.flow import TIME_BINS
-from fluxdit_jax.health import Monitor, Observation
-from fluxdit_jax.metrics import MetricsWriter, pack, read_metrics
-from fluxdit_jax.progress import Length
-from fluxdit_jax.reporting import Reporter
-from fluxdit_jax.soundness import Watchdog
+from fluxdit_jax.run.health import Monitor, Observation
+from fluxdit_jax.run.metrics import MetricsWriter, pack, read_metrics
+from fluxdit_jax.run.progress import Length
+from fluxdit_jax.run.reporting import Reporter
+from fluxdit_jax.run.soundness import Watchdog
 
 
 class Listening(Monitor):

@@ -17,8 +17,8 @@ from training_helpers import REPOSITORY, tiny_config, write_dataset
 from wording import naming
 
 from fluxdit_jax.config import RENAMED, default_config
-from fluxdit_jax.records import MANIFEST, DatasetError, Manifest, load_manifest
-from fluxdit_jax.run_directory import (
+from fluxdit_jax.dataset.manifest import MANIFEST, DatasetError, Manifest, load_manifest
+from fluxdit_jax.run.run_directory import (
     SHAPE_KEYS,
     RunError,
     RunLock,
@@ -296,7 +296,7 @@ def test_a_directory_without_a_run_is_told(tmp_path):
 def owner(workdir):
     """A process that holds the lock until it is killed."""
     code = (
-        "import sys, time; from pathlib import Path; from fluxdit_jax.run_directory import RunLock\n"
+        "import sys, time; from pathlib import Path; from fluxdit_jax.run.run_directory import RunLock\n"
         "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)\n"
     )
     process = subprocess.Popen(

@@ -14,13 +14,13 @@ from fork_server import Commands
 from PIL import Image, PngImagePlugin
 from wording import lines_naming, naming, numbers
 
-from fluxdit_jax import recipe
-from fluxdit_jax.checkpoint import CheckpointError
-from fluxdit_jax.prompts import SampleError
-from fluxdit_jax.records import load_manifest
+from fluxdit_jax.dataset.manifest import load_manifest
+from fluxdit_jax.run.checkpoint import CheckpointError
 from fluxdit_jax.sample import sample
-from fluxdit_jax.sample_arguments import parse_arguments
-from fluxdit_jax.sizes import choose_size, pictures_by_size
+from fluxdit_jax.sampling import recipe
+from fluxdit_jax.sampling.arguments import parse_arguments
+from fluxdit_jax.sampling.prompts import SampleError
+from fluxdit_jax.sampling.sizes import choose_size, pictures_by_size
 from fluxdit_jax.train import train
 
 pytest_plugins = ("training_fixtures", "drawing_fixtures")

@@ -10,8 +10,8 @@ import pytest
 from wording import naming
 
 from fluxdit_jax import export, validate
-from fluxdit_jax.prompts import SampleError, read_prompts
-from fluxdit_jax.sample_arguments import parse_arguments
+from fluxdit_jax.sampling.arguments import parse_arguments
+from fluxdit_jax.sampling.prompts import SampleError, read_prompts
 
 GIVEN = ["--workdir", "run", "--out", "x.png"]
 

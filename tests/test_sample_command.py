@@ -16,18 +16,18 @@ from PIL import Image, PngImagePlugin
 from training_helpers import lively, tiny_flow
 from wording import lines_naming
 
-from fluxdit_jax import model
 from fluxdit_jax import sample as command
-from fluxdit_jax.checkpoint import CheckpointError, Checkpoints
 from fluxdit_jax.config import resolve
+from fluxdit_jax.dataset.manifest import Manifest, load_manifest
 from fluxdit_jax.export import export
-from fluxdit_jax.prompts import SampleError, encode_reference, read_reference
-from fluxdit_jax.recipe import Recipe
-from fluxdit_jax.records import Manifest, load_manifest
-from fluxdit_jax.run_directory import RunError, record_start
+from fluxdit_jax.model import dit
+from fluxdit_jax.run.checkpoint import CheckpointError, Checkpoints
+from fluxdit_jax.run.run_directory import RunError, record_start
 from fluxdit_jax.sample import sample
-from fluxdit_jax.sample_arguments import parse_arguments
-from preprocess.build import build
+from fluxdit_jax.sampling.arguments import parse_arguments
+from fluxdit_jax.sampling.prompts import SampleError, encode_reference, read_reference
+from fluxdit_jax.sampling.recipe import Recipe
+from preprocess.build.build import build
 
 pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -79,7 +79,7 @@ def scene(tmp_path_factory, draw_photo, quick_compile) -> Scene:
     manifest = load_manifest(root / "ds")
     c = config(root / "ds", root / "run")
     c.model.width, c.model.depth = 16, 1
-    shapes = model.build(resolve(c, manifest).model)[1]
+    shapes = dit.build(resolve(c, manifest).model)[1]
     with Checkpoints(root / "run", keep=2) as checkpoints:
         for step in (4, 8):
             checkpoints.save_ema(step, lively(shapes, seed=step, scale=0.1))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fluxdit_jax.sampler import METHODS, Guidance, guide, integrate, time_grid
+from fluxdit_jax.sampling.solvers import METHODS, Guidance, guide, integrate, time_grid
 
 pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.usefixtures("quick_compile")

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from wording import naming
 
 from preprocess import PreprocessError
-from preprocess.findings import Found, Scan
-from preprocess.images import Rejected
-from preprocess.place import Place
-from preprocess.scan import scan
+from preprocess.decoding.images import Rejected
+from preprocess.input.byte_source import Place
+from preprocess.input.findings import Found, Scan
+from preprocess.input.scan import scan
 
 
 def touch(folder: Path, *names: str | bytes) -> None:

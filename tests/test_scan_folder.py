@@ -12,8 +12,8 @@ import pytest
 from test_scan import add, keys, reasons, touch
 
 from preprocess import PreprocessError
-from preprocess.findings import Scan
-from preprocess.scan import scan
+from preprocess.input.findings import Scan
+from preprocess.input.scan import scan
 
 
 def captions(result: Scan) -> dict[str, list[str]]:

@@ -25,11 +25,11 @@ from training_helpers import (
 )
 from wording import lines_naming
 
-from fluxdit_jax import model
-from fluxdit_jax.checkpoint import restore_ema
-from fluxdit_jax.metrics import read_metrics
+from fluxdit_jax.device.sharding import MeshError, batch_sharding, make_mesh, put_batch, replicated, tree_sharding
+from fluxdit_jax.model import dit
 from fluxdit_jax.optimizer import build_optimizer
-from fluxdit_jax.sharding import MeshError, batch_sharding, make_mesh, put_batch, replicated, tree_sharding
+from fluxdit_jax.run.checkpoint import restore_ema
+from fluxdit_jax.run.metrics import read_metrics
 from fluxdit_jax.state import create_state
 
 pytest_plugins = ("training_fixtures",)
@@ -64,7 +64,7 @@ def test_large_matrices_are_split_and_the_rest_is_copied(shape, spec):
 
 def test_masters_moments_and_ema_of_a_parameter_lie_alike():
     optimizer = build_optimizer(tiny_optimizer())
-    shapes = model.build(tiny_model(width=64))[1]
+    shapes = dit.build(tiny_model(width=64))[1]
     state = jax.eval_shape(lambda params: create_state(params, optimizer), shapes)
     placed = tree_sharding(mesh_of(1, 2), state)
     trees = [placed.params, placed.ema, placed.opt_state.acc_grads, placed.opt_state.inner_opt_state[2][0].mu]
@@ -115,12 +115,12 @@ import jax, numpy as np
 from jax.sharding import Mesh
 from pathlib import Path
 from training_helpers import *
-from fluxdit_jax.checkpoint import Checkpoints
+from fluxdit_jax.run.checkpoint import Checkpoints
 from fluxdit_jax.config import resolve
-from fluxdit_jax.digest import tree_digest
+from fluxdit_jax.run.digest import tree_digest
 from fluxdit_jax.program import Program
-from fluxdit_jax.records import load_manifest
-from fluxdit_jax.sharding import make_mesh, put_batch, gather
+from fluxdit_jax.dataset.records import load_manifest
+from fluxdit_jax.device.sharding import make_mesh, put_batch, gather
 from fluxdit_jax.train_step import patch_statistics
 
 dataset, scratch = Path(sys.argv[1]), Path(sys.argv[2])

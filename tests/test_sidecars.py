@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from preprocess.place import Place
-from preprocess.sidecars import Sidecars
+from preprocess.input.byte_source import Place
+from preprocess.input.sidecars import Sidecars
 
 
 def names(

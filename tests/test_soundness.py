@@ -18,14 +18,15 @@ import training_helpers
 from training_helpers import make_record, tiny_config, tree_equal, write_config, write_dataset
 from wording import lines_naming, naming
 
-from fluxdit_jax import data
-from fluxdit_jax.checkpoint import CheckpointError, Checkpoints, ema_steps, restore_ema
 from fluxdit_jax.config import ConfigError, check
-from fluxdit_jax.digest import tree_digest
-from fluxdit_jax.metrics import read_metrics
+from fluxdit_jax.dataset.manifest import MANIFEST
+from fluxdit_jax.dataset.records import BF16
+from fluxdit_jax.loader import reader
 from fluxdit_jax.optimizer import build_optimizer
-from fluxdit_jax.records import BF16, MANIFEST
-from fluxdit_jax.soundness import BrokenRun, Watchdog, state_fault, weights_fault
+from fluxdit_jax.run.checkpoint import CheckpointError, Checkpoints, ema_steps, restore_ema
+from fluxdit_jax.run.digest import tree_digest
+from fluxdit_jax.run.metrics import read_metrics
+from fluxdit_jax.run.soundness import BrokenRun, Watchdog, state_fault, weights_fault
 from fluxdit_jax.state import create_state
 from fluxdit_jax.train import train
 
@@ -223,7 +224,7 @@ def test_a_signal_in_the_middle_of_nothing_but_nan_does_not_save_it_over_good_ch
     shutil.copytree(finished, config.workdir)
     config.data.path, config.resume.allow_changes, config.log.heldout_every = str(overflowing), True, 0
     config.train.steps = 100
-    original = data.batches
+    original = reader.batches
 
     def batches(*args, **kwargs):
         for position, batch in enumerate(original(*args, **kwargs)):
@@ -231,7 +232,7 @@ def test_a_signal_in_the_middle_of_nothing_but_nan_does_not_save_it_over_good_ch
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    monkeypatch.setattr(data, "batches", batches)
+    monkeypatch.setattr(reader, "batches", batches)
     before = {p: p.read_bytes() for p in Path(config.workdir, "checkpoints").rglob("*") if p.is_file()}
     assert train(config) == 128 + signal.SIGTERM
     assert {p: p.read_bytes() for p in Path(config.workdir, "checkpoints").rglob("*") if p.is_file()} == before

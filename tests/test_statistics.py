@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preprocess.statistics import Moments
+from preprocess.build.statistics import Moments
 
 
 @settings(deadline=None, max_examples=50)

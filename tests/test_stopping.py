@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fluxdit_jax import stopping
-from fluxdit_jax.stopping import Signals
+from fluxdit_jax.run import signals
+from fluxdit_jax.run.signals import Signals
 
 pytest_plugins = ("training_fixtures",)
 INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
@@ -29,7 +29,7 @@ def test_the_first_signal_asks_and_its_echo_is_the_same_one(number: int, package
 
 
 def test_a_second_interrupt_stops_at_once(monkeypatch):
-    monkeypatch.setattr(stopping, "_ECHO_SECONDS", -1.0)
+    monkeypatch.setattr(signals, "_ECHO_SECONDS", -1.0)
     before = signal.getsignal(INT)
     with Signals(), pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), INT)

@@ -24,10 +24,10 @@ from wording import naming
 
 from preprocess import PreprocessError
 from preprocess.__main__ import main
-from preprocess.build import build
-from preprocess.candidates import SubsetOptions, gather
-from preprocess.journal import Journal
-from preprocess.subset import ABOUT, SHEET, subset
+from preprocess.build.build import build
+from preprocess.build.journal import Journal
+from preprocess.subset.candidates import SubsetOptions, gather
+from preprocess.subset.subset import ABOUT, SHEET, subset
 
 
 @pytest.fixture
@@ -381,5 +381,5 @@ def test_a_kill_between_the_two_renames_loses_nothing(photos, tmp_path):
 
 
 def test_it_needs_no_jax(tmp_path):
-    code = "import sys, preprocess.subset; sys.exit('jax' in sys.modules or 'torch' in sys.modules)"
+    code = "import sys, preprocess.subset.subset; sys.exit('jax' in sys.modules or 'torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

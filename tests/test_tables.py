@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preprocess import captions
-from preprocess.images import Rejected
-from preprocess.tables import path_in, read_table
+from preprocess.decoding.images import Rejected
+from preprocess.input import captions
+from preprocess.input.tables import path_in, read_table
 
 NAMES = captions.fields("mine")
 

@@ -22,16 +22,18 @@ from training_helpers import (
 )
 from wording import lines_naming, naming
 
-from fluxdit_jax import data, devices
-from fluxdit_jax.checkpoint import EMA, SHORT_EMA, CheckpointError, Checkpoints, ema_steps, restore_ema
 from fluxdit_jax.config import resolve
-from fluxdit_jax.memory_plan import MemoryPlan, OutOfMemory, plan, require_fit
-from fluxdit_jax.metrics import read_metrics
+from fluxdit_jax.dataset.manifest import MANIFEST, load_manifest
+from fluxdit_jax.dataset.records import BF16
+from fluxdit_jax.device import devices
+from fluxdit_jax.device.memory_plan import MemoryPlan, OutOfMemory, plan, require_fit
+from fluxdit_jax.device.sharding import make_mesh
+from fluxdit_jax.loader import reader
 from fluxdit_jax.program import Program
-from fluxdit_jax.records import BF16, MANIFEST, load_manifest
-from fluxdit_jax.run_directory import RunError, RunLock, load_config, load_dataset
-from fluxdit_jax.scalars import on_board
-from fluxdit_jax.sharding import make_mesh
+from fluxdit_jax.run.checkpoint import EMA, SHORT_EMA, CheckpointError, Checkpoints, ema_steps, restore_ema
+from fluxdit_jax.run.metrics import read_metrics
+from fluxdit_jax.run.run_directory import RunError, RunLock, load_config, load_dataset
+from fluxdit_jax.run.scalars import on_board
 from fluxdit_jax.state import create_state
 from fluxdit_jax.train import train
 from fluxdit_jax.train_step import patch_statistics
@@ -69,7 +71,7 @@ def run(config, expected=0):
 
 def interrupt(monkeypatch, after, number=signal.SIGTERM):
     """Sends this process a signal when the loop asks for its `after`-th micro-batch."""
-    original = data.batches
+    original = reader.batches
 
     def batches(*args, **kwargs):
         for position, batch in enumerate(original(*args, **kwargs), start=1):
@@ -77,7 +79,7 @@ def interrupt(monkeypatch, after, number=signal.SIGTERM):
                 os.kill(os.getpid(), number)
             yield batch
 
-    monkeypatch.setattr(data, "batches", batches)
+    monkeypatch.setattr(reader, "batches", batches)
 
 
 def assert_same_outcome(workdir, reference, steps=STEPS):
@@ -405,7 +407,7 @@ def test_jax_may_take_most_of_the_memory_unless_told_otherwise(monkeypatch):
 def test_a_damaged_record_stops_the_run_and_names_it(config, tmp_path):
     path = damage_record_13(tmp_path / "data")
     config.data.path = str(tmp_path / "data")
-    with pytest.raises(data.DatasetError, match=f"{path.name} row 1 .record 13."):
+    with pytest.raises(reader.DatasetError, match=f"{path.name} row 1 .record 13."):
         train(config)
 
 
@@ -445,7 +447,7 @@ def test_damage_in_the_holdout_split_is_named_or_passed_over(config, tmp_path):
     content[content.index(make_record(1000).vision.tobytes())] ^= 1
     path.write_bytes(content)
     config.data.path = str(tmp_path / "data")
-    with pytest.raises(data.DatasetError, match=f"{path.name} row 0 .record 0."):
+    with pytest.raises(reader.DatasetError, match=f"{path.name} row 0 .record 0."):
         train(config)
     config.data.on_corrupt, config.train.steps = "skip", 4
     run(config)
@@ -558,9 +560,9 @@ def test_places_are_kept_and_nothing_is_compiled_twice(config, tiny_dataset):
     program = Program(settings, make_mesh(-1, 1, 4), patch_statistics(manifest.latent_mean, manifest.latent_std, 2))
     accumulate, update = program.compile()
     state = program.create()
-    source = data.RecordSource(tiny_dataset, manifest, "train")
+    source = reader.RecordSource(tiny_dataset, manifest, "train")
     options = {"patch": 2, "tokens": 4, "text_tokens": 8, "threads": 1, "prefetch": 1}
-    for batch in itertools.islice(data.batches(source, seed=0, start=0, batch_size=4, **options), 3):
+    for batch in itertools.islice(reader.batches(source, seed=0, start=0, batch_size=4, **options), 3):
         shapes = program.batch_shapes()
         assert {name: (a.shape, a.dtype) for name, a in batch.items()} == {
             name: (s.shape, s.dtype) for name, s in shapes.items()

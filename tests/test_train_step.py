@@ -24,7 +24,9 @@ from training_helpers import (
     tree_equal,
 )
 
-from fluxdit_jax import data, flow, model
+from fluxdit_jax import flow
+from fluxdit_jax.loader import reader
+from fluxdit_jax.model import dit
 from fluxdit_jax.optimizer import build_optimizer, ema_decay, path_name
 from fluxdit_jax.state import create_state
 from fluxdit_jax.train_step import make_train_step, patch_statistics, valid_tokens
@@ -56,7 +58,7 @@ def _programs(accumulate, effective, dtype, warmup, lr, eps, name, flow_changes)
         )
     )
     config = tiny_model(dtype=dtype)
-    graph, shapes = model.build(config)
+    graph, shapes = dit.build(config)
     step = make_train_step(
         graph,
         dtype,
@@ -108,7 +110,7 @@ def test_the_loss_in_closed_form():
     losses, squares = [], []
     for row, (h, w) in enumerate(batch["grid"]):
         record = make_record(row, UNEVEN_SIZES[row % 3]).latent.astype(np.float32)
-        x0 = data.patchify((record - np.reshape(MEAN, (4, 1, 1))) / np.reshape(STD, (4, 1, 1)), 2)
+        x0 = reader.patchify((record - np.reshape(MEAN, (4, 1, 1))) / np.reshape(STD, (4, 1, 1)), 2)
         target = noise[row, : h * w] - x0
         losses.append(np.mean((0.7 - target) ** 2))
         squares.append(np.mean(target**2))
@@ -278,7 +280,7 @@ def test_the_optimizer_is_fed_f32_gradients_of_a_bf16_network():
         return optimizer.inner_opt.update(gradients, state, params)
 
     watched = optax.MultiSteps(optax.GradientTransformation(optimizer.inner_opt.init, update), 3)
-    graph, shapes = model.build(config)
+    graph, shapes = dit.build(config)
     statistics = patch_statistics(MEAN, STD, 2)
     step = make_train_step(
         graph, "bfloat16", watched, tiny_flow(), statistics, seed=0, global_batch_size=12, ema_target=0.9999
@@ -329,7 +331,7 @@ def test_a_second_ema_has_its_own_decay_and_changes_nothing_else():
     config, (mean_std) = tiny_model(dtype="float32"), patch_statistics(MEAN, STD, 2)
     optimizer, (graph, shapes) = (
         build_optimizer(tiny_optimizer(grad_accum_steps=1, warmup_steps=0)),
-        model.build(config),
+        dit.build(config),
     )
     one, two = (
         jitted(make_train_step(graph, "float32", optimizer, tiny_flow(), mean_std, 0, 4, 0.9999, short))

@@ -22,7 +22,8 @@ from training_helpers import (
     tree_equal,
 )
 
-from fluxdit_jax import data, flow
+from fluxdit_jax import flow
+from fluxdit_jax.loader import reader
 from fluxdit_jax.optimizer import build_optimizer
 from fluxdit_jax.state import TrainState, create_state
 from fluxdit_jax.train_step import make_train_step, normalize_latents, patch_statistics, valid_tokens
@@ -46,8 +47,8 @@ def test_statistics_are_laid_out_as_patches_are(patch):
     assert mean_P.dtype == std_P.dtype == np.float32
     latent = record.latent.astype(np.float32)
     normalised = (latent - np.reshape(MEAN, (4, 1, 1))) / np.reshape(STD, (4, 1, 1))
-    tokens = (data.patchify(latent, patch) - mean_P) / std_P
-    np.testing.assert_allclose(tokens, data.patchify(normalised.astype(np.float32), patch), rtol=1e-6)
+    tokens = (reader.patchify(latent, patch) - mean_P) / std_P
+    np.testing.assert_allclose(tokens, reader.patchify(normalised.astype(np.float32), patch), rtol=1e-6)
 
 
 def test_normalised_latents_are_zero_at_padding_whatever_stands_there():

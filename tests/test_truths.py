@@ -26,28 +26,33 @@ from training_helpers import lively, tree_equal, write_dataset
 from wording import naming
 
 import fluxdit_jax.train
-from fluxdit_jax import data, flow, model, pictures, sampler, validate, weights
-from fluxdit_jax.checkpoint import EMA, SHORT_EMA, Checkpoints, restore_ema
+from fluxdit_jax import flow, validate
 from fluxdit_jax.config import Settings, resolve
-from fluxdit_jax.digest import tree_digest
+from fluxdit_jax.dataset.manifest import Manifest, load_manifest
+from fluxdit_jax.dataset.records import Record
+from fluxdit_jax.device.sharding import make_mesh
 from fluxdit_jax.export import export
-from fluxdit_jax.exported import ExportError, read_description
 from fluxdit_jax.gate.album import Album
-from fluxdit_jax.generation import Generator, conditions, record_conditions
-from fluxdit_jax.heldout import HeldOut
-from fluxdit_jax.metrics import read_metrics
-from fluxdit_jax.patches import patchify
-from fluxdit_jax.preview import make_preview
-from fluxdit_jax.prompts import SampleError, encode_prompts, encode_reference, read_reference
-from fluxdit_jax.records import Manifest, Record, load_manifest
-from fluxdit_jax.run_directory import load_config, load_dataset, record_start
+from fluxdit_jax.loader import reader
+from fluxdit_jax.model import dit
+from fluxdit_jax.model.patches import patchify
+from fluxdit_jax.run import weights
+from fluxdit_jax.run.checkpoint import EMA, SHORT_EMA, Checkpoints, restore_ema
+from fluxdit_jax.run.digest import tree_digest
+from fluxdit_jax.run.metrics import read_metrics
+from fluxdit_jax.run.run_directory import load_config, load_dataset, record_start
+from fluxdit_jax.run.validation_loss import HeldOut
 from fluxdit_jax.sample import sample
-from fluxdit_jax.sample_arguments import parse_arguments
-from fluxdit_jax.sharding import make_mesh
-from fluxdit_jax.sizes import pictures_by_size
+from fluxdit_jax.sampling import image_grid, solvers
+from fluxdit_jax.sampling.arguments import parse_arguments
+from fluxdit_jax.sampling.exported import ExportError, read_description
+from fluxdit_jax.sampling.pipeline import Generator, conditions, record_conditions
+from fluxdit_jax.sampling.preview import make_preview
+from fluxdit_jax.sampling.prompts import SampleError, encode_prompts, encode_reference, read_reference
+from fluxdit_jax.sampling.sizes import pictures_by_size
 from fluxdit_jax.train_step import patch_statistics
-from fluxdit_jax.vae import load_decoder
-from preprocess.build import build
+from fluxdit_jax.vae.decoder import load_decoder
+from preprocess.build.build import build
 from preprocess.encoders import load_vae
 
 pytest_plugins = ("training_fixtures",)
@@ -75,7 +80,7 @@ class Scene:
         return self.root / "photos" / record.key
 
     def records(self, split: str) -> list[Record]:
-        source = data.RecordSource(self.root / "ds", self.manifest, split)
+        source = reader.RecordSource(self.root / "ds", self.manifest, split)
         return [source[i] for i in range(len(source))]
 
     def logged(self) -> dict[str, float]:
@@ -126,7 +131,7 @@ def start_from_lively_weights(c: ConfigDict, folder: Path) -> None:
     """So that pictures depend on all that is given: a new network predicts next to nothing."""
     settings = resolve(c, load_manifest(Path(c.data.path)))
     with Checkpoints(folder, keep=1) as checkpoints:
-        checkpoints.save_ema(1, lively(model.initialize(settings.model, jax.random.key(0)), scale=0.1))
+        checkpoints.save_ema(1, lively(dit.initialize(settings.model, jax.random.key(0)), scale=0.1))
     c.resume.from_run = str(folder)
 
 
@@ -142,7 +147,7 @@ def make_run(root: Path, draw: Callable) -> list[dict]:
     c.log.preview_count, c.log.preview_steps, c.log.preview_guidance = PREVIEW.values()
     c.log.peak_tflops = 2.0
     asked: list[dict] = []
-    original = data.batches
+    original = reader.batches
 
     def batches(*args, **kwargs) -> Iterator[dict]:
         for batch in original(*args, **kwargs):
@@ -150,7 +155,7 @@ def make_run(root: Path, draw: Callable) -> list[dict]:
             yield batch
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "batches", batches)
+        patch.setattr(reader, "batches", batches)
         assert fluxdit_jax.train.train(c) == 0
     return asked
 
@@ -186,7 +191,8 @@ def test_the_held_out_loss_is_that_of_the_averages_at_any_batch_size(scene: Scen
     losses, filled = {}, 8 * scene.manifest.records("holdout") + 3
     for batch_size in (4, filled):
         measure = HeldOut(
-            scene.settings.model, scene.settings.flow, data.RecordSource(scene.root / "ds", scene.manifest, "holdout"),
+            scene.settings.model, scene.settings.flow,
+            reader.RecordSource(scene.root / "ds", scene.manifest, "holdout"),
             mesh=make_mesh(1, 1, batch_size), tokens=scene.settings.tokens, text_tokens=scene.settings.text_tokens,
             statistics=patch_statistics(scene.manifest.latent_mean, scene.manifest.latent_std, 2),
             batch_size=batch_size, pictures=128,
@@ -216,7 +222,7 @@ def test_the_held_out_loss_by_hand(scene: Scene) -> None:
     noise = np.where(own[..., None], noise, 0)
     noisy = (1 - t)[:, None, None] * images + t[:, None, None] * noise
     given = [wanted[name] for name in ("grid", "text", "text_length", "vision", "keep_text", "keep_vision")]
-    predicted = jax.jit(partial(model.apply, model.build(s.model)[0]))(scene.trained(EMA), noisy, t, *given)
+    predicted = jax.jit(partial(dit.apply, dit.build(s.model)[0]))(scene.trained(EMA), noisy, t, *given)
     error = np.square(predicted - (noise - images)).mean(2)
     losses = (error * own).sum(1) / own.sum(1)
     assert scene.logged()["heldout_loss"] == pytest.approx(losses.mean(), rel=1e-4)
@@ -235,7 +241,7 @@ def test_the_preview_is_what_the_command_draws_of_the_holdout(scene: Scene) -> N
         photo, _ = read_reference(scene.photo(record), scene.manifest)
         rows.append([vae.decode(vae.encode(photo[None]))[0]])
         rows[-1] += [scene.drawn_as(record, seed, *how, reference=light) for light in (True, False)]
-    sheet = pictures.grid(
+    sheet = image_grid.grid(
         rows,
         column_titles=("data set", "EMA", "EMA, caption alone"),
         row_titles=[record.caption for record in spread],
@@ -283,7 +289,7 @@ def test_each_prompt_has_its_pictures_and_each_scale_its_place(scene: Scene) -> 
     swept = scene.draw_all("--prompt", first, "--sweep-text", "1,4", "--sweep-vision", "1,2,3", *photo)
     assert len({image.tobytes() for image in swept}) == 6
     assert_alike(swept[3], single)
-    expected = pictures.grid(
+    expected = image_grid.grid(
         [swept[0:2], swept[2:4], swept[4:6]], cell=256, column_titles=["text 1", "text 4"],
         row_titles=[f"vision {scale}, seed 0: {first}" for scale in (1, 2, 3)],
     )  # fmt: skip
@@ -395,7 +401,7 @@ def test_a_condition_that_is_not_given_is_the_learned_null(scene: Scene) -> None
     noise = generator.noise([1, 2])
 
     def draw(wanted, text=1.0, vision=1.0, **changed) -> np.ndarray:
-        scales = sampler.Guidance(text, vision)
+        scales = solvers.Guidance(text, vision)
         latents = generator.latents(generator.cast(ema | changed), wanted, noise, guidance=scales)
         return np.concatenate([latent.ravel() for latent in latents])
 
@@ -473,9 +479,9 @@ def test_an_encoder_with_other_settings_is_refused_as_a_references(tmp_path: Pat
 
 def test_the_run_reads_train_in_the_order_of_its_seed_and_nothing_of_the_holdout(scene: Scene) -> None:
     def order(seed: int) -> list[bytes]:
-        source = data.RecordSource(scene.root / "ds", scene.manifest, "train")
+        source = reader.RecordSource(scene.root / "ds", scene.manifest, "train")
         s = scene.settings
-        read = data.batches(
+        read = reader.batches(
             source, seed=seed, start=0, batch_size=4, patch=2, tokens=s.tokens, text_tokens=s.text_tokens, threads=1,
             prefetch=1,
         )  # fmt: skip
@@ -505,7 +511,7 @@ def test_copies_of_a_picture_are_in_one_split(scene: Scene) -> None:
 def test_the_rates_agree_with_each_other(scene: Scene) -> None:
     logged, s = scene.logged(), scene.settings
     assert s.text_tokens == 16 > scene.manifest.text_tokens > 8
-    flops = 3 * model.flops_per_sample(s.model, s.tokens, s.text_tokens)  # forward once, backward twice
+    flops = 3 * dit.flops_per_sample(s.model, s.tokens, s.text_tokens)  # forward once, backward twice
     peak = 2e12 * len(jax.devices())
     assert logged["mfu"] == pytest.approx(logged["tokens_per_second"] * flops / s.tokens / peak)
     grids = [r.encoded_size[0] * r.encoded_size[1] // 256 for r in scene.records("train")]

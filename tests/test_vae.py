@@ -15,10 +15,10 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.numpy import load_file, save_file
 from wording import naming
 
-from fluxdit_jax import vae_strips
-from fluxdit_jax.records import EncoderIdentity
-from fluxdit_jax.vae import DecoderError, load_decoder
-from fluxdit_jax.vae_files import INDEX, WEIGHTS
+from fluxdit_jax.dataset.manifest import EncoderIdentity
+from fluxdit_jax.vae import strips
+from fluxdit_jax.vae.decoder import DecoderError, load_decoder
+from fluxdit_jax.vae.files import INDEX, WEIGHTS
 from preprocess.encoders import load_vae
 from preprocess.encoders.builtin import DctVae
 
@@ -134,9 +134,9 @@ def test_full_flux_width_equals_diffusers(tmp_path):
     z = latents(1, 16, 12, 16)
     expected = reference(model, z)
     assert relative(load_decoder(identity(tmp_path)).decode_float(z), expected) < 1e-4
-    strips = load_decoder(identity(tmp_path), whole=1)
-    strips.strip = 2**20
-    assert relative(strips.decode_float(z), expected) < 1e-4
+    in_strips = load_decoder(identity(tmp_path), whole=1)
+    in_strips.strip = 2**20
+    assert relative(in_strips.decode_float(z), expected) < 1e-4
 
 
 def test_encoder_and_decoder_belong_together(kl, recwarn):
@@ -215,10 +215,10 @@ def test_strips_equal_the_whole(kl):
     _, directory = kl
     z = structured(24, 16)
     whole = load_decoder(identity(directory)).decode_float(z)
-    strips = load_decoder(identity(directory), whole=24 * 16 - 1)
-    strips.strip = 2**14
-    assert len(vae_strips.strips(24 * 8, 2**14 // (16 * 8 * 8), 2)) == 14  # of the last resnet
-    assert relative(strips.decode_float(z), whole) < 1e-4
+    in_strips = load_decoder(identity(directory), whole=24 * 16 - 1)
+    in_strips.strip = 2**14
+    assert len(strips.strips(24 * 8, 2**14 // (16 * 8 * 8), 2)) == 14  # of the last resnet
+    assert relative(in_strips.decode_float(z), whole) < 1e-4
     # The test can fail: decoding the halves apart is visibly different.
     apart = load_decoder(identity(directory)).decode_float
     halves = np.concatenate([apart(z[..., :8]), apart(z[..., 8:])], axis=2)
@@ -228,18 +228,18 @@ def test_strips_equal_the_whole(kl):
 def test_strips_equal_the_whole_for_tiny(tmp_path):
     make_tiny().save_pretrained(tmp_path)
     z = structured(160, 6)
-    strips = load_decoder(identity(tmp_path), whole=1)
-    strips.strip = 1
-    assert len(vae_strips.strips(160, 4 * strips._network.halo, 2 * strips._network.halo)) == 4
+    in_strips = load_decoder(identity(tmp_path), whole=1)
+    in_strips.strip = 1
+    assert len(strips.strips(160, 4 * in_strips._network.halo, 2 * in_strips._network.halo)) == 4
     whole = load_decoder(identity(tmp_path)).decode_float(z)
-    assert relative(strips.decode_float(z), whole) < 1e-5
-    strips._network.halo = 1  # what the halo is for
-    assert relative(strips.decode_float(z), whole) > 1e-3
+    assert relative(in_strips.decode_float(z), whole) < 1e-5
+    in_strips._network.halo = 1  # what the halo is for
+    assert relative(in_strips.decode_float(z), whole) > 1e-3
 
 
 @pytest.mark.parametrize("side, height, overlap", [(10, 10, 2), (11, 10, 2), (160, 76, 38), (97, 13, 12)])
 def test_strips_cover_and_keep_their_distance(side, height, overlap):
-    parts = vae_strips.strips(side, height, overlap)
+    parts = strips.strips(side, height, overlap)
     assert [part[1] for part in parts[1:]] == [part[2] for part in parts[:-1]]
     assert (parts[0][1], parts[-1][2]) == (0, side)
     for start, first, last in parts:
@@ -251,7 +251,7 @@ def test_strips_cover_and_keep_their_distance(side, height, overlap):
 
 def test_attention_in_pieces_is_exact(kl, monkeypatch):
     model, directory = kl
-    monkeypatch.setattr("fluxdit_jax.vae_network.SCORES", 7 * 60)
+    monkeypatch.setattr("fluxdit_jax.vae.network.SCORES", 7 * 60)
     z = latents(1, 16, 6, 10)
     assert relative(load_decoder(identity(directory)).decode_float(z), reference(model, z)) < 1e-4
 
@@ -353,8 +353,8 @@ def test_builtin_is_the_codec_itself(recwarn):
 PROBE = """
 import sys
 import numpy as np
-from fluxdit_jax.records import EncoderIdentity
-from fluxdit_jax.vae import DecoderError, load_decoder
+from fluxdit_jax.dataset.records import EncoderIdentity
+from fluxdit_jax.vae.decoder import DecoderError, load_decoder
 try:
     decoder = load_decoder(EncoderIdentity(sys.argv[1], sys.argv[2], "", "float32", 16, {"factor": 8}))
     print(decoder.decode(np.zeros((1, 16, 2, 2), np.float32)).shape)

@@ -11,18 +11,19 @@ from gate_scenes import album
 from training_helpers import lively, tiny_optimizer
 from wording import lines_naming
 
-from fluxdit_jax import model, validate
-from fluxdit_jax.checkpoint import Checkpoints, restore_ema
+from fluxdit_jax import validate
 from fluxdit_jax.config import resolve
-from fluxdit_jax.digest import tree_digest
+from fluxdit_jax.dataset.manifest import load_manifest
 from fluxdit_jax.gate.painter import Painter, Wanted
 from fluxdit_jax.gate.requirement import GateError, require_report
+from fluxdit_jax.model import dit
 from fluxdit_jax.optimizer import build_optimizer
-from fluxdit_jax.prompts import encode_prompts
-from fluxdit_jax.records import load_manifest
-from fluxdit_jax.run_directory import load_config, load_dataset, record_start
+from fluxdit_jax.run.checkpoint import Checkpoints, restore_ema
+from fluxdit_jax.run.digest import tree_digest
+from fluxdit_jax.run.run_directory import load_config, load_dataset, record_start
+from fluxdit_jax.sampling.prompts import encode_prompts
 from fluxdit_jax.state import create_state
-from fluxdit_jax.vae import load_decoder
+from fluxdit_jax.vae.decoder import load_decoder
 
 pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -45,7 +46,7 @@ def untrained(dataset, tmp_path_factory) -> Path:
     record_start(workdir, config, manifest)
     with Checkpoints(workdir, 1) as checkpoints:
         for step in (0, 7):
-            checkpoints.save_ema(step, model.initialize(resolve(config, manifest).model, jax.random.key(step)))
+            checkpoints.save_ema(step, dit.initialize(resolve(config, manifest).model, jax.random.key(step)))
     return workdir
 
 
@@ -75,7 +76,7 @@ def test_an_untrained_run_fails_and_is_told_so(untrained, capsys):
 def test_the_ema_of_a_newer_checkpoint_is_validated_and_named(untrained, tmp_path, capsys):
     workdir = Path(shutil.copytree(untrained, tmp_path / "run"))
     config, of = load_config(untrained), load_dataset(untrained)
-    params = model.initialize(resolve(config, of).model, jax.random.key(1))
+    params = dit.initialize(resolve(config, of).model, jax.random.key(1))
     with Checkpoints(workdir, 1) as checkpoints:
         checkpoints.save(20, create_state(params, build_optimizer(tiny_optimizer())), {"samples": 1, "batch_size": 1})
     status, report = gate(workdir, *QUICK, "--limit=4", "--pairs=2", "--edits=2")

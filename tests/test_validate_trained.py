@@ -12,10 +12,10 @@ from gate_fixtures import failed, gate, scene_config, write_dataset
 from gate_scenes import album
 from training_helpers import TrainCommand, write_config
 
-from fluxdit_jax.checkpoint import Checkpoints, restore_ema
 from fluxdit_jax.config import resolve
 from fluxdit_jax.gate.requirement import require_report
-from fluxdit_jax.run_directory import load_config, load_dataset
+from fluxdit_jax.run.checkpoint import Checkpoints, restore_ema
+from fluxdit_jax.run.run_directory import load_config, load_dataset
 
 pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.slow  # a training of 500 steps: about a minute of CPU

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preprocess import PreprocessError
-from preprocess.images import Rejected
-from preprocess.vectors import Vectors, parse
+from preprocess.decoding.images import Rejected
+from preprocess.input.vectors import Vectors, parse
 
 
 def npy(array: np.ndarray) -> bytes:

@@ -14,12 +14,11 @@ import pytest
 from build_fixtures import contents, index, options, write_photos
 from wording import lines_naming
 
-from fluxdit_jax import records
-from fluxdit_jax.records import DatasetError
+from fluxdit_jax.dataset.manifest import INDEX, MANIFEST, DatasetError, load_manifest
 from preprocess import PreprocessError
-from preprocess.build import build
-from preprocess.units import Rows
-from preprocess.verify import repair, verify
+from preprocess.build.build import build
+from preprocess.build.units import Rows
+from preprocess.inspect.verify import repair, verify
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +83,14 @@ def test_random_flips_anywhere_are_found_and_repaired(built: Path, tmp_path: Pat
         try:
             findings = verify(directory)
         except DatasetError as error:
-            assert name == records.MANIFEST and name in str(error)
+            assert name == MANIFEST and name in str(error)
             continue
         assert [f for f in findings if f.file == name], f"a flip in {name} was not noticed"
 
 
 @pytest.mark.parametrize("how", ["shorter", "longer", "gone", "empty"])
 def test_a_shard_of_another_length(how: str, built: Path, copied: Path, capsys: pytest.CaptureFixture) -> None:
-    manifest = records.load_manifest(copied)
+    manifest = load_manifest(copied)
     shard = manifest.shards["train"][1]
     path = copied / shard.file
     data = path.read_bytes()
@@ -116,7 +115,7 @@ def test_other_files_are_written_anew_without_encoding(
 
 
 def test_a_damaged_index_is_salvaged_from_the_records(built: Path, copied: Path, capsys: pytest.CaptureFixture) -> None:
-    flip(copied / records.INDEX, (copied / records.INDEX).stat().st_size // 2)
+    flip(copied / INDEX, (copied / INDEX).stat().st_size // 2)
     assert encoded_by_repair(copied, capsys) == (0, 0, 0)
     assert contents(copied) == contents(built / "data")
 
@@ -130,12 +129,12 @@ def test_a_damaged_index_is_salvaged_from_the_records(built: Path, copied: Path,
 )  # fmt: skip
 def test_an_index_that_says_something_else_of_a_record(copied: Path, column: str, value: object) -> None:
     """Written whole, with right checksums."""
-    rows = Rows.load(copied / records.INDEX)
+    rows = Rows.load(copied / INDEX)
     values = rows.table[column].to_pylist()
     values[5] = value
     at = rows.table.schema.get_field_index(column)
     rows.table = rows.table.set_column(at, rows.table.schema.field(at), pa.array(values, rows.table.schema.types[at]))
-    rows.save(copied / records.INDEX)
+    rows.save(copied / INDEX)
     row = rows.table.slice(5, 1).to_pylist()[0]
     findings = verify(copied)
     assert {f.file for f in findings} == {row["shard"]}
@@ -144,7 +143,7 @@ def test_an_index_that_says_something_else_of_a_record(copied: Path, column: str
 
 
 def test_a_foreign_shard_and_a_swapped_one(copied: Path) -> None:
-    first, second = (shard.file for shard in records.load_manifest(copied).shards["train"][:2])
+    first, second = (shard.file for shard in load_manifest(copied).shards["train"][:2])
     (copied / "stray.array_record-00000-of-00001").write_bytes(b"x")
     assert [f.file for f in verify(copied)] == ["stray.array_record-00000-of-00001"]
     (copied / "stray.array_record-00000-of-00001").unlink()
@@ -160,10 +159,10 @@ def test_the_command_line(built: Path, copied: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run([sys.executable, "-m", "preprocess", *arguments], capture_output=True, text=True)
 
-    digit = (copied / records.MANIFEST).read_text().index('"latent_count": ') + len('"latent_count": ')
-    flip(copied / records.MANIFEST, digit)
+    digit = (copied / MANIFEST).read_text().index('"latent_count": ') + len('"latent_count": ')
+    flip(copied / MANIFEST, digit)
     found = run("verify", str(copied))
-    assert found.returncode == 1 and lines_naming(found.stderr, records.MANIFEST, "checksum")
+    assert found.returncode == 1 and lines_naming(found.stderr, MANIFEST, "checksum")
     mended = run("verify", str(copied), "--repair")
     assert mended.returncode == 0, mended.stderr
     assert lines_naming(mended.stdout, str(copied), "every record")
@@ -174,7 +173,7 @@ def test_repair_without_the_sources_says_so(copied: Path) -> None:
     text = (copied / "build.json").read_text()
     moved = json.loads(text.replace("photos", "gone"))
     (copied / "build.json").write_text(json.dumps(moved))
-    shard = copied / records.load_manifest(copied).shards["train"][0].file
+    shard = copied / load_manifest(copied).shards["train"][0].file
     flip(shard, 70_000)
     findings = verify(copied)
     with pytest.raises(PreprocessError, match="build.json.*checksum"):

@@ -17,12 +17,12 @@ from test_checkpoint import cut
 from training_helpers import meta_of, small_state, tree_equal
 from wording import lines_naming, naming
 
-from fluxdit_jax.checkpoint import SHORT_EMA, CheckpointError, Checkpoints, restore_ema
-from fluxdit_jax.digest import tree_digest
 from fluxdit_jax.export import export
-from fluxdit_jax.exported import ExportError
-from fluxdit_jax.prompts import SampleError
-from fluxdit_jax.weights import restore_weights
+from fluxdit_jax.run.checkpoint import SHORT_EMA, CheckpointError, Checkpoints, restore_ema
+from fluxdit_jax.run.digest import tree_digest
+from fluxdit_jax.run.weights import restore_weights
+from fluxdit_jax.sampling.exported import ExportError
+from fluxdit_jax.sampling.prompts import SampleError
 
 pytest_plugins = ("training_fixtures", "drawing_fixtures")
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -172,7 +172,7 @@ def test_damaged_weights_of_a_checkpoint_are_refused_and_older_ones_drawn_with_a
 def test_broken_weights_of_a_checkpoint_are_never_drawn(tmp_path: Path, monkeypatch) -> None:
     broken = small_state(1)._replace(ema={"mlp": np.float32([np.nan])})
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        monkeypatch.setattr("fluxdit_jax.checkpoint.state_fault", lambda state: None)  # an older version's
+        monkeypatch.setattr("fluxdit_jax.run.checkpoint.state_fault", lambda state: None)  # an older version's
         checkpoints.save(1, broken, meta_of(1))
     with pytest.raises(CheckpointError, match="checkpoints/1 .*broken"):
         restore_weights(tmp_path)

@@ -13,21 +13,13 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from fork_server import Commands, Process
 from ml_collections import ConfigDict
 
-from fluxdit_jax import data, flow, model
+from fluxdit_jax import flow
 from fluxdit_jax.config import default_config
+from fluxdit_jax.dataset.manifest import MANIFEST, EncoderIdentity, Manifest, Shard, sha256_file, shard_name
+from fluxdit_jax.dataset.records import BF16, WRITER_OPTIONS, Record, encode_record
+from fluxdit_jax.loader import reader
+from fluxdit_jax.model import dit
 from fluxdit_jax.optimizer import OptimizerConfig, build_optimizer
-from fluxdit_jax.records import (
-    BF16,
-    MANIFEST,
-    WRITER_OPTIONS,
-    EncoderIdentity,
-    Manifest,
-    Record,
-    Shard,
-    encode_record,
-    sha256_file,
-    shard_name,
-)
 from fluxdit_jax.state import TrainState, create_state
 from fluxdit_jax.train_step import TrainStep
 
@@ -138,7 +130,7 @@ def tiny_config(dataset: Path, workdir: Path) -> ConfigDict:
     return c
 
 
-def tiny_model(**changes) -> model.ModelConfig:
+def tiny_model(**changes) -> dit.ModelConfig:
     """The network of `tiny_config`, f32."""
     values: dict[str, object] = dict(  # noqa: C408
         width=32,
@@ -152,7 +144,7 @@ def tiny_model(**changes) -> model.ModelConfig:
         remat="none",
         attention="xla",
     )
-    return model.ModelConfig(**(values | changes))
+    return dit.ModelConfig(**(values | changes))
 
 
 def tiny_flow(**changes) -> flow.FlowConfig:
@@ -197,7 +189,7 @@ def lively(tree, seed: int = 0, scale: float = 0.3):
 
 
 def network_inputs(
-    config: model.ModelConfig,
+    config: dit.ModelConfig,
     grids=((2, 2), (1, 3), (3, 1)),
     tokens: int = 4,
     text_tokens: int = 5,
@@ -228,7 +220,7 @@ def network_inputs(
 def make_batch(seed: int = 0, size: int = 4, tokens: int = 4, first_index: int = 0) -> dict[str, np.ndarray]:
     """A micro-batch as `data.collate` makes it, of random records of the shapes of `tiny_model`."""
     records = [make_record(i, UNEVEN_SIZES[i % 3], seed) for i in range(first_index, first_index + size)]
-    return data.collate(records, list(range(first_index, first_index + size)), 2, tokens, 5)
+    return reader.collate(records, list(range(first_index, first_index + size)), 2, tokens, 5)
 
 
 def tree_equal(a, b) -> bool:
@@ -307,7 +299,7 @@ def read_batches(source, count, **changes):
         "threads": 2,
         "prefetch": 2,
     }
-    return list(itertools.islice(data.batches(source, **(options | changes)), count))
+    return list(itertools.islice(reader.batches(source, **(options | changes)), count))
 
 
 def joined(parts):

@@ -8,9 +8,9 @@ import re
 
 import numpy as np
 
-from fluxdit_jax import likeness
+from fluxdit_jax.dataset.records import Record
+from fluxdit_jax.gate import image_metrics
 from fluxdit_jax.gate.painter import Wanted
-from fluxdit_jax.records import Record
 
 # The demonstration set's c07_l3.png: composition 7 under light 3.
 DEMO_KEYS = r"(?:.*/)?(?P<composition>c\d+)_(?P<lighting>l\d+)\.\w+"
@@ -76,17 +76,17 @@ class Album:
     @functools.cached_property
     def thumbnails(self) -> np.ndarray:
         """Of the truths, see `likeness.thumbnails`."""
-        return likeness.thumbnails(self.truths)
+        return image_metrics.thumbnails(self.truths)
 
     @functools.cached_property
     def structures(self) -> np.ndarray:
         """Of the truths, see `likeness.structures`."""
-        return likeness.structures(self.truths)
+        return image_metrics.structures(self.truths)
 
     @functools.cached_property
     def tones(self) -> np.ndarray:
         """Of the truths, see `likeness.tones`."""
-        return likeness.tones(self.truths)
+        return image_metrics.tones(self.truths)
 
     @functools.cached_property
     def places(self) -> tuple[tuple[str, str] | None, ...]:
@@ -112,4 +112,4 @@ class Album:
 
     def nearest(self, images: list[np.ndarray]) -> np.ndarray:
         """Index of the truth nearest to each picture, by the RMS distance of thumbnails."""
-        return likeness.distances(likeness.thumbnails(images), self.thumbnails).argmin(1)
+        return image_metrics.distances(image_metrics.thumbnails(images), self.thumbnails).argmin(1)

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from fluxdit_jax.displacement import Displacement, displacement
 from fluxdit_jax.gate.album import Album
+from fluxdit_jax.gate.displacement import Displacement, displacement
+from fluxdit_jax.gate.image_metrics import structure
 from fluxdit_jax.gate.painter import Draw, Wanted
 from fluxdit_jax.gate.pairing import derangements
-from fluxdit_jax.gate.rules import Rule, edited
 from fluxdit_jax.gate.verdict import Case, Chart, Control, Verdict, failed_controls, percent
-from fluxdit_jax.likeness import structure
-from fluxdit_jax.preview import spread
+from fluxdit_jax.sampling.preview import spread
+from fluxdit_jax.shared.edit_rules import Rule, edited
 
 RIGHT = 0.90  # share of the cases in which the subject must move the right way
 ENOUGH = 10  # cases

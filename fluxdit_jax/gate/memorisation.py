@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from fluxdit_jax import likeness
+from fluxdit_jax.gate import image_metrics
 from fluxdit_jax.gate.album import Album
 from fluxdit_jax.gate.painter import Draw, Wanted
 from fluxdit_jax.gate.pairing import derangements
@@ -40,14 +40,14 @@ class Memorisation:
     def measure(self, draw: Draw) -> Verdict:
         album, count = self.album, len(self.album)
         own = draw(self.own)
-        drawn = likeness.thumbnails(own)
-        distance = likeness.distances(drawn, album.thumbnails)
+        drawn = image_metrics.thumbnails(own)
+        distance = image_metrics.distances(drawn, album.thumbnails)
         nearest = distance.argmin(1)
-        twins = likeness.distances(album.thumbnails, album.thumbnails) < TWIN
+        twins = image_metrics.distances(album.thumbnails, album.thumbnails) < TWIN
         hit = twins[np.arange(count), nearest] | (nearest == np.arange(count))
-        psnr = np.array([likeness.psnr(t, image) for t, image in zip(album.truths, own)])
-        ssim = np.array([likeness.ssim(t, image) for t, image in zip(album.truths, own)])
-        alike = likeness.structures(own) @ album.structures.T
+        psnr = np.array([image_metrics.psnr(t, image) for t, image in zip(album.truths, own)])
+        ssim = np.array([image_metrics.ssim(t, image) for t, image in zip(album.truths, own)])
+        alike = image_metrics.structures(own) @ album.structures.T
         captions = np.array([record.caption for record in album.records])
         shuffled = album.nearest(draw(self.shuffled))
 
@@ -73,7 +73,7 @@ class Memorisation:
             "right_caption": float((captions[nearest] == captions).mean()),
             "structure": float(np.median(alike.diagonal())),
             "structure_of_the_nearest": float(np.median(alike.max(1))),
-            "tone_difference": float(np.median(np.linalg.norm(likeness.tones(own) - album.tones, axis=1))),
+            "tone_difference": float(np.median(np.linalg.norm(image_metrics.tones(own) - album.tones, axis=1))),
             "contrast": float(np.median([a.std() / max(t.std(), 1.0) for a, t in zip(own, album.truths)])),
             "roughness": float(np.median([_rough(a) / _rough(t) for a, t in zip(own, album.truths)])),
             "shuffled_follow_their_new_conditions": float((shuffled == self.partner).mean()),

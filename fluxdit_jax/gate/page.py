@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fluxdit_jax.files import write_whole
 from fluxdit_jax.gate import charts
 from fluxdit_jax.gate.advice import by_cause
+from fluxdit_jax.gate.report import chosen_cases
 from fluxdit_jax.gate.style import CSS
 from fluxdit_jax.gate.verdict import Case, Control, Verdict, percent
-from fluxdit_jax.report import chosen_cases
+from fluxdit_jax.shared.atomic_files import write_whole
 
 PICTURE = 192  # longer side at most, pixels; larger pictures are reduced
 WALL = 100  # pictures at most on the wall of originals and drawings

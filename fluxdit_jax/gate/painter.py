@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fluxdit_jax import pictures
-from fluxdit_jax.generation import Generator, conditions
+from fluxdit_jax.sampling import image_grid
+from fluxdit_jax.sampling.pipeline import Generator, conditions
 
 # Of a picture: equal for two that must be the same.
 Key = tuple[str, bytes, tuple[int, int], int]
@@ -46,7 +46,7 @@ Draw = Callable[[Sequence[Wanted]], list[np.ndarray]]
 class Painter:
     """The model as a `Draw`. It remembers what it drew: tests that want the same picture share it."""
 
-    def __init__(self, generator: Generator, params: Any, decoder: pictures.Decoder, batch_size: int):
+    def __init__(self, generator: Generator, params: Any, decoder: image_grid.Decoder, batch_size: int):
         """
         Args:
           params: of `generator.cast`.
@@ -79,7 +79,7 @@ class Painter:
                 ),
                 self._generator.noise([one.seed for one in part]),
             )
-            images = pictures.decode_all(self._decoder, latents)
+            images = image_grid.decode_all(self._decoder, latents)
             self._drawn.update((one.key, image) for one, image in zip(part, images))
             if progress is not None:
                 progress(len(part))

@@ -10,12 +10,12 @@ from typing import Any
 
 import jax
 
-from fluxdit_jax import model
-from fluxdit_jax.checkpoint import EMA, ema_steps
-from fluxdit_jax.model import ModelConfig
-from fluxdit_jax.records import EncoderIdentity, Manifest
-from fluxdit_jax.untrusted import shown
-from fluxdit_jax.weights import places, weights_digest
+from fluxdit_jax.dataset.manifest import EncoderIdentity, Manifest
+from fluxdit_jax.model import dit
+from fluxdit_jax.model.dit import ModelConfig
+from fluxdit_jax.run.checkpoint import EMA, ema_steps
+from fluxdit_jax.run.weights import places, weights_digest
+from fluxdit_jax.shared.sanitize import shown
 
 log = logging.getLogger(__name__)
 ENCODERS = ("vae", "text", "vision")
@@ -31,7 +31,7 @@ def family(config: ModelConfig) -> dict[str, Any]:
 
     `parameters` is a digest of the names and ranks of all parameters: another kind of block is another family.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(model.build(config)[1])
+    leaves = jax.tree_util.tree_leaves_with_path(dit.build(config)[1])
     names = sorted(f"{jax.tree_util.keystr(path)} {len(leaf.shape)}" for path, leaf in leaves)
     return {
         "parameters": hashlib.sha256("\n".join(names).encode()).hexdigest()[:16],

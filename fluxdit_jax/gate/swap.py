@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fluxdit_jax import likeness
+from fluxdit_jax.gate import image_metrics
 from fluxdit_jax.gate.album import Album
 from fluxdit_jax.gate.painter import Draw, Wanted
 from fluxdit_jax.gate.pairing import swap_pairs
@@ -60,19 +60,19 @@ class Swap:
         a, b = np.array(self.pairs).T
         swapped, own, random = draw(self.swapped), draw(self.own), draw(self.random)
 
-        structure = likeness.structures(swapped)
+        structure = image_metrics.structures(swapped)
         structure_a = (structure * album.structures[a]).sum(1)
         structure_b = (structure * album.structures[b]).sum(1)
-        tone = likeness.tones(swapped)
+        tone = image_metrics.tones(swapped)
         tone_a = np.linalg.norm(tone - album.tones[a], axis=1)
         tone_b = np.linalg.norm(tone - album.tones[b], axis=1)
         keeps, takes = structure_a > structure_b, tone_b < tone_a
         passing = keeps & takes
 
         few = len(own)
-        own_structure = likeness.structures(own)
+        own_structure = image_metrics.structures(own)
         own_is_b = (own_structure * (album.structures[b[:few]] - album.structures[a[:few]])).sum(1) > 0
-        random_b = np.linalg.norm(likeness.tones(random) - album.tones[b[:few]], axis=1)
+        random_b = np.linalg.norm(image_metrics.tones(random) - album.tones[b[:few]], axis=1)
         controls = (
             Control(
                 "B's caption with B's vector, A's noise",
@@ -150,7 +150,7 @@ class Swap:
         a, b = np.array([self.pairs[k] for k in known]).T
         nearest = album.nearest([swapped[k] for k in known])
         errors = [
-            likeness.psnr(album.truths[answer], swapped[k])
+            image_metrics.psnr(album.truths[answer], swapped[k])
             for k, answer in zip(known, right)
             if album.truths[answer].shape == swapped[k].shape
         ]

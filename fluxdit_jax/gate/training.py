@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fluxdit_jax.health import WEAK
+from fluxdit_jax.run.health import WEAK
 
 ENOUGH = 8  # logged losses from which on a curve says something
 FALLING = 0.75  # last loss over the one before it; a schedule that ends low takes off less than that

@@ -14,7 +14,7 @@ from preprocess import PreprocessError
 if TYPE_CHECKING:
     import numpy as np
 
-    from fluxdit_jax.records import EncoderIdentity
+    from fluxdit_jax.dataset.manifest import EncoderIdentity
 
 DEFAULT_VAE = "black-forest-labs/FLUX.1-schnell"
 DEFAULT_TEXT = "google/t5-v1_1-large"

@@ -20,7 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from fluxdit_jax.records import EncoderIdentity
+from fluxdit_jax.dataset.manifest import EncoderIdentity
 
 BF16 = ml_dtypes.bfloat16
 REVISION = "1"  # raised when the output of any of the three changes for the same input

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fluxdit_jax.records import EncoderIdentity
+from fluxdit_jax.dataset.manifest import EncoderIdentity
 from preprocess import PreprocessError
 from preprocess.encoders import device as devices
 from preprocess.encoders import weights

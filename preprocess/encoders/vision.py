@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fluxdit_jax.records import EncoderIdentity
+from fluxdit_jax.dataset.manifest import EncoderIdentity
 from preprocess import PreprocessError
 from preprocess.encoders import device as devices
 from preprocess.encoders import weights

@@ -27,8 +27,8 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 from build_fixtures import options  # noqa: E402
 
-from fluxdit_jax import records  # noqa: E402
-from preprocess.build import build  # noqa: E402
+from fluxdit_jax.dataset.manifest import REJECTS  # noqa: E402
+from preprocess.build.build import build  # noqa: E402
 
 Case = tuple[str, str, Callable[[Path], None], str]
 
@@ -205,7 +205,7 @@ def write(folder: Path) -> None:
 def outcomes(folder: Path, output: Path) -> dict[str, tuple[str, str]]:
     """Builds and returns for every case the reason (or "a record") and the detail."""
     build(options(folder, output, resolution=64, max_rejects=1.0, holdout=0.0))
-    lines = [json.loads(line) for line in (output / records.REJECTS).read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in (output / REJECTS).read_text(encoding="utf-8").splitlines()]
     from build_fixtures import read
 
     keys = set(read(output))

@@ -17,12 +17,12 @@ from ml_collections import ConfigDict
 from PIL import Image
 from training_helpers import tiny_config, write_config
 
-from fluxdit_jax.checkpoint import EMA, ema_digest
 from fluxdit_jax.config import resolve
+from fluxdit_jax.dataset.manifest import load_manifest
 from fluxdit_jax.gate.requirement import ENCODERS, encoder_summary, family
-from fluxdit_jax.records import load_manifest
+from fluxdit_jax.run.checkpoint import EMA, ema_digest
 from fluxdit_jax.train import train
-from preprocess.build import build
+from preprocess.build.build import build
 
 STEPS = 4
 PICTURES = 120  # so that a record of the train split may be damaged and passed over

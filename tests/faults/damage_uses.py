@@ -24,20 +24,21 @@ from damage_scene import Scene, draw_one
 from PIL import Image
 from safetensors.numpy import load_file
 
-from fluxdit_jax import data, export, sample, validate
-from fluxdit_jax.checkpoint import Checkpoints, restore_ema
+from fluxdit_jax import export, sample, validate
 from fluxdit_jax.config import resolve
-from fluxdit_jax.digest import tree_digest
+from fluxdit_jax.dataset.manifest import load_manifest
+from fluxdit_jax.device.sharding import make_mesh
 from fluxdit_jax.gate.requirement import require_report
-from fluxdit_jax.metrics import MetricsWriter
+from fluxdit_jax.loader import reader
 from fluxdit_jax.program import Program
-from fluxdit_jax.records import load_manifest
-from fluxdit_jax.run_directory import RunLock, check_resume
-from fluxdit_jax.sharding import make_mesh
+from fluxdit_jax.run.checkpoint import Checkpoints, restore_ema
+from fluxdit_jax.run.digest import tree_digest
+from fluxdit_jax.run.metrics import MetricsWriter
+from fluxdit_jax.run.run_directory import RunLock, check_resume
 from fluxdit_jax.train import USER_ERRORS, train
 from fluxdit_jax.train_step import patch_statistics
 from preprocess.__main__ import main as preprocess_main
-from preprocess.units import Rows
+from preprocess.build.units import Rows
 
 BUILD = [
     "--resolution",
@@ -86,9 +87,9 @@ def _read(scene: Scene, folder: Path, on_corrupt: str) -> dict[str, Any]:
     config = scene.config(folder)
     manifest = load_manifest(folder)
     settings = resolve(config, manifest)
-    source = data.RecordSource(folder, manifest, "train", on_corrupt)
-    holdout = data.RecordSource(folder, manifest, "holdout", on_corrupt)
-    batches = data.batches(
+    source = reader.RecordSource(folder, manifest, "train", on_corrupt)
+    holdout = reader.RecordSource(folder, manifest, "holdout", on_corrupt)
+    batches = reader.batches(
         source, seed=0, start=0, batch_size=8, patch=2, tokens=settings.tokens, text_tokens=settings.text_tokens,
         threads=1, prefetch=2,
     )  # fmt: skip

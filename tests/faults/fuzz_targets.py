@@ -19,11 +19,17 @@ import training_helpers as helpers
 from fuzz_inputs import damaged, json_text, odd_tree, written
 from hypothesis import strategies as st
 
-from fluxdit_jax import metrics, prompts, records, run_directory, vae_files
+from fluxdit_jax.dataset import records
+from fluxdit_jax.dataset.manifest import MANIFEST, DatasetError, Manifest, json_checksum, load_manifest
 from fluxdit_jax.gate.requirement import GateError, encoder_summary, family, require_report
-from fluxdit_jax.records import DatasetError, Manifest
-from preprocess import PreprocessError, captions, images, options, scan, tables, units, vectors
-from preprocess.images import Rejected
+from fluxdit_jax.run import metrics, run_directory
+from fluxdit_jax.sampling import prompts
+from fluxdit_jax.vae import files
+from preprocess import PreprocessError
+from preprocess.build import options, units
+from preprocess.decoding import images
+from preprocess.decoding.images import Rejected
+from preprocess.input import captions, scan, tables, vectors
 
 SCRATCH = Path(tempfile.gettempdir()) / "unset"  # a folder of its own for each target, while it is fed
 
@@ -69,18 +75,18 @@ def scratch(name: str, content: bytes) -> Path:
 def manifest_tree() -> dict:
     with tempfile.TemporaryDirectory() as name:
         helpers.write_dataset(Path(name) / "data")
-        tree = json.loads((Path(name) / "data" / records.MANIFEST).read_text())
+        tree = json.loads((Path(name) / "data" / MANIFEST).read_text())
     del tree["checksum"]
     return tree
 
 
-MANIFEST = manifest_tree()
+TREE = manifest_tree()
 
 
 def parse_manifest(tree: dict) -> None:
     """A manifest whose checksum is right: what a careless or hostile writer could make."""
     whole = dict(tree)
-    whole["checksum"] = records.json_checksum(whole)
+    whole["checksum"] = json_checksum(whole)
     manifest = Manifest.from_json(written(whole))
     sizes = manifest.latent_sizes()
     assert max(max(size) for size in sizes) <= 2**16, "sides that no picture has"
@@ -88,8 +94,8 @@ def parse_manifest(tree: dict) -> None:
     assert Manifest.from_json(manifest.to_json()) == manifest
 
 
-def load_manifest(content: bytes) -> None:
-    records.load_manifest(scratch("data/" + records.MANIFEST, content).parent)
+def load_folder(content: bytes) -> None:
+    load_manifest(scratch("data/" + MANIFEST, content).parent)
 
 
 RECORD, SEVERAL = helpers.make_record(0), helpers.make_record(1, captions=4)
@@ -201,7 +207,7 @@ def read_metrics(content: bytes) -> None:
 LOG = [{"step": 0, "config": "{}"}, {"step": 1, "loss": 1.0, "skipped": 0}, {"step": 2, "loss": None}]
 LOG_TEXT = "".join(json.dumps(entry) + "\n" for entry in LOG).encode()
 
-GATED = Manifest.from_json(written(MANIFEST | {"checksum": records.json_checksum(MANIFEST)}))
+GATED = Manifest.from_json(written(TREE | {"checksum": json_checksum(TREE)}))
 REPORT = {
     "passed": True,
     "metrics": {"memorisation": {"passed": True, "value": 1.0}},
@@ -245,14 +251,14 @@ VAE_INDEX = {"metadata": {}, "weight_map": {"decoder.conv_in.weight": "a.safeten
 
 
 def read_vae(content: bytes) -> None:
-    vae_files.read_config(scratch("vae/config.json", content).parent)
+    files.read_config(scratch("vae/config.json", content).parent)
 
 
 def read_vae_index(content: bytes) -> None:
-    folder = scratch("vae/" + vae_files.INDEX, content).parent
+    folder = scratch("vae/" + files.INDEX, content).parent
     for name in ("a.safetensors", "b.safetensors"):
         scratch("vae/" + name, b"")
-    for file in vae_files.weight_files(folder):
+    for file in files.weight_files(folder):
         assert file.parent == folder, "weights from elsewhere"
 
 
@@ -270,13 +276,13 @@ def index_bytes() -> bytes:
 
 
 def read_options(content: bytes) -> None:
-    from preprocess.publish import load_options
+    from preprocess.build.publish import load_options
 
     load_options(scratch("data/build.json", content).parent)
 
 
 def read_commit(content: bytes) -> None:
-    from preprocess.publish import _read_commit
+    from preprocess.build.publish import _read_commit
 
     commit = _read_commit(scratch("commit.json", content))
     for name in (*commit["keep"], *commit["keep"].values(), *commit["place"], *commit["place"].values()):
@@ -318,14 +324,14 @@ HOSTILE_RECORDS = (
     b"\x0a" * 100_000,
 )
 HOSTILE_MANIFESTS = (
-    MANIFEST | {"buckets": [[2**40, 2**40]]},
-    MANIFEST | {"buckets": [[1e308, 8]]},
-    MANIFEST | {"text_tokens": 2**62},
-    MANIFEST | {"latent_mean": [float("nan")] * 4},
-    MANIFEST | {"rejects": 10**400},
-    MANIFEST | {"name": "../../x"},
-    MANIFEST | {"shards": {"train": [MANIFEST["shards"]["train"][0] | {"file": ".."}]}},
-    MANIFEST | {"vae": MANIFEST["vae"] | {"width": 2**40}},
+    TREE | {"buckets": [[2**40, 2**40]]},
+    TREE | {"buckets": [[1e308, 8]]},
+    TREE | {"text_tokens": 2**62},
+    TREE | {"latent_mean": [float("nan")] * 4},
+    TREE | {"rejects": 10**400},
+    TREE | {"name": "../../x"},
+    TREE | {"shards": {"train": [TREE["shards"]["train"][0] | {"file": ".."}]}},
+    TREE | {"vae": TREE["vae"] | {"width": 2**40}},
 )
 HOSTILE_CAPTIONS = (
     b"[" * 100_000,
@@ -357,7 +363,7 @@ def load_index(data: bytes) -> None:
     units.Rows.load(scratch("index.parquet", data))
 
 
-SUMMED = MANIFEST | {"checksum": records.json_checksum(MANIFEST)}
+SUMMED = TREE | {"checksum": json_checksum(TREE)}
 _TABLE: list[tuple] = [
     # name, what it is, inputs, what reads it, what it may raise, what is tried first
     (
@@ -371,12 +377,12 @@ _TABLE: list[tuple] = [
     (
         "manifest",
         "manifests with a right checksum",
-        odd_tree(MANIFEST),
+        odd_tree(TREE),
         parse_manifest,
         DatasetError,
         HOSTILE_MANIFESTS,
     ),
-    ("manifest-file", "manifest files", json_text(SUMMED), load_manifest, DatasetError, ()),
+    ("manifest-file", "manifest files", json_text(SUMMED), load_folder, DatasetError, ()),
     ("caption-json", "captions in JSON", json_text(CAPTION), from_json, Rejected, HOSTILE_CAPTIONS),
     ("caption-text", "captions in text", damaged(CAPTION_FILES), captions.from_text, Rejected, ()),
     ("jsonl", "metadata.jsonl", damaged([JSONL], JSON_TOKENS), read_table(".jsonl"), (), ENDLESS),
@@ -405,13 +411,13 @@ _TABLE: list[tuple] = [
     ("report", "validation reports", json_text(REPORT), read_report, GateError, ()),
     ("prompts", "prompt files", damaged(PROMPTS), read_prompts, prompts.SampleError, ()),
     ("run", "config.json and dataset.json of a run", json_text(CONFIG), read_run, run_directory.RunError, ()),
-    ("vae", "config.json of a VAE", json_text(VAE), read_vae, vae_files.DecoderError, ()),
+    ("vae", "config.json of a VAE", json_text(VAE), read_vae, files.DecoderError, ()),
     (
         "vae-index",
         "weights' index of a VAE",
         json_text(VAE_INDEX),
         read_vae_index,
-        vae_files.DecoderError,
+        files.DecoderError,
         HOSTILE_INDEXES,
     ),
 ]

@@ -25,16 +25,9 @@ import damage_scene  # noqa: E402
 from fault_table import Row, as_script  # noqa: E402
 from training_helpers import LATENT_SIZES, TEXT_WIDTH, make_record, tiny_config, write_dataset, write_shard  # noqa: E402
 
-from fluxdit_jax.metrics import read_metrics  # noqa: E402
-from fluxdit_jax.records import (  # noqa: E402
-    BF16,
-    MANIFEST,
-    DatasetError,
-    Record,
-    encode_record,
-    serialize_unchecked,
-    sha256_file,
-)
+from fluxdit_jax.dataset.manifest import MANIFEST, DatasetError, sha256_file  # noqa: E402
+from fluxdit_jax.dataset.records import BF16, Record, encode_record, serialize_unchecked  # noqa: E402
+from fluxdit_jax.run.metrics import read_metrics  # noqa: E402
 from fluxdit_jax.train import train  # noqa: E402
 
 BAD, GOOD = 5, "right"

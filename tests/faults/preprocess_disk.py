@@ -21,10 +21,10 @@ from build_fixtures import contents  # noqa: E402
 from fault_table import Row, as_script, through_script  # noqa: E402
 from preprocess_kills import draw, wishes  # noqa: E402
 
-from fluxdit_jax.records import MANIFEST  # noqa: E402
+from fluxdit_jax.dataset.manifest import MANIFEST  # noqa: E402
 from preprocess import PreprocessError  # noqa: E402
-from preprocess.build import build  # noqa: E402
-from preprocess.verify import verify  # noqa: E402
+from preprocess.build.build import build  # noqa: E402
+from preprocess.inspect.verify import verify  # noqa: E402
 
 
 def mount(folder: Path, kilobytes: int, more: str = "") -> bool:

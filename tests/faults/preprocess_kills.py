@@ -30,9 +30,9 @@ import forked  # noqa: E402
 from build_fixtures import contents, options  # noqa: E402
 from fault_table import Row, as_script, through_script  # noqa: E402
 
-from fluxdit_jax.records import MANIFEST  # noqa: E402
-from preprocess.build import build  # noqa: E402
-from preprocess.verify import verify  # noqa: E402
+from fluxdit_jax.dataset.manifest import MANIFEST  # noqa: E402
+from preprocess.build.build import build  # noqa: E402
+from preprocess.inspect.verify import verify  # noqa: E402
 
 # The process forks, so it must have no threads: a lock that one holds at that moment stays locked in the child for
 # ever. tqdm starts a monitor; whatever reads shards (ArrayRecord's pool, 64 threads) runs in a fork too.

@@ -29,10 +29,11 @@ from build_fixtures import FLAGS, options  # noqa: E402
 from fuzz import bounded  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from fluxdit_jax import records  # noqa: E402
-from fluxdit_jax.untrusted import shown  # noqa: E402
-from preprocess import images  # noqa: E402
-from preprocess.images import Rejected  # noqa: E402
+from fluxdit_jax.dataset import records  # noqa: E402
+from fluxdit_jax.dataset.manifest import MANIFEST, json_checksum, load_manifest, sha256_file  # noqa: E402
+from fluxdit_jax.shared.sanitize import shown  # noqa: E402
+from preprocess.decoding import images  # noqa: E402
+from preprocess.decoding.images import Rejected  # noqa: E402
 
 Row = tuple[str, int, int, int]
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -67,7 +68,7 @@ def paths(root: Path) -> Row:
     """The secret picture lies beside the input; no record may be made of it, whatever the tables say."""
     from build_fixtures import read
 
-    from preprocess.build import build
+    from preprocess.build.build import build
 
     outside, folder = root / "secret.png", root / "in"
     (folder / "sub").mkdir(parents=True)
@@ -91,7 +92,7 @@ def paths(root: Path) -> Row:
             archive.addfile(member, io.BytesIO(outside.read_bytes()))
     build(options(folder, root / "out", resolution=64, max_rejects=1.0, holdout=0.0))
     made = read(root / "out")
-    digest = records.sha256_file(outside)
+    digest = sha256_file(outside)
     wrong = [key for key, record in made.items() if record.content_hash == digest or record.caption == SECRET]
     wrong += [] if "good.png" in made else ["the good picture was not taken"]
     return _row("paths in metadata, links and archive members that leave the input", len(hostile) + 5, wrong)
@@ -115,19 +116,19 @@ def names(root: Path) -> Row:
     """A data set whose keys lead elsewhere: what `export` and `inspect` make of it."""
     import training_helpers as helpers
 
-    from preprocess.export import export
-    from preprocess.plots import _original
-    from preprocess.report import Dataset
+    from preprocess.inspect.export import export
+    from preprocess.inspect.plots import _original
+    from preprocess.inspect.report import Dataset
 
     members = [records.encode_record(_renamed(helpers.make_record(i), key)) for i, key in enumerate(KEYS)]
     helpers.write_dataset(root / "data", train=len(KEYS), holdout=0, shards=1, sizes=((4, 4),))
-    raw = json.loads((root / "data" / records.MANIFEST).read_text())
+    raw = json.loads((root / "data" / MANIFEST).read_text())
     shard = root / "data" / raw["shards"]["train"][0]["file"]
     helpers.write_shard(shard, members)
-    raw["shards"]["train"][0] |= {"sha256": records.sha256_file(shard), "bytes": shard.stat().st_size}
+    raw["shards"]["train"][0] |= {"sha256": sha256_file(shard), "bytes": shard.stat().st_size}
     raw.pop("checksum")
-    raw["checksum"] = records.json_checksum(raw)
-    (root / "data" / records.MANIFEST).write_text(json.dumps(raw))
+    raw["checksum"] = json_checksum(raw)
+    (root / "data" / MANIFEST).write_text(json.dumps(raw))
     wrong = []
     for path in export(root / "data", root / "tar"):
         with tarfile.open(path) as archive:
@@ -138,8 +139,8 @@ def names(root: Path) -> Row:
     secret = root / "data" / "up.png"
     secret.write_bytes(bad_inputs.PNG)
     (root / "data" / "in" / "sub").mkdir(parents=True)
-    record = _renamed(helpers.make_record(0), "../../up.png", records.sha256_file(secret))
-    manifest = records.load_manifest(root / "data")
+    record = _renamed(helpers.make_record(0), "../../up.png", sha256_file(secret))
+    manifest = load_manifest(root / "data")
     for key in KEYS:
         found = _original(
             root / "data" / "in" / "sub",
@@ -229,7 +230,7 @@ def terminal(root: Path) -> Row:
     """Pictures and other files with such names: nothing of `build`'s and the training log's may act on a terminal."""
     import logging
 
-    from fluxdit_jax.reporting import log_to
+    from fluxdit_jax.run.reporting import log_to
     from preprocess.__main__ import main as preprocess
 
     (root / "in").mkdir()

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import bad_inputs  # noqa: E402
 
-from preprocess.verify import verify  # noqa: E402
+from preprocess.inspect.verify import verify  # noqa: E402
 
 
 @pytest.fixture(scope="module")

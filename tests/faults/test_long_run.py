@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import long_run  # noqa: E402
 
-from fluxdit_jax.metrics import MetricsWriter  # noqa: E402
+from fluxdit_jax.run.metrics import MetricsWriter  # noqa: E402
 
 
 def samples(leak: float) -> list[dict[str, float]]:

@@ -15,7 +15,7 @@ import security  # noqa: E402
 import security_code  # noqa: E402
 import security_pages  # noqa: E402
 
-from fluxdit_jax.untrusted import shown
+from fluxdit_jax.shared.sanitize import shown
 
 
 @pytest.mark.parametrize("part", sorted(security.PARTS.keys() - {"bombs", "pages"}))

@@ -20,11 +20,11 @@ from preprocess_kills import draw, wishes
 import fluxdit_jax.export
 import fluxdit_jax.sample
 import fluxdit_jax.validate  # noqa: F401  the forks run these
-from fluxdit_jax.checkpoint import ema_steps, restore_ema
-from fluxdit_jax.digest import tree_digest
-from fluxdit_jax.metrics import read_metrics
-from fluxdit_jax.records import load_manifest
-from preprocess.build import build
+from fluxdit_jax.dataset.manifest import load_manifest
+from fluxdit_jax.run.checkpoint import ema_steps, restore_ema
+from fluxdit_jax.run.digest import tree_digest
+from fluxdit_jax.run.metrics import read_metrics
+from preprocess.build.build import build
 
 STEPS = 4
 BUILD = (

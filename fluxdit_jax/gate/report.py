@@ -1,0 +1,159 @@
+"""`validation/report.json`, and the same in TensorBoard."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fluxdit_jax.dataset.manifest import Manifest
+from fluxdit_jax.gate.advice import by_cause
+from fluxdit_jax.gate.requirement import ENCODERS, encoder_summary, family
+from fluxdit_jax.gate.verdict import Case, Verdict
+from fluxdit_jax.model.dit import ModelConfig, count_parameters
+from fluxdit_jax.run.checkpoint import EMA
+from fluxdit_jax.run.summary_writer import Board
+from fluxdit_jax.sampling import image_grid
+from fluxdit_jax.shared.atomic_files import write_whole
+
+FOLDER = "validation"
+SHOWN = 4  # cases of each kind: best, middle, worst
+
+
+@dataclasses.dataclass(frozen=True)
+class Circumstances:
+    """What was validated, and how.
+
+    Attributes:
+      workdir, dataset: directories. step: of the EMA weights.
+      steps, method, seed: of the solver.
+      device: in words. made: ISO 8601 time. seconds: by part, and `total`.
+      networks: network evaluations, one for each picture and solver stage.
+      digest: of the numbers of the EMA weights.
+      weights: the folder of the run that they were read from.
+      pictures: under test; drawn: how many of them are drawn portraits of `preprocess demo`; None: not known.
+    """
+
+    workdir: str
+    dataset: str
+    step: int
+    steps: int
+    method: str
+    seed: int
+    device: str
+    made: str
+    seconds: dict[str, float]
+    networks: int
+    digest: str = ""
+    weights: str = EMA
+    pictures: int | None = None
+    drawn: int | None = None
+
+
+def build_report(
+    verdicts: list[Verdict], circumstances: Circumstances, config: ModelConfig, manifest: Manifest
+) -> dict[str, Any]:
+    """The content of `report.json`; `gate.requirement.require_report` reads it."""
+    passed = all(verdict.passed for verdict in verdicts)
+    failed = [verdict.title.lower() for verdict in verdicts if not verdict.passed]
+    return {
+        "passed": passed,
+        "verdict": "PASS: all three tests" if passed else f"FAIL: {', '.join(failed)}",
+        "advice": [dataclasses.asdict(cause) for cause in by_cause(verdicts)],
+        "metrics": {verdict.name: verdict.to_json() for verdict in verdicts},
+        "weights": {
+            "ema_step": circumstances.step,
+            "folder": EMA,
+            "digest": circumstances.digest,
+            "workdir": circumstances.workdir,
+        }
+        | ({} if circumstances.weights == EMA else {"from": circumstances.weights}),
+        "model": {
+            "family": family(config),
+            "width": config.width,
+            "depth": config.depth,
+            "heads": config.heads,
+            "parameters": count_parameters(config),
+            "dtype": config.dtype,
+        },
+        "encoders": {name: encoder_summary(getattr(manifest, name)) for name in ENCODERS},
+        "dataset": {
+            "path": circumstances.dataset,
+            "name": manifest.name,
+            "format_version": manifest.version,
+            "resolution": manifest.resolution,
+            "records": manifest.records("train"),
+            "pictures_tested": circumstances.pictures,
+            "drawn_portraits": circumstances.drawn,
+            "shards_sha256": [shard.sha256 for shard in manifest.shards.get("train", ())],
+        },
+        "sampling": {
+            "method": circumstances.method,
+            "steps": circumstances.steps,
+            "seed": circumstances.seed,
+            "network_evaluations": circumstances.networks,
+        },
+        "device": circumstances.device,
+        "made": circumstances.made,
+        "seconds": circumstances.seconds,
+    }
+
+
+def write_json(report: dict[str, Any], path: Path) -> None:
+    """Writes atomically; a number that is not finite becomes null, because JSON has none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(_finite(report), indent=1) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def chosen_cases(verdict: Verdict, each: int = SHOWN) -> list[tuple[str, list[Case]]]:
+    """The best, the middle and the worst cases, without repetition: (name, cases)."""
+    ranked = sorted(verdict.cases, key=lambda case: -case.score)
+    if len(ranked) <= 3 * each:
+        return [("all, the best first", ranked)] if ranked else []
+    middle = (len(ranked) - each) // 2
+    return [
+        ("best", ranked[:each]),
+        ("median", ranked[middle : middle + each]),
+        ("worst", ranked[-each:]),
+    ]
+
+
+def write_tensorboard(verdicts: list[Verdict], step: int, folder: Path) -> None:
+    """Numbers and grids under `validation/` at the step of the weights."""
+    with Board(folder, suffix=".validation") as board:
+        numbers = {"validation/passed": float(all(verdict.passed for verdict in verdicts))}
+        for verdict in verdicts:
+            name = f"validation/{verdict.name}"
+            numbers[f"{name}/value"] = verdict.value
+            for key, value in verdict.numbers.items():
+                if isinstance(value, (int, float)) and math.isfinite(value):
+                    numbers[f"{name}/{key}"] = value
+            rows, titles = [], []
+            for rank, cases in chosen_cases(verdict):
+                rows += [[image for _, image in case.pictures] for case in cases]
+                titles += [f"{rank}: {case.label}" for case in cases]
+            if rows:
+                sheet = image_grid.grid(
+                    rows, column_titles=[title for title, _ in verdict.cases[0].pictures], row_titles=titles
+                )
+                board.image(step, name, np.asarray(sheet))
+            board.text(step, name, "\n\n".join([verdict.statement, *verdict.reasons]))
+        for cause in by_cause(verdicts):
+            name = f"validation/advice: {cause.name}"
+            board.text(step, name, "\n\n".join([", ".join(cause.tests), *cause.lines]))
+        about = "Of the gate (`fluxdit_jax.validate`) at the step of its weights; `validation/report.html` explains it."
+        board.scalars(step, {(name, about): value for name, value in numbers.items()})

@@ -1,0 +1,335 @@
+"""The diffusion transformer: velocity of a noisy latent, given its time, caption and vision vector.
+
+A DiT (Peebles & Xie 2023, arXiv:2212.09748) with the parts that later work kept:
+one shared adaLN network and a small table per block (PixArt-alpha, arXiv:2310.00426), cross-attention to
+the caption, QK-RMSNorm (arXiv:2302.05442), 2-D rotary positions (arXiv:2104.09864) computed from each
+sample's own height and width, and SwiGLU (arXiv:2002.05202: better loss than GELU at equal parameters
+and FLOPs; it is also what leaves no activation outlier to a bias, as the layers here have none).
+
+Flax NNX defines the modules; blocks are stacked once and scanned (`jax.lax.scan`), so that tracing and
+compiling do not grow with depth. Parameters are created in f32; callers cast them to the compute dtype.
+
+Shapes in names: B batch, N image tokens, T text tokens, D width, H heads, d head size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from fluxdit_jax.model import attention
+from fluxdit_jax.model.matmul import matmul, repeat_rows, row_major
+
+# What a block keeps for the backward pass; the rest is computed again.
+#   none     keep everything: fastest, most memory
+#   dots     keep the results of dense layers and of attention: recomputes norms and activations only
+#   attention keep the results of attention, which are dear to recompute and small to keep
+#   block    keep the block's input only: least memory, about a third more compute
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.save_only_these_names("product"), attention.keep
+    ),
+    "attention": attention.keep,
+    "block": jax.checkpoint_policies.nothing_saveable,
+}
+TIME_FEATURES = 256
+ROPE_THETA = 100.0  # wavelengths from 6 to about 600 tokens; 10,000 would leave most pairs nearly constant
+N_BLOCK_MODULATIONS = 7  # shift, scale, gate for self-attention and for the MLP; gate for cross-attention
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything that decides the network's parameters and mathematics.
+
+    Attributes:
+      width: D, a multiple of `heads`; head size must be a multiple of 4 (rotary pairs on two axes).
+      patch: side of a patch in latent pixels.
+      channels: latent channels of the VAE.
+      text_width, vision_width: widths of the stored text tokens and vision vector.
+      dtype: compute dtype, "bfloat16" or "float32".
+      remat: a key of `REMAT_POLICIES`.
+      attention: "cudnn" or "xla" (see `attention.choose_implementation`).
+    """
+
+    width: int = 384
+    depth: int = 12
+    heads: int = 6
+    patch: int = 2
+    channels: int = 16
+    text_width: int = 1024
+    vision_width: int = 1024
+    dtype: str = "bfloat16"
+    remat: str = "none"
+    attention: str = "xla"
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def mlp_hidden(self) -> int:
+        """8/3 of the width, so that SwiGLU costs what a 4x GELU does, rounded up to a multiple of 64."""
+        return 64 * math.ceil(self.width * 8 / 3 / 64)
+
+    @property
+    def token_width(self) -> int:
+        return self.channels * self.patch**2
+
+
+class Dense(nnx.Module):
+    """Matrix product with optional bias; kernel ~ N(0, 1/fan_in) times `scale`."""
+
+    def __init__(self, fan_in: int, fan_out: int, *, rngs: nnx.Rngs, bias: bool = False, scale: float = 1.0):
+        std = scale / math.sqrt(fan_in)
+        self.kernel = nnx.Param(std * jax.random.truncated_normal(rngs.params(), -3, 3, (fan_in, fan_out)))
+        self.bias = nnx.Param(jnp.zeros((fan_out,))) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        # 2-D: XLA's CPU backend runs a 3-D product up to 3.7x slower than the same product flattened
+        y = checkpoint_name(matmul(x.reshape(-1, x.shape[-1]), self.kernel[...]), "product")
+        y = y.reshape(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias[...]
+
+
+def rms_norm(x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
+    """x / rms(x) over the last axis, the mean square in f32 (arXiv:1910.07467)."""
+    x32 = x.astype(jnp.float32)
+    y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + 1e-6)
+    return (y if scale is None else y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def time_features(t_B: jax.Array) -> jax.Array:
+    """Sinusoidal features of 1000 t, f32 [B, TIME_FEATURES]."""
+    half = TIME_FEATURES // 2
+    frequencies = jnp.exp(-math.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = 1000.0 * t_B.astype(jnp.float32)[:, None] * frequencies[None, :]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def rotary(grid_Bx2: jax.Array, tokens: int, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of each token's rotary angles from its row and column, f32 [B, tokens, head_dim / 2] each.
+
+    Args:
+      grid_Bx2: int32 (rows, columns) of each sample's token grid; token i is at (i // columns, i % columns).
+    """
+    pairs = head_dim // 4  # pairs per axis: half of the head turns with the row, half with the column
+    frequencies = ROPE_THETA ** (-jnp.arange(pairs, dtype=jnp.float32) / pairs)
+    index = jnp.arange(tokens, dtype=jnp.int32)[None, :]
+    columns = grid_Bx2[:, 1:2]
+    position_BxNx2 = jnp.stack([index // columns, index % columns], axis=-1).astype(jnp.float32)
+    angles = position_BxNx2[..., None] * frequencies
+    angles = angles.reshape(*angles.shape[:2], 2 * pairs)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BxNxHxd: jax.Array, cos_BxNxd2: jax.Array, sin_BxNxd2: jax.Array) -> jax.Array:
+    """Turns the pairs (x[i], x[i + d/2]) by the angles of `rotary`, in f32."""
+    a, b = jnp.split(x_BxNxHxd.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos_BxNxd2[:, :, None], sin_BxNxd2[:, :, None]
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x_BxNxHxd.dtype)
+
+
+class SelfAttention(nnx.Module):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.heads, self.implementation = config.heads, config.attention
+        self.qkv = Dense(config.width, 3 * config.width, rngs=rngs)
+        self.q_scale = nnx.Param(jnp.ones((config.head_dim,)))
+        self.k_scale = nnx.Param(jnp.ones((config.head_dim,)))
+        self.out = Dense(config.width, config.width, rngs=rngs)
+
+    def __call__(self, x_BxNxD: jax.Array, cos: jax.Array, sin: jax.Array, length_B: jax.Array) -> jax.Array:
+        B, N, D = x_BxNxD.shape
+        q, k, v = (y.reshape(B, N, self.heads, -1) for y in jnp.split(self.qkv(x_BxNxD), 3, axis=-1))
+        q = rotate(rms_norm(q, self.q_scale[...]), cos, sin)
+        k = rotate(rms_norm(k, self.k_scale[...]), cos, sin)
+        y = attention.attend(q, k, v, length_B, self.implementation)
+        return self.out(y.reshape(B, N, D))
+
+
+class CrossAttention(nnx.Module):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.heads, self.implementation = config.heads, config.attention
+        self.q = Dense(config.width, config.width, rngs=rngs)
+        self.kv = Dense(config.width, 2 * config.width, rngs=rngs)
+        self.q_scale = nnx.Param(jnp.ones((config.head_dim,)))
+        self.k_scale = nnx.Param(jnp.ones((config.head_dim,)))
+        self.out = Dense(config.width, config.width, rngs=rngs)
+
+    def __call__(self, x_BxNxD: jax.Array, text_BxTxD: jax.Array, text_length_B: jax.Array) -> jax.Array:
+        B, N, D = x_BxNxD.shape
+        T = text_BxTxD.shape[1]
+        q = rms_norm(self.q(x_BxNxD).reshape(B, N, self.heads, -1), self.q_scale[...])
+        k, v = (y.reshape(B, T, self.heads, -1) for y in jnp.split(self.kv(text_BxTxD), 2, axis=-1))
+        k = rms_norm(k, self.k_scale[...])
+        y = attention.attend(q, k, v, text_length_B, self.implementation)
+        return self.out(y.reshape(B, N, D))
+
+
+class Mlp(nnx.Module):
+    """SwiGLU: down(silu(gate) * up)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.gate_up = Dense(config.width, 2 * config.mlp_hidden, rngs=rngs)
+        self.down = Dense(config.mlp_hidden, config.width, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
+        return self.down(jax.nn.silu(gate) * up)
+
+
+class Block(nnx.Module):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.attention = SelfAttention(config, rngs=rngs)
+        self.cross = CrossAttention(config, rngs=rngs)
+        self.mlp = Mlp(config, rngs=rngs)
+        self.table = nnx.Param(jnp.zeros((N_BLOCK_MODULATIONS, config.width)))
+
+    def __call__(
+        self,
+        x_BxNxD: jax.Array,
+        modulation_Bx7xD: jax.Array,
+        text_BxTxD: jax.Array,
+        text_length_B: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        length_B: jax.Array,
+    ) -> jax.Array:
+        m = modulation_Bx7xD + self.table[...]
+        shift1, scale1, gate1, gate_cross, shift2, scale2, gate2 = (
+            repeat_rows(m[:, i], x_BxNxD.shape[1]) for i in range(N_BLOCK_MODULATIONS)
+        )
+        x = x_BxNxD
+        x = x + gate1 * self.attention(rms_norm(x) * (1 + scale1) + shift1, cos, sin, length_B)
+        x = x + gate_cross * self.cross(rms_norm(x), text_BxTxD, text_length_B)
+        return x + gate2 * self.mlp(rms_norm(x) * (1 + scale2) + shift2)
+
+
+class DiT(nnx.Module):
+    """The network; `__call__` documents its contract."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        D = config.width
+        self.config = config
+        self.patch_embed = Dense(config.token_width, D, rngs=rngs, bias=True)
+        self.time_in = Dense(TIME_FEATURES, D, rngs=rngs, bias=True)
+        self.time_out = Dense(D, D, rngs=rngs, bias=True)
+        self.vision_embed = Dense(config.vision_width, D, rngs=rngs, bias=True)
+        self.null_vision = nnx.Param(0.02 * jax.random.normal(rngs.params(), (D,)))
+        self.text_scale = nnx.Param(jnp.ones((config.text_width,)))
+        self.text_embed = Dense(config.text_width, D, rngs=rngs, bias=True)
+        self.null_text = nnx.Param(jax.random.normal(rngs.params(), (D,)))
+        # Gates start at zero (every block is the identity), shifts and scales do not: a zero table plus a
+        # zero network would still learn, but the conditions would reach the blocks two steps later.
+        self.modulation = Dense(D, (N_BLOCK_MODULATIONS + 2) * D, rngs=rngs, bias=True, scale=0.1)
+        kernel = self.modulation.kernel[...].reshape(D, N_BLOCK_MODULATIONS + 2, D)
+        self.modulation.kernel[...] = kernel.at[:, jnp.array([2, 3, 6])].set(0.0).reshape(D, -1)
+
+        @nnx.split_rngs(splits=config.depth)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def stack(rngs: nnx.Rngs) -> Block:
+            return Block(config, rngs=rngs)
+
+        self.blocks = stack(rngs)
+        self.out = Dense(D, config.token_width, rngs=rngs, bias=True, scale=0.0)
+
+    def __call__(
+        self,
+        x_BxNxP: jax.Array,
+        t_B: jax.Array,
+        grid_Bx2: jax.Array,
+        text_BxTxE: jax.Array,
+        text_length_B: jax.Array,
+        vision_BxV: jax.Array,
+        keep_text_B: jax.Array,
+        keep_vision_B: jax.Array,
+    ) -> jax.Array:
+        """Predicts the velocity.
+
+        Args:
+          x_BxNxP: noisy normalised latent as patches, padding tokens zero.
+          t_B: f32 time in [0, 1], 1 is noise.
+          grid_Bx2: int32 (rows, columns) of tokens; the first rows*columns of N are real.
+          text_BxTxE: text tokens, zero beyond the length. text_length_B: int32, 1..T.
+          vision_BxV: unit vision vectors.
+          keep_text_B, keep_vision_B: bool; False replaces the condition by its learned null.
+
+        Returns:
+          f32 [B, N, P]; what stands at padding tokens is meaningless.
+        """
+        config = self.config
+        dtype = jnp.dtype(config.dtype)
+        x = self.patch_embed(x_BxNxP.astype(dtype))
+        length_B = grid_Bx2[:, 0] * grid_Bx2[:, 1]
+        cos, sin = rotary(grid_Bx2, x.shape[1], config.head_dim)
+
+        text = self.text_embed(rms_norm(text_BxTxE.astype(dtype), self.text_scale[...]))
+        text = jnp.where(keep_text_B[:, None, None], text, self.null_text[...])
+        text_length_B = jnp.where(keep_text_B, text_length_B, 1)
+
+        vision = self.vision_embed(vision_BxV.astype(dtype) * math.sqrt(config.vision_width))
+        vision = jnp.where(keep_vision_B[:, None], vision, self.null_vision[...])
+        time = self.time_out(jax.nn.silu(self.time_in(time_features(t_B).astype(dtype))))
+        modulation = self.modulation(jax.nn.silu(time + vision)).reshape(x.shape[0], -1, config.width)
+        block_modulation, (shift, scale) = modulation[:, :-2], jnp.moveaxis(modulation[:, -2:, None], 1, 0)
+
+        graph, stacked = nnx.split(self.blocks)
+
+        def body(x: jax.Array, block_parameters: Any) -> tuple[jax.Array, None]:
+            block = nnx.merge(graph, block_parameters)
+            return block(row_major(x), block_modulation, text, text_length_B, cos, sin, length_B), None
+
+        if config.remat != "none":
+            body = jax.checkpoint(body, prevent_cse=False, policy=REMAT_POLICIES[config.remat])
+        x, _ = jax.lax.scan(body, x, stacked)
+        x = rms_norm(x) * (1 + scale) + shift
+        return self.out(x).astype(jnp.float32)
+
+
+@functools.lru_cache(maxsize=8)
+def build(config: ModelConfig) -> tuple[Any, Any]:
+    """Returns (graph, shapes): the static graph and the parameter tree as `jax.ShapeDtypeStruct`, f32.
+
+    The tree is nested dicts of plain arrays, so that optimizers and checkpoints need not know Flax.
+    """
+    abstract = nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(abstract)
+    return graph, nnx.to_pure_dict(state)
+
+
+def initialize(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
+    """Creates the f32 parameters: nested dicts of arrays."""
+    return nnx.to_pure_dict(nnx.split(DiT(config, rngs=nnx.Rngs(params=key)))[1])
+
+
+def apply(graph: Any, params: dict[str, Any], *args: jax.Array) -> jax.Array:
+    """Runs the network with a parameter tree as `build` describes it. See `DiT.__call__`."""
+    return nnx.merge(graph, params)(*args)
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Number of parameters, without allocating any."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(build(config)[1]))
+
+
+def flops_per_sample(config: ModelConfig, tokens: int, text_tokens: int) -> int:
+    """Forward matrix-product FLOPs of one sample (2 per multiply-add), counted by hand.
+
+    XLA's own cost analysis counts the body of a scan once. Training costs three times this, recomputation
+    not included, as model FLOPs utilisation is defined (arXiv:2204.02311, appendix B).
+    """
+    D, N, T = config.width, tokens, text_tokens
+    block = 2 * N * D * (3 * D + D)  # self-attention projections
+    block += 4 * N * N * D  # logits and weighted sum
+    block += 2 * N * D * 2 * D + 2 * T * D * 2 * D + 4 * N * T * D  # cross-attention
+    block += 2 * N * D * 3 * config.mlp_hidden
+    ends = 2 * N * 2 * config.token_width * D + 2 * T * config.text_width * D
+    vector = 2 * D * (TIME_FEATURES + D + config.vision_width + (N_BLOCK_MODULATIONS + 2) * D)
+    return config.depth * block + ends + vector

@@ -1,0 +1,398 @@
+"""Checkpoints of a run: resumable states, of which the latest few are kept, and EMA weights, kept for ever.
+
+    checkpoints/<step>   one Orbax composite: `state` (masters, optimizer, EMA) and `meta` (JSON: data position)
+    ema/<step>           one Orbax PyTree of nested dicts of f32 arrays, restorable without this project
+    short_ema/<step>     the same of the second average, where there is one
+
+Both carry a digest of their numbers, which is checked when they are read. Weights that are not finite, or absurdly
+large, are never written, and never read as if they were good (see `soundness`).
+
+Both are written in the background to a temporary name and renamed when complete, so a killed process leaves
+either a whole checkpoint or none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from fluxdit_jax.run import history
+from fluxdit_jax.run.digest import tree_digest
+from fluxdit_jax.run.soundness import BrokenRun, state_fault, weights_fault
+from fluxdit_jax.state import TrainState, shape_difference
+
+log = logging.getLogger(__name__)
+_TEMPORARY = "orbax-checkpoint-tmp"
+_DIGEST = "digest"
+AVERAGE_DIGEST = "{}_digest"  # of `ema`, of `short_ema`: beside the whole state's in a checkpoint's meta
+CHECKPOINTS, EMA, SHORT_EMA, DAMAGED = "checkpoints", "ema", "short_ema", "damaged"  # the folders
+_LOWER_RATE = "The learning rate is too high: lower optim.lr with --config.resume.allow_changes=True"
+_copy = jax.jit(lambda leaf: leaf.copy())
+
+
+_any_failed = False
+
+
+def leaves_threads() -> bool:
+    """Whether a save has failed in this process: Orbax's threads, no daemons, wait five minutes for its parts then."""
+    return _any_failed
+
+
+class CheckpointError(Exception):
+    """No checkpoint can be restored, or it does not fit the configuration."""
+
+
+class Checkpoints:
+    """Saves and restores one run's checkpoints. Use as a context manager, or `close` it."""
+
+    def __init__(self, workdir: Path, keep: int, read_only: bool = False):
+        """
+        Args:
+          keep: resumable checkpoints kept. read_only: touches nothing, not even what a killed process left.
+        """
+        self._root = workdir.absolute()
+        self._keep, self._read_only = keep, read_only
+        self._pending: tuple[str, int] | None = None  # folder that is being written to, and the step: one at a time
+        self._own: set[int] = set()  # steps of checkpoints that this object wrote or restored
+        self._noted = read_only  # whether the history says that a checkpoint is complete
+        self.failures = 0
+        if not read_only:
+            (self._root / EMA).mkdir(parents=True, exist_ok=True)
+        self._open()
+
+    def _open(self) -> None:
+        """Makes the writers, and clears away what was not written to its end."""
+        if not self._read_only and jax.process_index() == 0:
+            for folder in (EMA, SHORT_EMA):
+                for leftover in (self._root / folder).glob(f"*{_TEMPORARY}*"):
+                    shutil.rmtree(leftover)
+        self._manager = ocp.CheckpointManager(
+            self._root / CHECKPOINTS,
+            item_handlers={"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=None if self._read_only else ocp.checkpoint_managers.LatestN(self._keep),
+                cleanup_tmp_directories=not self._read_only,
+                enable_async_checkpointing=True,
+                read_only=self._read_only,
+            ),
+        )
+        self._ema_saver = ocp.StandardCheckpointer()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> bool:
+        """Starts writing a resumable checkpoint; False if that could not even start.
+
+        The arrays are copied to the host before this returns, so that the state may be donated; the rest is
+        done in the background. A failure, then or later, is logged and counted in `failures`: the run goes
+        on with the last good checkpoint, and the next save is tried.
+
+        A step that this object has saved or restored stays as it is: a state from within the next step adds nothing.
+
+        Raises:
+          BrokenRun: the state cannot be used.
+          CheckpointError: there is a checkpoint of this step, which is not of this object's run.
+        """
+        self.poll(wait=True)
+        if step in self._manager.all_steps():
+            if step not in self._own:
+                raise CheckpointError(f"{self._root / CHECKPOINTS / str(step)} is there already: move it away")
+            return True
+        fault = state_fault(state)
+        if fault:
+            raise BrokenRun(f"the state of step {step} is not saved: {fault}. {_LOWER_RATE}")
+        self._own.add(step)
+        meta = json.loads(json.dumps(meta))  # the caller's lists grow while it is being written
+        for folder, average in ((EMA, state.ema), (SHORT_EMA, state.short_ema)):
+            if average is not None:  # so that one average can be read, and checked, without the rest
+                meta[AVERAGE_DIGEST.format(folder)] = tree_digest(average)
+        meta |= {_DIGEST: tree_digest(state, meta)}
+        return self._start(
+            CHECKPOINTS,
+            step,
+            lambda: self._manager.save(
+                step,
+                args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)),
+            ),
+        )
+
+    def save_ema(self, step: int, ema: Any, folder: str = EMA) -> bool:
+        """Starts writing `ema/<step>` (or of another `folder`), in the way of `save`.
+
+        Raises:
+          BrokenRun: the weights cannot be used.
+          CheckpointError: there are other weights of this step.
+        """
+        self.poll(wait=True)
+        path, digest = self._root / folder / str(step), tree_digest(ema)
+        if path.exists():
+            if ema_digest(self._root, step, folder) != digest:
+                raise CheckpointError(f"{path} is there already, with other numbers: move it away")
+            return True
+        fault = weights_fault(ema)
+        if fault:
+            raise BrokenRun(f"the EMA weights of step {step} are not saved: {fault}. {_LOWER_RATE}")
+
+        def write() -> None:
+            path.parent.mkdir(exist_ok=True)
+            self._ema_saver.save(path, ema, custom_metadata={_DIGEST: digest})
+
+        return self._start(folder, step, write)
+
+    def save_averages(self, step: int, state: TrainState) -> None:
+        """`save_ema` of each average that the state holds."""
+        self.save_ema(step, state.ema)
+        if state.short_ema is not None:
+            self.save_ema(step, state.short_ema, SHORT_EMA)
+
+    def _start(self, folder: str, step: int, save: Callable[[], object]) -> bool:
+        try:
+            save()
+        except Exception as error:  # noqa: BLE001  Orbax raises whatever the file system raised
+            self._failed(folder, step, error)
+            return False
+        self._pending = folder, step
+        return True
+
+    def poll(self, wait: bool = False) -> None:
+        """Collects a finished write; with `wait`, waits for it.
+
+        Orbax reports a full disk only here: not when the save is started, nor by `check_for_errors`.
+        """
+        if self._pending is None:
+            return
+        folder, step = self._pending
+        if folder == CHECKPOINTS:
+            writer, busy = self._manager, self._manager.is_saving_in_progress()
+        else:
+            writer, busy = self._ema_saver, not (self._root / folder / str(step)).exists()
+        if busy and not wait:
+            return
+        self._pending = None
+        try:
+            writer.wait_until_finished()
+        except Exception as error:  # noqa: BLE001  see above
+            self._failed(folder, step, error)
+            return
+        if folder == CHECKPOINTS:
+            self._note(step)
+
+    def _note(self, step: int) -> None:
+        """Says once in the run's history that a checkpoint is complete: from then on one must be there."""
+        if self._noted or jax.process_index():
+            return
+        try:
+            history.append(self._root, {"saved": step})
+            self._noted = True
+        except OSError as error:
+            log.warning("cannot write to %s: %s", self._root / history.HISTORY, error.strerror)
+
+    def _failed(self, folder: str, step: int, error: Exception) -> None:
+        global _any_failed
+        self.failures += 1
+        _any_failed = True
+        log.error(
+            "could not write %s/%d: %s. Training goes on; the checkpoints before it are intact and the next save "
+            "is tried. Make space or mend the disk under %s",
+            folder,
+            step,
+            first_line(error),
+            self._root,
+        )
+        if jax.process_count() > 1:
+            return  # new writers would wait for all processes, of which perhaps only this one failed
+        # A writer that failed raises what is left of its errors at the next save, and its half-written files
+        # go on filling the disk: start afresh. Nothing else is being written, as each save waits for the last.
+        for writer in (self._manager, self._ema_saver):
+            with contextlib.suppress(Exception):
+                writer.close()
+        self._open()
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """Restores the newest checkpoint that can be read; None if there is none at all.
+
+        Args:
+          abstract: the state as `jax.ShapeDtypeStruct` with shardings; the checkpoint may have been written
+            on another mesh.
+
+        A checkpoint that is damaged, or holds broken weights, is moved to `damaged/<step>`; the one before it is taken,
+        with an error in the log.
+
+        Raises:
+          CheckpointError: there are checkpoints and none can be restored, or one has other shapes.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        damaged: list[tuple[int, Exception]] = []
+        for step in steps:
+            try:
+                self._check_shapes(step, abstract)
+                restored = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()),
+                )
+                state, meta = restored["state"], restored["meta"]
+                del restored
+                if _DIGEST not in meta:
+                    raise OSError("it carries no digest of its numbers")
+                if meta.pop(_DIGEST) != tree_digest(state, meta):
+                    raise OSError("its numbers are not those that were written")
+                for folder in (EMA, SHORT_EMA):
+                    meta.pop(AVERAGE_DIGEST.format(folder), None)
+                fault = state_fault(state)
+                if fault:
+                    raise OSError(fault)
+            except CheckpointError:
+                raise
+            except Exception as error:  # noqa: BLE001  whatever reading a damaged file raises
+                log.error("checkpoints/%d cannot be restored (%s); trying the one before", step, first_line(error))
+                damaged.append((step, error))
+                continue
+            self._set_aside([step for step, _ in damaged])
+            self._own.add(step)
+            # Restored buffers may not be donatable; a copy made by XLA is (jax#18617). One leaf at a time, so
+            # that a card never holds the state twice.
+            leaves, structure = jax.tree.flatten(state)
+            del state
+            for number, leaf in enumerate(leaves):
+                leaves[number] = _copy(leaf)
+            return jax.tree.unflatten(structure, leaves), meta
+        if damaged:
+            listed = "; ".join(f"{step}: {first_line(error)}" for step, error in damaged)
+            raise CheckpointError(
+                f"none of the checkpoints in {self._root / 'checkpoints'} can be restored ({listed}). "
+                + ways_on(self._root)
+            )
+        return None
+
+    def _check_shapes(self, step: int, abstract: TrainState) -> None:
+        saved = self._manager.item_metadata(step)["state"]
+        if not jax.tree.leaves(saved):
+            raise OSError("the description of its arrays is missing")
+        require_same_shapes(f"checkpoints/{step}", saved, abstract)
+
+    def _set_aside(self, steps: list[int]) -> None:
+        for step in steps:
+            target = self._root / DAMAGED / str(step)
+            target.parent.mkdir(exist_ok=True)
+            for number in itertools.count(2):
+                if not target.exists():
+                    break
+                target = target.with_name(f"{step}.{number}")
+            (self._root / "checkpoints" / str(step)).rename(target)
+            log.error("moved the damaged checkpoints/%d to %s", step, target)
+        if steps:
+            self._manager.reload()
+
+    def close(self) -> None:
+        """Waits for what is being written and releases the writers."""
+        self.poll(wait=True)
+        self._manager.close()
+        self._ema_saver.close()
+
+
+def ways_on(workdir: Path) -> str:
+    """What to do where a run has no checkpoint to go on from."""
+    return (
+        f"Bring back a backup of {workdir / CHECKPOINTS}; or start from the run's EMA weights in another directory "
+        f"(--config.workdir=NEW --config.resume.from_run={workdir}); or start anew, in another one or with {workdir} "
+        "moved away"
+    )
+
+
+def checkpoint_steps(workdir: Path) -> list[int]:
+    """Steps with a complete resumable checkpoint in a run directory, ascending. Raises `OSError`."""
+    folder = workdir / CHECKPOINTS
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
+
+
+def ema_digest(workdir: Path, step: int, folder: str = EMA) -> str | None:
+    """The digest that was written beside EMA weights; None if they carry none, or their description is damaged."""
+    try:
+        with ocp.PyTreeCheckpointer() as reader:
+            metadata = reader.metadata((workdir / folder / str(step)).absolute())
+        return (metadata.custom_metadata or {}).get(_DIGEST)
+    except Exception:  # noqa: BLE001  whatever reading a damaged file raises
+        return None
+
+
+def ema_steps(workdir: Path, folder: str = EMA) -> list[int]:
+    """Steps with EMA weights in a run directory, ascending."""
+    return sorted(int(path.name) for path in (workdir / folder).glob("*") if path.name.isdigit())
+
+
+def restore_ema(workdir: Path, step: int | None = None, folder: str = EMA) -> tuple[int, Any]:
+    """Loads EMA weights as host numpy arrays: (step, nested dict of f32).
+
+    Args:
+      step: which; None takes the newest.
+      folder: `EMA`, or `SHORT_EMA` for those with the shorter memory (config.ema.short_decay).
+
+    Raises:
+      CheckpointError: there are none, or not of that step, or they cannot be read or used.
+    """
+    steps = ema_steps(workdir, folder)
+    if not steps:
+        why = "train first, or wait for the first save" if folder == EMA else "set config.ema.short_decay"
+        raise CheckpointError(f"{workdir / folder} has no weights yet: {why}")
+    step = steps[-1] if step is None else step
+    if step not in steps:
+        raise CheckpointError(f"{workdir / folder} has no step {step}; it has {', '.join(map(str, steps))}")
+    return step, read_ema(workdir / folder / str(step))[0]
+
+
+def read_ema(path: Path) -> tuple[Any, str]:
+    """(EMA weights as host numpy arrays, their digest) of a directory that `save_ema` wrote.
+
+    Raises:
+      CheckpointError: they cannot be read or used.
+    """
+    path = path.absolute()
+    try:
+        with ocp.PyTreeCheckpointer() as reader:
+            metadata = reader.metadata(path)
+            shapes = metadata.item_metadata.tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+            ema = reader.restore(path, restore_args=as_numpy)
+        return ema, checked_digest(ema, (metadata.custom_metadata or {}).get(_DIGEST))
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+def checked_digest(ema: Any, written: str | None) -> str:
+    """The digest of weights that were read; `OSError` if it is not the one that was written, or they are broken."""
+    digest = tree_digest(ema)
+    if written is not None and written != digest:
+        raise OSError("its numbers are not those that were written")
+    fault = weights_fault(ema)
+    if fault:
+        raise OSError(f"its EMA weights are broken: {fault}")
+    return digest
+
+
+def require_same_shapes(what: str, saved: Any, wanted: Any) -> None:
+    """Raises `CheckpointError`, naming the first leaf that the trees do not share."""
+    difference = shape_difference(saved, wanted)
+    if difference:
+        raise CheckpointError(f"{what} does not fit the configuration (config.model): {difference}")
+
+
+def first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

@@ -1,0 +1,134 @@
+"""Where a run is, for a person: a bar on a terminal, and a line in the log at least every minute."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+from tqdm import tqdm
+
+from fluxdit_jax.shared.cli import duration
+
+log = logging.getLogger(__name__)
+LINE_SECONDS = 20.0  # between the lines of finished steps without a bar
+BAR_LINE_SECONDS = 60.0  # ... beside a bar
+SILENT_SECONDS = 55.0  # after so long without a line, one says what the run is doing
+
+
+@dataclasses.dataclass(frozen=True)
+class Length:
+    """How long a run is: optimizer steps, micro-batches of each, pictures of each, pictures of an epoch."""
+
+    steps: int
+    micro_batches: int
+    global_batch: int
+    images: int
+
+    def epochs(self, step: int) -> float:
+        return step * self.global_batch / self.images
+
+
+class Progress:
+    """The bar and the progress lines of a run. Close it: a thread watches that the log never stays silent."""
+
+    def __init__(self, length: Length, step: int, bar: bool | None = None):
+        """
+        Args:
+          step: optimizer steps already done. bar: None shows one where stderr is a terminal.
+        """
+        self._length = length
+        self._bar = tqdm(
+            total=length.steps,
+            initial=step,
+            unit="step",
+            smoothing=0.05,
+            disable=not (sys.stderr.isatty() if bar is None else bar),
+            leave=True,
+        )
+        self._step, self._mini, self._doing = step, 0, "training"
+        self._began = time.monotonic(), step
+        self._start_line()
+        self._closed = threading.Event()
+        self._watch = threading.Thread(target=self._break_silence, name="progress", daemon=True)
+        self._watch.start()
+
+    def _start_line(self) -> None:
+        self._line_at = time.monotonic()
+        self._losses: list[float] = []
+        self._samples = 0
+        self._paused = 0.0
+
+    def micro_batch(self, step: int, mini: int, samples: int) -> None:
+        """A micro-batch is done: the run is at `mini` micro-batches of the step after `step`."""
+        self._step, self._mini = step, mini
+        self._samples += samples
+
+    def pause(self, seconds: float) -> None:
+        """Leaves time spent on pictures and the like out of the images per second."""
+        self._paused += seconds
+
+    def finished(self, step: int, loss: float, gradient_norm: float, health: str) -> None:
+        """An optimizer step is done."""
+        self._mini = 0
+        if math.isfinite(loss):
+            self._losses.append(loss)
+        self._step = step
+        self._bar.update(step - self._bar.n)
+        now = time.monotonic()
+        rate = self._samples / max(1e-9, now - self._line_at - self._paused)
+        if not self._bar.disable:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, grad {gradient_norm:.3f}, {rate:.1f} img/s")
+        if now - self._line_at < self._seconds() and step < self._length.steps:
+            return
+        log.info(
+            "step %d/%d (epoch %.3g of %.3g)  loss %.4f  gradient norm %.3f  %.1f images/s  ETA %s  %s",
+            step,
+            self._length.steps,
+            self._length.epochs(step),
+            self._length.epochs(self._length.steps),
+            sum(self._losses) / max(1, len(self._losses)),
+            gradient_norm,
+            rate,
+            duration(self._left(step)),
+            health,
+        )
+        self._start_line()
+
+    def _seconds(self) -> float:
+        return LINE_SECONDS if self._bar.disable else BAR_LINE_SECONDS
+
+    def _left(self, step: int) -> float:
+        """Seconds to the end at the pace so far, pictures and saving included."""
+        started, first = self._began
+        return (time.monotonic() - started) / max(1, step - first) * (self._length.steps - step)
+
+    @contextlib.contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Something that takes a while: a log that would be silent names it."""
+        self._doing = what
+        try:
+            yield
+        finally:
+            self._doing = "training"
+
+    def _break_silence(self) -> None:
+        silent_since = self._line_at
+        while not self._closed.wait(SILENT_SECONDS / 20):
+            silent_since = max(silent_since, self._line_at)
+            if time.monotonic() - silent_since < SILENT_SECONDS:
+                continue
+            silent_since = time.monotonic()
+            within = f", micro-batch {self._mini} of {self._length.micro_batches}" if self._mini else ""
+            log.info("at step %d/%d%s: %s", self._step, self._length.steps, within, self._doing)
+
+    def close(self) -> None:
+        """Ends the bar and the thread; may be called twice."""
+        self._closed.set()
+        self._watch.join()
+        self._bar.close()

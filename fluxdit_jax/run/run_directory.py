@@ -1,0 +1,295 @@
+"""The run directory: what a run was started with, and whether it may go on with something else.
+
+config.json       the configuration, every key
+dataset.json      the manifest of the data set it was trained on, as it was
+history.jsonl     its starts: from which step, with which changes, what was set aside
+abandoned/        what was beyond the step that a start began with
+checkpoints/ ema/ tensorboard/ metrics.jsonl samples/ validation/ train.log
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from fluxdit_jax.config import RENAMED, default_config
+from fluxdit_jax.dataset.manifest import DatasetError, Manifest, json_checksum, load_manifest
+from fluxdit_jax.shared.atomic_files import write_whole
+from fluxdit_jax.shared.lock import Lock
+
+log = logging.getLogger(__name__)
+CONFIG = "config.json"
+DATASET = "dataset.json"
+
+# Keys that may change between two starts of a run without changing its mathematics. A micro-batch may change
+# because the draws of a step do not depend on how it is split; train.steps only while no schedule reads it.
+FREE_KEYS = (
+    "workdir",
+    "device_memory_gb",
+    "profile",
+    "data.path",
+    "data.micro_batch_size",
+    "data.threads",
+    "data.prefetch",
+    "data.on_corrupt",
+    "model.remat",
+    "checkpoint.",
+    "health.",
+    "log.",
+    "gate.",
+    "mesh.",
+    "resume.",
+)
+
+
+# Keys that decide the shapes of the weights: no checkpoint fits after a change.
+SHAPE_KEYS = (
+    "model.width",
+    "model.depth",
+    "model.patch",
+    "model.channels",
+    "model.text_width",
+    "model.vision_width",
+)
+
+
+class RunError(Exception):
+    """The run directory cannot be used; the message says why and what to do."""
+
+
+class RunLock(Lock):
+    """The lock of a run directory, or of a folder that a program writes its results to; raises `RunError`."""
+
+    error = RunError
+
+
+def check_resume(workdir: Path, config: ConfigDict, manifest: Manifest) -> bool:
+    """Whether there is a run in `workdir`, after checking that it may go on with this configuration and data.
+
+    Raises:
+      RunError: the data set or a key that decides the mathematics is not what the run was started with, and
+        `config.resume.allow_changes` is not set. The message lists every difference.
+    """
+    if not (workdir / CONFIG).exists():
+        if any((workdir / "checkpoints").glob("[0-9]*")) and not config.resume.allow_changes:
+            raise RunError(
+                f"{workdir} has checkpoints but no {CONFIG}: what the run was started with cannot be compared. Bring "
+                "a backup, or give --config.resume.allow_changes=True to go on with this configuration"
+            )
+        return False
+    changes, _ = all_changes(workdir, config, manifest)
+    if changes and not config.resume.allow_changes:
+        raise RunError(
+            f"{workdir} holds a run with another configuration:\n  "
+            + "\n  ".join(changes)
+            + f"\n{_ways_on(workdir, changes)}"
+        )
+    return True
+
+
+def _ways_on(workdir: Path, changes: list[str]) -> str:
+    """What to do about refused changes."""
+    keys = {change.partition(":")[0] for change in changes}
+    shapes = sorted(keys & set(SHAPE_KEYS))
+    ways = "Give the old values, another workdir, or --config.resume.allow_changes=True to go on all the same"
+    if shapes:
+        ways = (
+            f"Weights of another shape cannot go on ({', '.join(shapes)}): give the old values, or another "
+            "--config.workdir for a new run"
+        )
+    if "train.steps" in keys:
+        ways += (
+            ". The cosine of optim.schedule ends at train.steps, so every step's rate depends on it: going on changes "
+            "the rate from here on"
+        )
+    if "data.path" in keys:
+        ways += (
+            ". For a data set that has grown --config.resume.allow_changes=True goes on where the run is; for another "
+            f"one (a stage, a resolution) give --config.workdir=NEW --config.resume.from_run={workdir}"
+        )
+    return ways
+
+
+def all_changes(workdir: Path, config: ConfigDict, manifest: Manifest) -> tuple[list[str], list[str]]:
+    """What differs from the run's last start, in words: what decides the mathematics, and keys that may change."""
+    if not (workdir / CONFIG).exists():
+        unknown = any((workdir / "checkpoints").glob("[0-9]*"))
+        return [f"{CONFIG} is missing: what the run was started with is not known"] if unknown else [], []
+    recorded, new = _recorded(workdir), config.to_dict()
+    new["data"]["path"] = _whole(config.data.path)
+    changes, free = (config_changes(recorded, ConfigDict(new), of_free_keys=free) for free in (False, True))
+    if difference := dataset_difference(load_dataset(workdir), manifest):
+        changes.append(f"data.path: {config.data.path} is not the data set of this run ({DATASET}): {difference}")
+    return changes, free
+
+
+def record_start(workdir: Path, config: ConfigDict, manifest: Manifest) -> None:
+    """Writes what the run is started with. Not before its state is there: what failed to start leaves no trace."""
+    write_whole(workdir / DATASET, manifest.to_json())
+    values = config.to_dict()
+    # absolute, because sampling and validation may be asked for from another directory
+    values["data"]["path"] = _whole(config.data.path)
+    values["checksum"] = json_checksum(values)
+    write_whole(workdir / CONFIG, json.dumps(values, indent=1) + "\n")
+
+
+def _whole(path: str) -> str:
+    """The path from the root, as it is recorded."""
+    return os.path.normpath(Path(path).absolute())
+
+
+def config_changes(old: ConfigDict, new: ConfigDict, of_free_keys: bool = False) -> list[str]:
+    """`key: old -> new` for every key that decides the mathematics and differs; or of the others.
+
+    A key that the run's version did not have had the effect of its default.
+    """
+    before, after = flatten(default_config().to_dict()) | flatten(old.to_dict()), flatten(new.to_dict())
+    free = FREE_KEYS + (("train.steps",) if new.optim.schedule == "constant" else ())
+    changes = []
+    for key in sorted(before.keys() | after.keys()):
+        is_free = any(key == f or (f[-1] == "." and key.startswith(f)) for f in free)
+        if before.get(key) != after.get(key) and is_free == of_free_keys:
+            changes.append(f"{key}: {before.get(key)!r} -> {after.get(key)!r}")
+    return changes
+
+
+def load_config(workdir: Path) -> ConfigDict:
+    """The configuration a run was last started with; keys that its version did not have get today's defaults.
+
+    Raises:
+      RunError: it is missing or damaged.
+    """
+    values = _recorded(workdir).to_dict()
+    try:
+        return ConfigDict(_completed(values, default_config().to_dict()))
+    except ValueError as error:
+        raise RunError(f"{workdir / CONFIG} cannot be read: {error}") from error
+
+
+def _completed(values: dict[str, Any], defaults: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    whole = dict(values)
+    for name, default in defaults.items():
+        if isinstance(default, dict):
+            group = values.get(name, {})
+            if not isinstance(group, dict):
+                raise ValueError(f"{prefix}{name} is {group!r}, expected a group of keys")
+            whole[name] = _completed(group, default, f"{prefix}{name}.")
+        else:
+            whole.setdefault(name, default)
+    return whole
+
+
+def _renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """The keys of an earlier version under today's names."""
+    for name, successor in RENAMED.items():
+        old, new = name.split("."), successor.split(".")
+        if isinstance(values.get(old[0]), dict) and old[1] in values[old[0]]:
+            values.setdefault(new[0], {})[new[1]] = values[old[0]].pop(old[1])
+    return values
+
+
+def _with_tuples(value: Any) -> Any:
+    """JSON as a configuration: its lists are tuples."""
+    if isinstance(value, dict):
+        return {name: _with_tuples(member) for name, member in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
+def _recorded(workdir: Path) -> ConfigDict:
+    """What `record_start` wrote; raises `RunError`."""
+    path = workdir / CONFIG
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"expected a JSON object, got {type(values).__name__}")
+        checksum = values.pop("checksum", None)  # runs of before had none
+        if checksum is not None and checksum != json_checksum(values):
+            raise ValueError(
+                "its checksum is not that of its content: it is damaged, or was edited by hand. Bring a backup; "
+                "or mend the value and take the line with the checksum out"
+            )
+        return ConfigDict(_with_tuples(_renamed(values)))
+    except FileNotFoundError as error:
+        raise RunError(f"{path} does not exist: {workdir} is not a run directory of fluxdit_jax.train") from error
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+
+
+def load_dataset(workdir: Path) -> Manifest:
+    """The manifest of the run's data set; the data set itself may be gone."""
+    path = workdir / DATASET
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise RunError(f"{path} does not exist: {workdir} is not a run directory of fluxdit_jax.train") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+    return Manifest.from_json(text, str(path))
+
+
+def _dataset_identity(manifest: Manifest) -> tuple[list[str], tuple[float, ...], tuple[float, ...]]:
+    """What makes two data sets the same for training: their train shards, and the statistics that follow."""
+    shards = [shard.sha256 for shard in manifest.shards.get("train", ())]
+    return shards, manifest.latent_mean, manifest.latent_std
+
+
+def require_dataset(directory: Path, workdir: Path) -> None:
+    """Checks that a folder holds the data set that a run was last started with.
+
+    A manifest that cannot be read is passed over: the run has its own copy, and the shards have checksums.
+
+    Raises:
+      DatasetError: there is no such folder.
+      RunError: it holds another data set; the message says what differs.
+    """
+    try:
+        now = load_manifest(directory)
+    except DatasetError:
+        if not directory.is_dir():
+            raise
+        return
+    if difference := dataset_difference(load_dataset(workdir), now):
+        raise RunError(
+            f"{directory} is not the data set that {workdir} was last trained on: {difference}. "
+            "Give the one it was trained on, with --data; or train on with this one "
+            "(--config.resume.allow_changes=True), and then validate"
+        )
+
+
+def difference_from(workdir: Path, new: Manifest) -> str:
+    """How a data set differs from that of a run, in words; a run without a readable one says so."""
+    try:
+        return dataset_difference(load_dataset(workdir), new) or "the same data set"
+    except (RunError, DatasetError):
+        return f"cannot be compared, {workdir / DATASET} cannot be read"
+
+
+def dataset_difference(old: Manifest, new: Manifest) -> str:
+    """How the train split of a data set differs from that of another, in words; "" if it is the same."""
+    if _dataset_identity(old) == _dataset_identity(new):
+        return ""
+    images = new.records("train"), old.records("train")
+    found = [f"{images[0]} images, was {images[1]}"] if images[0] != images[1] else []
+    for name in ("resolution", "fit"):
+        values = getattr(new, name), getattr(old, name)
+        found += [f"{name} {values[0]}, was {values[1]}"] if values[0] != values[1] else []
+    for name in ("vae", "text", "vision"):
+        ids = getattr(new, name).id, getattr(old, name).id
+        found += [f"{name} encoder {ids[0]}, was {ids[1]}"] if ids[0] != ids[1] else []
+    return "; ".join(found) or "as many images, with other contents"
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"group.key": value} of nested dicts."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,94 @@
+"""The held-out loss: the same pictures, times and noise at every visit, by the EMA, so that its points compare.
+
+The training loss is measured on other pictures at other noise levels in every step; its wiggle is larger than
+months of progress. This one moves only when the weights do.
+Of a picture with several captions it takes the first, whatever `data.caption_weights` says.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fluxdit_jax import flow
+from fluxdit_jax.device import sharding
+from fluxdit_jax.loader.reader import RecordSource, collate
+from fluxdit_jax.model import dit
+from fluxdit_jax.sampling.preview import spread
+from fluxdit_jax.train_step import flow_loss, normalize_latents
+
+# Far from the sample numbers of training, so that its noise is never the held-out noise.
+_FIRST_INDEX = 2**31
+
+
+class HeldOut:
+    """Measures the flow loss on fixed draws: each picture once at each of a few fixed quantiles of time.
+
+    Attributes:
+      pictures: how many are measured.
+    """
+
+    def __init__(
+        self,
+        config: dit.ModelConfig,
+        flow_config: flow.FlowConfig,
+        source: RecordSource,
+        *,
+        mesh: jax.sharding.Mesh,
+        statistics: tuple[np.ndarray, np.ndarray],
+        tokens: int,
+        text_tokens: int,
+        batch_size: int,
+        pictures: int,
+        times: int = 8,
+    ):
+        """
+        Args:
+          source: the holdout split. pictures: how many of it, spread evenly.
+          times: quantiles of the training density of t, the middles of as many equal parts.
+        """
+        graph, _ = dit.build(config)
+        records = [record for _, record in source.sound(spread(len(source), pictures))]
+        numbers = [(record, k) for record in records for k in range(times)]
+        # Rows of the last batch beyond the list repeat its last entry with weight 0.
+        fill = -len(numbers) % batch_size
+        weights = np.r_[np.ones(len(numbers)), np.zeros(fill)].astype(np.float32)
+        numbers += [numbers[-1]] * fill
+        quantile = (np.arange(times, dtype=np.float32) + 0.5) / times
+        t = np.asarray(flow.time_at_quantile(flow_config, jnp.asarray(quantile)))
+        self._mesh, self._batches = mesh, []
+        for start in range(0, len(numbers), batch_size):
+            part = numbers[start : start + batch_size]
+            index = [_FIRST_INDEX + start + row for row in range(batch_size)]
+            batch = collate([record for record, _ in part], index, config.patch, tokens, text_tokens)
+            batch["t"] = t[[k for _, k in part]]
+            batch["weight"] = weights[start : start + batch_size]
+            self._batches.append(batch)
+
+        def measure(ema: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+            params = jax.tree.map(lambda p: p.astype(config.dtype), ema)
+            x0, valid = normalize_latents(batch, *statistics)
+            noise = flow.draw_noise(0, batch["index"], x0.shape[1:])
+            keep = jnp.ones_like(batch["index"], bool)
+            loss_B, _, _ = flow_loss(graph, params, batch, x0, valid, batch["t"], noise, (keep, keep))
+            loss_B = loss_B * batch["weight"]
+            bin_loss, bin_count = flow.loss_by_time(loss_B, batch["t"], batch["weight"])
+            return jnp.sum(loss_B), bin_loss, bin_count
+
+        self.pictures = len(records)
+        self._count = float(weights.sum())
+        self._measure = jax.jit(measure)
+
+    def __call__(self, ema: Any) -> dict[str, float]:
+        """`heldout_loss` and its split by time, of f32 EMA weights."""
+        total, bins, counts = 0.0, np.zeros(flow.TIME_BINS), np.zeros(flow.TIME_BINS)
+        for batch in self._batches:
+            loss, bin_loss, bin_count = jax.device_get(self._measure(ema, sharding.put_batch(self._mesh, batch)))
+            total, bins, counts = total + float(loss), bins + bin_loss, counts + bin_count
+        scalars = {"heldout_loss": total / self._count}
+        for i in np.flatnonzero(counts):
+            scalars[f"heldout_loss_by_time/{i / flow.TIME_BINS:.3f}"] = float(bins[i] / counts[i])
+        return scalars

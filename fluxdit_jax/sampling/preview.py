@@ -1,0 +1,118 @@
+"""Pictures of a run: the same few records, drawn by the EMA from the same noise at every visit.
+
+Of a record with several captions the first is drawn.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fluxdit_jax.config import Settings
+from fluxdit_jax.dataset.manifest import Manifest
+from fluxdit_jax.dataset.records import Record
+from fluxdit_jax.loader.reader import RecordSource
+from fluxdit_jax.sampling import image_grid, solvers
+from fluxdit_jax.sampling.pipeline import Generator, record_conditions
+from fluxdit_jax.vae.decoder import load_decoder
+from fluxdit_jax.vae.files import DecoderError
+
+log = logging.getLogger(__name__)
+
+
+class Preview:
+    """A fixed set of records and noises. The truth beside each picture is the record's own decoded latent."""
+
+    def __init__(
+        self,
+        records: list[Record],
+        generator: Generator,
+        decoder: image_grid.Decoder,
+        patch: int,
+        text_limit: int | None,
+        guidance: float = 1.0,
+        caption_alone: bool = False,
+    ):
+        """
+        Args:
+          text_limit: text tokens that longer captions are cut to, as in training.
+          guidance: text scale of all pictures.
+          caption_alone: also draws each caption without a vision vector.
+        """
+        self._guidance = solvers.Guidance(text=guidance)
+        self._records = records
+        self._generator = generator
+        self._decoder = decoder
+        described = record_conditions(records, patch, text_limit)
+        self._columns = {"EMA": described}
+        if caption_alone:
+            no_vector = np.zeros(len(records), bool)
+            self._columns["EMA, caption alone"] = described | {"keep_vision": no_vector}
+        self._noise = generator.noise(list(range(len(records))))
+        self._truth = image_grid.decode_all(decoder, [record.latent for record in records])
+
+    def draw(self, ema: Any) -> Image.Image:
+        """A row per record: the data set's picture, the EMA's, and, if asked for, the EMA's of the caption alone."""
+        params, columns = self._generator.cast(ema), [self._truth]
+        for wanted in self._columns.values():
+            latents = self._generator.latents(params, wanted, self._noise, guidance=self._guidance)
+            columns.append(image_grid.decode_all(self._decoder, latents))
+        return image_grid.grid(
+            list(zip(*columns, strict=True)),
+            column_titles=("data set", *self._columns),
+            row_titles=[record.caption for record in self._records],
+        )
+
+
+def make_preview(
+    path: str | Path,
+    manifest: Manifest,
+    settings: Settings,
+    statistics: tuple[np.ndarray, np.ndarray],
+    *,
+    count: int,
+    steps: int,
+    guidance: float,
+    vae: str | None,
+    on_corrupt: str = "stop",
+) -> Preview | None:
+    """A preview of records spread over the holdout split, or over the train split where there is none.
+
+    Args:
+      count: pictures; 0 for no preview. steps: of the solver. guidance: text scale.
+      vae: directory or id of the decoder, or None for the one the data set names. If that one cannot be
+        found the run goes on without pictures, with a warning.
+      on_corrupt: see `data.RecordSource`.
+    """
+    if count == 0:
+        return None
+    try:
+        decoder = load_decoder(manifest.vae, vae)
+    except DecoderError as error:
+        if vae:
+            raise
+        log.warning("no pictures while training: %s", error)
+        return None
+    split = "holdout" if manifest.records("holdout") else "train"
+    source = RecordSource(path, manifest, split, on_corrupt)
+    generator = Generator(
+        settings.model,
+        tokens=settings.tokens,
+        text_tokens=settings.text_tokens,
+        shift=settings.flow.shift,
+        statistics=statistics,
+        steps=steps,
+        batch_size=count,
+    )
+    records = [record for _, record in source.sound(spread(len(source), count))]
+    trained = settings.flow.drop_vision > 0  # without a vector; otherwise such a picture means nothing
+    return Preview(records, generator, decoder, settings.model.patch, settings.text_limit, guidance, trained)
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """`wanted` indices spread evenly over range(count); all of them if there are fewer."""
+    return [int(i) for i in np.unique(np.linspace(0, count - 1, min(wanted, count)).round())]

@@ -1,0 +1,111 @@
+"""What a picture is asked to be, encoded: prompts and reference pictures, by the encoders of the training set.
+
+The encoders are those of `preprocess/`, imported where they are needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+
+import numpy as np
+
+from fluxdit_jax.dataset.manifest import EncoderIdentity, Manifest
+
+_MAX_PROMPTS = 10_000_000  # bytes of a file of prompts
+
+
+class SampleError(Exception):
+    """The request cannot be drawn; the message names the argument."""
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file that are not empty; raises `SampleError` if it is no UTF-8 text or too large."""
+    try:
+        if path.stat().st_size > _MAX_PROMPTS:
+            raise SampleError(f"--prompts {path}: more than {_MAX_PROMPTS:,} bytes; split the file")
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SampleError(f"--prompts {path}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
+    return [line.strip() for line in text.split("\n") if line.strip()]
+
+
+def check_encoder(found: EncoderIdentity, trained: EncoderIdentity, option: str) -> None:
+    """Refuses an encoder other than the one the training set was made with.
+
+    A data set of precomputed vectors does not know what made them; then the width must do, and a note is printed.
+    """
+    if not trained.sha256 and found.width == trained.width:
+        print(f"note: the data set took its vectors as given; whether {found.id!r} made them cannot be checked")
+        return
+    if (found.sha256, found.width) != (trained.sha256, trained.width):
+        raise SampleError(
+            f"the run was trained with {trained.id!r} (width {trained.width}, sha256 {trained.sha256[:12]}), but "
+            f"{option} is {found.id!r} (width {found.width}, sha256 {found.sha256[:12]}): its vectors mean other things"
+        )
+
+
+def encode_prompts(
+    prompts: list[str], manifest: Manifest, spec: str | None, limit: int | None = None
+) -> list[np.ndarray]:
+    """Text tokens bf16 [n, E] of each prompt, by the encoder of the training captions.
+
+    Prints a note for each prompt that is cut, and for each that is longer than every caption of the training.
+
+    Args:
+      spec: of the encoder; None: as the data set names it.
+      limit: `Settings.text_limit`: what training cuts captions to.
+    """
+    from preprocess.encoders import load_text_encoder
+
+    most = manifest.text.options.get("max_tokens", 512)
+    encoder = load_text_encoder(spec or manifest.text.id, dtype=manifest.text.dtype, max_tokens=most)
+    check_encoder(encoder.identity, manifest.text, "--text-encoder")
+    texts = encoder.encode(prompts)
+    for number, tokens in enumerate(encoder.count(prompts)):
+        kept, why = len(texts[number]), f"what the data set's text encoder takes (max_tokens={most})"
+        if limit is not None and kept > limit:
+            kept, why = limit, f"what this run cuts its captions to (config.data.text_tokens={limit})"
+        which = f"note: prompt {number + 1} has {tokens} tokens"
+        if kept < tokens:
+            print(f"{which}, of which {kept} are kept, {why}: {_short(prompts[number])}")
+        elif tokens > manifest.text_tokens:
+            print(
+                f"{which}, more than any caption of the training (at most {manifest.text_tokens}); all are used: "
+                f"{_short(prompts[number])}"
+            )
+    return [text[:limit] for text in texts]
+
+
+def _short(prompt: str) -> str:
+    return repr(prompt if len(prompt) <= 60 else f"{prompt[:28]} ... {prompt[-28:]}")
+
+
+def read_reference(path: Path, manifest: Manifest) -> tuple[np.ndarray, str]:
+    """A picture brought to its bucket as the training pictures were, uint8 [H, W, 3], and the file's sha256.
+
+    Raises:
+      SampleError: it cannot be read or is no picture that can be used.
+    """
+    from preprocess.build.buckets import nearest
+    from preprocess.decoding import images
+
+    try:
+        content = path.read_bytes()
+        header = images.read_header(content, images.Limits(min_side=1, max_aspect=math.inf))  # the build had its own
+        bucket = nearest(manifest.buckets, header.height, header.width)
+        sha256 = hashlib.sha256(content).hexdigest()
+        pixels = images.decode(content, header, bucket, manifest.fit, noise_key=sha256).pixels
+    except (OSError, images.Rejected) as error:
+        raise SampleError(f"--reference {path}: {error}") from error
+    return pixels, sha256
+
+
+def encode_reference(pixels: np.ndarray, manifest: Manifest, spec: str | None) -> np.ndarray:
+    """Vision vector f32 [V] of a picture of `read_reference`, by the encoder of the training pictures."""
+    from preprocess.encoders import load_vision_encoder
+
+    encoder = load_vision_encoder(spec or manifest.vision.id, dtype=manifest.vision.dtype)
+    check_encoder(encoder.identity, manifest.vision, "--vision-encoder")
+    return encoder.encode(pixels[None])[0]

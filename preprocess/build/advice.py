@@ -1,0 +1,157 @@
+"""What a plan's pictures and captions suffer, and which option would spare it: for `build` and its `--dry-run`."""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from fluxdit_jax.shared.sanitize import shown
+from preprocess import PreprocessError
+from preprocess.build import buckets
+from preprocess.build.options import Options
+from preprocess.build.plan import Item, Plan
+
+VISIBLE = 0.1  # a change of aspect ratio that is seen in faces and circles
+_FEW = 0.01  # images that may be bent or enlarged without a word
+_SIDES = tuple(64 * n for n in range(2, 33))  # sides that --resolution is advised to take
+_REPEATED = 0.1  # images that share a caption, from where on it is a warning
+
+
+def bend(item: Item, bucket: buckets.Size, fit: str) -> float:
+    """How much `fit` costs an image, 0 = nothing.
+
+    For "resize" the relative change of aspect ratio, for "crop" the share cut off, for "pad" the share that is noise.
+    """
+    size = (item.header.height, item.header.width)
+    if fit == "resize":
+        return buckets.distortion(size, bucket) - 1
+    plan = buckets.geometry(size, bucket, fit)
+    if fit == "crop":
+        left, top, right, bottom = plan.box
+        return 1 - (right - left) * (bottom - top) / (size[0] * size[1])
+    return 1 - plan.size[0] * plan.size[1] / (bucket[0] * bucket[1])
+
+
+def bends(plan: Plan) -> np.ndarray:
+    """`bend` of every image, in the order of the plan."""
+    return np.array([bend(item, item.bucket, plan.options.fit) for item in plan.items])
+
+
+def tell_bends(plan: Plan, say: Callable[[str], None]) -> None:
+    """Warns of pictures that are visibly distorted, and names the options that would not."""
+    if plan.options.fit != "resize":
+        return
+    found = bends(plan)
+    count = int((found > VISIBLE).sum())
+    if count <= _FEW * len(plan.items):
+        return
+    item = plan.items[int(found.argmax())]
+    say(
+        f"  warning: {count:,} of {len(plan.items):,} images are stretched or squeezed by more than {VISIBLE:.0%}, "
+        f"which is visible (worst {found.max():.1%}: {shown(item.key)}, {item.header.width}x{item.header.height} to "
+        f"{item.bucket[1]}x{item.bucket[0]}, width x height)"
+    )
+    ways = [*_other_tables(plan), "--fit crop cuts instead", "--fit pad fills with noise"]
+    say(f"  to keep their shape: {'; '.join(ways)}")
+
+
+def _other_tables(plan: Plan) -> list[str]:
+    """The gentlest change of --modulus, else of --resolution, that bends few pictures visibly."""
+    options = plan.options
+    smaller = range(options.modulus - buckets.TOKEN_SIDE, 0, -buckets.TOKEN_SIDE)
+    larger = [side for side in _SIDES if options.resolution < side <= 2 * options.resolution]
+    tries = [("--modulus", options.resolution, modulus) for modulus in smaller]
+    tries += [("--resolution", side, 0) for side in larger]
+    for name, resolution, modulus in tries:
+        tried = _tried(plan, resolution, modulus or min(options.modulus, buckets.default_modulus(resolution)))
+        if tried and tried[0] <= _FEW * len(plan.items):
+            worse, soft = tried
+            left = f"{worse} would be" if worse else "none would be"
+            left += f", {soft} enlarged more than {options.max_upscale:g} times" if soft else ""
+            return [f"{name} {modulus if name == '--modulus' else resolution} ({left})"]
+    return []
+
+
+def _tried(plan: Plan, resolution: int, modulus: int) -> tuple[int, int] | None:
+    """(images bent visibly, images enlarged beyond --max-upscale) in another bucket table; None if there is none."""
+    try:
+        table = buckets.bucket_table(resolution, modulus, plan.options.max_aspect)
+    except PreprocessError:
+        return None
+    fitted = [(item, _nearest(table, item)) for item in plan.items]
+    bent = sum(bend(item, bucket, "resize") > VISIBLE for item, bucket in fitted)
+    return bent, sum(_enlargement(item, bucket) > plan.options.max_upscale for item, bucket in fitted)
+
+
+def _nearest(table: tuple[buckets.Size, ...], item: Item) -> buckets.Size:
+    return buckets.nearest(table, item.header.height, item.header.width)
+
+
+def _enlargement(item: Item, bucket: buckets.Size) -> float:
+    return buckets.enlargement((item.header.height, item.header.width), bucket)
+
+
+def tell_enlarged(plan: Plan, say: Callable[[str], None]) -> int:
+    """Warns of pictures that are enlarged, and names a --resolution that fits them; returns how many."""
+    options = plan.options
+    enlarged = [i for i in plan.items if _enlargement(i, i.bucket) > options.max_upscale]
+    if not enlarged:
+        return 0
+    worst = max(enlarged, key=lambda i: _enlargement(i, i.bucket))
+    say(
+        f"  warning: {len(enlarged):,} images are enlarged more than {options.max_upscale:g} times (worst "
+        f"{shown(worst.key)}, {_enlargement(worst, worst.bucket):.1f} times): they will look soft"
+    )
+    if len(enlarged) > _FEW * len(plan.items) and (fitting := fitting_resolution(plan)):
+        side, bent, count = fitting
+        left = f"{count:,} are" if count else "none is"
+        also = f", {bent:,} stretched by more than {VISIBLE:.0%}" if bent and options.fit == "resize" else ""
+        say(f"  --resolution {side} would fit: at that size {left} enlarged so much{also}")
+    return len(enlarged)
+
+
+def fitting_resolution(plan: Plan) -> tuple[int, int, int] | None:
+    """The largest --resolution at which few images are enlarged beyond --max-upscale; (it, images bent, enlarged)."""
+    options = plan.options
+    sides = np.sort([math.sqrt(i.header.height * i.header.width) for i in plan.items])
+    most = options.max_upscale * sides[int(_FEW * len(sides))]
+    for side in reversed(_SIDES):
+        if side < options.resolution and side <= 1.03 * most:  # a bucket may be 6 % smaller than its budget
+            tried = _tried(plan, side, _modulus(options, side))
+            if tried and tried[1] <= _FEW * len(plan.items):
+                return side, *tried
+    return None
+
+
+def _modulus(options: Options, resolution: int) -> int:
+    """--modulus at another resolution: the default follows, what was given does not."""
+    given = options.modulus != buckets.default_modulus(options.resolution)
+    return options.modulus if given else buckets.default_modulus(resolution)
+
+
+def repeated_captions(captions: Iterable[str], examples: int = 3) -> list[str]:
+    """Lines about captions that several images share; none if each has its own.
+
+    Args:
+      captions: the first one of each image.
+      examples: of the commonest, how many are shown.
+    """
+    counts = collections.Counter(captions)
+    total = counts.total()
+    common = [(text, count) for text, count in counts.most_common() if count > 1]
+    sharing = sum(count for _, count in common)
+    if not sharing:
+        return []
+    word = "warning: " if sharing > _REPEATED * total else ""
+    lines = [
+        f"  {word}{sharing:,} of {total:,} images share their caption with another; {len(counts):,} captions in all. "
+        "What differs between images of one caption cannot be asked for in words. The commonest:"
+    ]
+    return lines + [f"    {count:7,}  {shown(_short(text))}" for text, count in common[:examples]]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 90 else text[:87] + "..."

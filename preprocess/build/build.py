@@ -1,0 +1,336 @@
+"""`python -m preprocess build`: a folder of images and captions to a dataset. Read it top to bottom."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Set
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from fluxdit_jax.dataset.manifest import MANIFEST, REJECTS, EncoderIdentity, Manifest
+from fluxdit_jax.shared.host_memory import keep_freed_memory
+from preprocess import PreprocessError
+from preprocess.build import comparison, repeat
+from preprocess.build.encode import Counts, Encoders, Encoding
+from preprocess.build.existing import Existing
+from preprocess.build.journal import Journal
+from preprocess.build.lock import locked
+from preprocess.build.options import Options
+from preprocess.build.plan import Fingerprints, NothingToBuild, Plan, make_plan
+from preprocess.build.publish import LOG_FILE, Identities, finish, publish, roll_forward, save_rejects
+from preprocess.build.summary import MANY_REJECTS, tell_encoders, tell_plan, tell_result, too_many_rejects
+from preprocess.build.units import WORK, Rows, disk_errors
+from preprocess.encoders import (
+    check_arguments,
+    load_all,
+    load_text_encoder,
+    load_vae,
+    load_vision_encoder,
+    require_libraries,
+)
+from preprocess.input.findings import Reject, Scan, counted
+from preprocess.input.scan import scan
+from preprocess.input.vectors import Vectors
+from preprocess.inspect.forecast import tell
+
+if TYPE_CHECKING:
+    import torch
+
+_LOG_SECONDS = 30
+
+
+@dataclasses.dataclass
+class Result:
+    """What a build did.
+
+    Attributes:
+      manifest: of the dataset.
+      status: exit status: 0, or 3 with more rejects than `--max-rejects`.
+      counts: what was encoded and what was taken over.
+      seconds: wall time by part.
+      changed: False if the dataset was up to date.
+    """
+
+    manifest: Manifest
+    status: int
+    counts: Counts
+    seconds: dict[str, float]
+    changed: bool
+
+
+def build(options: Options, damaged: frozenset[tuple[str, int]] | None = None, replace: bool = False) -> Result:
+    """Builds, continues or updates a dataset.
+
+    Args:
+      options: what to do.
+      damaged: of a repair (`verify --repair`), (shard file, row) of records that must be encoded again.
+      replace: records that exist may be dropped or encoded again, however many, and by other options.
+
+    Raises:
+      PreprocessError: the input, an option, an encoder or the disk does not allow it, or a finished dataset would
+        lose more than a few records.
+    """
+    options = options.checked()
+    output = Path(options.output)
+    try:
+        with disk_errors(output):
+            (output / WORK).mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise PreprocessError(f"--output {output} exists and is not a folder") from error
+    with locked(output / WORK / "lock"):
+        try:
+            return _build(options, output, Journal(output / LOG_FILE), damaged, replace)
+        except PreprocessError:
+            if [path.name for path in (output / WORK).iterdir()] == ["lock"]:  # nothing to go on from
+                finish(output)
+            raise
+
+
+def dry_run(options: Options, drawing: str = "", replace: bool = False) -> Plan:
+    """Plans only: prints what `build` would do. Writes nothing but the drawing.
+
+    Args:
+      drawing: a PNG of aspect ratios and buckets is written there, if it is not "".
+      replace: as of `build`.
+
+    Raises:
+      PreprocessError: the input or an option does not allow it.
+    """
+    options = options.checked()
+    output = Path(options.output)
+    journal = Journal(None)
+    listing, vectors = _list(options, output)
+    plan = _plan(options, listing, vectors, journal, keep=False)
+    beyond = _beyond(options, listing)
+    existing = Existing.load(output, set(), journal)
+    interrupted = repeat.unfinished(output)
+    before = repeat.published(output)
+    encoders = _load(options, vectors) if _are_here(options) else None
+    if encoders is None:
+        identities = _likely_identities(options, vectors, [interrupted, before])
+    else:
+        identities = _identities(encoders)
+    prints = Fingerprints.of(options, identities.vae, identities.text, identities.vision)
+    found = _compared(plan, prints, existing, before, beyond)
+    comparison.tell(journal, found, plan)
+    tell_plan(journal, plan, listing, beyond)
+    tell(plan, found, encoders, drawing, journal.say)
+    rejects = sum(reject.counted for reject in plan.rejects)
+    if too_many := too_many_rejects(rejects, len(plan.items), options.max_rejects):
+        journal.say(f"\nwarning: the build will end with status {MANY_REJECTS}: {too_many}")
+    if before and existing.index.units and not repeat.permitted(options, replace, interrupted):
+        try:
+            comparison.require_kept(found, str(output), repeat.require_same(options, before, str(output)))
+        except PreprocessError as error:
+            journal.say(f"\nwarning: without --replace the build will be refused: {error}")
+    return plan
+
+
+def _real(options: Options) -> list[tuple[str, str]]:
+    """(option, spec) of the encoders that need PyTorch."""
+    specs = [("--vae", options.vae), ("--text-encoder", options.text_encoder)]
+    specs += [] if options.vision_embeddings else [("--vision-encoder", options.vision_encoder)]
+    return [(option, spec) for option, spec in specs if not spec.startswith("builtin:")]
+
+
+def _torch_device(options: Options) -> torch.device:
+    """The device of the encoders that need PyTorch; raises `PreprocessError` if it is not installed."""
+    require_libraries(*_real(options)[0])
+    from preprocess.encoders.device import choose_device
+
+    return choose_device(options.device)
+
+
+def _are_here(options: Options) -> bool:
+    return all(Path(spec).is_dir() for _, spec in _real(options))
+
+
+def _identities(encoders: Encoders) -> Identities:
+    return Identities(encoders.vae.identity, encoders.text.identity, encoders.vision_identity)
+
+
+def _likely_identities(options: Options, vectors: Vectors | None, earlier: list[repeat.Earlier | None]) -> Identities:
+    """Of encoders that would have to be downloaded: those that were used under the same names, if they were."""
+    check_arguments(options.dtype, options.latent)
+    device = _torch_device(options)
+    from preprocess.encoders.device import choose_dtype, dtype_name
+
+    dtype = dtype_name(choose_dtype(options.dtype, device))
+    found = {}
+    for part, option in (("vae", "vae"), ("text", "text_encoder"), ("vision", "vision_encoder")):
+        spec = getattr(options, option)
+        found[part] = EncoderIdentity(spec, "", "not known", dtype, 0)
+        for before in earlier:
+            if before and before.identities and before.values.get(option) == spec:
+                identity = getattr(before.identities, part)
+                found[part] = dataclasses.replace(
+                    identity, dtype=identity.dtype if spec.startswith("builtin:") else dtype
+                )
+                break
+    if vectors is not None:
+        found["vision"] = vectors.identity
+    return Identities(**found)
+
+
+def _beyond(options: Options, listing: Scan) -> Set[str]:
+    """Keys of the input that `--limit` leaves out."""
+    return {found.key for found in listing.found[options.limit :]} if options.limit else frozenset()
+
+
+def _compared(
+    plan: Plan, prints: Fingerprints, existing: Existing, before: repeat.Earlier | None, beyond: Set[str]
+) -> comparison.Comparison:
+    old = None
+    if before and before.identities:
+        options = dataclasses.replace(plan.options, fit=before.values.get("fit", plan.options.fit))
+        old = Fingerprints.of(options, before.identities.vae, before.identities.text, before.identities.vision)
+    return comparison.compare(plan, prints, existing, old, beyond)
+
+
+def _list(options: Options, output: Path) -> tuple[Scan, Vectors | None]:
+    listing = scan(options.input, options.caption_field, output, options.allow_outside)
+    if not options.vision_embeddings:
+        return listing, None
+    return listing, Vectors(options.vision_embeddings, (f.key for f in listing.found), options.vision_encoder)
+
+
+def _plan(options: Options, listing: Scan, vectors: Vectors | None, journal: Journal, keep: bool = True) -> Plan:
+    with journal.bar(len(listing.found[: options.limit or None]), "plan") as bar:
+        try:
+            plan = make_plan(listing, options, vectors, bar.update)
+        except NothingToBuild as error:
+            kept = _keep(Path(options.output), error.rejects) if keep else ""
+            raise PreprocessError(f"{error}{kept}") from error
+    return plan
+
+
+def _keep(output: Path, rejects: list[Reject]) -> str:
+    """Writes the rejects of a build that makes no dataset, and says where; an existing dataset keeps its own."""
+    path = output / REJECTS
+    if not rejects or (output / MANIFEST).exists():
+        return ""
+    with disk_errors(path):
+        save_rejects(path, rejects)
+    return f". Each with its reason: {path}"
+
+
+def _build(
+    options: Options,
+    output: Path,
+    journal: Journal,
+    damaged: frozenset[tuple[str, int]] | None,
+    replace: bool,
+) -> Result:
+    began = time.perf_counter()
+    seconds: dict[str, float] = {}
+    journal.event("begin", options=options.to_dict())
+
+    # ---- 1. Finish what a killed run had begun to publish; throw away what it had half written.
+    if roll_forward(output):
+        journal.say("Completed the publication that an earlier run had begun.")
+    work = output / WORK
+    work.mkdir(exist_ok=True)
+    for leftover in work.glob("*.tmp"):
+        leftover.unlink()
+
+    # ---- 2. What there is, by name; and the encoders, so that a missing one is known before hours of reading.
+    before, interrupted = repeat.published(output), repeat.unfinished(output)
+    replace = repeat.permitted(options, replace, interrupted)
+    differences = {} if replace or before is None else repeat.require_same(options, before, str(output))
+    start = time.perf_counter()
+    listing, vectors = _list(options, output)
+    seconds["list"] = time.perf_counter() - start
+    start = time.perf_counter()
+    encoders = _load(options, vectors)
+    identities = _identities(encoders)
+    prints = Fingerprints.of(options, identities.vae, identities.text, identities.vision)
+    seconds["load encoders"] = time.perf_counter() - start
+
+    # ---- 3. The plan: every file is read once.
+    start = time.perf_counter()
+    plan = _plan(options, listing, vectors, journal)
+    beyond = _beyond(options, listing)
+    seconds["plan"] = time.perf_counter() - start
+
+    # ---- 4. What of it is done already, whole units and tensors of other units; and what would be lost.
+    wanted = [(unit.uid(prints), unit) for unit in plan.units]
+    done = Existing.load(output, {uid for uid, _ in wanted}, journal, damaged or frozenset())
+    found = _compared(plan, prints, done, before, beyond)
+    comparison.tell(journal, found, plan)
+    tell_plan(journal, plan, listing, beyond)
+    tell_encoders(journal, identities)
+    if not replace:
+        comparison.require_kept(found, str(output), differences, repairing=damaged is not None)
+    repeat.begin(output, options, identities, replace)
+    del listing, found, beyond
+    todo = [(uid, unit) for uid, unit in wanted if uid not in done.units]
+    archive = done.archive(prints, [unit for _, unit in todo])
+
+    # ---- 5. Encode the rest.
+    start = time.perf_counter()
+    encoding = Encoding(encoders, options, prints, archive, work, journal.event)
+    if todo:
+        with journal.bar(sum(len(unit.items) for _, unit in todo), "encode") as bar:
+            for info in encoding.run(todo, _Progress(bar, encoding, journal, counted(plan.rejects))):
+                done.add(Rows.load(work / f"{info.uid}.parquet"))
+                journal.event("unit", uid=info.uid, split=info.split, records=info.records, bytes=info.bytes)
+    seconds["encode"] = time.perf_counter() - start
+
+    # ---- 6. Publish.
+    start = time.perf_counter()
+    finished = [(unit, *done.units[uid]) for uid, unit in wanted]
+    manifest, changed = publish(output, plan, finished, identities)
+    seconds["publish"] = time.perf_counter() - start
+
+    seconds |= {f"encode: {what}": value for what, value in encoding.watch.seconds.items()}
+    seconds["all"] = time.perf_counter() - began
+    status = tell_result(journal, output, plan, manifest, finished, encoding.counts, seconds, changed)
+    return Result(manifest, status, encoding.counts, seconds, changed)
+
+
+def _load(options: Options, vectors: Vectors | None) -> Encoders:
+    # What an encoder on a CPU allocates for each picture would else be faulted in anew: 1.4 to 1.8 times the images/s.
+    keep_freed_memory(large_too=not _real(options) or _torch_device(options).type == "cpu")
+    vae, text, vision = load_all(
+        lambda: load_vae(options.vae, options.device, options.dtype, options.latent, options.seed),
+        lambda: load_text_encoder(options.text_encoder, options.device, options.dtype, options.max_tokens),
+        lambda: (
+            None if vectors is not None else load_vision_encoder(options.vision_encoder, options.device, options.dtype)
+        ),
+    )
+    encoders = Encoders(vae=vae, text=text, vision=vision, vectors=vectors)
+    if options.modulus % encoders.vae.factor:
+        raise PreprocessError(
+            f"--modulus {options.modulus} is not a multiple of the VAE's factor {encoders.vae.factor}"
+        )
+    return encoders
+
+
+class _Progress:
+    """Moves the bar, with each encoder's share of the time and the rejects; logs the same once in a while."""
+
+    def __init__(self, bar: tqdm, encoding: Encoding, journal: Journal, rejects: int) -> None:
+        self._bar, self._encoding, self._journal, self._rejects = bar, encoding, journal, rejects
+        self._logged = time.monotonic()
+
+    def __call__(self, images: int) -> None:
+        seconds = self._encoding.watch.seconds
+        total = sum(seconds.values()) or 1.0
+        shares = {what: f"{seconds.get(what, 0.0) / total:.0%}" for what in ("text", "vae", "vision")}
+        rejects = self._rejects + self._encoding.counts.rejected
+        self._bar.set_postfix(shares | {"rejects": rejects}, refresh=False)
+        self._bar.update(images)
+        if time.monotonic() - self._logged > _LOG_SECONDS:
+            self._logged = time.monotonic()
+            rate = self._bar.format_dict["rate"]
+            self._journal.event(
+                "progress",
+                done=self._bar.n,
+                total=self._bar.total,
+                images_per_s=rate,
+                rejects=rejects,
+                **shares,
+            )

@@ -1,0 +1,223 @@
+"""A plan beside what exists: which records stay, which are new, changed or dropped, and what is to be encoded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Set
+from typing import Any
+
+import pyarrow as pa
+
+from fluxdit_jax.shared.sanitize import shown
+from preprocess import PreprocessError
+from preprocess.build.existing import Existing
+from preprocess.build.journal import Journal
+from preprocess.build.plan import Fingerprints, Item, Plan
+
+_FEW, _FEW_SHARE = 3, 0.01  # records that a build may drop or encode again without being asked to
+_GONE = "no longer in the input"
+_EDITED = ("caption changed", "vector changed")  # what the user did on purpose, and costs no picture
+
+
+class WouldLose(PreprocessError):
+    """A finished dataset would lose more than a few records."""
+
+
+@dataclasses.dataclass
+class Comparison:
+    """What a build would do to what exists.
+
+    Attributes:
+      records: of the dataset before.
+      kept: images of the plan whose record is there as it must be.
+      moved: images that the dataset has under another name.
+      unfinished: images that an interrupted build has encoded, beside those of the dataset.
+      new: images that the dataset does not have.
+      changed: images that the dataset has, with something to be made again, by reason.
+      dropped: keys of records that will not be in the dataset any more, by reason.
+      pictures, captions: images of which a picture or the captions must be encoded.
+    """
+
+    records: int = 0
+    kept: int = 0
+    moved: int = 0
+    unfinished: int = 0
+    new: int = 0
+    changed: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    dropped: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    pictures: int = 0
+    captions: int = 0
+
+    def going(self, besides: tuple[str, ...]) -> dict[str, list[str]]:
+        """Keys of records dropped or made again, by reason, besides these kinds of change."""
+        return self.dropped | {
+            reason: keys for reason, keys in self.changed.items() if reason not in (*besides, "damaged")
+        }
+
+
+def compare(
+    plan: Plan,
+    prints: Fingerprints,
+    existing: Existing,
+    before: Fingerprints | None,
+    beyond: Set[str] = frozenset(),
+) -> Comparison:
+    """Compares a plan with what exists.
+
+    Args:
+      prints: of the plan.
+      before: of the dataset, None if it is not known.
+      beyond: keys of the input that `--limit` leaves out.
+    """
+    result = Comparison(records=existing.index.table.num_rows)
+    items = {item.key: item for item in plan.items}
+    contents = {item.content for item in plan.items}
+    rejected = {reject.key: reject.reason for reject in plan.rejects}
+    known = _known(existing)
+    had: set[str] = set()
+    had_contents: set[str] = set()
+    gone_contents: set[str] = set()
+    for row, old in enumerate(_rows(existing.index.table)):
+        key, content = old["key"], old["content_hash"]
+        had.add(key)
+        had_contents.add(content)
+        item = items.get(key)
+        if item is None:
+            gone_contents.add(content)
+        if item is not None:
+            reason = "damaged" if row in existing.damaged else _change(item, old, prints, before, contents)
+            if reason:
+                result.changed.setdefault(reason, []).append(key)
+            else:
+                result.kept += 1
+        elif content not in contents:
+            reason = _GONE
+            if key in rejected:
+                reason = f"rejected now: {rejected[key]}"
+            elif key in beyond:
+                reason = f"beyond --limit {plan.options.limit}"
+            result.dropped.setdefault(reason, []).append(key)
+    for item in plan.items:
+        latent, text, vision = (name in known for name in prints.ids(item))
+        picture = not latent or not (vision or item.vector)
+        result.pictures += picture
+        result.captions += not text
+        if item.key in had:
+            continue
+        if item.content in gone_contents:
+            result.moved += 1
+        elif picture or not text or item.content in had_contents:  # a copy needs no encoding
+            result.new += 1
+        else:
+            result.unfinished += 1
+    return result
+
+
+def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """The rows of an index one after the other, without a list of all."""
+    for batch in table.to_batches(max_chunksize=4096):
+        yield from batch.to_pylist()
+
+
+def _known(existing: Existing) -> set[str]:
+    """Ids of all tensors that can be used."""
+    names: set[str] = set()
+    tables = [(existing.index.table, existing.damaged), *((rows.table, ()) for rows in existing.work)]
+    for table, damaged in tables:
+        for column in ("latent_id", "text_id", "vision_id") if table.num_rows else ():
+            values = table[column].to_pylist()
+            names.update(value for row, value in enumerate(values) if row not in damaged)
+    return names
+
+
+def _change(
+    item: Item, old: dict[str, Any], prints: Fingerprints, before: Fingerprints | None, contents: set[str]
+) -> str:
+    """Why a record must be made again, the weightiest reason; "" if it stays."""
+    latent, text, vision = prints.ids(item)
+    same_text = text == old["text_id"]
+    if (latent, vision) == (old["latent_id"], old["vision_id"]) and same_text:
+        return ""
+    if item.content != old["content_hash"] and old["content_hash"] not in contents:
+        return "image changed"
+    if item.bucket != (old["bucket_height"], old["bucket_width"]):
+        return "encoded at another size"
+    if latent != old["latent_id"]:
+        if item.content != old["content_hash"]:
+            return "image changed places with another"
+        other = before is None or prints.latent != before.latent
+        return "encoded by another VAE or --fit" if other else "read in another way by this version"
+    if not same_text and (before is None or prints.text != before.text):
+        return "encoded by another text encoder"
+    if vision != old["vision_id"]:
+        same_encoder = before is not None and prints.vision == before.vision
+        return "vector changed" if same_encoder else "encoded by another vision encoder"
+    return "caption changed"
+
+
+def tell(journal: Journal, found: Comparison, plan: Plan) -> None:
+    """Says what becomes of what exists, and what is to be encoded."""
+    total, rejects = len(plan.items), sum(reject.counted for reject in plan.rejects)
+    options = plan.options
+    shape = (
+        f"{len(plan.units)} shards, {rejects:,} rejected so far, {len(options.buckets())} buckets of modulus "
+        f"{options.modulus} at {options.resolution} px"
+    )
+    if not found.records and not found.unfinished:
+        journal.say(f"{total:,} images to encode in {shape}")
+    else:
+        changed = sum(map(len, found.changed.values()))
+        parts = [f"{found.kept + found.moved:,} kept", f"{found.new:,} new", f"{changed:,} changed"]
+        if found.unfinished:
+            parts.insert(1, f"{found.unfinished:,} done before the interruption")
+        if found.records:
+            parts.append(f"{sum(map(len, found.dropped.values())):,} dropped")
+        journal.say(f"{total:,} images: {', '.join(parts)}; {shape}")
+        journal.say(f"  to encode: {found.pictures:,} pictures, the captions of {found.captions:,} images")
+    for reason, keys in found.changed.items():
+        journal.say(f"  changed: {len(keys):,} {reason} (for example {shown(min(keys))})")
+    for reason, keys in found.dropped.items():
+        journal.say(
+            f"  {len(keys):,} of {found.records:,} records of the dataset are {shown(reason)} and are left out "
+            f"(for example {shown(min(keys))})"
+        )
+    if found.dropped:
+        journal.event("gone", keys=sorted(key for keys in found.dropped.values() for key in keys))
+
+
+def require_kept(found: Comparison, output: str, differences: dict[str, str], repairing: bool = False) -> None:
+    """Checks that a build leaves a finished dataset what it has.
+
+    Args:
+      differences: options that select other inputs or encoders than the dataset's, each with a line of words; then
+        nothing may go, but in a folder that was only moved captions may have been edited.
+      repairing: what is encoded again is meant to be.
+
+    Raises:
+      WouldLose: more than a few records would be dropped or encoded again; it says how many, and why.
+    """
+    allowed = tuple(found.changed) if repairing else () if set(differences) - {"input"} else _EDITED
+    going = found.going(allowed)
+    count = sum(map(len, going.values()))
+    few = 0 if differences else max(_FEW, int(_FEW_SHARE * found.records))
+    if count <= few:
+        return
+    lines = [f"  {len(keys):,} {reason} (for example {min(keys)})" for reason, keys in going.items()]
+    meant = "verify --repair" if repairing else "--replace"
+    ways = (
+        "Mount or give the input that it was built from, and repeat the command"
+        if repairing
+        else f"If that is meant, add {meant}. To keep the dataset, give the options that it was built with, or none "
+        f"but --output {output}; or build into another --output"
+    )
+    raise WouldLose(
+        "\n".join(
+            [
+                f"--output {output} holds {found.records:,} records, and {count:,} of them would go or be encoded "
+                "again; nothing was changed:",
+                *lines,
+                *differences.values(),
+                ways + ".",
+            ]
+        )
+    )

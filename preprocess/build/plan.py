@@ -1,0 +1,290 @@
+"""The plan of a build: which records there will be, in which shard, and what each depends on.
+
+Every file is read and hashed, so a change is noticed by content and never by name or time. Nothing is
+decoded beyond headers.
+
+Shards are the leaves of a binary tree over the hash of the key: a leaf with more than `shard_size` images is
+split by the next bit. So the plan is a function of the set of images alone, and one image more or less
+touches one shard (or splits it in two), where numbering them through would shift all the shards behind it.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from fluxdit_jax.dataset.manifest import SPLITS, EncoderIdentity, json_checksum
+from fluxdit_jax.dataset.records import WRITER_OPTIONS
+from preprocess import PreprocessError
+from preprocess.build.buckets import Size, nearest
+from preprocess.build.options import Options
+from preprocess.decoding.formats import has_other_extension
+from preprocess.decoding.images import Header, Rejected, read_header
+from preprocess.input import captions
+from preprocess.input.byte_source import Place
+from preprocess.input.findings import Found, Reject, Scan
+from preprocess.input.vectors import Vectors
+
+MAX_FILE_BYTES = 512_000_000
+PIXELS_VERSION = 1  # raised when `images.decode` gives other pixels for all files; for some, `Header.version`
+_Job = TypeVar("_Job")
+_Result = TypeVar("_Result")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Item:
+    """One image that is to become a record.
+
+    Attributes:
+      captions: at least one, all different.
+      content: sha256 of the image file, hex.
+      header: size of the upright picture.
+      bucket: (height, width), pixels.
+      vector: sha256 of its precomputed vector's file, or "".
+    """
+
+    key: str
+    image: Place
+    captions: tuple[str, ...]
+    content: str
+    header: Header
+    bucket: Size
+    vector: str = ""
+
+    @property
+    def caption(self) -> str:
+        """The first caption."""
+        return self.captions[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fingerprints:
+    """What the three tensors of a record depend on, beside the image and the captions; short hashes."""
+
+    latent: str
+    text: str
+    vision: str
+
+    @classmethod
+    def of(cls, options: Options, vae: EncoderIdentity, text: EncoderIdentity, vision: EncoderIdentity) -> Fingerprints:
+        pixels = [PIXELS_VERSION, options.fit]
+        return cls(
+            latent=digest("latent", pixels, _weights(vae)),
+            text=digest("text", _weights(text)),
+            vision=digest("vision", pixels, _weights(vision)),
+        )
+
+    def ids(self, item: Item) -> tuple[str, str, str]:
+        """Names of the latent, the texts and the vision vector of an item, by what they are made from."""
+        return self.ids_of(item.content, item.bucket, item.captions, item.vector, item.header.version)
+
+    def ids_of(
+        self, content: str, bucket: Size, captions: tuple[str, ...], vector: str = "", version: int = 1
+    ) -> tuple[str, str, str]:
+        """The same of a record; `version` is its header's, so that only files of a new reading get new names."""
+        pixels = [content, bucket] if version == 1 else [content, bucket, version]
+        return (
+            digest(self.latent, *pixels),
+            digest(self.text, *captions),
+            digest(self.vision, *([vector] if vector else pixels)),
+        )
+
+
+def _weights(identity: EncoderIdentity) -> list[Any]:
+    """What decides an encoder's output; not its name, which changes when a directory is moved."""
+    return [identity.sha256, identity.dtype, identity.width, identity.options]
+
+
+def digest(*parts: object) -> str:
+    """32 hex digits that name whatever the parts are; they must be JSON."""
+    return json_checksum(parts)[:32]
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """A unit of work: one shard.
+
+    Attributes:
+      split: "train" or "holdout".
+      items: in the order of the records, by key.
+    """
+
+    split: str
+    items: tuple[Item, ...]
+
+    def uid(self, prints: Fingerprints) -> str:
+        """A hash over everything that decides the shard's bytes."""
+        rows = [[item.key, item.content, *prints.ids(item)] for item in self.items]
+        return digest(WRITER_OPTIONS, self.split, rows)
+
+
+class NothingToBuild(PreprocessError):
+    """No input can become a record to train on; `rejects` says of each why."""
+
+    def __init__(self, message: str, rejects: list[Reject]) -> None:
+        super().__init__(message)
+        self.rejects = rejects
+
+
+@dataclasses.dataclass
+class Plan:
+    """All items by key, their division into units, and the inputs that were refused so far.
+
+    Attributes:
+      duplicates: groups of keys whose image files are equal, byte by byte.
+      passed_over: captions that were not taken because another one was, counted by reason.
+      wrong_extension: images whose extension names another format than they have.
+      bytes_read: of images.
+    """
+
+    options: Options
+    items: list[Item]
+    units: list[Unit]
+    rejects: list[Reject]
+    duplicates: list[tuple[str, ...]]
+    passed_over: collections.Counter[str]
+    wrong_extension: int
+    bytes_read: int
+
+
+def make_plan(
+    scan: Scan,
+    options: Options,
+    vectors: Vectors | None = None,
+    progress: Callable[[int], None] = lambda n: None,
+) -> Plan:
+    """Reads and judges every input found.
+
+    Args:
+      scan: what there is.
+      options: checked ones.
+      vectors: precomputed vision vectors, if any.
+      progress: called with the number of inputs done since the last call.
+
+    Raises:
+      NothingToBuild: nothing is left to train on.
+    """
+    found = scan.found[: options.limit or None]
+    items: list[Item] = []
+    rejects = list(scan.rejects)
+    passed_over = scan.passed_over.copy()
+    size = 0
+    for result in _in_threads(lambda f: _examine(f, options, vectors), found, options.workers):
+        if isinstance(result, Reject):
+            rejects.append(result)
+        else:
+            item, bytes_read, not_taken = result
+            items.append(item)
+            passed_over += not_taken
+            size += bytes_read
+        progress(1)
+    units = make_units(items, options.holdout, options.shard_size)
+    if not any(unit.split == "train" for unit in units):
+        raise NothingToBuild(_nothing(scan, found, items, rejects, options), rejects)
+    return Plan(
+        options=options,
+        items=items,
+        units=units,
+        rejects=rejects,
+        duplicates=_duplicates(items),
+        passed_over=passed_over,
+        wrong_extension=sum(_wrong_extension(item) for item in items),
+        bytes_read=size,
+    )
+
+
+def _examine(
+    found: Found, options: Options, vectors: Vectors | None
+) -> tuple[Item, int, collections.Counter[str]] | Reject:
+    try:
+        texts, passed_over = captions.choose(found.captions, captions.fields(options.caption_field))
+        data = found.image.read(MAX_FILE_BYTES)
+        header = read_header(data, options.limits())
+        vector = hashlib.sha256(vectors.read(found.key)[0]).hexdigest() if vectors else ""
+        item = Item(
+            key=found.key,
+            image=found.image,
+            captions=texts,
+            content=hashlib.sha256(data).hexdigest(),
+            header=header,
+            bucket=nearest(options.buckets(), header.height, header.width),
+            vector=vector,
+        )
+    except Rejected as rejected:
+        return Reject.of(found.key, found.image.path, rejected)
+    return item, len(data), passed_over
+
+
+def _in_threads(work: Callable[[_Job], _Result], jobs: list[_Job], threads: int) -> Iterator[_Result]:
+    """`map` in threads, in order, with a bounded number of results waiting."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: collections.deque[Future[_Result]] = collections.deque()
+        for job in jobs:
+            waiting.append(pool.submit(work, job))
+            if len(waiting) >= 16 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def split_of(content: str, holdout: float) -> str:
+    """The split of an image, from the hash of its content: the same whatever else is in the dataset."""
+    return "holdout" if int(content[:16], 16) < holdout * 2**64 else "train"
+
+
+def make_units(items: list[Item], holdout: float, shard_size: int) -> list[Unit]:
+    """Divides items into units of at most `shard_size`, train first."""
+    units = []
+    for split in SPLITS:
+        members = [
+            (int.from_bytes(hashlib.sha256(item.key.encode()).digest()[:8]), item)
+            for item in items
+            if split_of(item.content, holdout) == split
+        ]
+        for leaf in _leaves(members, shard_size, bit=63):
+            units.append(Unit(split, tuple(sorted((item for _, item in leaf), key=lambda item: item.key))))
+    return units
+
+
+def _leaves(members: list[tuple[int, Item]], size: int, bit: int) -> Iterator[list[tuple[int, Item]]]:
+    if len(members) <= size:
+        if members:
+            yield members
+        return
+    yield from _leaves([m for m in members if not m[0] >> bit & 1], size, bit - 1)
+    yield from _leaves([m for m in members if m[0] >> bit & 1], size, bit - 1)
+
+
+def _duplicates(items: list[Item]) -> list[tuple[str, ...]]:
+    groups: dict[str, list[str]] = collections.defaultdict(list)
+    for item in items:
+        groups[item.content].append(item.key)
+    return [tuple(keys) for keys in groups.values() if len(keys) > 1]
+
+
+def _wrong_extension(item: Item) -> bool:
+    return has_other_extension(item.key, item.header.format)
+
+
+def _nothing(scan: Scan, found: list[Found], items: list[Item], rejects: list[Reject], options: Options) -> str:
+    if items:
+        return (
+            f"--holdout {options.holdout} puts all {len(items)} images into the holdout split and leaves none to "
+            "train on; use --holdout 0"
+        )
+    others = ", ".join(f"{name} {count}" for name, count in scan.ignored.most_common(6))
+    ignored = f"; not looked at: {others}" if others else ""
+    what = f"none of {len(found)} images" if found else f"no image in {scan.root}"
+    if not rejects:
+        return f"--input {options.input}: {what}{ignored}"
+    reasons = collections.Counter(reject.reason for reject in rejects).most_common(6)
+    told = "; ".join(f"{reason}: {count}" for reason, count in reasons)
+    example = min(rejects, key=lambda reject: (not reject.counted, reject.reason != reasons[0][0]))
+    return (
+        f"--input {options.input}: {what} can be used ({told}{ignored}). For example {example.file}: "
+        f"{example.detail or example.reason}"
+    )

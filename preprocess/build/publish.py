@@ -1,0 +1,327 @@
+"""From finished units to a dataset directory, so that a kill at any moment leaves one or the other.
+
+Everything new is written into `.build/next` first. Then `.build/commit.json` says which file goes where, and
+from there the way only leads forward: `roll_forward` may be killed and called again as often as it likes.
+While files are moved there is no manifest, so nobody takes the directory for a finished dataset.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from fluxdit_jax.dataset import records
+from fluxdit_jax.dataset.manifest import (
+    INDEX,
+    MANIFEST,
+    REJECTS,
+    SPLITS,
+    EncoderIdentity,
+    Manifest,
+    Shard,
+    json_checksum,
+    load_manifest,
+    sha256_file,
+    shard_name,
+)
+from fluxdit_jax.shared.sanitize import plain_name
+from preprocess import PreprocessError
+from preprocess.build.options import Options
+from preprocess.build.plan import Plan, Unit
+from preprocess.build.statistics import Moments
+from preprocess.build.units import (
+    INDEX_SCHEMA,
+    SHARD_SUFFIX,
+    WORK,
+    Rows,
+    UnitInfo,
+    bucket_histogram,
+    disk_errors,
+    replacing,
+    sync_folder,
+)
+from preprocess.input.findings import Reject, counted
+
+OPTIONS_FILE = "build.json"
+LOG_FILE = "build_log.jsonl"
+_NEXT, _COMMIT = "next", "commit.json"
+
+
+def dataset_name(directory: Path) -> str:
+    """The TFDS name of a dataset: its folder's name in lower case, other characters than a-z, 0-9 as _."""
+    name = re.sub(r"[^a-z0-9]+", "_", directory.resolve().name.lower()).strip("_")
+    return name if name[:1].isalpha() else f"dataset_{name}".rstrip("_")
+
+
+@dataclasses.dataclass(frozen=True)
+class Identities:
+    """The three encoders' identities."""
+
+    vae: EncoderIdentity
+    text: EncoderIdentity
+    vision: EncoderIdentity
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, dict[str, Any]]) -> Identities:
+        """The inverse of `dataclasses.asdict`; raises `TypeError` if it is none."""
+        return cls(**{name: EncoderIdentity(**identity) for name, identity in raw.items()})
+
+
+def publish(
+    directory: Path, plan: Plan, done: list[tuple[Unit, UnitInfo, pa.Table]], identities: Identities
+) -> tuple[Manifest, bool]:
+    """Makes the dataset that consists of exactly these units.
+
+    Args:
+      done: every unit of the plan in order, with what is known of it and its rows. `UnitInfo.file` tells
+        whether its shard is in the dataset already or in `.build`.
+
+    Returns:
+      The manifest, and False if the directory was that dataset already.
+
+    Raises:
+      PreprocessError: no record is left in the train split, or a latent channel is constant.
+    """
+    name = dataset_name(directory)
+    placed = _place(name, done)
+    manifest = _manifest(name, plan, placed, identities)
+    rejects = [*plan.rejects, *(reject for info, _, _ in placed for reject in info.rejects)]
+    work = directory / WORK
+    next_folder = work / _NEXT
+    shutil.rmtree(next_folder, ignore_errors=True)
+    next_folder.mkdir(parents=True)
+    with disk_errors(next_folder):
+        save_rejects(next_folder / REJECTS, rejects)
+        rejects_sha256 = sha256_file(next_folder / REJECTS)
+        index = pa.concat_tables([_index_part(info, table) for info, table, _ in placed]).cast(INDEX_SCHEMA)
+        Rows(index, [info for info, _, _ in placed], rejects_sha256).save(next_folder / INDEX)
+        save_options(next_folder / OPTIONS_FILE, plan.options)
+        _save_text(next_folder / MANIFEST, manifest.to_json())
+    moves = [(info.uid, old, info.file) for info, _, old in placed if info.records]
+    if all(old == new for _, old, new in moves) and _same(directory, next_folder):
+        finish(directory)
+        return manifest, False
+    with disk_errors(work / _COMMIT):
+        keep = {old: uid for uid, old, _ in moves if old}
+        commit = {"phase": 1, "keep": keep, "place": {uid: new for uid, _, new in moves}}
+        _save_text(work / _COMMIT, _to_json(commit))
+    roll_forward(directory)
+    return manifest, True
+
+
+def _place(name: str, done: list[tuple[Unit, UnitInfo, pa.Table]]) -> list[tuple[UnitInfo, pa.Table, str]]:
+    """Gives shards their names; a unit without records gets none. Returns (info, rows, present name)."""
+    placed = []
+    for split in SPLITS:
+        units = [(info, table) for unit, info, table in done if unit.split == split]
+        count = sum(info.records > 0 for info, _ in units)
+        number = 0
+        for info, table in units:
+            file = ""
+            if info.records:
+                file = shard_name(name, split, number, count)
+                number += 1
+            placed.append((dataclasses.replace(info, file=file), table, info.file))
+    return placed
+
+
+def _index_part(info: UnitInfo, table: pa.Table) -> pa.Table:
+    count = table.num_rows
+    columns = {
+        "split": pa.array([info.split] * count, pa.string()),
+        "shard": pa.array([info.file] * count, pa.string()),
+        "row": pa.array(range(count), pa.int32()),
+    }
+    return pa.table(columns | {column: table[column] for column in table.column_names})
+
+
+def _manifest(name: str, plan: Plan, placed: list[tuple[UnitInfo, pa.Table, str]], identities: Identities) -> Manifest:
+    options = plan.options
+    shards: dict[str, list[Shard]] = {}
+    for info, table, _ in placed:
+        if info.records:
+            shard = Shard(info.file, info.sha256, info.bytes, info.records, bucket_histogram(table))
+            shards.setdefault(info.split, []).append(shard)
+    moments = Moments.merged(info.moments for info, _, _ in placed if info.moments and info.split == "train")
+    if moments is None:
+        raise PreprocessError(
+            "every image of the train split was rejected while it was decoded or encoded; the reasons are in "
+            f"{Path(options.output) / LOG_FILE}"
+        )
+    constant = [channel for channel, std in enumerate(moments.std) if not std > 0]
+    if constant:
+        raise PreprocessError(
+            f"latent channel {constant[0]} has the same value everywhere in the train split, so it cannot be "
+            "normalised: the images are all of one flat colour, or the VAE is broken"
+        )
+    return Manifest(
+        name=name,
+        resolution=options.resolution,
+        modulus=options.modulus,
+        fit=options.fit,
+        vae=identities.vae,
+        text=identities.text,
+        vision=identities.vision,
+        buckets=options.buckets(),
+        latent_mean=tuple(moments.mean.tolist()),
+        latent_std=tuple(moments.std.tolist()),
+        latent_count=moments.count,
+        text_tokens=max(max(table["tokens"].to_pylist()) for info, table, _ in placed if info.records),
+        shards={split: tuple(of_split) for split, of_split in shards.items()},
+        rejects=counted(plan.rejects) + sum(len(info.rejects) for info, _, _ in placed),
+    )
+
+
+def save_rejects(path: Path, rejects: list[Reject]) -> None:
+    """Writes `rejects.jsonl`, sorted by key."""
+    lines = []
+    for reject in sorted(rejects, key=lambda reject: (reject.key, reject.reason, reject.detail)):
+        raw = reject.to_dict()
+        del raw["transient"]
+        lines.append(json.dumps(raw, ensure_ascii=False) + "\n")
+    _save_text(path, "".join(lines))
+
+
+def _to_json(raw: Any) -> str:
+    return json.dumps(raw, indent=1, sort_keys=True) + "\n"
+
+
+def _save_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _same(directory: Path, next_folder: Path) -> bool:
+    """Whether the published files equal the next ones, byte for byte."""
+    for path in next_folder.iterdir():
+        try:
+            if (directory / path.name).read_bytes() != path.read_bytes():
+                return False
+        except FileNotFoundError:
+            return False
+    return all((directory / name).exists() for name in ("dataset_info.json", "features.json"))
+
+
+def _read_commit(path: Path) -> dict[str, Any] | None:
+    """What a publication was about to do; None if there is none. It moves files, so every name in it must be plain."""
+    try:
+        commit = json.loads(path.read_text(encoding="utf-8"))
+        moves = [*commit["keep"].items(), *commit["place"].items()]
+        if commit["phase"] not in (1, 2) or not all(plain_name(name) for pair in moves for name in pair):
+            raise ValueError("not what `build` writes there")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise PreprocessError(
+            f"{path} is damaged ({error}): an interrupted publication cannot be completed. Move {path.parent} away and "
+            "give the same command again; `python -m preprocess verify` tells what of the dataset is whole"
+        ) from error
+    return commit
+
+
+def pending_index(directory: Path) -> Path | None:
+    """The index of a publication that was begun and not completed; None if there is none."""
+    work = directory / WORK
+    pending = (work / _COMMIT).exists() and (work / _NEXT / INDEX).exists()
+    return work / _NEXT / INDEX if pending else None
+
+
+def roll_forward(directory: Path) -> bool:
+    """Completes a publication that was begun, if there is one; returns whether there was."""
+    work = directory / WORK
+    commit = _read_commit(work / _COMMIT)
+    if commit is None:
+        return False
+    with disk_errors(directory):
+        if commit["phase"] == 1:
+            (directory / MANIFEST).unlink(missing_ok=True)
+            for file, uid in commit["keep"].items():
+                if (directory / file).exists():
+                    (directory / file).replace(work / (uid + SHARD_SUFFIX))
+            sync_folder(work)
+            sync_folder(directory)
+            commit["phase"] = 2
+            _save_text(work / _COMMIT, _to_json(commit))
+        for uid, file in commit["place"].items():
+            if (work / (uid + SHARD_SUFFIX)).exists():
+                (work / (uid + SHARD_SUFFIX)).replace(directory / file)
+        for path in directory.glob("*.array_record-*-of-*"):
+            if path.name not in commit["place"].values():
+                path.unlink()
+        next_folder = work / _NEXT
+        manifest_path = next_folder if (next_folder / MANIFEST).exists() else directory
+        manifest = load_manifest(manifest_path)
+        write_tfds_metadata(directory, manifest)
+        for name in (INDEX, REJECTS, OPTIONS_FILE, MANIFEST):  # the manifest last
+            if (next_folder / name).exists():
+                (next_folder / name).replace(directory / name)
+        sync_folder(directory)
+    finish(directory)
+    return True
+
+
+def finish(directory: Path) -> None:
+    """Removes `.build` (the lock in it goes last and its holder keeps it)."""
+    work = directory / WORK
+    (work / _COMMIT).unlink(missing_ok=True)
+    for path in work.glob("*.parquet"):  # before the shards: a unit without rows does not count as finished
+        path.unlink()
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def write_tfds_metadata(directory: Path, manifest: Manifest) -> None:
+    """`dataset_info.json` and `features.json`, as TFDS wants them; the shards must be there by name."""
+    import tensorflow_datasets as tfds
+
+    template = tfds.core.ShardedFileTemplate(
+        dataset_name=manifest.name,
+        data_dir=directory,
+        filetype_suffix="array_record",
+        template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+    )
+    splits = [
+        tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=[shard.records for shard in shards],
+            num_bytes=sum(shard.bytes for shard in shards),
+            filename_template=template,
+        )
+        for split, shards in manifest.shards.items()
+    ]
+    tfds.folder_dataset.write_metadata(
+        data_dir=directory,
+        features=records.tfds_features(manifest.vae.width, manifest.text.width, manifest.vision.width),
+        split_infos=splits,
+        filename_template=template,
+        version="1.0.0",
+        check_data=False,
+        description="Images encoded for fluxdit_jax: VAE latents, T5 tokens, DINO vectors.",
+    )
+
+
+def save_options(path: Path, options: Options, **more: Any) -> None:
+    """Writes the file that `load_options` reads; `more` stands beside the options."""
+    raw = options.to_dict()  # `verify --repair` would encode with what a flipped bit makes of them
+    with disk_errors(path):
+        _save_text(path, _to_json({"options": raw, "checksum": json_checksum(raw)} | more))
+
+
+def load_options(directory: Path) -> Options:
+    """The options that a dataset was built with; raises `PreprocessError` if they are not there."""
+    path = directory / OPTIONS_FILE
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if raw.get("checksum", json_checksum(raw["options"])) != json_checksum(raw["options"]):
+            raise ValueError(
+                "its checksum is not that of its content: it is damaged, or was edited by hand; give the `build` "
+                "command of the dataset again, it writes the file anew"
+            )
+        return Options.from_dict(raw["options"], str(path))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise PreprocessError(f"{path} cannot be read: {error}") from error

@@ -1,0 +1,184 @@
+"""A build that is given again: the options that are left out are the dataset's, and one that differs must be meant."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from fluxdit_jax.dataset.manifest import DatasetError, Manifest, load_manifest
+from preprocess import PreprocessError
+from preprocess.build.buckets import default_modulus
+from preprocess.build.options import Options
+from preprocess.build.publish import OPTIONS_FILE, Identities, load_options, save_options
+from preprocess.build.units import WORK
+
+# They say where something is, or which inputs are taken: judged by what would become of the records. A dataset that
+# grows by them loses nothing. The others decide what every record is.
+_SELECTING = (
+    "input", "limit", "vae", "text_encoder", "vision_encoder", "vision_embeddings", "caption_field", "allow_outside",
+    "min_side", "max_pixels",
+)  # fmt: skip
+_DECISIVE = (
+    "resolution",
+    "modulus",
+    "fit",
+    "max_aspect",
+    "holdout",
+    "shard_size",
+    "latent",
+    "max_tokens",
+    "seed",
+    "dtype",
+)
+_OF_THIS_MACHINE = ("output", "workers")  # not taken from a dataset
+
+
+@dataclasses.dataclass(frozen=True)
+class Earlier:
+    """What is known of the build that an output folder has seen.
+
+    Attributes:
+      values: options by name; only some of a dataset that does not store them.
+      identities: of the encoders, None if they are not known.
+      replace: that build was permitted to drop or encode again what there was.
+    """
+
+    values: dict[str, Any]
+    identities: Identities | None = None
+    replace: bool = False
+
+
+def published(output: Path) -> Earlier | None:
+    """What a dataset was built with; None if there is no dataset.
+
+    A dataset without a readable `build.json` is asked for what its manifest knows.
+    """
+    manifest: Manifest | None = None
+    identities: Identities | None = None
+    with contextlib.suppress(DatasetError):
+        manifest = load_manifest(output)
+        identities = Identities(manifest.vae, manifest.text, manifest.vision)
+    try:
+        return Earlier(load_options(output).to_dict(), identities)
+    except PreprocessError:
+        return Earlier(_of_manifest(manifest), identities) if manifest else None
+
+
+def unfinished(output: Path) -> Earlier | None:
+    """What a build that did not end was asked to do; None if there is none, or it is not known."""
+    path = output / WORK / OPTIONS_FILE
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        options = load_options(path.parent)
+        identities = Identities.from_dict(raw["identities"])
+        return Earlier(options.to_dict(), identities, raw["replace"] is True)
+    except (OSError, ValueError, KeyError, TypeError, PreprocessError):
+        return None
+
+
+def begin(output: Path, options: Options, identities: Identities, replace: bool) -> None:
+    """Notes what is being built, so that it can be continued by `--output` alone, and planned without encoders."""
+    path = output / WORK / OPTIONS_FILE
+    more = {"identities": dataclasses.asdict(identities), "replace": replace}
+    save_options(path, options, **more)
+
+
+def _of_manifest(manifest: Manifest) -> dict[str, Any]:
+    values = {
+        "resolution": manifest.resolution,
+        "modulus": manifest.modulus,
+        "fit": manifest.fit,
+        "vae": manifest.vae.id,
+        "text_encoder": manifest.text.id,
+    }
+    if not manifest.vision.id.startswith("precomputed"):
+        values["vision_encoder"] = manifest.vision.id
+    if "max_tokens" in manifest.text.options:
+        values["max_tokens"] = manifest.text.options["max_tokens"]
+    return values
+
+
+def complete(given: dict[str, Any]) -> tuple[Options, list[str]]:
+    """Options of a command line, those left out taken from the dataset or the unfinished build in its output.
+
+    Args:
+      given: by name; "output" is among them.
+
+    Returns:
+      The options, and those taken from there that are not the defaults, as on a command line.
+
+    Raises:
+      PreprocessError: no input is given and none is known.
+    """
+    output = Path(given["output"])
+    earlier = unfinished(output) or published(output)
+    values = dict(earlier.values) if earlier else {}
+    for name in _OF_THIS_MACHINE:
+        values.pop(name, None)
+    if values.get("modulus") == default_modulus(values.get("resolution", Options.resolution)):
+        del values["modulus"]  # it was not given, and follows another resolution
+    taken = [
+        _flag(name, value)
+        for name, value in values.items()
+        if name not in given and value != getattr(Options, name, None)
+    ]
+    values |= given
+    if "input" not in values:
+        where = "holds no dataset" if earlier is None else f"does not say what it was built from ({OPTIONS_FILE})"
+        raise PreprocessError(f"--input is needed: --output {output} {where}")
+    return Options(**values), taken
+
+
+def _flag(name: str, value: Any) -> str:
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    if name == "limit" and not value:
+        return "--limit 0 (all)"
+    return f"--{flag} {value!r}" if value == "" or " " in str(value) else f"--{flag} {value}"
+
+
+def require_same(options: Options, before: Earlier, output: str) -> dict[str, str]:
+    """Checks that a build has the options of the dataset in its output.
+
+    Returns:
+      {option: line} of those that select other inputs or encoders: whether they may differ depends on what would
+      become of the records.
+
+    Raises:
+      PreprocessError: an option that decides what the records are differs; it names both values.
+    """
+    now = options.to_dict()
+    differing = [name for name, value in before.values.items() if name in now and now[name] != value]
+    if "seed" in differing and options.latent == before.values.get("latent") == "mean":
+        differing.remove("seed")
+    lines = {
+        name: f"  {_flag(name, now[name])} is given, the dataset was built with {_flag(name, before.values[name])}"
+        for name in differing
+    }
+    decisive = [lines[name] for name in _DECISIVE if name in lines]
+    selecting = {name: lines[name] for name in _SELECTING if name in lines}
+    if decisive:
+        raise PreprocessError(
+            "\n".join(
+                [
+                    f"--output {output} was built with other options; nothing was changed:",
+                    *decisive,
+                    *selecting.values(),
+                    f"To build it anew with these, add --replace. To update it, leave them out (`--output {output}` "
+                    "alone repeats its build); or build into another --output.",
+                ]
+            )
+        )
+    return selecting
+
+
+def permitted(options: Options, replace: bool, interrupted: Earlier | None) -> bool:
+    """Whether what is there may be replaced: by this command, or by the one that it continues."""
+    if replace or interrupted is None or not interrupted.replace:
+        return replace
+    now = options.to_dict()
+    return all(now[name] == interrupted.values.get(name) for name in (*_DECISIVE, *_SELECTING))

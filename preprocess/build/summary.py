@@ -1,0 +1,206 @@
+"""What `build` says about its plan and its result: to the terminal, and the same to the log."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import shlex
+from collections.abc import Sequence, Set
+from pathlib import Path
+
+import pyarrow as pa
+
+from fluxdit_jax.dataset import records
+from fluxdit_jax.dataset.manifest import REJECTS, EncoderIdentity, Manifest
+from fluxdit_jax.shared.sanitize import shown
+from preprocess.build import advice
+from preprocess.build.buckets import TOKEN_SIDE
+from preprocess.build.encode import Counts
+from preprocess.build.journal import Journal
+from preprocess.build.plan import Plan, Unit
+from preprocess.build.publish import LOG_FILE, Identities
+from preprocess.build.units import UnitInfo
+from preprocess.input.findings import Scan, counted
+
+MANY_REJECTS = 3  # exit status
+
+
+def tell_plan(journal: Journal, plan: Plan, listing: Scan, beyond: Set[str] = frozenset()) -> None:
+    """Says what is odd about a plan; `beyond` are the keys that `--limit` leaves out."""
+    if beyond:
+        journal.say(
+            f"  --limit {plan.options.limit}: {len(beyond):,} more images of the input are not looked at; --limit 0 "
+            "takes all"
+        )
+    several, captions = sum(len(i.captions) > 1 for i in plan.items), sum(len(i.captions) for i in plan.items)
+    if several:
+        journal.say(f"  {several:,} images have several captions; {captions:,} captions in all")
+    if listing.ignored:
+        others = ", ".join(f"{shown(name)} {count}" for name, count in listing.ignored.most_common(6))
+        journal.say(f"  other files, not looked at: {others}")
+    if plan.passed_over:
+        what = ", ".join(f"{shown(reason)} {count:,}" for reason, count in plan.passed_over.most_common(8))
+        journal.say(f"  captions passed over, as another one was taken: {what}")
+    if plan.duplicates:
+        group = plan.duplicates[0]
+        journal.say(
+            f"  {sum(len(g) - 1 for g in plan.duplicates):,} images are copies of another, byte by byte "
+            f"(for example {shown(group[0])} = {shown(group[1])}); each is a record of its own"
+        )
+    if plan.wrong_extension:
+        journal.say(f"  {plan.wrong_extension:,} images have another format than their extension says; read by content")
+    repeated = advice.repeated_captions(item.caption for item in plan.items)
+    for line in repeated:
+        journal.say(line)
+    advice.tell_bends(plan, journal.say)
+    enlarged = advice.tell_enlarged(plan, journal.say)
+    journal.event(
+        "plan",
+        items=len(plan.items),
+        units=len(plan.units),
+        rejects=counted(plan.rejects),
+        passed_over=dict(plan.passed_over),
+        duplicates=plan.duplicates,
+        enlarged=enlarged,
+        wrong_extension=plan.wrong_extension,
+        several_captions=several,
+        captions=captions,
+    )
+    for reject in plan.rejects:
+        journal.event("reject", key=reject.key, reason=reject.reason, detail=reject.detail)
+
+
+def tell_encoders(journal: Journal, identities: Identities) -> None:
+    for name, identity in dataclasses.asdict(identities).items():
+        journal.say(
+            f"  {name:6} {identity['id']} ({identity['dtype']}, width {identity['width']}, "
+            f"sha256 {identity['sha256'][:12] or 'none'})"
+        )
+
+
+def tell_result(
+    journal: Journal,
+    output: Path,
+    plan: Plan,
+    manifest: Manifest,
+    finished: list[tuple[Unit, UnitInfo, pa.Table]],
+    counts: Counts,
+    seconds: dict[str, float],
+    changed: bool,
+) -> int:
+    splits = ", ".join(f"{split} {manifest.records(split):,}" for split in manifest.shards)
+    total = sum(manifest.records(split) for split in manifest.shards)
+    reasons = collections.Counter(reject.reason for reject in plan.rejects if reject.counted)
+    listed = collections.Counter(reject.reason for reject in plan.rejects if not reject.counted)
+    reasons.update(reject.reason for _, info, _ in finished for reject in info.rejects)
+    journal.say(f"\n{'Done' if changed else 'Up to date'}: {total:,} records ({splits}) in {output}")
+    journal.say(
+        f"  encoded {counts.latents:,} latents, {counts.texts:,} captions, {counts.visions:,} vision vectors; "
+        f"{counts.reused:,} tensors taken over from before"
+    )
+    if several := sum(info.several for _, info, _ in finished):
+        captions = total + sum(info.others for _, info, _ in finished)
+        journal.say(f"  {several:,} records have several captions; {captions:,} captions in all")
+    if counts.truncated:
+        journal.say(f"  {counts.truncated:,} captions were longer than {plan.options.max_tokens} tokens and were cut")
+    if counts.profiles_ignored:
+        journal.say(f"  {counts.profiles_ignored:,} unusable colour profiles were ignored")
+    if plan.duplicates:
+        copies = sum(len(group) - 1 for group in plan.duplicates)
+        journal.say(f"  {copies:,} records are copies of another's image (listed in {LOG_FILE})")
+    if reasons:
+        journal.say(f"  {manifest.rejects:,} rejected, each with its reason in {output / REJECTS}:")
+        for reason, count in reasons.most_common():
+            journal.say(f"    {count:7,}  {reason}")
+    if listed:
+        told = ", ".join(f"{reason} {count:,}" for reason, count in listed.most_common())
+        journal.say(f"  listed there too, and not counted, as no picture is missing for it: {told}")
+    busy = sum(seconds.get(f"encode: {what}", 0.0) for what in ("text", "vae", "vision"))
+    parts = ", ".join(f"{what.removeprefix('encode: ')} {value:.1f} s" for what, value in seconds.items())
+    journal.say(f"  time: {parts}")
+    if counts.pictures:
+        journal.say(
+            f"  encoders busy for {busy / max(seconds['encode'], 1e-9):.0%} of the encoding, "
+            f"{counts.pictures / max(seconds['encode'], 1e-9):.2f} images/s"
+        )
+    journal.event(
+        "end",
+        records=total,
+        rejects=dict(reasons),
+        counts=dataclasses.asdict(counts),
+        seconds={what: round(value, 3) for what, value in seconds.items()},
+        changed=changed,
+    )
+    for line in next_steps(output, manifest):
+        journal.say(line)
+    if too_many := too_many_rejects(manifest.rejects, total, plan.options.max_rejects):
+        journal.say(f"error: {too_many}. The dataset is complete without them")
+        return MANY_REJECTS
+    return 0
+
+
+def too_many_rejects(rejects: int, records: int, most: float) -> str:
+    """What is to be said where a larger share of the inputs than `most` (--max-rejects) is rejected; else ""."""
+    share = rejects / max(1, rejects + records)
+    if share <= most:
+        return ""
+    return (
+        f"{rejects:,} of {rejects + records:,} inputs are rejected ({share:.1%}), more than {most:.1%} (--max-rejects "
+        f"{most:g}). If that is right, give --max-rejects {math.ceil(100 * share) / 100:g}"
+    )
+
+
+_GATE_SET = 300  # images that the gate's model can memorise
+
+
+def next_steps(output: Path, manifest: Manifest) -> list[str]:
+    """What to do with a dataset: commands that run as they stand, from any folder, each when those above are done."""
+    whole = output.resolve() if output.name in ("", "..") else output
+    name = whole.name.removesuffix("-dataset")  # as `subset` calls it, which prints the same command
+    data, run = shlex.quote(str(output)), shlex.quote(f"runs/{name}")
+    images = sum(manifest.records(split) for split in manifest.shards)
+    lines = [f"Look at it:  python -m preprocess inspect {data}"]
+    few = " --allow-fewer" if images < 200 else ""
+    encoders = (manifest.vae, manifest.text, manifest.vision)
+    if any(encoder.id.startswith("builtin:") for encoder in encoders):
+        return [*lines, f"Train on it: {train_command('demo', data, run, encoders)}"]
+    if images <= _GATE_SET and "holdout" not in manifest.shards:
+        return [
+            *lines,
+            f"Train on it: {train_command('nano', data, run, encoders)}",
+            f"Then:        python -m fluxdit_jax.validate --workdir={run}",
+        ]
+    gate = whole.with_name(f"{name}-gate")
+    count, side = min(100, max(2, images // 2)), min(512, manifest.resolution // TOKEN_SIDE * TOKEN_SIDE)
+    report = shlex.quote(f"runs/{gate.name}/validation/report.json")
+    return [
+        *lines,
+        f"First the gate, which ends with its own commands: python -m preprocess subset --input {data} --output "
+        f"{shlex.quote(str(gate))} --count {count} --resolution {side} --square{few}",
+        f"Then train on it: {train_command('prod', data, run, encoders)} --config.gate.report={report}",
+    ]
+
+
+_WIDTHS = {"channels": 16, "text_width": 1024, "vision_width": 1024}  # those that the configurations have
+
+
+def train_command(config: str, data: str, run: str, encoders: Sequence[EncoderIdentity] = ()) -> str:
+    """A command line that trains `configs/<config>.py`.
+
+    Args:
+      data, run: quoted for a shell.
+      encoders: VAE, text and vision, if they are known: their widths are given where the configuration has others.
+    """
+    widths = [
+        f" --config.model.{key}={encoder.width}"
+        for (key, usual), encoder in zip(_WIDTHS.items(), encoders)
+        if encoder.width != usual
+    ]
+    path = Path("configs") / f"{config}.py"
+    if not path.is_file():  # not in the project's folder
+        path = Path(records.__file__).parents[1] / path
+    return (
+        f"python -m fluxdit_jax.train --config={shlex.quote(str(path))} --config.data.path={data} "
+        f"--config.workdir={run}{''.join(widths)}"
+    )

@@ -1,0 +1,179 @@
+"""`build --dry-run`: what a build would make of an input, before any picture is decoded."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from fluxdit_jax.shared.cli import duration
+from fluxdit_jax.shared.sanitize import shown
+from preprocess import PreprocessError
+from preprocess.build import advice, buckets
+from preprocess.build.comparison import Comparison
+from preprocess.build.encode import Encoders
+from preprocess.build.plan import Plan
+from preprocess.build.units import disk_errors
+from preprocess.inspect.report import byte_size, padding
+
+# TFLOP of the default encoders, counted by torch's FlopCounterMode: Flux VAE at 1024 px, DINOv3-L at 512 px,
+# T5-Large a token.
+_VAE_AT_1024, _VISION, _TEXT_A_TOKEN = 4.88, 0.72, 0.00065
+_CHARACTERS_A_TOKEN = 4.2  # English through T5's tokenizer
+_CHANNELS, _FACTOR, _TEXT_WIDTH, _VISION_WIDTH = 16, 8, 1024, 1024
+_RECORD_OVERHEAD = 600  # bytes: names, sizes, hash, the shard's framing
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """Figures about a plan.
+
+    Attributes:
+      counts: images a bucket, for the whole table.
+      bends: per image, in the order of the plan, see `advice.bend`.
+      padding: share of a run's image tokens that are padding.
+      tokens: estimated text tokens a caption.
+      captions: captions an image, mean.
+      record_bytes: estimated size of a record, mean.
+    """
+
+    counts: dict[buckets.Size, int]
+    bends: np.ndarray
+    padding: float
+    tokens: float
+    captions: float
+    record_bytes: float
+
+
+def forecast(plan: Plan) -> Forecast:
+    """The figures of a plan."""
+    options = plan.options
+    counts = collections.Counter(item.bucket for item in plan.items)
+    table = {size: counts.get(size, 0) for size in options.buckets()}
+    texts = [caption for item in plan.items for caption in item.captions]
+    tokens = np.array([min(options.max_tokens, len(text) / _CHARACTERS_A_TOKEN + 1) for text in texts])
+    pixels = np.array([item.bucket[0] * item.bucket[1] for item in plan.items])
+    record = 2 * _CHANNELS * pixels.mean() / _FACTOR**2 + 4 * _VISION_WIDTH + _RECORD_OVERHEAD
+    record += (2 * _TEXT_WIDTH * tokens.sum() + sum(len(text.encode()) for text in texts)) / len(plan.items)
+    return Forecast(
+        counts=table,
+        bends=advice.bends(plan),
+        padding=padding(table, _FACTOR),
+        tokens=float(tokens.mean()),
+        captions=len(texts) / len(plan.items),
+        record_bytes=float(record),
+    )
+
+
+def tell(plan: Plan, found: Comparison, encoders: Encoders | None, drawing: str, say: Callable[[str], None]) -> None:
+    """Prints the forecast.
+
+    Args:
+      found: what of the plan is there already.
+      encoders: to try, None if they are not on this machine.
+      drawing: a PNG of aspect ratios and buckets is written there, if it is not "".
+    """
+    figures, options = forecast(plan), plan.options
+    total = len(plan.items)
+    say("\nbuckets (width x height)   aspect  tokens   fill    images  share")
+    for size, count in figures.counts.items():
+        if count:
+            fill = size[0] * size[1] / options.resolution**2
+            say(
+                f"  {size[1]:5} x {size[0]:<5}            {size[1] / size[0]:6.2f}  {buckets.tokens(size):6}  "
+                f"{fill:5.1%}  {count:8,}  {count / total:5.1%}"
+            )
+    fills = [size[0] * size[1] / options.resolution**2 for size in figures.counts]
+    say(f"  {len(figures.counts)} buckets in the table, each at least {min(fills):.1%} full")
+    say(f"  image tokens that are padding in a run with patch 2: {figures.padding:.2%}")
+    _tell_bends(plan, figures, say)
+    _tell_rejects(plan, say)
+    need = total * figures.record_bytes
+    several = f", {figures.captions:.2f} captions an image" if figures.captions > 1 else ""
+    say(
+        f"disk: about {figures.record_bytes / 1e3:,.0f} KB a record, {byte_size(need)} in all (with 16 channels "
+        f"at 1/8 and 1,024-wide tokens, {figures.tokens:.0f} a caption{several}); while an existing dataset is made "
+        "anew with other encoders, twice that"
+    )
+    _tell_time(plan, figures, found, encoders, say)
+    if drawing:
+        from preprocess.inspect.plots import draw_aspects
+
+        aspects = np.array([item.header.width / item.header.height for item in plan.items])
+        with disk_errors(Path(drawing)):
+            draw_aspects(aspects, figures.counts, Path(drawing))
+        say(f"Picture: {drawing}")
+
+
+def _tell_bends(plan: Plan, figures: Forecast, say: Callable[[str], None]) -> None:
+    what = {"resize": "aspect ratio changed by", "crop": "area cut off", "pad": "area that is noise"}
+    bends, fit = figures.bends, plan.options.fit
+    say(
+        f"fit {fit}: {what[fit]} {bends.mean():.2%} on average, p99 {np.quantile(bends, 0.99):.1%}, "
+        f"worst {bends.max():.1%}; the worst are"
+    )
+    for index in np.argsort(-bends, kind="stable")[:5]:
+        item = plan.items[index]
+        height, width = item.bucket
+        say(f"  {bends[index]:6.1%}  {shown(item.key)}  {item.header.width}x{item.header.height} to {width}x{height}")
+
+
+def _tell_rejects(plan: Plan, say: Callable[[str], None]) -> None:
+    for counted, title in (
+        (True, "rejects: {:,}"),
+        (False, "listed beside the rejects, and not counted, as no picture is missing for them: {:,}"),
+    ):
+        those = [reject for reject in plan.rejects if reject.counted == counted]
+        if those:
+            say(title.format(len(those)))
+        for reason, count in collections.Counter(reject.reason for reject in those).most_common():
+            example = next(reject for reject in those if reject.reason == reason)
+            say(f"  {count:7,}  {reason} (for example {shown(example.key)})")
+
+
+def _tell_time(
+    plan: Plan,
+    figures: Forecast,
+    found: Comparison,
+    encoders: Encoders | None,
+    say: Callable[[str], None],
+) -> None:
+    total = found.pictures
+    if not total:
+        say("time: no picture is to be encoded")
+        return
+    if encoders is not None:
+        seconds = total * _trial(plan, encoders)
+        say(f"time: about {duration(seconds)} for {total:,} images with these encoders on this machine, by a trial")
+        return
+    pixels = float(np.mean([item.bucket[0] * item.bucket[1] for item in plan.items]))
+    work = _VAE_AT_1024 * pixels / 1024**2 + _VISION + _TEXT_A_TOKEN * figures.tokens * figures.captions
+    rates = {"20 TFLOP/s (an APU)": 20, "60 (an RTX 4090)": 60, "0.5 (8 CPU cores)": 0.5}
+    times = ", ".join(f"{duration(total * work / rate)} at {name}" for name, rate in rates.items())
+    say(
+        f"time: about {work:.1f} TFLOP an image with the default encoders: {times} really reached; with encoders in "
+        "local directories this is measured instead"
+    )
+
+
+def _trial(plan: Plan, encoders: Encoders) -> float:
+    """Seconds an image: one picture of the commonest bucket and its captions, after one for warming up."""
+    ((height, width), _), *_ = collections.Counter(item.bucket for item in plan.items).most_common(1)
+    picture = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), np.uint8)
+    by_length = sorted((item.captions for item in plan.items), key=lambda texts: sum(map(len, texts)))
+    captions = list(by_length[len(plan.items) // 2])
+    try:
+        for _ in range(2):
+            start = time.perf_counter()
+            encoders.vae.encode(picture)
+            if encoders.vision is not None:
+                encoders.vision.encode(picture)
+            encoders.text.encode(captions)
+            seconds = time.perf_counter() - start
+    except ValueError as error:
+        raise PreprocessError(f"the encoders cannot take a picture of {width}x{height}: {error}") from error
+    return seconds

@@ -1,0 +1,331 @@
+"""`python -m preprocess verify`: reads every byte of a dataset and says what is wrong, by shard and row."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from array_record.python import array_record_module
+
+from fluxdit_jax.dataset import records
+from fluxdit_jax.dataset.manifest import (
+    INDEX,
+    MANIFEST,
+    REJECTS,
+    DatasetError,
+    Manifest,
+    Shard,
+    load_manifest,
+    sha256_file,
+)
+from fluxdit_jax.shared.sanitize import shown
+from preprocess.build.build import build
+from preprocess.build.comparison import WouldLose
+from preprocess.build.journal import Journal
+from preprocess.build.options import Options
+from preprocess.build.plan import Fingerprints, digest
+from preprocess.build.publish import load_options, write_tfds_metadata
+from preprocess.build.statistics import Moments
+from preprocess.build.units import INDEX_SCHEMA, Rows, UnitInfo, bucket_histogram, read_rows
+
+WHOLE = -1  # the row of a finding about a whole shard
+_UNLISTED = "is not in the manifest"
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """Something wrong: in which file, at which row (-1: the file as a whole), and what."""
+
+    file: str
+    row: int
+    what: str
+
+    def __str__(self) -> str:
+        return f"{shown(self.file)}{f' row {self.row}' if self.row >= 0 else ''}: {self.what}"
+
+
+def verify(directory: str | Path, workers: int = 2) -> list[Finding]:
+    """Reads everything and compares it with the manifest and the index.
+
+    Raises:
+      DatasetError: there is no manifest, or it cannot be read.
+    """
+    directory = Path(directory)
+    manifest = load_manifest(directory)
+    findings: list[Finding] = []
+    index, rejects_sha256 = None, ""
+    try:
+        rows = Rows.load(directory / INDEX)
+        index, rejects_sha256 = _by_shard(rows), rows.rejects_sha256
+    except DatasetError as error:
+        findings.append(Finding(INDEX, WHOLE, str(error)))
+    findings += _check_metadata(directory, manifest, rejects_sha256)
+    shards = [(split, shard) for split, of_split in manifest.shards.items() for shard in of_split]
+    moments: list[Moments] = []
+    keys: dict[str, str] = {}
+    journal = Journal(None)
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        journal.bar(sum(s.records for _, s in shards), "verify", "record") as bar,
+    ):
+        jobs = [pool.submit(_check_shard, directory, s, split, manifest, index, bar.update) for split, s in shards]
+        for (split, shard), job in zip(shards, jobs):
+            found, of_shard, shard_keys = job.result()
+            findings += found
+            if split == "train" and of_shard:
+                moments.append(of_shard)
+            for row, key in enumerate(shard_keys):
+                if key in keys:
+                    findings.append(Finding(shard.file, row, f"key {key!r} is in {keys[key]} too"))
+                elif key:
+                    keys[key] = f"{shard.file} row {row}"
+    count = sum(table.num_rows for table in index.values()) if index is not None else 0
+    if index is not None and count != sum(shard.records for _, shard in shards):
+        findings.append(Finding(INDEX, WHOLE, f"{count} rows, not one for each record"))
+    if not findings:
+        findings += _check_statistics(manifest, Moments.merged(moments))
+    return findings
+
+
+def _by_shard(rows: Rows) -> dict[str, pa.Table]:
+    """The rows of each shard, by the shard's name."""
+    tables, start = {}, 0
+    for unit in rows.units:
+        tables[unit.file] = rows.table.slice(start, unit.records)
+        start += unit.records
+    return tables
+
+
+def _check_metadata(directory: Path, manifest: Manifest, rejects_sha256: str) -> list[Finding]:
+    findings = []
+    if (directory / MANIFEST).read_text(encoding="utf-8") != manifest.to_json():
+        findings.append(Finding(MANIFEST, WHOLE, "says the right things, but is not as it was written"))
+    listed = {shard.file for shards in manifest.shards.values() for shard in shards}
+    for path in directory.glob("*.array_record*"):
+        if path.name not in listed:
+            findings.append(Finding(path.name, WHOLE, _UNLISTED))
+    with tempfile.TemporaryDirectory() as folder:
+        for name in listed:
+            (Path(folder) / name).touch()
+        write_tfds_metadata(Path(folder), manifest)
+        for name in ("dataset_info.json", "features.json"):
+            if not (directory / name).is_file():
+                findings.append(Finding(name, WHOLE, "is missing"))
+            elif (directory / name).read_bytes() != (Path(folder) / name).read_bytes():
+                findings.append(Finding(name, WHOLE, "is not what the manifest calls for"))
+    rejects = directory / REJECTS
+    if not rejects.is_file():
+        findings.append(Finding(REJECTS, WHOLE, "is missing"))
+    elif rejects_sha256 and sha256_file(rejects) != rejects_sha256:
+        findings.append(Finding(REJECTS, WHOLE, f"its sha256 is not the one in {INDEX}"))
+    return findings
+
+
+def _check_shard(
+    directory: Path,
+    shard: Shard,
+    split: str,
+    manifest: Manifest,
+    index: dict[str, pa.Table] | None,
+    progress: Callable[[int], None],
+) -> tuple[list[Finding], Moments | None, list[str]]:
+    path = directory / shard.file
+    findings: list[Finding] = []
+
+    def whole(what: str) -> None:
+        findings.append(Finding(shard.file, WHOLE, what))
+
+    if not path.is_file():
+        whole("is missing")
+        return findings, None, []
+    digest = sha256_file(path)
+    if digest != shard.sha256:
+        whole(f"sha256 is {digest[:16]}..., the manifest says {shard.sha256[:16]}...")
+    if path.stat().st_size != shard.bytes:
+        whole(f"{path.stat().st_size} bytes, the manifest says {shard.bytes}")
+    try:
+        count = array_record_module.ArrayRecordReader(str(path)).num_records()
+    except (RuntimeError, ValueError, OSError) as error:
+        whole(f"cannot be opened: {error}")
+        return findings, None, []
+    if count != shard.records:
+        whole(f"{count} records, the manifest says {shard.records}")
+    rows = None
+    if index is not None:
+        of_shard = index.get(shard.file, INDEX_SCHEMA.empty_table())
+        rows = of_shard.to_pylist()
+        if len(rows) != shard.records or any((r["split"], r["shard"]) != (split, shard.file) for r in rows):
+            whole(f"{len(rows)} rows in {INDEX}, {shard.records} records in the manifest")
+            rows = None
+        elif bucket_histogram(of_shard) != shard.buckets:
+            whole(f"the buckets in {INDEX} are not those in the manifest")
+    keys, moments = [], None
+    for row, data in read_rows(path, list(range(count))):
+        progress(1)
+        key = ""
+        try:
+            if isinstance(data, DatasetError):
+                raise data
+            record = records.decode_record(data, manifest.text.width)
+            records.check_record(record)
+            _compare(record, rows[row] if rows and row < len(rows) else None, manifest)
+            part = Moments.of(record.latent)
+            moments = Moments.merged([moments, part] if moments else [part])
+            key = record.key
+        except DatasetError as error:
+            findings.append(Finding(shard.file, row, str(error)))
+        keys.append(key)
+    return findings, moments, keys
+
+
+def _compare(record: records.Record, row: dict[str, Any] | None, manifest: Manifest) -> None:
+    """Raises `DatasetError` if a record does not fit the manifest or its row of the index."""
+    records.check_fit(record, manifest)
+    height, width = record.encoded_size
+    if row is None:
+        return
+    pairs = {
+        "key": record.key,
+        "caption": record.caption,
+        "content_hash": record.content_hash,
+        "tokens": max(map(len, record.texts)),
+        "bucket_height": height,
+        "bucket_width": width,
+        "height": record.original_size[0],
+        "width": record.original_size[1],
+    }
+    for name, value in pairs.items():
+        if row[name] != value:
+            raise DatasetError(f"{name} is {value!r}, {INDEX} says {row[name]!r}")
+
+
+def _check_statistics(manifest: Manifest, moments: Moments | None) -> list[Finding]:
+    if moments is None:
+        return [Finding(MANIFEST, WHOLE, "there is no readable record in the train split")]
+    findings = []
+    if moments.count != manifest.latent_count:
+        what = f"latent_count is {manifest.latent_count}, the records have {moments.count}"
+        findings.append(Finding(MANIFEST, WHOLE, what))
+    for name, stated, found in (
+        ("latent_mean", manifest.latent_mean, moments.mean),
+        ("latent_std", manifest.latent_std, moments.std),
+    ):
+        error = float(np.abs(np.array(stated) - found).max())
+        if not error <= 1e-9 * max(1.0, float(np.abs(found).max())):
+            findings.append(Finding(MANIFEST, WHOLE, f"{name} is off by {error:.3g} from the records"))
+    return findings
+
+
+def repair(directory: str | Path, findings: list[Finding]) -> None:
+    """Encodes again what is damaged, and writes anew what can be derived from the rest.
+
+    Runs the dataset's own `build` with the damaged records as if they had never been made. So sources that
+    have changed since are taken up too, as with any `build`.
+
+    Raises:
+      PreprocessError: the build's options or the sources are not there.
+      WouldLose: sound records would go, because their pictures are not there.
+    """
+    directory = Path(directory)
+    options = dataclasses.replace(load_options(directory), output=str(directory))
+    damaged = frozenset((f.file, f.row) for f in findings if ".array_record" in f.file)
+    if any(finding.file == INDEX for finding in findings):
+        with contextlib.suppress(DatasetError):  # without a manifest too, everything is encoded again
+            salvage_index(directory, options)
+    manifest = directory / MANIFEST
+    before = manifest.read_bytes() if manifest.is_file() else b""
+    if any(finding.file not in (INDEX,) for finding in findings):
+        manifest.unlink(missing_ok=True)  # it is no finished dataset until it is repaired
+    for finding in findings:
+        if finding.what == _UNLISTED:
+            (directory / finding.file).unlink()
+    try:
+        build(options, damaged)
+    except WouldLose:
+        if before:  # nothing was done
+            manifest.write_bytes(before)
+        raise
+
+
+def salvage_index(directory: Path, options: Options) -> None:
+    """Writes the index anew from the records themselves.
+
+    Raises:
+      DatasetError: the manifest is damaged as well.
+    """
+    manifest = load_manifest(directory)
+    prints = Fingerprints.of(options, manifest.vae, manifest.text, manifest.vision)
+    tables, infos = [], []
+    for split, shards in manifest.shards.items():
+        for shard in shards:
+            rows, moments, others = [], [], []
+            for row, data in read_rows(directory / shard.file, list(range(shard.records))):
+                with contextlib.suppress(DatasetError):
+                    if isinstance(data, DatasetError):
+                        raise data
+                    record = records.decode_record(data, manifest.text.width)
+                    moments.append(Moments.of(record.latent))
+                    others.append(len(record.other_captions))
+                    rows.append({"split": split, "shard": shard.file, "row": row, **_index_row(record, prints)})
+            # Rows of unreadable records are missing, so the unit's name fits no plan and it is made again.
+            whole = [[r["key"], r["content_hash"], r["latent_id"], r["text_id"], r["vision_id"]] for r in rows]
+            infos.append(
+                UnitInfo(
+                    uid=digest(records.WRITER_OPTIONS, split, whole),
+                    split=split,
+                    sha256=shard.sha256,
+                    bytes=shard.bytes,
+                    records=len(rows),
+                    text_width=manifest.text.width,
+                    moments=Moments.merged(moments),
+                    rejects=(),
+                    file=shard.file,
+                    several=sum(map(bool, others)),
+                    others=sum(others),
+                )
+            )
+            tables.append(pa.Table.from_pylist(rows, INDEX))
+    rejects = directory / REJECTS
+    digest_of_rejects = sha256_file(rejects) if rejects.is_file() else ""
+    Rows(pa.concat_tables(tables), infos, digest_of_rejects).save(directory / INDEX)
+
+
+def _index_row(record: records.Record, prints: Fingerprints) -> dict[str, Any]:
+    latent, text, vision = prints.ids_of(record.content_hash, record.encoded_size, record.captions)
+    return {
+        "key": record.key,
+        "caption": record.caption,
+        "bucket_height": record.encoded_size[0],
+        "bucket_width": record.encoded_size[1],
+        "height": record.original_size[0],
+        "width": record.original_size[1],
+        "tokens": max(map(len, record.texts)),
+        "content_hash": record.content_hash,
+        "source": record.key,
+        "latent_id": latent,
+        "text_id": text,
+        "vision_id": vision,
+    }
+
+
+def report(findings: list[Finding], directory: str) -> int:
+    """Prints findings and returns the exit status: 0 if there are none."""
+    for finding in findings:
+        print(shown(str(finding), lines=True))
+    if findings:
+        print(
+            f"error: {len(findings)} things are wrong with {directory}; `python -m preprocess verify {directory} "
+            "--repair` encodes again what is damaged",
+            file=sys.stderr,
+        )
+        return 1
+    print(f"{directory}: every record, checksum and statistic is right")
+    return 0
