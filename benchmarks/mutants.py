@@ -1,7 +1,7 @@
 """Mutation testing: small faults are planted in a module one at a time, and its tests must notice (cosmic-ray).
 
     bash scripts/mutants.sh                                   # every module of MODULES: hours; goes on where it stopped
-    bash scripts/mutants.sh preprocess/build/buckets.py fluxdit_jax/flow.py
+    bash scripts/mutants.sh preprocess/buckets.py fluxdit_jax/flow.py
     bash scripts/mutants.sh --report                          # survivors, and the table in results/mutants.json
 
 Faults are planted in a clone of what is committed, below .mutants/; nothing else is changed. A survivor is judged once:
@@ -55,7 +55,7 @@ MODULES = {
     "fluxdit_jax/gate/training.py": ["test_gate_advice"],
     "fluxdit_jax/gate/advice.py": ["test_gate_advice"],
     "fluxdit_jax/gate/page.py": ["test_gate_sections"],
-    "preprocess/build/buckets.py": ["test_buckets"],
+    "preprocess/buckets.py": ["test_buckets"],
     "preprocess/build/statistics.py": ["test_statistics"],
     "preprocess/build/plan.py": ["test_plan"],
     "preprocess/input/captions.py": ["test_captions"],
@@ -244,7 +244,7 @@ def main() -> None:
     if not arguments.report:
         for module in arguments.modules or MODULES:
             if not (environment.ROOT / module).is_file():
-                parser.error(f"{module}: no such file; give a path from the root, as preprocess/build/buckets.py")
+                parser.error(f"{module}: no such file; give a path from the root, as preprocess/buckets.py")
             run(module, arguments.minutes, arguments.most)
     report()
 

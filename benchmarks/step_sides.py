@@ -56,7 +56,7 @@ def settings(size: Size, dtype: str, remat: str, attention: str = "xla"):
         attention=attention,
     )
     return Settings(
-        dit=network,
+        model=network,
         flow=flow.FlowConfig(
             mean=0.0,
             std=1.0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,7 +17,14 @@ from fluxdit_jax.model import dit
 from fluxdit_jax.optimizer import build_optimizer
 from fluxdit_jax.run.metrics import pack
 from fluxdit_jax.state import TrainState, create_state
-from fluxdit_jax.train_step import TrainStep, make_train_step
+from fluxdit_jax.train_step import make_train_step
+
+
+class CompiledStep(NamedTuple):
+    """`TrainStep`, compiled."""
+
+    accumulate: jax.stages.Compiled
+    update: jax.stages.Compiled
 
 
 class Program:
@@ -75,8 +82,8 @@ class Program:
         place = sharding.batch_sharding(self._mesh)
         return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, (shape, dtype) in shapes.items()}
 
-    def compile(self) -> TrainStep:
-        """The compiled halves of a step. The state is donated; metrics are packed, see `metrics.unpack`."""
+    def compile(self) -> CompiledStep:
+        """The programs of a step. The state is donated; metrics are packed, see `metrics.unpack`."""
         places = (self._placed, sharding.replicated(self._mesh))
 
         def compiled(part: Callable[..., Any], name: str, *arguments: Any) -> jax.stages.Compiled:
@@ -89,12 +96,12 @@ class Program:
             with jax.set_mesh(self._mesh):  # `attention` asks for it
                 return jax.jit(packed, donate_argnums=0, out_shardings=places).lower(*arguments).compile()
 
-        return TrainStep(
+        return CompiledStep(
             compiled(self._step.accumulate, "accumulate", self.abstract, self.batch_shapes()),
             compiled(self._step.update, "update", self.abstract),
         )
 
-    def memory(self, step: TrainStep) -> MemoryPlan:
+    def memory(self, step: CompiledStep) -> MemoryPlan:
         """What the compiled step needs on one device."""
         return plan(step, self.abstract, self.batch_shapes())
 

@@ -293,7 +293,7 @@ def _make_heldout(
         tokens=settings.tokens,
         text_tokens=settings.text_tokens,
         batch_size=settings.micro_batch_size,
-        image_grid=config.log.heldout_count,
+        pictures=config.log.heldout_count,
     )
 
 

@@ -40,14 +40,13 @@ from fluxdit_jax.gate.painter import Painter, Wanted
 from fluxdit_jax.gate.report import FOLDER, Circumstances, build_report, write_json, write_tensorboard
 from fluxdit_jax.gate.swap import Swap
 from fluxdit_jax.gate.verdict import Verdict
-from fluxdit_jax.loader.reader import RecordSource
+from fluxdit_jax.loader.reader import RecordSource, spread
 from fluxdit_jax.run.checkpoint import CheckpointError
 from fluxdit_jax.run.metrics import LogError, read_metrics
 from fluxdit_jax.run.run_directory import RunError, RunLock, load_config, load_dataset, require_dataset
 from fluxdit_jax.run.weights import restore_weights
 from fluxdit_jax.sampling import image_grid, solvers
 from fluxdit_jax.sampling.pipeline import Generator
-from fluxdit_jax.sampling.preview import spread
 from fluxdit_jax.sampling.prompts import SampleError, encode_prompts
 from fluxdit_jax.shared import atomic_files
 from fluxdit_jax.shared import cli as programs
@@ -194,7 +193,7 @@ def validate(arguments: argparse.Namespace) -> bool:
         networks=count * arguments.steps * EVALUATIONS[arguments.method],
         digest=weights.digest,
         weights=weights.path.parent.name,
-        image_grid=len(records),
+        pictures=len(records),
         drawn=count_drawn(records),
     )
     report = build_report(verdicts, circumstances, settings.model, manifest)

@@ -64,8 +64,9 @@ def _stop_again(unraisable: Any) -> None:
 
 
 def _build(parsed: argparse.Namespace) -> int:
-    from preprocess.build.build import build, dry_run
+    from preprocess.build.build import build
     from preprocess.build.repeat import complete
+    from preprocess.inspect.forecast import dry_run
 
     names = {field.name for field in dataclasses.fields(Options)}
     options, taken = complete({name: value for name, value in vars(parsed).items() if name in names})

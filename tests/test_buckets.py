@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from wording import naming
 
 from preprocess import PreprocessError
-from preprocess.build.buckets import (
+from preprocess.buckets import (
     Geometry,
     bucket_table,
     default_modulus,

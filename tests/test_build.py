@@ -33,12 +33,13 @@ import preprocess.build.build
 from fluxdit_jax.dataset import records
 from fluxdit_jax.dataset.manifest import INDEX, MANIFEST, REJECTS, load_manifest, sha256_file
 from preprocess import PreprocessError
-from preprocess.build.build import build, dry_run
+from preprocess.build.build import build
 from preprocess.build.comparison import WouldLose
 from preprocess.build.lock import locked
 from preprocess.build.units import read_rows
 from preprocess.decoding.images import Limits, decode, read_header
 from preprocess.encoders import load_text_encoder, load_vae, load_vision_encoder
+from preprocess.inspect.forecast import dry_run
 from preprocess.inspect.verify import verify
 
 

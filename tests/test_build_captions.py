@@ -25,13 +25,13 @@ from wording import lines_naming, numbers
 from fluxdit_jax.dataset import captions as stored
 from fluxdit_jax.dataset import records
 from fluxdit_jax.dataset.manifest import INDEX, REJECTS, load_manifest
-from preprocess.build.build import build, dry_run
+from preprocess.build.build import build
 from preprocess.build.plan import make_plan
 from preprocess.encoders import load_text_encoder
 from preprocess.input import captions
 from preprocess.input.scan import scan
 from preprocess.inspect.export import export
-from preprocess.inspect.forecast import forecast
+from preprocess.inspect.forecast import dry_run, forecast
 from preprocess.inspect.report import inspect
 from preprocess.inspect.verify import repair, verify
 from preprocess.subset.candidates import SubsetOptions

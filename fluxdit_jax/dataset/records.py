@@ -222,9 +222,9 @@ def decode_record(data: bytes, text_width: int) -> Record:
 
 
 def _others(data: bytes, spans: list[tuple[int, int]], width: int) -> tuple[tuple[str, ...], tuple[np.ndarray, ...]]:
-    captions, lengths, text = spans
+    words, lengths, text = spans
     rows = _array(data, text, "other_text", BF16)
-    return captions.unpack(data[slice(*captions)], data[slice(*lengths)], rows, width)
+    return captions.unpack(data[slice(*words)], data[slice(*lengths)], rows, width)
 
 
 def _array(data: bytes, span: tuple[int, int], name: str, dtype: np.dtype) -> np.ndarray:

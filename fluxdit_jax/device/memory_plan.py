@@ -53,10 +53,11 @@ def plan(programs: Iterable[jax.stages.Compiled], state: Any, batch: Any) -> Mem
         "EMA": _bytes((state.ema, state.short_ema)),
     }
     analyses = [program.memory_analysis() for program in programs]
-    if None in analyses:
+    temporary = [analysis.temp_size_in_bytes for analysis in analyses if analysis is not None]
+    if len(temporary) < len(analyses):
         log.warning("this device's compiler does not say what a step needs: activations and scratch are not counted")
         return MemoryPlan(parts, _bytes(batch), 0)
-    return MemoryPlan(parts, _bytes(batch), max(analysis.temp_size_in_bytes for analysis in analyses))
+    return MemoryPlan(parts, _bytes(batch), max(temporary))
 
 
 def require_fit(

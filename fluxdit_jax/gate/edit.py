@@ -14,7 +14,7 @@ from fluxdit_jax.gate.image_metrics import structure
 from fluxdit_jax.gate.painter import Draw, Wanted
 from fluxdit_jax.gate.pairing import derangements
 from fluxdit_jax.gate.verdict import Case, Chart, Control, Verdict, failed_controls, percent
-from fluxdit_jax.sampling.preview import spread
+from fluxdit_jax.loader.reader import spread
 from fluxdit_jax.shared.edit_rules import Rule, edited
 
 RIGHT = 0.90  # share of the cases in which the subject must move the right way

@@ -292,3 +292,8 @@ def batches(
 
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
     return iter(grain.MapDataset.range(_ENDLESS).map(read).to_iter_dataset(options))
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """`wanted` indices spread evenly over range(count); all of them if there are fewer."""
+    return [int(i) for i in np.unique(np.linspace(0, count - 1, min(wanted, count)).round())]

@@ -15,9 +15,8 @@ import numpy as np
 
 from fluxdit_jax import flow
 from fluxdit_jax.device import sharding
-from fluxdit_jax.loader.reader import RecordSource, collate
+from fluxdit_jax.loader.reader import RecordSource, collate, spread
 from fluxdit_jax.model import dit
-from fluxdit_jax.sampling.preview import spread
 from fluxdit_jax.train_step import flow_loss, normalize_latents
 
 # Far from the sample numbers of training, so that its noise is never the held-out noise.

@@ -15,6 +15,7 @@ from PIL import Image
 from fluxdit_jax.config import Settings
 from fluxdit_jax.dataset.manifest import Manifest
 from fluxdit_jax.dataset.records import Record
+from fluxdit_jax.loader import reader
 from fluxdit_jax.loader.reader import RecordSource
 from fluxdit_jax.sampling import image_grid, solvers
 from fluxdit_jax.sampling.pipeline import Generator, record_conditions
@@ -108,11 +109,6 @@ def make_preview(
         steps=steps,
         batch_size=count,
     )
-    records = [record for _, record in source.sound(spread(len(source), count))]
+    records = [record for _, record in source.sound(reader.spread(len(source), count))]
     trained = settings.flow.drop_vision > 0  # without a vector; otherwise such a picture means nothing
     return Preview(records, generator, decoder, settings.model.patch, settings.text_limit, guidance, trained)
-
-
-def spread(count: int, wanted: int) -> list[int]:
-    """`wanted` indices spread evenly over range(count); all of them if there are fewer."""
-    return [int(i) for i in np.unique(np.linspace(0, count - 1, min(wanted, count)).round())]

@@ -88,7 +88,7 @@ def read_reference(path: Path, manifest: Manifest) -> tuple[np.ndarray, str]:
     Raises:
       SampleError: it cannot be read or is no picture that can be used.
     """
-    from preprocess.build.buckets import nearest
+    from preprocess.buckets import nearest
     from preprocess.decoding import images
 
     try:

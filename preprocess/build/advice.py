@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from fluxdit_jax.shared.sanitize import shown
-from preprocess import PreprocessError
-from preprocess.build import buckets
+from preprocess import PreprocessError, buckets
 from preprocess.build.options import Options
 from preprocess.build.plan import Item, Plan
 

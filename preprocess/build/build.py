@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Set
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +34,6 @@ from preprocess.encoders import (
 from preprocess.input.findings import Reject, Scan, counted
 from preprocess.input.scan import scan
 from preprocess.input.vectors import Vectors
-from preprocess.inspect.forecast import tell
 
 if TYPE_CHECKING:
     import torch
@@ -89,11 +88,14 @@ def build(options: Options, damaged: frozenset[tuple[str, int]] | None = None, r
             raise
 
 
-def dry_run(options: Options, drawing: str = "", replace: bool = False) -> Plan:
-    """Plans only: prints what `build` would do. Writes nothing but the drawing.
+Forecast = Callable[[Plan, comparison.Comparison, Encoders | None, Callable[[str], None]], None]
+
+
+def plan_only(options: Options, forecast: Forecast, replace: bool = False) -> Plan:
+    """Prints what `build` would do and writes nothing.
 
     Args:
-      drawing: a PNG of aspect ratios and buckets is written there, if it is not "".
+      forecast: prints what the plan would make; its last argument prints a line.
       replace: as of `build`.
 
     Raises:
@@ -117,7 +119,7 @@ def dry_run(options: Options, drawing: str = "", replace: bool = False) -> Plan:
     found = _compared(plan, prints, existing, before, beyond)
     comparison.tell(journal, found, plan)
     tell_plan(journal, plan, listing, beyond)
-    tell(plan, found, encoders, drawing, journal.say)
+    forecast(plan, found, encoders, journal.say)
     rejects = sum(reject.counted for reject in plan.rejects)
     if too_many := too_many_rejects(rejects, len(plan.items), options.max_rejects):
         journal.say(f"\nwarning: the build will end with status {MANY_REJECTS}: {too_many}")

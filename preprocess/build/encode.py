@@ -29,7 +29,7 @@ import numpy as np
 
 from fluxdit_jax.dataset.manifest import EncoderIdentity
 from fluxdit_jax.dataset.records import Record
-from preprocess.build.buckets import Size
+from preprocess.buckets import Size
 from preprocess.build.options import Options
 from preprocess.build.plan import MAX_FILE_BYTES, Fingerprints, Item, Unit
 from preprocess.build.units import Archive, UnitInfo, write_unit

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from preprocess import PreprocessError, encoders
-from preprocess.build.buckets import Size, bucket_table, default_modulus
+from preprocess.buckets import Size, bucket_table, default_modulus
 
 if TYPE_CHECKING:  # the command line's help needs the defaults above and not Pillow
     from preprocess.decoding.images import Limits

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from fluxdit_jax.dataset.manifest import SPLITS, EncoderIdentity, json_checksum
 from fluxdit_jax.dataset.records import WRITER_OPTIONS
 from preprocess import PreprocessError
-from preprocess.build.buckets import Size, nearest
+from preprocess.buckets import Size, nearest
 from preprocess.build.options import Options
 from preprocess.decoding.formats import has_other_extension
 from preprocess.decoding.images import Header, Rejected, read_header

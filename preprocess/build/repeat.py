@@ -10,7 +10,7 @@ from typing import Any
 
 from fluxdit_jax.dataset.manifest import DatasetError, Manifest, load_manifest
 from preprocess import PreprocessError
-from preprocess.build.buckets import default_modulus
+from preprocess.buckets import default_modulus
 from preprocess.build.options import Options
 from preprocess.build.publish import OPTIONS_FILE, Identities, load_options, save_options
 from preprocess.build.units import WORK

@@ -14,8 +14,8 @@ import pyarrow as pa
 from fluxdit_jax.dataset import records
 from fluxdit_jax.dataset.manifest import REJECTS, EncoderIdentity, Manifest
 from fluxdit_jax.shared.sanitize import shown
+from preprocess.buckets import TOKEN_SIDE
 from preprocess.build import advice
-from preprocess.build.buckets import TOKEN_SIDE
 from preprocess.build.encode import Counts
 from preprocess.build.journal import Journal
 from preprocess.build.plan import Plan, Unit

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from preprocess.build.buckets import Size, geometry
+from preprocess.buckets import Size, geometry
 from preprocess.decoding import colour, formats, jpeg
 from preprocess.decoding.orientation import TURNS, is_size_turned, orientation, read_exif
 from preprocess.decoding.png import Png

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,12 @@ import numpy as np
 
 from fluxdit_jax.shared.cli import duration
 from fluxdit_jax.shared.sanitize import shown
-from preprocess import PreprocessError
-from preprocess.build import advice, buckets
+from preprocess import PreprocessError, buckets
+from preprocess.build import advice
+from preprocess.build.build import plan_only
 from preprocess.build.comparison import Comparison
 from preprocess.build.encode import Encoders
+from preprocess.build.options import Options
 from preprocess.build.plan import Plan
 from preprocess.build.units import disk_errors
 from preprocess.inspect.report import byte_size, padding
@@ -69,13 +72,25 @@ def forecast(plan: Plan) -> Forecast:
     )
 
 
-def tell(plan: Plan, found: Comparison, encoders: Encoders | None, drawing: str, say: Callable[[str], None]) -> None:
+def dry_run(options: Options, drawing: str = "", replace: bool = False) -> Plan:
+    """Plans only: prints what a build would do. Writes nothing but the drawing.
+
+    Args:
+      drawing: a PNG of aspect ratios and buckets is written there, if it is not "".
+      replace: as of `build`.
+
+    Raises:
+      PreprocessError: the input or an option does not allow it.
+    """
+    return plan_only(options, functools.partial(_tell, drawing), replace)
+
+
+def _tell(drawing: str, plan: Plan, found: Comparison, encoders: Encoders | None, say: Callable[[str], None]) -> None:
     """Prints the forecast.
 
     Args:
       found: what of the plan is there already.
       encoders: to try, None if they are not on this machine.
-      drawing: a PNG of aspect ratios and buckets is written there, if it is not "".
     """
     figures, options = forecast(plan), plan.options
     total = len(plan.items)

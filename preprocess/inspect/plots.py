@@ -14,8 +14,7 @@ from matplotlib.figure import Figure
 from fluxdit_jax.dataset.manifest import Manifest
 from fluxdit_jax.dataset.records import Record
 from fluxdit_jax.shared.labels import drawable
-from preprocess import PreprocessError
-from preprocess.build import buckets
+from preprocess import PreprocessError, buckets
 from preprocess.build.plan import MAX_FILE_BYTES
 from preprocess.build.publish import load_options
 from preprocess.decoding.images import Limits, Rejected, decode, read_header

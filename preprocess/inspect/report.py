@@ -15,7 +15,8 @@ from fluxdit_jax.dataset import records
 from fluxdit_jax.dataset.manifest import INDEX, REJECTS, SPLITS, DatasetError, Manifest, load_manifest
 from fluxdit_jax.dataset.records import Record
 from fluxdit_jax.shared.sanitize import shown
-from preprocess.build import advice, buckets
+from preprocess import buckets
+from preprocess.build import advice
 from preprocess.build.units import Rows, read_rows
 
 SAMPLED = 256  # records behind the histograms

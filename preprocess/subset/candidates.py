@@ -22,7 +22,7 @@ from fluxdit_jax.dataset import records
 from fluxdit_jax.dataset.manifest import MANIFEST, DatasetError, EncoderIdentity
 from fluxdit_jax.shared.edit_rules import DEFAULT_RULES, EditError, Rule
 from preprocess import PreprocessError
-from preprocess.build.buckets import TOKEN_SIDE, Size
+from preprocess.buckets import TOKEN_SIDE, Size
 from preprocess.build.journal import Journal
 from preprocess.build.options import Options
 from preprocess.build.plan import MAX_FILE_BYTES, Item, digest, make_plan

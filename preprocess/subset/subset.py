@@ -21,8 +21,8 @@ from PIL import Image
 from fluxdit_jax.dataset.manifest import MANIFEST, EncoderIdentity, load_manifest, sha256_file
 from fluxdit_jax.shared.sanitize import shown
 from preprocess import PreprocessError
+from preprocess.buckets import distortion, enlargement
 from preprocess.build.advice import VISIBLE
-from preprocess.build.buckets import distortion, enlargement
 from preprocess.build.journal import Journal
 from preprocess.build.lock import locked
 from preprocess.build.plan import Item
