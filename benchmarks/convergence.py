@@ -58,7 +58,7 @@ from fluxdit_jax.vae.decoder import load_decoder
 NAME = "convergence"
 PROBE = 100  # steps
 NEAR = {"memorised": 0.96, "swapped": 0.75, "turned": 0.80}  # of the part; there the whole gate is measured
-SAMPLER = {"steps": 6, "method": "kutta3", "batch_size": 20}  # validate's own
+SAMPLER = {"steps": 6, "method": "rk3", "batch_size": 20}  # validate's own
 # What every choice but the first was held against: what `configs/demo.py` said before it took the winner.
 BASE = {"flow.uniform_share": 1.0, "train.steps": 1500}
 ADAMW = BASE | {"optim.name": "adamw"}
@@ -166,7 +166,7 @@ def _turned(editing: Edit, painter: Painter, chosen: range) -> list[bool]:
         index, rule, _ = editing.cases[k]
         alike = float(edit.structure(before) @ editing.album.structures[index])
         shift = displacement(before, after, rule.axis).along(rule.sign)
-        result.append(alike >= edit.RESEMBLES and shift is not None and shift > edit.MOVED)
+        result.append(alike >= edit.MIN_STRUCTURE and shift is not None and shift > edit.MOVED)
     return result
 
 

@@ -262,7 +262,7 @@ def rows_of_plan(count: int) -> None:
     from preprocess.build.options import Options
     from preprocess.build.plan import Item, make_units
     from preprocess.decoding.images import Header
-    from preprocess.input.byte_source import Place
+    from preprocess.input.byte_source import ByteSource
 
     buckets = Options("in", "out").checked().buckets()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -272,7 +272,7 @@ def rows_of_plan(count: int) -> None:
         header = Header(1000 + number % 500, 1200, 1, "JPEG")
         path = f"/data/photos/{number // 1000:05}/{number:08}.jpg"
         caption = f"{number:08} " + "word " * 58
-        items.append(Item(path[13:], Place(path), (caption,), content, header, buckets[number % len(buckets)]))
+        items.append(Item(path[13:], ByteSource(path), (caption,), content, header, buckets[number % len(buckets)]))
     make_units(items, 0.02, 1000)
     used = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     print(f"{count:,} planned items: {used / count:,.0f} bytes each, {used / count * 1e7 / 1e9:.1f} GB for ten million")

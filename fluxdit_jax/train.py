@@ -29,7 +29,7 @@ from fluxdit_jax.device import devices, sharding
 from fluxdit_jax.device.memory_plan import OutOfMemory, require_fit
 from fluxdit_jax.device.sharding import MeshError
 from fluxdit_jax.flow import FlowConfig
-from fluxdit_jax.gate.requirement import GateError, require_report, tell_pictures
+from fluxdit_jax.gate.requirement import GateError, report_pictures, require_report
 from fluxdit_jax.loader import reader
 from fluxdit_jax.model import dit
 from fluxdit_jax.optimizer import learning_rate
@@ -42,8 +42,8 @@ from fluxdit_jax.run.profile import Trace
 from fluxdit_jax.run.run_directory import RunError, RunLock, check_resume, difference_from, flatten
 from fluxdit_jax.run.signals import Signals, any_process
 from fluxdit_jax.run.soundness import BrokenRun, Watchdog
-from fluxdit_jax.run.timer import Overdue
-from fluxdit_jax.run.validation_loss import HeldOut
+from fluxdit_jax.run.timer import IntervalTimer
+from fluxdit_jax.run.validation_loss import ValidationLoss
 from fluxdit_jax.run.weights import places, restore_weights
 from fluxdit_jax.sampling import image_grid
 from fluxdit_jax.sampling.preview import Preview, make_preview
@@ -89,7 +89,7 @@ def train(config: ConfigDict) -> int:
             check_resume(workdir, config, manifest)
             continuation.require_checkpoints(workdir)
             if report is not None:
-                tell_pictures(report, manifest)
+                report_pictures(report, manifest)
 
         # ------------------------------------------------------------ the compiled step, if it fits the device
         program = Program(settings, mesh, statistics)
@@ -153,7 +153,7 @@ def train(config: ConfigDict) -> int:
         # ------------------------------------------------------------ the loop
         # The metrics of a program are read after the next one is dispatched, so that the device never waits for
         # the host. Only where something is to be done with the state is the device waited for.
-        save_overdue, look_overdue = Overdue(config.checkpoint.minutes), Overdue(config.log.minutes)
+        save_overdue, look_overdue = IntervalTimer(config.checkpoint.minutes), IntervalTimer(config.log.minutes)
         for step in range(first + 1, config.train.steps + 1):
             trace.at(step - 1)
             for _ in range(settings.optimizer.grad_accum_steps):
@@ -281,10 +281,10 @@ def _without_gradient(f: FlowConfig) -> frozenset[str]:
 
 def _make_heldout(
     config: ConfigDict, settings: Settings, manifest: Manifest, mesh: Any, statistics: Any
-) -> HeldOut | None:
+) -> ValidationLoss | None:
     if not config.log.heldout_every or not manifest.records("holdout"):
         return None
-    return HeldOut(
+    return ValidationLoss(
         settings.model,
         settings.flow,
         reader.RecordSource(config.data.path, manifest, "holdout", config.data.on_corrupt),
@@ -307,7 +307,7 @@ def _preview_options(config: ConfigDict) -> dict[str, Any]:
     }
 
 
-def _measure_heldout(heldout: HeldOut, state: TrainState, step: int, writer: MetricsWriter) -> None:
+def _measure_heldout(heldout: ValidationLoss, state: TrainState, step: int, writer: MetricsWriter) -> None:
     values = heldout(state.ema)
     log.info("step %d: held-out loss %.4f (EMA, %d pictures)", step, values["heldout_loss"], heldout.pictures)
     writer.scalars(step, values)

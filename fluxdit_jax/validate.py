@@ -57,7 +57,7 @@ from fluxdit_jax.vae.decoder import load_decoder
 from fluxdit_jax.vae.files import DecoderError
 from preprocess import PreprocessError
 
-EVALUATIONS = {"euler": 1, "heun": 2, "kutta3": 3}  # of the network, for each solver step
+EVALUATIONS = {"euler": 1, "heun": 2, "rk3": 3}  # of the network, for each solver step
 USER_ERRORS = (
     CheckpointError, ConfigError, DatasetError, DecoderError, EditError, LogError, PreprocessError, RunError,
     SampleError, OSError,
@@ -114,8 +114,8 @@ def _add_arguments(add: Any) -> None:
     )  # fmt: skip
     add("--steps", type=int, default=6, help="solver steps; 6 to 16 is usual; default: 6")
     add(
-        "--method", choices=solvers.METHODS, default="kutta3",
-        help="solver; kutta3 costs three evaluations of the network a step, heun two, euler one; default: kutta3",
+        "--method", choices=solvers.METHODS, default="rk3",
+        help="solver; rk3 costs three evaluations of the network a step, heun two, euler one; default: rk3",
     )  # fmt: skip
     add("--seed", type=int, default=0, help="of the noise and of who is paired with whom; default: 0")
     add("--batch-size", type=int, default=20, help="pictures computed at once; default: 20")
@@ -143,7 +143,7 @@ def validate(arguments: argparse.Namespace) -> bool:
     source = RecordSource(directory, manifest, "train", config.data.get("on_corrupt", "stop"))
     records = [
         dataclasses.replace(record, text=record.text[: settings.text_limit])  # as in training
-        for _, record in source.sound(spread(len(source), arguments.limit))
+        for _, record in source.iter_valid(spread(len(source), arguments.limit))
     ]
     captions = [record.caption for record in records]
     rules = choose_rules(captions, [Rule.parse(text) for text in arguments.edit])

@@ -334,13 +334,13 @@ def test_a_file_that_changes_between_plan_and_encoding(
     photos: Path, tmp_path: Path, draw_photo, monkeypatch, capsys: pytest.CaptureFixture
 ) -> None:
     """It is not stored under the hash of what was there before; the same command again takes it."""
-    key, tell = "set1/p03.png", preprocess.build.build.tell_plan
+    key, tell = "set1/p03.png", preprocess.build.build.report_plan
 
     def change(*arguments: object) -> None:
         tell(*arguments)
         write_image(photos / key, 103, None, draw_photo)
 
-    monkeypatch.setattr(preprocess.build.build, "tell_plan", change)
+    monkeypatch.setattr(preprocess.build.build, "report_plan", change)
     result = build(options(photos, tmp_path / "data", max_rejects=0.5))
     monkeypatch.undo()
     (line,) = [json.loads(line) for line in (tmp_path / "data" / REJECTS).read_text().splitlines()]
@@ -627,7 +627,7 @@ def test_precomputed_vectors(photos: Path, tmp_path: Path) -> None:
 def test_a_vector_that_changes_between_plan_and_encoding(photos: Path, tmp_path: Path, monkeypatch) -> None:
     keys, tell = (
         sorted(p.relative_to(photos).as_posix() for p in photos.rglob("*.png")),
-        preprocess.build.build.tell_plan,
+        preprocess.build.build.report_plan,
     )
     for number, key in enumerate(keys):
         (tmp_path / "v" / key).parent.mkdir(parents=True, exist_ok=True)
@@ -637,7 +637,7 @@ def test_a_vector_that_changes_between_plan_and_encoding(photos: Path, tmp_path:
         tell(*arguments)
         np.save(tmp_path / "v" / f"{keys[3]}.npy", np.ones(1024, np.float32))
 
-    monkeypatch.setattr(preprocess.build.build, "tell_plan", change)
+    monkeypatch.setattr(preprocess.build.build, "report_plan", change)
     more = {"vision_embeddings": str(tmp_path / "v"), "max_rejects": 0.5}
     build(options(photos, tmp_path / "data", **more))
     monkeypatch.undo()

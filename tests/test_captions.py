@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from fluxdit_jax.dataset.captions import MAX_CAPTIONS
 from preprocess.decoding.images import Rejected
 from preprocess.input import captions
-from preprocess.input.byte_source import Place
+from preprocess.input.byte_source import ByteSource
 from preprocess.input.captions import Source
 from preprocess.input.tables import path_in, read_table
 
@@ -129,7 +129,7 @@ def file(tmp_path: Path) -> Callable[..., Source]:
         path = tmp_path / name
         if content is not None:
             path.write_text(content)
-        return Source(name, group, Place(str(path)), path.suffix, only=only)
+        return Source(name, group, ByteSource(str(path)), path.suffix, only=only)
 
     return write
 

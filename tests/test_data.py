@@ -279,11 +279,11 @@ def test_without_skip_the_message_tells_of_it(damaged):
 
 def test_a_choice_of_records_leaves_the_damaged_out(damaged):
     source = skipping(damaged)
-    assert [number for number, _ in source.sound([5, 6, 7, 8, 130])] == [5, 6, 8]
+    assert [number for number, _ in source.iter_valid([5, 6, 7, 8, 130])] == [5, 6, 8]
     with pytest.raises(DatasetError, match=naming(str(damaged[0]), "'train'")):
-        list(source.sound([7, 130]))
+        list(source.iter_valid([7, 130]))
     with pytest.raises(DatasetError, match="row 7"):
-        list(RecordSource(*damaged, "train").sound([5, 6, 7, 8]))
+        list(RecordSource(*damaged, "train").iter_valid([5, 6, 7, 8]))
 
 
 def nan(array):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from wording import lines_naming, numbers
 
-from fluxdit_jax.run.summary_writer import Board
+from fluxdit_jax.run.summary_writer import SummaryWriter
 from fluxdit_jax.shared.atomic_files import Appended, replacing, write_whole
 
 pytest_plugins = ("training_fixtures",)
@@ -81,7 +81,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, room):
 
 
 def test_the_board_counts_what_it_could_not_write_and_leaves_no_empty_files(tmp_path: Path, room, package_log):
-    board = Board(tmp_path / "tensorboard", 0)
+    board = SummaryWriter(tmp_path / "tensorboard", 0)
     room(8)
     for step in range(20):
         board.scalars(step, {("loss", ""): 1.0})

@@ -106,7 +106,7 @@ def test_eight_losses_tell_that_it_is_lost_and_the_runs_own_words_are_quoted():
         {"step": 51, "health/spiked": "step 51: jumped"},
         {"step": 52, "health/diverged": "step 52: gone"},
         {"step": 53, "health/broken": "step 53: broken"},
-        {"step": 54, "health/sinking": "step 54: sinks"},
+        {"step": 54, "health/collapsed": "step 54: sinks"},
         *log[5:],
     ]
     assert re.findall(r"step 5\d: \w+", found(said)["learning rate"]) == ["step 53: broken"]

@@ -27,7 +27,7 @@ def test_the_report_knows_the_drawn_portraits(tmp_path):
     (tmp_path / "photos" / "own.txt").write_text("a red wall")
     build(options(tmp_path / "photos", tmp_path / "data", resolution=64, holdout=0.0))
     source = RecordSource(tmp_path / "data", load_manifest(tmp_path / "data"), "train", "stop")
-    records = [record for _, record in source.sound(range(len(source)))]
+    records = [record for _, record in source.iter_valid(range(len(source)))]
     assert (len(records), count_drawn(records)) == (drawn + 1, drawn)
 
 

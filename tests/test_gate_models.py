@@ -384,16 +384,16 @@ def test_too_small_a_set_is_not_passed():
     tiny = album(subjects=("fox",), lights=3)
     found = verdicts(Oracle(tiny), of=tiny)
     assert failed(found) == {"memorisation", "vision_swap", "text_edit"}
-    assert f"at least {memorisation.ENOUGH}" in found["memorisation"].reasons[0]
-    assert f"at least {swap.ENOUGH}" in found["vision_swap"].reasons[0]
-    assert f"at least {edit.ENOUGH}" in found["text_edit"].reasons[0]
+    assert f"at least {memorisation.MIN_PICTURES}" in found["memorisation"].reasons[0]
+    assert f"at least {swap.MIN_PAIRS}" in found["vision_swap"].reasons[0]
+    assert f"at least {edit.MIN_CASES}" in found["text_edit"].reasons[0]
 
 
 def test_a_set_in_one_light_has_nothing_to_swap():
     dim = album(lights=1)
     found = verdicts(Oracle(dim), of=dim)
     assert "vision_swap" in failed(found)
-    assert found["vision_swap"].numbers["pairs"] < swap.ENOUGH
+    assert found["vision_swap"].numbers["pairs"] < swap.MIN_PAIRS
 
 
 def test_the_same_picture_twice_in_a_set_is_not_held_against_the_model():

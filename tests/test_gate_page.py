@@ -37,7 +37,7 @@ CIRCUMSTANCES = report.Circumstances(
     "data/scenes",
     1500,
     6,
-    "kutta3",
+    "rk3",
     0,
     "cpu: cpu",
     "2026-11-24T10:00:00",

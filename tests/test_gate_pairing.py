@@ -8,7 +8,7 @@ from gate_pictures import album_of, plain
 from skimage.color import rgb2lab
 
 from fluxdit_jax.gate.album import Album
-from fluxdit_jax.gate.pairing import CLEARLY, derangements, may_swap, swap_pairs, tone_distances
+from fluxdit_jax.gate.pairing import DISTINCT_TONES_CIE76, derangements, may_swap, swap_pairs, tone_distances
 
 SUBJECTS = ("fox", "teapot", "lighthouse", "cactus")
 LIGHTS = ((180, 180, 180), (200, 120, 60), (60, 80, 170), (180, 60, 120), (50, 150, 80))
@@ -44,7 +44,7 @@ def test_partners_differ_in_caption_and_clearly_in_tone():
     pairs = swap_pairs(ALBUM, 60)
     assert len(pairs) == len(set(pairs)) == 60
     for a, b in pairs:
-        assert ALBUM.caption(a) != ALBUM.caption(b) and far[a, b] >= CLEARLY and allowed[a, b]
+        assert ALBUM.caption(a) != ALBUM.caption(b) and far[a, b] >= DISTINCT_TONES_CIE76 and allowed[a, b]
     assert {a for a, _ in pairs[:40]} == set(range(40))  # everyone once before anyone twice
 
 

@@ -9,7 +9,7 @@ from wording import lines_naming, naming
 
 from fluxdit_jax.dataset.manifest import EncoderIdentity, Manifest, Shard
 from fluxdit_jax.gate.report import Circumstances, build_report, write_json
-from fluxdit_jax.gate.requirement import GateError, encoder_summary, family, is_of, require_report, tell_pictures
+from fluxdit_jax.gate.requirement import GateError, encoder_summary, family, is_of, report_pictures, require_report
 from fluxdit_jax.model.dit import ModelConfig
 
 pytest_plugins = ("training_fixtures",)
@@ -53,7 +53,7 @@ class Passed:
 
 
 def write(folder, config=NANO, of=None, failed=()):
-    circumstances = Circumstances("run", "data", 1500, 6, "kutta3", 0, "cpu", "2026-11-24", {"total": 1.0}, 1)
+    circumstances = Circumstances("run", "data", 1500, 6, "rk3", 0, "cpu", "2026-11-24", {"total": 1.0}, 1)
     verdicts = [Passed(name, name not in failed) for name in ("memorisation", "vision_swap", "text_edit")]
     path = folder / "validation" / "report.json"
     write_json(build_report(verdicts, circumstances, config, of or manifest()), path)
@@ -233,7 +233,7 @@ def test_a_report_in_a_run_is_of_the_newest_weights_there(tmp_path, there, allow
 
 def report_on(tested, drawn, config, of) -> dict:
     circumstances = Circumstances(
-        "run", "SET", 8, 6, "kutta3", 0, "cpu", "2026-11-24", {"total": 1.0}, 1, pictures=tested, drawn=drawn
+        "run", "SET", 8, 6, "rk3", 0, "cpu", "2026-11-24", {"total": 1.0}, 1, pictures=tested, drawn=drawn
     )
     verdicts = [Passed(name) for name in ("memorisation", "vision_swap", "text_edit")]
     return build_report(verdicts, circumstances, config, of)
@@ -255,7 +255,7 @@ def report_on(tested, drawn, config, of) -> dict:
 def test_which_pictures_the_gate_was_passed_on_is_told(package_log, tested, drawn, of, warned, words):
     shards = {name: {"train": (Shard("a", name, 1, 100, {}),)} for name in ("set", "other")}
     report = report_on(tested, drawn, NANO, manifest(shards=shards["set"]))
-    tell_pictures(report, manifest(shards=shards[of]))
+    report_pictures(report, manifest(shards=shards[of]))
     assert words in " ".join(package_log)
     assert ("portraits" in " ".join(package_log)) == bool(tested and drawn)
     assert any(line.startswith("WARNING") and "preprocess subset" in line for line in package_log) == warned

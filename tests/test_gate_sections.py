@@ -21,7 +21,7 @@ REPORT = {
         "path": "data/set", "name": "set", "records": 40, "format_version": 1, "resolution": 64,
         "shards_sha256": [f"{k}" * 64 for k in range(1, 10)], "pictures_tested": 30, "drawn_portraits": 0,
     },
-    "sampling": {"method": "kutta3", "steps": 6, "network_evaluations": 1800, "seed": 0},
+    "sampling": {"method": "rk3", "steps": 6, "network_evaluations": 1800, "seed": 0},
     "encoders": {"vae": {"id": "dct", "revision": "1", "width": 16, "sha256": "ef" * 32}},
     "device": "cpu", "seconds": {"total": 12.5}, "made": "2026-11-24",
 }  # fmt: skip
@@ -75,7 +75,7 @@ def test_the_verdict_stands_on_top_and_tests_are_numbered():
 def test_what_was_validated_is_told():
     text = html(verdict())
     for words in (
-        "EMA of step 1,500 of /runs/fox", "2.5 M parameters", "kutta3 in 6 steps", "40 pictures of data/set",
+        "EMA of step 1,500 of /runs/fox", "2.5 M parameters", "rk3 in 6 steps", "40 pictures of data/set",
         "EMA of step 1,500, digest abc", "1,800 (seed 0)", "total 12.5 s", "dct 1 (width 16, sha256 efefefefefefefef)",
         ", ".join(f"{k}" * 16 for k in range(1, 9)), "30 of 40 tested<", "set, format version 1, 64 px",
     ):  # fmt: skip

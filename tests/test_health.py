@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from wording import naming
 
-from fluxdit_jax.run.health import BASELINE, LOUD, SILENT, WINDOW, Monitor, Observation
+from fluxdit_jax.run.health import BASELINE, DEAD_STEPS, LOUD_RMS_RATIO, WINDOW, Monitor, Observation
 
 GROUPS = ("blocks/mlp", "null_text", "out")
 
@@ -125,7 +125,7 @@ def test_weights_thrown_in_the_first_steps_are_named_although_the_loss_never_fel
     run = [changed(seen, loss=2.0, rms_ratio=3.0 if 4 <= seen.step <= 6 else 0.1) for seen in healthy(100)]
     said = watch(run)
     assert kinds(said)[0] == "diverged" and said[0][0] == WINDOW and said[0][1].serious
-    assert re.search(naming(3, WINDOW, LOUD, "learning rate", 0.001, "optim.lr"), said[0][1].message)
+    assert re.search(naming(3, WINDOW, LOUD_RMS_RATIO, "learning rate", 0.001, "optim.lr"), said[0][1].message)
 
 
 def test_one_outburst_is_forgiven():
@@ -146,7 +146,7 @@ def test_a_gradient_that_sinks_is_named():
         for seen in healthy(1500)
     ]
     said = watch(run)
-    assert kinds(said) == ["sinking"] and said[0][1].serious
+    assert kinds(said) == ["collapsed"] and said[0][1].serious
     assert 600 < said[0][0] < 900
     for word in ("grey", "latent statistics", "zero"):
         assert word in said[0][1].message
@@ -155,7 +155,7 @@ def test_a_gradient_that_sinks_is_named():
 def test_a_prediction_that_stays_weak_is_named_after_the_warmup():
     run = [changed(seen, rms_ratio=0.05) for seen in healthy(1500)]
     said = watch(run, Monitor(1e-3, 300))
-    assert kinds(said) == ["sinking"] and said[0][0] > 300 + BASELINE
+    assert kinds(said) == ["collapsed"] and said[0][0] > 300 + BASELINE
     run = [changed(seen, rms_ratio=0.05 + 0.9 * (seen.step > 250)) for seen in healthy(1500)]
     monitor = Monitor(1e-3, 300)
     assert watch(run[:200], monitor) == [] and "weak" in monitor.summary() and "0.05" in monitor.summary()
@@ -172,7 +172,7 @@ def test_a_loss_of_nothing_is_named():
         )
         for seen in healthy(1500)
     ]
-    assert kinds(watch(run)) == ["sinking"]
+    assert kinds(watch(run)) == ["collapsed"]
 
 
 def test_a_memorised_set_is_not_sinking():
@@ -197,14 +197,14 @@ def silence(seen, *names):
 
 def test_a_part_without_gradient_is_named():
     said = watch([silence(seen, "null_text", "out") for seen in healthy(500)])
-    assert kinds(said) == ["disconnected"] and said[0][0] == SILENT and said[0][1].serious
+    assert kinds(said) == ["dead_parameters"] and said[0][0] == DEAD_STEPS and said[0][1].serious
     assert "null_text, out" in said[0][1].message and "blocks/mlp" not in said[0][1].message
 
 
 def test_a_part_that_has_lost_its_gradient_is_put_down_to_the_learning_rate():
     said = watch([silence(seen, "out") if seen.step > 50 else seen for seen in healthy(500)])
-    assert kinds(said) == ["disconnected"] and said[0][0] == 50 + SILENT
-    assert re.search(naming("out", SILENT, "learning rate", 0.001, "optim.lr"), said[0][1].message)
+    assert kinds(said) == ["dead_parameters"] and said[0][0] == 50 + DEAD_STEPS
+    assert re.search(naming("out", DEAD_STEPS, "learning rate", 0.001, "optim.lr"), said[0][1].message)
 
 
 def test_a_part_that_rightly_has_no_gradient_is_not_named():
@@ -213,14 +213,14 @@ def test_a_part_that_rightly_has_no_gradient_is_not_named():
 
 
 def test_a_part_that_is_rarely_used_is_not_named():
-    run = [silence(seen, "null_text") if seen.step % (SILENT - 1) else seen for seen in healthy(1000)]
+    run = [silence(seen, "null_text") if seen.step % (DEAD_STEPS - 1) else seen for seen in healthy(1000)]
     assert watch(run) == []
 
 
 def test_a_part_that_wakes_up_is_told():
     run = [silence(seen, "out") if seen.step < 200 else seen for seen in healthy(400)]
     said = watch(run)
-    assert kinds(said) == ["disconnected"] * 2
+    assert kinds(said) == ["dead_parameters"] * 2
     assert said[1][0] == 200 and not said[1][1].serious
 
 
@@ -278,7 +278,7 @@ def test_a_measure_that_is_nan_half_of_the_time_is_no_trouble_of_its_own(field):
 def test_starvation_is_told_but_is_not_serious():
     run = [changed(seen, data_wait=0.6) if 400 <= seen.step < 600 else seen for seen in healthy(1000)]
     said = watch(run)
-    assert kinds(said) == ["starved"] * 2
+    assert kinds(said) == ["input_bound"] * 2
     assert 400 <= said[0][0] <= 400 + WINDOW and not any(diagnosis.serious for _, diagnosis in said)
     for word in ("data.threads", "data.prefetch", "%"):
         assert word in said[0][1].message
@@ -287,7 +287,7 @@ def test_starvation_is_told_but_is_not_serious():
 def test_a_share_that_wavers_about_the_limit_is_told_once():
     wavering = {True: 0.4, False: 0.12}  # about the limit of a quarter, in turns longer than the window
     run = [changed(seen, data_wait=wavering[seen.step // 15 % 2 == 0]) for seen in healthy(1000)]
-    assert kinds(watch(run)) == ["starved"]
+    assert kinds(watch(run)) == ["input_bound"]
 
 
 def test_the_first_steps_may_wait():

@@ -76,7 +76,7 @@ def test_a_font_of_the_system_is_found(tmp_path: Path) -> None:
 
 
 def test_a_missing_script_is_told_once(package_log: list[str]) -> None:
-    labels._tell_scripts.cache_clear()
+    labels._report_scripts.cache_clear()
     for _ in range(2):
         labels.drawable("\U00012000")
     assert [line for line in package_log if "CUNEIFORM" in line and line.startswith("WARNING")] == package_log[:1]

@@ -24,7 +24,7 @@ from wording import naming, numbers
 
 from fluxdit_jax.run.metrics import MetricsWriter, pack, read_metrics, unpack
 from fluxdit_jax.run.scalars import LAYOUT, SCALARS, on_board
-from fluxdit_jax.run.summary_writer import Board
+from fluxdit_jax.run.summary_writer import SummaryWriter
 
 pytest_plugins = ("training_fixtures",)
 
@@ -203,7 +203,7 @@ def test_what_is_written_is_on_disk_at_once(tmp_path):
 
 def test_a_picture_comes_back_with_its_pixels(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
-    with Board(tmp_path / "tensorboard") as writer:
+    with SummaryWriter(tmp_path / "tensorboard") as writer:
         writer.image(4, "samples", image)
     (event,) = board(tmp_path).Images("samples")
     assert (event.step, event.height, event.width) == (4, 5, 7)
@@ -211,7 +211,7 @@ def test_a_picture_comes_back_with_its_pixels(tmp_path):
 
 
 def test_a_full_disk_costs_the_board_a_record_and_not_the_run(tmp_path, package_log):
-    writer = Board(tmp_path / "tensorboard")
+    writer = SummaryWriter(tmp_path / "tensorboard")
     writer.scalars(1, {("loss", ""): 1.0})
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -77,7 +77,7 @@ def write_report(scene, step, passed=True, digest=True):
     workdir, settings, manifest = scene
     known = restore_weights(workdir, step).digest if digest else ""
     circumstances = Circumstances(
-        str(workdir), "data", step, 6, "kutta3", 0, "cpu", "2026-11-24", {"total": 1.0}, 1, known
+        str(workdir), "data", step, 6, "rk3", 0, "cpu", "2026-11-24", {"total": 1.0}, 1, known
     )
     path = workdir / "validation" / "report.json"
     write_json(build_report([Verdict("memorisation", passed)], circumstances, settings.model, manifest), path)

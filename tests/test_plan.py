@@ -29,9 +29,9 @@ from preprocess.build.plan import (
     split_of,
 )
 from preprocess.decoding.images import Header, Rejected
-from preprocess.input.byte_source import Place
+from preprocess.input.byte_source import ByteSource
 from preprocess.input.captions import Source
-from preprocess.input.findings import Found, Reject, Scan
+from preprocess.input.findings import InputImage, Reject, Scan
 from preprocess.input.vectors import Vectors
 
 IDENTITY = EncoderIdentity("owner/model", "abc", "f" * 64, "bfloat16", 16, {"factor": 8})
@@ -40,7 +40,9 @@ OPTIONS = Options("in", "out")
 
 def item(number: int) -> Item:
     content = hashlib.sha256(b"%d" % number).hexdigest()
-    return Item(f"{number:06}.jpg", Place("x"), (f"caption {number}",), content, Header(64, 64, 1, "JPEG"), (64, 64))
+    return Item(
+        f"{number:06}.jpg", ByteSource("x"), (f"caption {number}",), content, Header(64, 64, 1, "JPEG"), (64, 64)
+    )
 
 
 def prints(options: Options = OPTIONS, **changed: EncoderIdentity) -> Fingerprints:
@@ -174,12 +176,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def found(folder: Path, name: str, *captions: str, offset: int = 0, size: int = -1) -> Found:
+def found(folder: Path, name: str, *captions: str, offset: int = 0, size: int = -1) -> InputImage:
     sources = (Source("t.csv:2", 0, texts=captions or Rejected("empty caption", f"of {name}")),)
-    return Found(name, Place(str(folder / name), offset, size), sources)
+    return InputImage(name, ByteSource(str(folder / name), offset, size), sources)
 
 
-def pictures(folder: Path) -> list[Found]:
+def pictures(folder: Path) -> list[InputImage]:
     return [found(folder, f"{name}.png", f"caption {name}", *more) for name, *more in ("a", "bb", "c", "e")]
 
 
@@ -187,7 +189,7 @@ def test_everything_that_is_found_is_read_and_judged(folder: Path) -> None:
     listing = Scan(folder, pictures(folder), [Reject("x.gif", "x.gif", "image type is not read")])
     listing.found[2:2] = [found(folder, "d.jpg"), found(folder, "no.png", "no")]
     twice = (Source("t.csv:2", 0, texts=("one", "one")), Source("t.csv:3", 1, texts=("behind",)))
-    listing.found.append(Found("d.jpg", Place(str(folder / "d.jpg")), twice))
+    listing.found.append(InputImage("d.jpg", ByteSource(str(folder / "d.jpg")), twice))
     listing.passed_over["the same caption again"] = 4
     done: list[int] = []
     plan = make_plan(listing, SMALL, progress=done.append)

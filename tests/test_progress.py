@@ -19,7 +19,7 @@ from fluxdit_jax.run import overview, progress, timer
 from fluxdit_jax.run.checkpoint import ema_steps, restore_ema
 from fluxdit_jax.run.metrics import read_metrics
 from fluxdit_jax.run.progress import Length, Progress
-from fluxdit_jax.run.validation_loss import HeldOut
+from fluxdit_jax.run.validation_loss import ValidationLoss
 from fluxdit_jax.shared.cli import duration
 from fluxdit_jax.train import train
 
@@ -76,7 +76,7 @@ def test_a_log_that_would_be_silent_names_what_the_run_is_doing(package_log, mon
 def test_something_is_due_after_a_tenth_and_then_after_all_of_its_minutes(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(timer.time, "monotonic", lambda: now[0])
-    overdue, never = timer.Overdue(minutes=30.0), timer.Overdue(minutes=0.0)
+    overdue, never = timer.IntervalTimer(minutes=30.0), timer.IntervalTimer(minutes=0.0)
     now[0] += 179
     assert not overdue
     now[0] += 2
@@ -137,14 +137,14 @@ def test_a_signal_during_a_held_out_loss_is_obeyed_and_the_log_is_not_silent(con
     """The state is saved first when the loop comes back; meanwhile the log says what the run is doing."""
     monkeypatch.setattr(progress, "SILENT_SECONDS", 0.2)
     config.log.heldout_every = 2
-    measure = HeldOut.__call__
+    measure = ValidationLoss.__call__
 
     def slow(self, ema):
         os.kill(os.getpid(), signal.SIGHUP)  # the terminal closes
         time.sleep(0.6)
         return measure(self, ema)
 
-    monkeypatch.setattr(HeldOut, "__call__", slow)
+    monkeypatch.setattr(ValidationLoss, "__call__", slow)
     assert train(config.copy_and_resolve_references()) == 128 + signal.SIGHUP
     log = (Path(config.workdir) / "train.log").read_text()
     assert "SIGHUP" in log and lines_naming(log, "step 2/3", "held-out")

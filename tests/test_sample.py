@@ -242,6 +242,12 @@ def test_the_hostile_recipes_are_changed_from_one_that_is_read(tmp_path: Path) -
     assert recipe.read(path).arguments == GOOD
 
 
+def test_a_solver_that_was_renamed_is_known_by_its_old_name(tmp_path: Path) -> None:
+    told = json.dumps(WHOLE | {"arguments": GOOD | {"method": "kutta3"}})
+    path = with_text(Image.new("RGB", (8, 8)), tmp_path / "r.png", recipe=told)
+    assert recipe.read(path).arguments == GOOD | {"method": "rk3"}
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [

@@ -12,7 +12,7 @@ from fluxdit_jax.sampling.solvers import METHODS, Guidance, guide, integrate, ti
 pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-ORDER = {"euler": 1, "heun": 2, "kutta3": 3}
+ORDER = {"euler": 1, "heun": 2, "rk3": 3}
 
 
 def rand(*shape, seed=0):
@@ -33,7 +33,7 @@ def test_the_time_grid_runs_from_noise_to_image():
     [
         ("euler", 3 - 1 * (3 * 3 + 1)),
         ("heun", 3 - (10 + 3 * (3 - 10) + 0) / 2),
-        ("kutta3", 3 - (10 + 4 * (3 * (3 - 10 / 2) + 0.5) + 3 * (3 - 2 * (3 * (3 - 10 / 2) + 0.5) + 10)) / 6),
+        ("rk3", 3 - (10 + 4 * (3 * (3 - 10 / 2) + 0.5) + 3 * (3 - 2 * (3 * (3 - 10 / 2) + 0.5) + 10)) / 6),
     ],
 )
 def test_one_step_by_hand(method, expected):
@@ -53,13 +53,13 @@ def test_order_of_accuracy(method, shift):
         out = integrate(lambda x, t: 2 * (1 + t) * x, noise, steps, shift, method)
         return np.abs(np.asarray(out, np.float64) - exact).max()
 
-    counts = {"euler": (64, 128, 256), "heun": (16, 32, 64), "kutta3": (8, 16, 32)}[method]
+    counts = {"euler": (64, 128, 256), "heun": (16, 32, 64), "rk3": (8, 16, 32)}[method]
     errors = [error(steps) for steps in counts]
     orders = np.log2(np.array(errors[:-1]) / errors[1:])
     assert abs(orders - ORDER[method]).max() < 0.3, (orders, errors)
 
 
-@pytest.mark.parametrize(("method", "degree"), [("euler", 0), ("heun", 1), ("kutta3", 2)])
+@pytest.mark.parametrize(("method", "degree"), [("euler", 0), ("heun", 1), ("rk3", 2)])
 def test_exact_on_polynomials_in_time(method, degree):
     noise = rand(3)
 

@@ -16,8 +16,8 @@ from wording import naming
 
 from preprocess import PreprocessError
 from preprocess.decoding.images import Rejected
-from preprocess.input.byte_source import Place
-from preprocess.input.findings import Found, Scan
+from preprocess.input.byte_source import ByteSource
+from preprocess.input.findings import InputImage, Scan
 from preprocess.input.scan import scan
 
 
@@ -38,7 +38,7 @@ def texts(result: Scan) -> dict[str, object]:
     return {key: of[0] if len(of) == 1 else tuple(of) or None for key, of in rows.items()}
 
 
-def caption_file(found: Found) -> Place | None:
+def caption_file(found: InputImage) -> ByteSource | None:
     """The file that is looked at first for a picture's caption."""
     return found.captions[0].place if found.captions else None
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from preprocess.input.byte_source import Place
+from preprocess.input.byte_source import ByteSource
 from preprocess.input.sidecars import Sidecars
 
 
@@ -16,7 +16,7 @@ def names(
     pictures: list[str], files: list[str], first_dot: bool = False, others: tuple[str, ...] = ()
 ) -> dict[str, list[list[str]]]:
     """Of each picture the paths of its caption files, in groups, in order; the unused ones are under ""."""
-    sidecars = Sidecars(pictures, [(file, Place(file)) for file in files], others, first_dot)
+    sidecars = Sidecars(pictures, [(file, ByteSource(file)) for file in files], others, first_dot)
     result = {}
     for picture in pictures:
         groups = itertools.groupby(sidecars.sources(picture), key=lambda source: source.group)
@@ -112,7 +112,7 @@ def test_a_caption_of_a_picture_that_is_not_read_is_not_its_samples() -> None:
 
 def test_the_files_that_belong_to_no_picture() -> None:
     assert names(["a.png"], ["a.txt", "a.json", "b.txt", "a.2.txt"])[""] == [["b.txt", "a.2.txt"]]
-    sidecars = Sidecars(["a.png"], [(name, Place(name)) for name in ("a.txt", "a.TXT", "a.Txt")])
+    sidecars = Sidecars(["a.png"], [(name, ByteSource(name)) for name in ("a.txt", "a.TXT", "a.Txt")])
     assert len(sidecars.sources("a.png")) == 1
     assert sidecars.repeated() == 2 and list(sidecars.unused()) == []
 

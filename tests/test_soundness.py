@@ -204,7 +204,7 @@ def test_a_run_without_any_finite_gradient_ends_and_does_not_blame_the_weights(c
         train(config)
     log = log_of(config.workdir)
     assert lines_naming(log, "finite", "preprocess verify", 40, "micro-batches")
-    misleading = {"health/disconnected", "health/sinking", "health/spiked", "health/diverged"}
+    misleading = {"health/dead_parameters", "health/collapsed", "health/spiked", "health/diverged"}
     assert not kinds_told(read_metrics(Path(config.workdir) / "metrics.jsonl")) & misleading
     assert steps_of(config.workdir) == [] and ema_steps(Path(config.workdir)) == []
 

@@ -41,7 +41,7 @@ from fluxdit_jax.run.checkpoint import EMA, SHORT_EMA, Checkpoints, restore_ema
 from fluxdit_jax.run.digest import tree_digest
 from fluxdit_jax.run.metrics import read_metrics
 from fluxdit_jax.run.run_directory import load_config, load_dataset, record_start
-from fluxdit_jax.run.validation_loss import HeldOut
+from fluxdit_jax.run.validation_loss import ValidationLoss
 from fluxdit_jax.sample import sample
 from fluxdit_jax.sampling import image_grid, solvers
 from fluxdit_jax.sampling.arguments import parse_arguments
@@ -190,7 +190,7 @@ def test_the_held_out_loss_is_that_of_the_averages_at_any_batch_size(scene: Scen
     """8 times of every picture; the larger batch is filled up."""
     losses, filled = {}, 8 * scene.manifest.records("holdout") + 3
     for batch_size in (4, filled):
-        measure = HeldOut(
+        measure = ValidationLoss(
             scene.settings.model, scene.settings.flow,
             reader.RecordSource(scene.root / "ds", scene.manifest, "holdout"),
             mesh=make_mesh(1, 1, batch_size), tokens=scene.settings.tokens, text_tokens=scene.settings.text_tokens,
@@ -257,7 +257,7 @@ def test_the_command_the_gate_and_the_export_draw_one_picture(scene: Scene) -> N
         arguments, scene.settings, scene.manifest, restore_ema(scene.run)[1], load_decoder(scene.manifest.vae)
     )
     wanted = Album((record,), (), 2, seed=9).wanted(0, 0, 0)
-    how = ("--steps", "2", "--method", "kutta3")
+    how = ("--steps", "2", "--method", "rk3")
     drawn = scene.drawn_as(record, 9, *how)
     assert drawn.shape == (*record.encoded_size, 3)
     assert_alike(painter([wanted])[0], drawn)

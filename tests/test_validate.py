@@ -130,7 +130,7 @@ def test_what_cannot_be_measured_is_one_line_and_status_2(untrained, capsys, opt
         ("--keys=(c)_(l)", "(?P<composition>...)"),
         ("--limit=0", "error: --limit"),
         ("--seed=-1", "--seed"),
-        ("--method=magic", "kutta3"),
+        ("--method=magic", "rk3"),
     ],
 )
 def test_impossible_options_are_refused_before_anything_is_read(tmp_path, capsys, option, words):

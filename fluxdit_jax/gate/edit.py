@@ -18,9 +18,9 @@ from fluxdit_jax.loader.reader import spread
 from fluxdit_jax.shared.edit_rules import Rule, edited
 
 RIGHT = 0.90  # share of the cases in which the subject must move the right way
-ENOUGH = 10  # cases
+MIN_CASES = 10  # cases
 MOVED = 0.02  # share of the side; less is no movement (the structure map has 64 pixels)
-RESEMBLES = 0.35  # structure of the unedited picture against its original; unrelated pictures stay below 0.3
+MIN_STRUCTURE = 0.35  # structure of the unedited picture against its original; unrelated pictures stay below 0.3
 UNMOVED = 0.10  # share of the cases that an unrelated word may move
 
 
@@ -96,7 +96,7 @@ class Edit:
         likeness = [float(structure(p) @ album.structures[case[0]]) for p, case in zip(plain, self.cases)]
         # A picture that is not the one expected gives no score, whatever seems to move in it.
         shifts = [
-            move.along(case[1].sign) if alike >= RESEMBLES else None
+            move.along(case[1].sign) if alike >= MIN_STRUCTURE else None
             for move, alike, case in zip(moves, likeness, self.cases)
         ]
         right = np.array([shift is not None and shift > MOVED for shift in shifts])
@@ -142,8 +142,8 @@ class Edit:
             **self._against_the_truth(changed),
         }
         reasons = []
-        if len(self.cases) < ENOUGH:
-            reasons.append(f"only {len(self.cases)} captions can be edited; at least {ENOUGH} are needed to judge")
+        if len(self.cases) < MIN_CASES:
+            reasons.append(f"only {len(self.cases)} captions can be edited; at least {MIN_CASES} are needed to judge")
         if right.mean() < RIGHT:
             reasons.append(
                 f"the subject moves the right way in {percent(right.mean())} of the cases, {percent(RIGHT)} are "

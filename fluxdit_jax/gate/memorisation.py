@@ -13,8 +13,9 @@ from fluxdit_jax.gate.pairing import derangements
 from fluxdit_jax.gate.verdict import Case, Chart, Control, Verdict, failed_controls, percent
 
 RETRIEVED = 0.99  # share of the pictures that must be nearest to their own truth
-ENOUGH = 20  # pictures below which retrieval says little
-TWIN = 2.0  # grey levels between thumbnails below which two originals are one picture, which nobody can tell apart
+MIN_PICTURES = 20  # pictures below which retrieval says little
+# Grey levels between thumbnails below which two originals are one picture, which nobody can tell apart.
+DUPLICATE_GREY_LEVELS = 2.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,7 +44,7 @@ class Memorisation:
         drawn = image_metrics.thumbnails(own)
         distance = image_metrics.distances(drawn, album.thumbnails)
         nearest = distance.argmin(1)
-        twins = image_metrics.distances(album.thumbnails, album.thumbnails) < TWIN
+        twins = image_metrics.distances(album.thumbnails, album.thumbnails) < DUPLICATE_GREY_LEVELS
         hit = twins[np.arange(count), nearest] | (nearest == np.arange(count))
         psnr = np.array([image_metrics.psnr(t, image) for t, image in zip(album.truths, own)])
         ssim = np.array([image_metrics.ssim(t, image) for t, image in zip(album.truths, own)])
@@ -79,8 +80,8 @@ class Memorisation:
             "shuffled_follow_their_new_conditions": float((shuffled == self.partner).mean()),
         }
         reasons = []
-        if count < ENOUGH:
-            reasons.append(f"only {count} pictures; at least {ENOUGH} are needed to judge")
+        if count < MIN_PICTURES:
+            reasons.append(f"only {count} pictures; at least {MIN_PICTURES} are needed to judge")
         if retrieved < RETRIEVED:
             reasons.append(
                 f"{percent(retrieved)} of the pictures are nearest to their own original, "

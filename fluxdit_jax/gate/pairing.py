@@ -10,7 +10,8 @@ from scipy.optimize import linear_sum_assignment
 
 from fluxdit_jax.gate.album import Album
 
-CLEARLY = 8.0  # colour difference (CIE76) of two tones that nobody would call the same; 2.3 is just noticeable
+# Colour difference (CIE76) of two tones that nobody would call the same; 2.3 is just noticeable.
+DISTINCT_TONES_CIE76 = 8.0
 
 
 def tone_distances(album: Album) -> np.ndarray:
@@ -21,15 +22,15 @@ def tone_distances(album: Album) -> np.ndarray:
 def may_swap(album: Album) -> np.ndarray:
     """bool [N, N]: pairs of different captions and clearly different tone.
 
-    Clearly is at least `CLEARLY`, and at least the median over pairs of different captions, so that the light of the
-    two can be told apart by a measure that also sees the paint.
+    Clearly is at least `DISTINCT_TONES_CIE76`, and at least the median over pairs of different captions, so that the
+    light of the two can be told apart by a measure that also sees the paint.
     """
     captions = np.array([record.caption for record in album.records])
     different = captions[:, None] != captions[None]
     far = tone_distances(album)
     if not different.any():
         return different
-    return different & (far >= max(CLEARLY, float(np.median(far[different]))))
+    return different & (far >= max(DISTINCT_TONES_CIE76, float(np.median(far[different]))))
 
 
 def derangements(album: Album) -> Iterator[np.ndarray]:

@@ -16,7 +16,7 @@ from fluxdit_jax.gate.requirement import ENCODERS, encoder_summary, family
 from fluxdit_jax.gate.verdict import Case, Verdict
 from fluxdit_jax.model.dit import ModelConfig, count_parameters
 from fluxdit_jax.run.checkpoint import EMA
-from fluxdit_jax.run.summary_writer import Board
+from fluxdit_jax.run.summary_writer import SummaryWriter
 from fluxdit_jax.sampling import image_grid
 from fluxdit_jax.shared.atomic_files import write_whole
 
@@ -134,7 +134,7 @@ def chosen_cases(verdict: Verdict, each: int = SHOWN) -> list[tuple[str, list[Ca
 
 def write_tensorboard(verdicts: list[Verdict], step: int, folder: Path) -> None:
     """Numbers and grids under `validation/` at the step of the weights."""
-    with Board(folder, suffix=".validation") as board:
+    with SummaryWriter(folder, suffix=".validation") as board:
         numbers = {"validation/passed": float(all(verdict.passed for verdict in verdicts))}
         for verdict in verdicts:
             name = f"validation/{verdict.name}"

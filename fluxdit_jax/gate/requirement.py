@@ -154,7 +154,7 @@ def _other_weights(file: Path, report: dict[str, Any]) -> list[str]:
     ]
 
 
-def tell_pictures(report: dict[str, Any], manifest: Manifest) -> None:
+def report_pictures(report: dict[str, Any], manifest: Manifest) -> None:
     """Logs which pictures a report was measured on, and warns where they say nothing of this data set's.
 
     Args:

@@ -15,7 +15,7 @@ from fluxdit_jax.gate.pairing import swap_pairs
 from fluxdit_jax.gate.verdict import Case, Chart, Control, Verdict, failed_controls, percent
 
 PASSING = 0.80  # share of the pairs
-ENOUGH = 50  # pairs
+MIN_PAIRS = 50  # pairs
 CONTROLLED = 30  # pairs that are drawn again for each control
 OWN = 0.80  # share of them that must take B's structure with B's caption
 RANDOM = 0.65  # ... that must be farther from B's tone with a random vector; some random light is B's by chance
@@ -104,8 +104,8 @@ class Swap:
             **self._against_the_truth(swapped, answers),
         }
         reasons = []
-        if len(self.pairs) < ENOUGH:
-            reasons.append(f"only {len(self.pairs)} pairs; at least {ENOUGH} are needed to judge")
+        if len(self.pairs) < MIN_PAIRS:
+            reasons.append(f"only {len(self.pairs)} pairs; at least {MIN_PAIRS} are needed to judge")
         if passing.mean() < PASSING:
             reasons.append(
                 f"{percent(passing.mean())} of the pairs pass, {percent(PASSING)} are needed: {percent(keeps.mean())} "

@@ -9,7 +9,7 @@ import numpy as np
 
 from fluxdit_jax.run.health import WEAK
 
-ENOUGH = 8  # logged losses from which on a curve says something
+MIN_LOSSES = 8  # logged losses from which on a curve says something
 FALLING = 0.75  # last loss over the one before it; a schedule that ends low takes off less than that
 LOST = 0.5  # share of what the loss had gained
 LEARNED = 0.3  # share of its first loss that a network which draws something has gained
@@ -20,8 +20,8 @@ Losses = list[tuple[int, float]]
 # The health message of `metrics.jsonl` that belongs to a cause.
 _TOLD = {
     "learning rate": ("diverged", "spiked", "broken"),
-    "collapse": ("sinking",),
-    "no gradient": ("disconnected",),
+    "collapse": ("collapsed",),
+    "no gradient": ("dead_parameters",),
 }
 
 
@@ -56,7 +56,7 @@ def read_training(log: list[dict[str, Any]], step: int | None = None, planned: i
     more = [*_skipped(log), *_lagging(log)]
     eighth = max(1, len(losses) // 8)
     means = [float(np.mean([loss for _, loss in part])) for part in (losses[:eighth], losses[-eighth:]) if part]
-    known = means if len(losses) >= ENOUGH else (None, None)
+    known = means if len(losses) >= MIN_LOSSES else (None, None)
     return Training((*serious, *unfinished, *more), bool(serious or unfinished), *known)
 
 
@@ -65,7 +65,7 @@ def _unfinished(losses: Losses, step: int | None, planned: int | None) -> list[t
     if step is not None and planned is not None and step < planned:
         falls = " The loss still falls." if _falling(losses) else ""
         return [(cause, f"The weights are of step {step:,} of {planned:,}: train on, then validate again.{falls}")]
-    if len(losses) < ENOUGH:
+    if len(losses) < MIN_LOSSES:
         few = f"metrics.jsonl has {len(losses)} losses, too few to judge the training: train for longer"
         return [("little trained", f"{few}, or log more often (config.log.every).")]
     if falling := _falling(losses):
@@ -90,7 +90,7 @@ def _falling(losses: Losses) -> tuple[float, float] | None:
 
 
 def _lost(losses: Losses) -> list[tuple[str, str]]:
-    if len(losses) < ENOUGH:
+    if len(losses) < MIN_LOSSES:
         return []
     eighth = len(losses) // 8
     means = [float(np.mean([v for _, v in losses[k : k + eighth]])) for k in range(len(losses) - eighth + 1)]

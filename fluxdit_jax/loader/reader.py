@@ -43,7 +43,7 @@ class RecordSource:
 
     Attributes:
       manifest: of the data set.
-      damaged: the records that `sound` passed over so far, and what is wrong with each.
+      damaged: the records that `iter_valid` passed over so far, and what is wrong with each.
 
     Raises:
       DatasetError: at construction, if a shard is missing, truncated or holds another number of records
@@ -56,7 +56,7 @@ class RecordSource:
     def __init__(self, directory: str | Path, manifest: Manifest, split: str, on_corrupt: str = "stop"):
         """
         Args:
-          on_corrupt: what `sound` does at a damaged record: "stop" raises, "skip" passes over it.
+          on_corrupt: what `iter_valid` does at a damaged record: "stop" raises, "skip" passes over it.
         """
         if on_corrupt not in ON_CORRUPT:
             raise ValueError(f"on_corrupt is {on_corrupt!r}; it must be one of {', '.join(ON_CORRUPT)}")
@@ -91,7 +91,7 @@ class RecordSource:
         except Exception as error:  # ArrayRecord raises bare C++ errors without a file name
             raise DatasetError(f"{self._shards.files[shard]} row {row} (record {index}): {error}") from error
 
-    def sound(self, order: Iterable[int]) -> Iterator[tuple[int, Record]]:
+    def iter_valid(self, order: Iterable[int]) -> Iterator[tuple[int, Record]]:
         """(number, record) of those of these records that are not damaged, read one by one as they are asked for.
 
         A damaged record is named in the log once, and read once.
@@ -284,7 +284,7 @@ def batches(
         # records would be returned to the system and faulted in anew.
         def records() -> Iterator[Record]:
             for position, asked in zip(index, wanted, strict=True):
-                found, record = next(source.sound(rest_of_epoch(position, asked)))
+                found, record = next(source.iter_valid(rest_of_epoch(position, asked)))
                 replaced.append(found != asked)
                 yield with_drawn_caption(record, seed, position, caption_weights)
 

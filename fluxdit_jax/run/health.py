@@ -23,13 +23,13 @@ SINK = 0.02  # a window's median at this share of the largest window so far
 WEAK = 0.3  # predicted RMS below this share of the target's
 TRIVIAL = 0.01  # a loss below this means that there is nothing to predict
 BROKEN = 10  # bad steps within a window that are no accident
-LOUD = 1.5  # predicted RMS above this many times the target's; a healthy step never has that
+LOUD_RMS_RATIO = 1.5  # predicted RMS above this many times the target's; a healthy step never has that
 OUTBURSTS = 3  # loud steps within a window that are no accident
-SILENT = 100  # steps without any gradient before a part is called disconnected
+DEAD_STEPS = 100  # steps without any gradient before a part is called dead
 LEARNED = 0.05  # share of its first loss that a run must have gained before it can lose it again
 RISEN = 1.5  # a loss this many times the first one was thrown away at once
 NOISE = 4.0  # standard deviations of single steps' losses; medians over a window wander by less than half of it
-STARVED = 0.25  # share of the time spent waiting for data
+INPUT_BOUND_SHARE = 0.25  # share of the time spent waiting for data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,10 +197,10 @@ class Monitor:
         lost = gained > max(LEARNED * self._first_loss, NOISE * self._best_spread) and kept < gained / 2
         # A prediction larger than its target is worse than none. Weights that are thrown in the first steps show it
         # only there: afterwards the run sits at the loss of predicting nothing, from which it never fell.
-        outbursts = sum(ratio > LOUD for ratio in self._ratios)
+        outbursts = sum(ratio > LOUD_RMS_RATIO for ratio in self._ratios)
         what = (
-            f"{outbursts} of the last {WINDOW} steps predicted velocities more than {LOUD:g} times as large as the "
-            "targets, which is worse than predicting nothing: the weights were thrown"
+            f"{outbursts} of the last {WINDOW} steps predicted velocities more than {LOUD_RMS_RATIO:g} times as large "
+            "as the targets, which is worse than predicting nothing: the weights were thrown"
             if outbursts >= OUTBURSTS
             else f"the loss began at {self._first_loss:.3g}, had fallen to {self._best_loss:.3g} and is at {now:.3g} "
             "now: what was learned is lost"
@@ -223,7 +223,7 @@ class Monitor:
         weak = ratio < WEAK
         trivial = bool(self._losses) and median(self._losses) < TRIVIAL
         return self._change(
-            "sinking",
+            "collapsed",
             (now < SINK * self._largest and (weak or trivial)) or (weak and self._seen > self._warmup_steps + BASELINE),
             f"step {seen.step}: the gradient norm sank to {now:.3g} (it was {self._largest:.3g}) and the prediction "
             f"has {ratio:.2f} of the target's size: it collapses to the mean of all, "
@@ -233,7 +233,7 @@ class Monitor:
         )
 
     def _disconnected(self, seen: Observation) -> Diagnosis | None:
-        silent = sorted(n for n, steps in self._silent_for.items() if steps >= SILENT and n not in self._silent)
+        silent = sorted(n for n, steps in self._silent_for.items() if steps >= DEAD_STEPS and n not in self._silent)
         why = (
             f"it had one before, so too large an update has put its units out: the learning rate "
             f"({self._learning_rate:g}) is too high. Go back to a checkpoint from before and lower optim.lr by 3"
@@ -242,9 +242,9 @@ class Monitor:
             "restart with this mended"
         )
         return self._change(
-            "disconnected",
+            "dead_parameters",
             bool(silent),
-            f"step {seen.step}: {', '.join(silent)} had a gradient of exactly zero for {SILENT} steps: {why}",
+            f"step {seen.step}: {', '.join(silent)} had a gradient of exactly zero for {DEAD_STEPS} steps: {why}",
             f"step {seen.step}: every part of the network receives gradient",
         )
 
@@ -252,9 +252,9 @@ class Monitor:
         full = len(self._waits) == WINDOW
         share = sum(self._waits) / max(1, len(self._waits))
         return self._change(
-            "starved",
+            "input_bound",
             # once said it ends only well below: a share that wavers about the limit would fill the log
-            full and share > (STARVED / 2 if "starved" in self._active else STARVED),
+            full and share > (INPUT_BOUND_SHARE / 2 if "input_bound" in self._active else INPUT_BOUND_SHARE),
             f"step {seen.step}: {share:.0%} of the time is spent waiting for data. Raise data.threads or "
             "data.prefetch, or move the data set to a faster disk",
             f"step {seen.step}: data keeps up",

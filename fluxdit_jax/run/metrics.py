@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxdit_jax.run.scalars import LAYOUT, on_board
-from fluxdit_jax.run.summary_writer import Board
+from fluxdit_jax.run.summary_writer import SummaryWriter
 from fluxdit_jax.shared.atomic_files import Appended, write_whole
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class MetricsWriter:
 
     A resumed run writes the steps after its checkpoint again, so what an interrupted run had logged beyond
     `step` is dropped first: each step stands once in both. A disk that is full does not stop a run for them:
-    see `files.Appended` and `Board`.
+    see `files.Appended` and `SummaryWriter`.
     """
 
     def __init__(self, workdir: Path, step: int, enabled: bool = True):
@@ -53,7 +53,7 @@ class MetricsWriter:
         if enabled and path.exists():
             _drop_from(path, first)
         self._file = Appended(path)
-        self._board = Board(workdir / "tensorboard", first) if enabled else None
+        self._board = SummaryWriter(workdir / "tensorboard", first) if enabled else None
         if self._board is not None:
             self._board.layout(LAYOUT)
 

@@ -19,7 +19,7 @@ from fluxdit_jax.flow import TIME_BINS
 from fluxdit_jax.run.health import Diagnosis, Monitor, Observation
 from fluxdit_jax.run.metrics import MetricsWriter, unpack
 from fluxdit_jax.run.progress import Length, Progress
-from fluxdit_jax.run.soundness import SUSPECT, BrokenRun, Watchdog
+from fluxdit_jax.run.soundness import SUSPECT_MICRO_BATCHES, BrokenRun, Watchdog
 from fluxdit_jax.shared.atomic_files import Appended
 from fluxdit_jax.shared.sanitize import shown
 
@@ -101,7 +101,7 @@ class Reporter:
     @property
     def suspect(self) -> bool:
         """Whether the last step gives reason not to save the state: all its micro-batches were skipped, or many."""
-        return self._nothing_finite or self._watchdog.in_a_row >= SUSPECT
+        return self._nothing_finite or self._watchdog.in_a_row >= SUSPECT_MICRO_BATCHES
 
     def end(self) -> None:
         """After the last step of a run; raises `BrokenRun` if that was one of many without a finite gradient."""

@@ -19,7 +19,8 @@ from fluxdit_jax.state import TrainState
 # overflow within a few layers.
 LARGEST_RMS = 100.0
 LARGEST_UPDATE = 10.0  # norm of an update over that of the weights before it: nothing of what was learned is left then
-SUSPECT = 10  # micro-batches in a row without a finite gradient, after which the state is not saved any more
+# Micro-batches in a row without a finite gradient, after which the state is not saved any more.
+SUSPECT_MICRO_BATCHES = 10
 
 
 class BrokenRun(Exception):
@@ -89,8 +90,8 @@ class Watchdog:
             raise BrokenRun(self._without_gradient(step))
 
     def end(self, step: int) -> None:
-        """The run is over, after `step`; raises `BrokenRun` if its last `SUSPECT` micro-batches were all skipped."""
-        if self.in_a_row >= SUSPECT:
+        """The run is over; raises `BrokenRun` if its last `SUSPECT_MICRO_BATCHES` micro-batches were all skipped."""
+        if self.in_a_row >= SUSPECT_MICRO_BATCHES:
             raise BrokenRun(self._without_gradient(step))
 
     def update(self, metrics: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2 as hparams_pb2
 log = logging.getLogger(__name__)
 
 
-class Board:
+class SummaryWriter:
     """One event file of a folder. What is written is in the file when the call returns.
 
     A disk that is full, or gone, is told and costs TensorBoard's curves only: `metrics.jsonl` is the record.
@@ -52,7 +52,7 @@ class Board:
         self._closed = False
         self.failures = 0
 
-    def __enter__(self) -> Board:
+    def __enter__(self) -> SummaryWriter:
         return self
 
     def __exit__(self, *_: object) -> None:

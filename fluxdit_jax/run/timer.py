@@ -7,7 +7,7 @@ import time
 FIRST = 0.1  # of the minutes, until the first time: a new run has something to show early
 
 
-class Overdue:
+class IntervalTimer:
     """A clock that asks for something every so many minutes, the first time after a tenth of them."""
 
     def __init__(self, minutes: float):

@@ -23,7 +23,7 @@ from fluxdit_jax.train_step import flow_loss, normalize_latents
 _FIRST_INDEX = 2**31
 
 
-class HeldOut:
+class ValidationLoss:
     """Measures the flow loss on fixed draws: each picture once at each of a few fixed quantiles of time.
 
     Attributes:
@@ -50,7 +50,7 @@ class HeldOut:
           times: quantiles of the training density of t, the middles of as many equal parts.
         """
         graph, _ = dit.build(config)
-        records = [record for _, record in source.sound(spread(len(source), pictures))]
+        records = [record for _, record in source.iter_valid(spread(len(source), pictures))]
         numbers = [(record, k) for record in records for k in range(times)]
         # Rows of the last batch beyond the list repeat its last entry with weight 0.
         fill = -len(numbers) % batch_size

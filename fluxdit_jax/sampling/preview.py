@@ -109,6 +109,6 @@ def make_preview(
         steps=steps,
         batch_size=count,
     )
-    records = [record for _, record in source.sound(reader.spread(len(source), count))]
+    records = [record for _, record in source.iter_valid(reader.spread(len(source), count))]
     trained = settings.flow.drop_vision > 0  # without a vector; otherwise such a picture means nothing
     return Preview(records, generator, decoder, settings.model.patch, settings.text_limit, guidance, trained)

@@ -33,6 +33,7 @@ FORMAT = 1
 _MAX_BYTES = 16 << 20
 _MAX_PICTURES = 10_000
 _MAX_STEPS = 10_000
+_RENAMED_METHODS = {"kutta3": "rk3"}
 _OLD = ("prompt", "seed", "steps", "method", "guidance_text", "guidance_vision", "weights")
 
 
@@ -195,6 +196,7 @@ def _checked(arguments: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("its recipe must name a workdir or a model, and not both")
     if arguments["count"] * len(arguments["prompt"]) > _MAX_PICTURES:
         raise ValueError(f"its recipe asks for more than {_MAX_PICTURES:,} pictures")
+    arguments["method"] = _RENAMED_METHODS.get(arguments["method"], arguments["method"])
     return {name: arguments[name] for name in ARGUMENTS if name in arguments}
 
 
@@ -217,7 +219,7 @@ def _of_old(texts: dict[str, str], size: str) -> Recipe:
         "prompt": [texts["prompt"]],
         "count": 1,
         "size": size,
-        "method": texts["method"],
+        "method": _RENAMED_METHODS.get(texts["method"], texts["method"]),
         "rescale": 0.0,
         "workdir": workdir,
         "weights": weights,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from fluxdit_jax.flow import shift_time
 
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]  # (x, scalar t) -> dx/dt
-METHODS = ("euler", "heun", "kutta3")
+METHODS = ("euler", "heun", "rk3")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ def integrate(velocity: Velocity, noise: jax.Array, steps: int, shift: float, me
 
     Args:
       noise: x at t = 1, f32.
-      steps: intervals; "euler" costs one evaluation each, "heun" two, "kutta3" (Kutta's third-order
+      steps: intervals; "euler" costs one evaluation each, "heun" two, "rk3" (Kutta's third-order
         method) three. Their global errors fall with the first, second and third power of the step.
       shift: the run's time shift.
 

@@ -107,7 +107,7 @@ class Appended:
                 del self._waiting[: os.write(self._descriptor, self._waiting)]
         except OSError as error:
             self.failures += 1
-            self._tell(error)
+            self._report(error)
             return
         if self._told_at is not None:
             self._told_at = None  # before it is told: this may be the file that the log goes to
@@ -125,7 +125,7 @@ class Appended:
         os.close(self._descriptor)
         self._descriptor = None
 
-    def _tell(self, error: OSError) -> None:
+    def _report(self, error: OSError) -> None:
         now = time.monotonic()
         if self._told_at is not None and now - self._told_at < _REMIND_SECONDS:
             return

@@ -70,7 +70,7 @@ def drawable(text: str) -> tuple[str, Face]:
             best, lacking = face, left
         if not lacking:
             return text, best
-    _tell(lacking)
+    _report(lacking)
     pattern = "[" + "".join(re.escape(c) for c in sorted(lacking)) + "]"
     return re.sub(pattern, lambda found: f" U+{ord(found[0]):04X} ", text), best
 
@@ -107,7 +107,7 @@ def _system_face(characters: frozenset[str]) -> Face | None:
 
 
 @functools.lru_cache(maxsize=1000)
-def _tell_scripts(scripts: frozenset[str]) -> None:
+def _report_scripts(scripts: frozenset[str]) -> None:
     log.warning(
         "no font on this machine has the characters %s: they are written as code points. Install one that has, such "
         "as Noto Sans (Debian: fonts-noto-core, fonts-noto-cjk)",
@@ -115,11 +115,11 @@ def _tell_scripts(scripts: frozenset[str]) -> None:
     )
 
 
-def _tell(lacking: frozenset[str]) -> None:
+def _report(lacking: frozenset[str]) -> None:
     """Once for each set of scripts; the first word of a character's name is its script's."""
     scripts = frozenset(unicodedata.name(c).split()[0] for c in lacking if unicodedata.name(c, ""))
     if scripts:  # control characters have no names, and no font has them
-        _tell_scripts(scripts)
+        _report_scripts(scripts)
 
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont, width: float, lines: int) -> str:

@@ -39,7 +39,7 @@ def bends(plan: Plan) -> np.ndarray:
     return np.array([bend(item, item.bucket, plan.options.fit) for item in plan.items])
 
 
-def tell_bends(plan: Plan, say: Callable[[str], None]) -> None:
+def report_bends(plan: Plan, say: Callable[[str], None]) -> None:
     """Warns of pictures that are visibly distorted, and names the options that would not."""
     if plan.options.fit != "resize":
         return
@@ -93,7 +93,7 @@ def _enlargement(item: Item, bucket: buckets.Size) -> float:
     return buckets.enlargement((item.header.height, item.header.width), bucket)
 
 
-def tell_enlarged(plan: Plan, say: Callable[[str], None]) -> int:
+def report_enlarged(plan: Plan, say: Callable[[str], None]) -> int:
     """Warns of pictures that are enlarged, and names a --resolution that fits them; returns how many."""
     options = plan.options
     enlarged = [i for i in plan.items if _enlargement(i, i.bucket) > options.max_upscale]

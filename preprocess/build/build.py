@@ -21,7 +21,7 @@ from preprocess.build.lock import locked
 from preprocess.build.options import Options
 from preprocess.build.plan import Fingerprints, NothingToBuild, Plan, make_plan
 from preprocess.build.publish import LOG_FILE, Identities, finish, publish, roll_forward, save_rejects
-from preprocess.build.summary import MANY_REJECTS, tell_encoders, tell_plan, tell_result, too_many_rejects
+from preprocess.build.summary import MANY_REJECTS, report_encoders, report_plan, report_result, too_many_rejects
 from preprocess.build.units import WORK, Rows, disk_errors
 from preprocess.encoders import (
     check_arguments,
@@ -118,7 +118,7 @@ def plan_only(options: Options, forecast: Forecast, replace: bool = False) -> Pl
     prints = Fingerprints.of(options, identities.vae, identities.text, identities.vision)
     found = _compared(plan, prints, existing, before, beyond)
     comparison.tell(journal, found, plan)
-    tell_plan(journal, plan, listing, beyond)
+    report_plan(journal, plan, listing, beyond)
     forecast(plan, found, encoders, journal.say)
     rejects = sum(reject.counted for reject in plan.rejects)
     if too_many := too_many_rejects(rejects, len(plan.items), options.max_rejects):
@@ -262,8 +262,8 @@ def _build(
     done = Existing.load(output, {uid for uid, _ in wanted}, journal, damaged or frozenset())
     found = _compared(plan, prints, done, before, beyond)
     comparison.tell(journal, found, plan)
-    tell_plan(journal, plan, listing, beyond)
-    tell_encoders(journal, identities)
+    report_plan(journal, plan, listing, beyond)
+    report_encoders(journal, identities)
     if not replace:
         comparison.require_kept(found, str(output), differences, repairing=damaged is not None)
     repeat.begin(output, options, identities, replace)
@@ -289,7 +289,7 @@ def _build(
 
     seconds |= {f"encode: {what}": value for what, value in encoding.watch.seconds.items()}
     seconds["all"] = time.perf_counter() - began
-    status = tell_result(journal, output, plan, manifest, finished, encoding.counts, seconds, changed)
+    status = report_result(journal, output, plan, manifest, finished, encoding.counts, seconds, changed)
     return Result(manifest, status, encoding.counts, seconds, changed)
 
 

@@ -25,8 +25,8 @@ from preprocess.build.options import Options
 from preprocess.decoding.formats import has_other_extension
 from preprocess.decoding.images import Header, Rejected, read_header
 from preprocess.input import captions
-from preprocess.input.byte_source import Place
-from preprocess.input.findings import Found, Reject, Scan
+from preprocess.input.byte_source import ByteSource
+from preprocess.input.findings import InputImage, Reject, Scan
 from preprocess.input.vectors import Vectors
 
 MAX_FILE_BYTES = 512_000_000
@@ -48,7 +48,7 @@ class Item:
     """
 
     key: str
-    image: Place
+    image: ByteSource
     captions: tuple[str, ...]
     content: str
     header: Header
@@ -198,7 +198,7 @@ def make_plan(
 
 
 def _examine(
-    found: Found, options: Options, vectors: Vectors | None
+    found: InputImage, options: Options, vectors: Vectors | None
 ) -> tuple[Item, int, collections.Counter[str]] | Reject:
     try:
         texts, passed_over = captions.choose(found.captions, captions.fields(options.caption_field))
@@ -270,7 +270,7 @@ def _wrong_extension(item: Item) -> bool:
     return has_other_extension(item.key, item.header.format)
 
 
-def _nothing(scan: Scan, found: list[Found], items: list[Item], rejects: list[Reject], options: Options) -> str:
+def _nothing(scan: Scan, found: list[InputImage], items: list[Item], rejects: list[Reject], options: Options) -> str:
     if items:
         return (
             f"--holdout {options.holdout} puts all {len(items)} images into the holdout split and leaves none to "

@@ -26,7 +26,7 @@ from preprocess.input.findings import Scan, counted
 MANY_REJECTS = 3  # exit status
 
 
-def tell_plan(journal: Journal, plan: Plan, listing: Scan, beyond: Set[str] = frozenset()) -> None:
+def report_plan(journal: Journal, plan: Plan, listing: Scan, beyond: Set[str] = frozenset()) -> None:
     """Says what is odd about a plan; `beyond` are the keys that `--limit` leaves out."""
     if beyond:
         journal.say(
@@ -53,8 +53,8 @@ def tell_plan(journal: Journal, plan: Plan, listing: Scan, beyond: Set[str] = fr
     repeated = advice.repeated_captions(item.caption for item in plan.items)
     for line in repeated:
         journal.say(line)
-    advice.tell_bends(plan, journal.say)
-    enlarged = advice.tell_enlarged(plan, journal.say)
+    advice.report_bends(plan, journal.say)
+    enlarged = advice.report_enlarged(plan, journal.say)
     journal.event(
         "plan",
         items=len(plan.items),
@@ -71,7 +71,7 @@ def tell_plan(journal: Journal, plan: Plan, listing: Scan, beyond: Set[str] = fr
         journal.event("reject", key=reject.key, reason=reject.reason, detail=reject.detail)
 
 
-def tell_encoders(journal: Journal, identities: Identities) -> None:
+def report_encoders(journal: Journal, identities: Identities) -> None:
     for name, identity in dataclasses.asdict(identities).items():
         journal.say(
             f"  {name:6} {identity['id']} ({identity['dtype']}, width {identity['width']}, "
@@ -79,7 +79,7 @@ def tell_encoders(journal: Journal, identities: Identities) -> None:
         )
 
 
-def tell_result(
+def report_result(
     journal: Journal,
     output: Path,
     plan: Plan,

@@ -9,8 +9,8 @@ from typing import BinaryIO
 
 from preprocess.decoding.formats import EXTENSIONS, OTHER_IMAGES, format_of, not_read
 from preprocess.decoding.images import Rejected
-from preprocess.input.byte_source import Place
-from preprocess.input.findings import Found, Reject, Scan, utf8
+from preprocess.input.byte_source import ByteSource
+from preprocess.input.findings import InputImage, Reject, Scan, utf8
 from preprocess.input.sidecars import TYPES, Sidecars, extension
 from preprocess.input.system_folders import hidden, names_an_image, of_a_system
 
@@ -49,8 +49,8 @@ def scan_tar(result: Scan, path: Path, prefix: str) -> None:
     Args:
       prefix: the key of the archive, which begins those of its members.
     """
-    pictures: dict[str, list[Place]] = {}
-    files: list[tuple[str, Place]] = []
+    pictures: dict[str, list[ByteSource]] = {}
+    files: list[tuple[str, ByteSource]] = []
     others: list[str] = []
 
     def reject(name: str, why: Rejected) -> None:
@@ -66,7 +66,7 @@ def scan_tar(result: Scan, path: Path, prefix: str) -> None:
                     reject(member.name, rejected)
                     others.append(name)
                     continue
-                place = Place(str(path), member.offset_data, member.size)
+                place = ByteSource(str(path), member.offset_data, member.size)
                 if kind == "picture":
                     pictures.setdefault(name, []).append(place)
                 elif kind == "caption":
@@ -77,7 +77,7 @@ def scan_tar(result: Scan, path: Path, prefix: str) -> None:
     sidecars = Sidecars(pictures, files, others, first_dot=True)
     for name, places in pictures.items():
         sources = sidecars.sources(name)
-        result.found += [Found(f"{prefix}/{name}", place, sources) for place in places]
+        result.found += [InputImage(f"{prefix}/{name}", place, sources) for place in places]
     for name, _ in sidecars.unused():
         why = Rejected("caption without an image", "no picture of this name was taken")
         result.rejects.append(Reject.of(f"{prefix}/{name}", str(path), why, counted=False))

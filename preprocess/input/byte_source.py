@@ -12,7 +12,7 @@ from preprocess.decoding.images import Rejected
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Place:
+class ByteSource:
     """Bytes on disk: a file, or a part of an archive (`size` >= 0)."""
 
     path: str

@@ -17,7 +17,7 @@ from typing import Any
 
 from fluxdit_jax.dataset.captions import MAX_CAPTIONS
 from preprocess.decoding.images import Rejected
-from preprocess.input.byte_source import Place
+from preprocess.input.byte_source import ByteSource
 
 FIELDS = ("caption", "text", "captions")
 MAX_CHARACTERS = 20_000  # about 8 times what 512 tokens hold
@@ -53,7 +53,7 @@ class Source:
 
     name: str
     group: int
-    place: Place | None = None
+    place: ByteSource | None = None
     type: str = ""
     texts: tuple[str, ...] | Rejected = ()
     only: bool = False

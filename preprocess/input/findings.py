@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from preprocess.decoding.images import Rejected
-from preprocess.input.byte_source import Place
+from preprocess.input.byte_source import ByteSource
 from preprocess.input.captions import Source
 
 _LONGEST = 4096  # characters of a name or detail in `rejects.jsonl`: what a table says may be of any length
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Found:
+class InputImage:
     """An image that may become a record.
 
     Attributes:
@@ -25,7 +25,7 @@ class Found:
     """
 
     key: str
-    image: Place
+    image: ByteSource
     captions: tuple[Source, ...] = ()
 
 
@@ -77,7 +77,7 @@ class Scan:
     """
 
     root: Path
-    found: list[Found] = dataclasses.field(default_factory=list)
+    found: list[InputImage] = dataclasses.field(default_factory=list)
     rejects: list[Reject] = dataclasses.field(default_factory=list)
     ignored: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     passed_over: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)

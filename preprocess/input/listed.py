@@ -13,9 +13,9 @@ from typing import Any
 
 from preprocess.decoding.images import Rejected
 from preprocess.input import captions, tables
-from preprocess.input.byte_source import Place
+from preprocess.input.byte_source import ByteSource
 from preprocess.input.captions import Source
-from preprocess.input.findings import Found, Reject, Scan, key_of
+from preprocess.input.findings import InputImage, Reject, Scan, key_of
 from preprocess.input.sidecars import extension, normal
 
 ALLOW = "; --allow-outside takes it"
@@ -141,7 +141,7 @@ class Rows:
         if key in self._known:
             return key
         if there and path.is_file() and key.startswith(self._locator.prefix + "/"):
-            self._result.found.append(Found(key, Place(str(path))))
+            self._result.found.append(InputImage(key, ByteSource(str(path))))
             self._known.add(key)
             return key
         if key in self._missing:
@@ -183,12 +183,12 @@ def scan_table(result: Scan, path: Path, names: tuple[str, ...], outside: bool) 
             pictures.setdefault(key, (file, []))[1].append(source)
         except Rejected as rejected:
             result.reject(path, rejected, number)
-    result.found += [Found(key, Place(str(file)), tuple(rows)) for key, (file, rows) in pictures.items()]
+    result.found += [InputImage(key, ByteSource(str(file)), tuple(rows)) for key, (file, rows) in pictures.items()]
 
 
 def _rows(result: Scan, path: Path, names: tuple[str, ...], is_picture: Callable[[str], bool]) -> Iterator[tables.Row]:
     try:
-        with Place(str(path)).open() as file:
+        with ByteSource(str(path)).open() as file:
             yield from tables.read_table(file, extension(path.name), names, is_picture)
     except Rejected as rejected:
         result.reject(path, rejected)

@@ -15,9 +15,9 @@ from preprocess.decoding.formats import EXTENSIONS, OTHER_IMAGES, format_of, not
 from preprocess.decoding.images import Rejected
 from preprocess.input import captions, tables
 from preprocess.input.archive import COMPRESSED, scan_tar
-from preprocess.input.byte_source import Place
+from preprocess.input.byte_source import ByteSource
 from preprocess.input.captions import Source
-from preprocess.input.findings import Found, Reject, Scan, key_of
+from preprocess.input.findings import InputImage, Reject, Scan, key_of
 from preprocess.input.listed import ALLOW, Rows, scan_table
 from preprocess.input.sidecars import TYPES, Sidecars, extension
 from preprocess.input.system_folders import hidden, is_plot, names_an_image, of_a_system, of_this_project
@@ -63,7 +63,7 @@ def scan(source: str | Path, caption_field: str = "", exclude: Path | None = Non
 def _settle(result: Scan) -> None:
     """Sorts by key and rejects every second use of a key."""
     result.found.sort(key=lambda found: found.key)
-    unique: list[Found] = []
+    unique: list[InputImage] = []
     for found in result.found:
         if unique and unique[-1].key == found.key:
             why = Rejected("name used twice", "the first one was taken")
@@ -176,7 +176,7 @@ class _Folder:
             elif _is_picture(path):
                 pictures.append(path)
             elif suffix in TYPES:
-                sidecars.append((path.name, Place(str(path))))
+                sidecars.append((path.name, ByteSource(str(path))))
             elif suffix in tables.TYPES and path.stem.lower() == TABLE:
                 self._tables.append(path)
             else:
@@ -187,7 +187,7 @@ class _Folder:
             sources = beside.sources(path.name)
             if not sources and path.is_symlink():
                 sources = self._sources_of_target(path.resolve())
-            result.found.append(Found(key_of(result.root, path), Place(str(path)), sources))
+            result.found.append(InputImage(key_of(result.root, path), ByteSource(str(path)), sources))
         for name, _ in beside.unused():
             why = Rejected("caption without an image", "no picture of this name was taken")
             result.reject(folder / name, why, counted=False)
@@ -198,7 +198,7 @@ class _Folder:
         folder = target.parent
         if folder not in self._beside_targets:
             paths = [path for path in sorted(folder.iterdir()) if not hidden(path.name)]
-            files = [(path.name, Place(str(path))) for path in paths if extension(path.name) in TYPES]
+            files = [(path.name, ByteSource(str(path))) for path in paths if extension(path.name) in TYPES]
             names = [path.name for path in paths if extension(path.name) not in TYPES]
             pictures = [name for name in names if extension(name) in EXTENSIONS]
             self._beside_targets[folder] = Sidecars(pictures, files, set(names) - set(pictures))

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 from preprocess.decoding.formats import EXTENSIONS, OTHER_IMAGES
 from preprocess.decoding.images import Rejected
-from preprocess.input.byte_source import Place
+from preprocess.input.byte_source import ByteSource
 from preprocess.input.captions import Source
 
 # Extension to how the file is read, in order of preference.
@@ -62,7 +62,7 @@ def bases(picture: str) -> list[str]:
 @dataclasses.dataclass(frozen=True, slots=True)
 class _File:
     name: str
-    place: Place
+    place: ByteSource
 
 
 class Sidecars:
@@ -84,7 +84,7 @@ class Sidecars:
     def __init__(
         self,
         pictures: Iterable[str],
-        files: Iterable[tuple[str, Place]],
+        files: Iterable[tuple[str, ByteSource]],
         others: Iterable[str] = (),
         first_dot: bool = False,
     ) -> None:
@@ -117,7 +117,7 @@ class Sidecars:
         groups: dict[str, int] = {}
         return tuple(dataclasses.replace(source, group=groups.setdefault(kind, len(groups))) for kind, source in found)
 
-    def unused(self) -> Iterator[tuple[str, Place]]:
+    def unused(self) -> Iterator[tuple[str, ByteSource]]:
         """The caption files that belong to no picture asked for so far."""
         for at, files in self._files.items():
             if at not in self._used:

@@ -16,7 +16,7 @@ from fluxdit_jax.dataset.manifest import EncoderIdentity
 from preprocess import PreprocessError
 from preprocess.decoding.formats import EXTENSIONS
 from preprocess.decoding.images import Rejected
-from preprocess.input.byte_source import Place
+from preprocess.input.byte_source import ByteSource
 
 WIDTH = 1024
 _MAX_BYTES = 1_000_000
@@ -61,7 +61,7 @@ class Vectors:
                 raise Rejected("no vector", f"neither {key}.npy nor {_stem(key)}.npy")
             if _stem(key) in self._shared:
                 raise Rejected("no vector", f"several images are called {_stem(key)}: name it {key}.npy")
-        data = Place(str(path)).read(_MAX_BYTES)
+        data = ByteSource(str(path)).read(_MAX_BYTES)
         return data, parse(data)
 
     def _file(self, name: str) -> Path | None:

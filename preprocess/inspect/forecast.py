@@ -82,10 +82,10 @@ def dry_run(options: Options, drawing: str = "", replace: bool = False) -> Plan:
     Raises:
       PreprocessError: the input or an option does not allow it.
     """
-    return plan_only(options, functools.partial(_tell, drawing), replace)
+    return plan_only(options, functools.partial(_report, drawing), replace)
 
 
-def _tell(drawing: str, plan: Plan, found: Comparison, encoders: Encoders | None, say: Callable[[str], None]) -> None:
+def _report(drawing: str, plan: Plan, found: Comparison, encoders: Encoders | None, say: Callable[[str], None]) -> None:
     """Prints the forecast.
 
     Args:
@@ -105,8 +105,8 @@ def _tell(drawing: str, plan: Plan, found: Comparison, encoders: Encoders | None
     fills = [size[0] * size[1] / options.resolution**2 for size in figures.counts]
     say(f"  {len(figures.counts)} buckets in the table, each at least {min(fills):.1%} full")
     say(f"  image tokens that are padding in a run with patch 2: {figures.padding:.2%}")
-    _tell_bends(plan, figures, say)
-    _tell_rejects(plan, say)
+    _report_bends(plan, figures, say)
+    _report_rejects(plan, say)
     need = total * figures.record_bytes
     several = f", {figures.captions:.2f} captions an image" if figures.captions > 1 else ""
     say(
@@ -114,7 +114,7 @@ def _tell(drawing: str, plan: Plan, found: Comparison, encoders: Encoders | None
         f"at 1/8 and 1,024-wide tokens, {figures.tokens:.0f} a caption{several}); while an existing dataset is made "
         "anew with other encoders, twice that"
     )
-    _tell_time(plan, figures, found, encoders, say)
+    _report_time(plan, figures, found, encoders, say)
     if drawing:
         from preprocess.inspect.plots import draw_aspects
 
@@ -124,7 +124,7 @@ def _tell(drawing: str, plan: Plan, found: Comparison, encoders: Encoders | None
         say(f"Picture: {drawing}")
 
 
-def _tell_bends(plan: Plan, figures: Forecast, say: Callable[[str], None]) -> None:
+def _report_bends(plan: Plan, figures: Forecast, say: Callable[[str], None]) -> None:
     what = {"resize": "aspect ratio changed by", "crop": "area cut off", "pad": "area that is noise"}
     bends, fit = figures.bends, plan.options.fit
     say(
@@ -137,7 +137,7 @@ def _tell_bends(plan: Plan, figures: Forecast, say: Callable[[str], None]) -> No
         say(f"  {bends[index]:6.1%}  {shown(item.key)}  {item.header.width}x{item.header.height} to {width}x{height}")
 
 
-def _tell_rejects(plan: Plan, say: Callable[[str], None]) -> None:
+def _report_rejects(plan: Plan, say: Callable[[str], None]) -> None:
     for counted, title in (
         (True, "rejects: {:,}"),
         (False, "listed beside the rejects, and not counted, as no picture is missing for them: {:,}"),
@@ -150,7 +150,7 @@ def _tell_rejects(plan: Plan, say: Callable[[str], None]) -> None:
             say(f"  {count:7,}  {reason} (for example {shown(example.key)})")
 
 
-def _tell_time(
+def _report_time(
     plan: Plan,
     figures: Forecast,
     found: Comparison,

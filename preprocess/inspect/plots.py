@@ -19,7 +19,7 @@ from preprocess.build.plan import MAX_FILE_BYTES
 from preprocess.build.publish import load_options
 from preprocess.decoding.images import Limits, Rejected, decode, read_header
 from preprocess.encoders import Vae, load_vae
-from preprocess.input.byte_source import Place
+from preprocess.input.byte_source import ByteSource
 from preprocess.input.system_folders import MARK
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _original(root: Path | None, record: Record, dataset: Dataset) -> np.ndarray
         source = root / record.key
         if not source.resolve().is_relative_to(root.resolve()):  # a dataset may come from anyone
             return None
-        data = Place(str(source)).read(MAX_FILE_BYTES)
+        data = ByteSource(str(source)).read(MAX_FILE_BYTES)
         if hashlib.sha256(data).hexdigest() != record.content_hash:
             return None
         header = read_header(data, Limits(min_side=1, max_aspect=1000))

@@ -30,7 +30,7 @@ from preprocess.build.publish import load_options
 from preprocess.build.units import read_rows, replacing
 from preprocess.decoding.images import Rejected, decode
 from preprocess.encoders import load_all, load_text_encoder, load_vision_encoder
-from preprocess.input.findings import Found, Reject, Scan
+from preprocess.input.findings import InputImage, Reject, Scan
 from preprocess.input.scan import scan
 from preprocess.inspect.report import Dataset
 from preprocess.subset.choice import THUMBNAIL, Candidates, side_of
@@ -102,7 +102,7 @@ class Pool:
     dataset: bool
     total: int
     items: list[Item]
-    found: dict[str, Found]
+    found: dict[str, InputImage]
     features: Candidates
     left_out: list[Reject]
 

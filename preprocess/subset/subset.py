@@ -30,7 +30,7 @@ from preprocess.build.summary import train_command
 from preprocess.build.units import disk_errors, replacing, sync_folder
 from preprocess.decoding.images import Rejected
 from preprocess.input import captions
-from preprocess.input.findings import Found
+from preprocess.input.findings import InputImage
 from preprocess.inspect.sheet import Chosen, draw_sheet
 from preprocess.subset.candidates import Pool, SubsetOptions, gather, read_pixels
 from preprocess.subset.choice import Choice, choose, distinct, figures
@@ -84,7 +84,7 @@ def subset(options: SubsetOptions) -> Result:
         (staging / "next" / ABOUT).write_text(text, encoding="utf-8")
         changed = _put(output, staging, text)
         shutil.rmtree(staging, ignore_errors=True)
-    _tell(options, pool, choice, Result(output, about, changed), journal)
+    _report(options, pool, choice, Result(output, about, changed), journal)
     return Result(output, about, changed)
 
 
@@ -214,7 +214,7 @@ def _write(
     return files
 
 
-def _caption(item: Item, found: Found, root: str) -> dict[str, Any]:
+def _caption(item: Item, found: InputImage, root: str) -> dict[str, Any]:
     """The fields of the source's `.json`, with the caption, or a list of all, where `build` looks, and the source."""
     raw: dict[str, Any] = {}
     file = next((source.place for source in found.captions if source.type == ".json"), None)
@@ -271,7 +271,7 @@ def _put(output: Path, staging: Path, text: str) -> bool:
 # ----------------------------------------------------------------------------------------------------- telling
 
 
-def _tell(options: SubsetOptions, pool: Pool, choice: Choice, result: Result, journal: Journal) -> None:
+def _report(options: SubsetOptions, pool: Pool, choice: Choice, result: Result, journal: Journal) -> None:
     about, say = result.about, journal.say
     size = f"{options.resolution}x{options.resolution}" if options.square else f"{options.resolution} px by bucket"
     say(f"{'Done' if result.changed else 'Up to date'}: {len(choice.rows)} pictures, {size}, in {result.output}")
@@ -293,7 +293,7 @@ def _tell(options: SubsetOptions, pool: Pool, choice: Choice, result: Result, jo
         f"into each other; light: the {about['light']['candidates']} candidates nearest to "
         + shown(about["light"]["centre"])
     )
-    _tell_figures(about["figures"], say)
+    _report_figures(about["figures"], say)
     if not couples["all"]:
         say(
             "  warning: no two captions differ in the words of the gate's edit "
@@ -314,7 +314,7 @@ def _tell(options: SubsetOptions, pool: Pool, choice: Choice, result: Result, jo
         say(command)
 
 
-def _tell_figures(figures: dict[str, dict[str, float]], say: Callable[[str], None]) -> None:
+def _report_figures(figures: dict[str, dict[str, float]], say: Callable[[str], None]) -> None:
     say("  The chosen pictures beside as many drawn at random, and beside the same choice if any light were allowed.")
     say("  A difference is 0 for two alike; given is the mean over all pairs, or to the nearest other picture.")
     say("                                             wanted    chosen   any light   at random")

@@ -98,7 +98,7 @@ def _read(scene: Scene, folder: Path, on_corrupt: str) -> dict[str, Any]:
         names = sorted(name for name in batch if name not in ("index", "replaced"))
         rows += [_digest([batch[name][row] for name in names]) for row in range(8)]
         replaced += batch["replaced"].tolist()
-    held = {number: _digest([r.latent, r.text, r.vision]) for number, r in holdout.sound(range(len(holdout)))}
+    held = {number: _digest([r.latent, r.text, r.vision]) for number, r in holdout.iter_valid(range(len(holdout)))}
     return {
         "rows": rows,
         "replaced": replaced,
