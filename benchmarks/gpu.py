@@ -1,6 +1,6 @@
 """The training step on a GPU: images/s, MFU and memory for micro-batches and remat policies, against PyTorch.
 
-    python -m benchmarks.gpu && python -m pytest tests/test_attention.py      # with a GPU, this one line
+    python -m benchmarks.gpu && python -m pytest tests/model/test_attention.py      # with a GPU, this one line
     python -m benchmarks.gpu --targets prod-1024 nano-512 --profile                      # 9 minutes
     python -m benchmarks.gpu --targets prod-512 prod-256 --append                        # 9 more, into the same table
     python -m benchmarks.gpu --smoke                        # on a CPU: every part of it at a toy size, 2 to 4 minutes

@@ -7,7 +7,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-from test_model_by_hand import product_flops
+from flops import product_flops
 from training_helpers import network_inputs, tiny_model
 
 from benchmarks import environment, plain_dit

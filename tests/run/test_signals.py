@@ -53,5 +53,5 @@ for numbers in ((15, 15), (2, 15), (1, 1), (15, 1), (1, 15)):
         os._exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.stdout.split() == ["-15", "-15", "0", "0", "0"], done.stderr

@@ -26,7 +26,7 @@ for size in (700_000, 40 * 2**20):
 
 def counted(call: str) -> list[int]:
     code = FAULTS.format(call=call)
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert result.returncode == 0, result.stderr
     return [int(word) for word in result.stdout.split()]
 

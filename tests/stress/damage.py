@@ -1,7 +1,7 @@
 """Damages every file of a dataset and of a run, and uses them: is it noticed, by name, before it does harm?
 
-    python tests/faults/damage.py                 hundreds of trials, some ten minutes on two cores
-    python tests/faults/damage.py --quick         the share that runs in CI
+    python tests/stress/damage.py                 hundreds of trials, some ten minutes on two cores
+    python tests/stress/damage.py --quick         the share that runs in CI
 
 Each trial damages one file of a copy and gives the copy to one program that reads it:
 

@@ -1,6 +1,6 @@
 """A share of the faults of training: one run that meets most of them, one after the other, and exports of it.
 
-    python tests/faults/training_quick.py
+    python tests/stress/training_quick.py
 
 What CI runs: one data set, one compiled program, half a dozen starts. The modules it takes its parts from run whole by
 themselves.

@@ -1,7 +1,7 @@
 """Kills training, validation, sampling and export everywhere, and compares what they end with to undisturbed ones.
 
-    python tests/faults/training_kills.py               the whole: 200 kills of training, 60 of the others
-    python tests/faults/training_kills.py --quick       a share of it
+    python tests/stress/training_kills.py               the whole: 200 kills of training, 60 of the others
+    python tests/stress/training_kills.py --quick       a share of it
 
 Training is killed before the n-th call that changes a file (every thread's, also Orbax's; some in the middle of
 a write), before the n-th that reads a checkpoint, while its program compiles and is kept, and at random moments.

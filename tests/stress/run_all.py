@@ -1,9 +1,9 @@
 """Every fault that we know how to make, and one table of what came of it.
 
-    python tests/faults/run_all.py            the whole: hours on two cores
-    python tests/faults/run_all.py --quick    a share of each part: about ten minutes
-    python tests/faults/run_all.py --only fuzz security
-    python tests/faults/run_all.py --jobs 2   two parts at a time
+    python tests/stress/run_all.py            the whole: hours on two cores
+    python tests/stress/run_all.py --quick    a share of each part: about ten minutes
+    python tests/stress/run_all.py --only fuzz security
+    python tests/stress/run_all.py --jobs 2   two parts at a time
 
 Writes benchmarks/results/faults.json and faults.md (with --quick: faults_quick) with versions, machine and command.
 Each part is a module beside this file with `run(quick) -> [(fault, tried, survived, lost)]` and has a process of

@@ -1,6 +1,6 @@
 """Numbers that could poison a run: are they right, refused, or passed over?
 
-    python tests/faults/numerics.py
+    python tests/stress/numerics.py
 
 Each case is a record that is written as another program might, past `encode_record`'s check. It must be refused by
 `encode_record` or be right there; a training run must stop with its place (`stop`), pass over it with the same bits as

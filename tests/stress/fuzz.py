@@ -1,7 +1,7 @@
 """Feeds every parser of ours with damaged and hostile input for a bounded time, in bounded memory.
 
-    python tests/faults/fuzz.py --seconds 300            all targets, the time shared equally
-    python tests/faults/fuzz.py --seconds 60 --target manifest
+    python tests/stress/fuzz.py --seconds 300            all targets, the time shared equally
+    python tests/stress/fuzz.py --seconds 60 --target manifest
 
 Input is made by hypothesis from valid examples: bytes are flipped, cut, repeated and overwritten; JSON trees get
 odd values in odd places, and the manifest its checksum again afterwards. A target may accept what it is given or

@@ -1,7 +1,7 @@
 """Disks that are full, broken, read-only or hold what may not be read, under train, validate, sample and export.
 
-    python tests/faults/training_disk.py               the whole (as root: it mounts small file systems)
-    python tests/faults/training_disk.py --quick       a share of it
+    python tests/stress/training_disk.py               the whole (as root: it mounts small file systems)
+    python tests/stress/training_disk.py --quick       a share of it
 
 What is wanted of every case: an error of one line that names the file, no traceback, nothing half-written under a
 final name, no temporary file; and when the disk is well again the same command ends with the bits of an undisturbed

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flops import product_flops
 from training_helpers import lively, network_inputs, tiny_model
 
 from fluxdit_jax.model import dit
@@ -198,20 +199,6 @@ def test_every_policy_but_none_computes_blocks_again(policy):
     graph, shapes = dit.build(tiny_model(remat=policy))
     program = jax.make_jaxpr(lambda params: dit.apply(graph, params, *network_inputs(tiny_model()).values()))(shapes)
     assert ("remat" in str(program)) == (policy != "none")
-
-
-def product_flops(jaxpr) -> int:
-    """2 per multiply-add of every matrix product that the program runs."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            inner = math.prod(left[axis] for axis in contracted)
-            total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
-        repeats = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        total += repeats * sum(product_flops(inner) for inner in jax.extend.core.jaxprs_in_params(equation.params))
-    return total
 
 
 @pytest.mark.parametrize("depth", [1, 3])

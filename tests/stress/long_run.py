@@ -1,6 +1,6 @@
 """Twenty thousand steps in one process, and a hundred resumes in a row: what a run of weeks must not do is grow.
 
-    python tests/faults/long_run.py --steps 20000 --resumes 100
+    python tests/stress/long_run.py --steps 20000 --resumes 100
 
 The first part trains a tiny model with frequent saves, pictures and held-out losses and watches the process
 from outside: memory, file descriptors, threads, /dev/shm. The second part interrupts one run again and again

@@ -1,6 +1,6 @@
 """`preprocess build` on a disk that is full: at every fill level, an error that says so, and then it goes on.
 
-    python tests/faults/preprocess_disk.py        (as root: it mounts small file systems)
+    python tests/stress/preprocess_disk.py        (as root: it mounts small file systems)
 
 A memory file system of N kilobytes is mounted, the build runs into its end, the file system is made larger,
 the same command is given again, and the result must equal that of a run with room.

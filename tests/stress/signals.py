@@ -1,7 +1,7 @@
 """Signals, closed pipes and terminals that go away, under every long program.
 
-    python tests/faults/signals.py               the whole
-    python tests/faults/signals.py --quick       a share of it
+    python tests/stress/signals.py               the whole
+    python tests/stress/signals.py --quick       a share of it
 
 A program that is told to stop saves or cleans up, says so in one line, exits with 128 and the number, and the same
 command then ends with the bits of one that was never stopped. Nobody's reading what it says changes nothing.

@@ -1,6 +1,6 @@
 """Kills `preprocess build` again and again and looks at what is left. Run whole, or by test_preprocess.py:
 
-    python tests/faults/preprocess_kills.py
+    python tests/stress/preprocess_kills.py
 
 A child process is forked, killed with SIGKILL (at a random moment, or before its n-th change of the file
 system) and started again until it ends by itself. At every moment in between the directory must be a sound

@@ -1,6 +1,6 @@
 """Real processes, really killed: the losses and the EMA are those of a run that was never interrupted.
 
-A few moments only, on the command as users start it; `faults/` goes through all of them. FLUXDIT_KILLS sets how often
+A few moments only, on the command as users start it; `stress/` goes through all of them. FLUXDIT_KILLS sets how often
 `kill -9` strikes.
 """
 

@@ -1,6 +1,6 @@
 """What a stranger's data or files could do to the machine: run code, read or write elsewhere, fill the memory.
 
-    python tests/faults/security.py        prints the table; exits 1 if anything got through
+    python tests/stress/security.py        prints the table; exits 1 if anything got through
 
 Pages are opened in headless Chromium where there is one; without it that row says 0 tried.
 """

@@ -1,6 +1,6 @@
 """Two programs on the same output, and locks whose owner is dead.
 
-    python tests/faults/two_at_once.py [--quick]
+    python tests/stress/two_at_once.py [--quick]
 
 The second one is refused in one line with the owner's process and host, and the first does not notice. A lock file that
 a dead process left, whatever it says (a process number that another has by now, another host, nothing, rubbish), stops

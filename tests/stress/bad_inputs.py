@@ -1,6 +1,6 @@
 """Every kind of bad input that we could think of, in one folder, and what `build` makes of each.
 
-    python tests/faults/bad_inputs.py        prints the table
+    python tests/stress/bad_inputs.py        prints the table
 
 A case is a name, a function that writes the input, and the reason it must be rejected with ("" if it must
 become a record all the same).

@@ -358,7 +358,7 @@ def test_a_killed_run_leaves_the_old_set_and_the_next_makes_the_new_one(photos, 
     before = tree(output)
     command = [sys.executable, "-m", "preprocess", "subset", "--input", str(photos), "--output", str(output)]
     command += ["--count", "14", "--resolution", "512"]
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not list(staging.glob("next/*/*.png")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -382,4 +382,4 @@ def test_a_kill_between_the_two_renames_loses_nothing(photos, tmp_path):
 
 def test_it_needs_no_jax(tmp_path):
     code = "import sys, preprocess.subset.subset; sys.exit('jax' in sys.modules or 'torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -14,7 +14,7 @@ import pytest
 
 from fluxdit_jax.shared.cli import explain, thread_error
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import os, pathlib, sys, time
 from fluxdit_jax import command, files

@@ -371,7 +371,7 @@ def probe(cache, *arguments):
         env=environment,
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
