@@ -207,6 +207,10 @@ def train(config: ConfigDict) -> int:
             reporter.pause(time.monotonic() - asked)
             if stopping:
                 break
+            if not last and any_process([signals.received is not None])[0]:  # it came meanwhile
+                if not (save_due or unchanged):
+                    checkpoints.save(step, state, state_meta)
+                break
 
         # ------------------------------------------------------------ everything is written: say so
         checkpoints.poll(wait=True)

@@ -115,6 +115,7 @@ class Commands:
     def __exit__(self, *exception: object) -> None:
         if self._server is not None:
             self._requests.close()
+            self._server.kill()  # a fork of this process may hold the other end of the socket
             self._server.wait()
 
     def start(

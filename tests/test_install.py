@@ -44,7 +44,7 @@ def clone(tmp_path: Path) -> Path:
     """What the script reads, in a folder without .venv, and beside it a `bin` with no Python in it."""
     folder = tmp_path / "clone"
     (folder / "scripts").mkdir(parents=True)
-    (folder / "fluxdit_jax").mkdir()
+    (folder / "fluxdit_jax" / "device").mkdir(parents=True)
     for name in ("scripts/install.sh", "requirements.txt", "pyproject.toml", "fluxdit_jax/__init__.py",
                  "fluxdit_jax/device/cuda_stack.py"):  # fmt: skip
         shutil.copy(REPOSITORY / name, folder / name)

@@ -334,7 +334,19 @@ def test_a_second_ema_has_its_own_decay_and_changes_nothing_else():
         dit.build(config),
     )
     one, two = (
-        jitted(make_train_step(graph, "float32", optimizer, tiny_flow(), mean_std, 0, 4, 0.9999, short))
+        jitted(
+            make_train_step(
+                graph,
+                "float32",
+                optimizer,
+                tiny_flow(),
+                mean_std,
+                seed=0,
+                global_batch_size=4,
+                ema_target=0.9999,
+                short_ema_target=short,
+            )  # fmt: skip
+        )
         for short in (None, 0.9)
     )
     params = lively(shapes, scale=0.2)

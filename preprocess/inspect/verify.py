@@ -292,7 +292,7 @@ def salvage_index(directory: Path, options: Options) -> None:
                     others=sum(others),
                 )
             )
-            tables.append(pa.Table.from_pylist(rows, INDEX))
+            tables.append(pa.Table.from_pylist(rows, INDEX_SCHEMA))
     rejects = directory / REJECTS
     digest_of_rejects = sha256_file(rejects) if rejects.is_file() else ""
     Rows(pa.concat_tables(tables), infos, digest_of_rejects).save(directory / INDEX)

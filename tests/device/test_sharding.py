@@ -119,7 +119,7 @@ from fluxdit_jax.run.checkpoint import Checkpoints
 from fluxdit_jax.config import resolve
 from fluxdit_jax.run.digest import tree_digest
 from fluxdit_jax.program import Program
-from fluxdit_jax.dataset.records import load_manifest
+from fluxdit_jax.dataset.manifest import load_manifest
 from fluxdit_jax.device.sharding import make_mesh, put_batch, gather
 from fluxdit_jax.train_step import patch_statistics
 

@@ -353,7 +353,7 @@ def test_builtin_is_the_codec_itself(recwarn):
 PROBE = """
 import sys
 import numpy as np
-from fluxdit_jax.dataset.records import EncoderIdentity
+from fluxdit_jax.dataset.manifest import EncoderIdentity
 from fluxdit_jax.vae.decoder import DecoderError, load_decoder
 try:
     decoder = load_decoder(EncoderIdentity(sys.argv[1], sys.argv[2], "", "float32", 16, {"factor": 8}))
