@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import jax
-import jax.extend
+import jax.extend.core  # of its own: `import jax` alone does not bring it
 
 
 def product_flops(jaxpr) -> int:

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flops import product_flops
-from training_helpers import lively, network_inputs, tiny_model
+from training_helpers import TEXT_WIDTH, VISION_WIDTH, lively, network_inputs, tiny_model
 
 from fluxdit_jax.model import dit
 from fluxdit_jax.optimizer import path_name
@@ -162,6 +162,30 @@ def test_initialize_makes_the_tree_that_build_describes():
         jax.tree.map(lambda a, b: (a, b), params, shapes), is_leaf=lambda x: isinstance(x, tuple)
     ):
         assert (leaf.shape, leaf.dtype) == (shape.shape, jnp.float32), path_name(path)
+
+
+def test_the_parameters_of_a_network():
+    """Checkpoints and exports hold these names and shapes."""
+    D, P, depth, head = 32, 16, 2, 16
+    layers = {  # name: (inputs, outputs, whether it has a bias)
+        "blocks/attention/qkv": (D, 3 * D, False), "blocks/attention/out": (D, D, False),
+        "blocks/cross/q": (D, D, False), "blocks/cross/kv": (D, 2 * D, False), "blocks/cross/out": (D, D, False),
+        "blocks/mlp/gate_up": (D, 256, False), "blocks/mlp/down": (128, D, False),
+        "patch_embed": (P, D, True), "time_in": (256, D, True), "time_out": (D, D, True),
+        "text_embed": (TEXT_WIDTH, D, True), "vision_embed": (VISION_WIDTH, D, True),
+        "modulation": (D, 9 * D, True), "out": (D, P, True),
+    }  # fmt: skip
+    expected = {
+        "null_text": (D,), "null_vision": (D,), "text_scale": (TEXT_WIDTH,), "blocks/table": (depth, 7, D),
+        **{f"blocks/{part}/{name}_scale": (depth, head) for part in ("attention", "cross") for name in "qk"},
+    }  # fmt: skip
+    for name, (inputs, outputs, bias) in layers.items():
+        stacked = (depth,) if name.startswith("blocks/") else ()
+        expected[f"{name}/kernel"] = (*stacked, inputs, outputs)
+        expected |= {f"{name}/bias": (outputs,)} if bias else {}
+    shapes = dit.build(tiny_model())[1]
+    found = {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+    assert found == expected
 
 
 def test_initial_weights():

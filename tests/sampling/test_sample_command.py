@@ -14,7 +14,7 @@ from build_fixtures import options
 from drawing_helpers import config, pixels
 from PIL import Image, PngImagePlugin
 from training_helpers import lively, tiny_flow
-from wording import lines_naming
+from wording import lines_naming, naming
 
 from fluxdit_jax import sample as command
 from fluxdit_jax.config import resolve
@@ -136,6 +136,13 @@ def test_several_pictures_have_a_file_each_and_a_sheet(scene: Scene, capsys) -> 
     assert sheet.size == (170 + 9 * 262 + 6, 2 * 262 + 6)
     told = capsys.readouterr().out
     assert lines_naming(told, "size", f"{width}x{height}") and lines_naming(told, "sheet", 18)
+
+
+def test_a_place_that_cannot_be_written_is_named_by_the_first_picture(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    paths = [tmp_path / "file" / f"{name}.png" for name in ("first", "second")]
+    with pytest.raises(command.SampleError, match=naming("--out", paths[0])):
+        command.check_out(paths)
 
 
 class Terminal(io.StringIO):
