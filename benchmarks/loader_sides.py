@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def _patchify():
-    spec = importlib.util.spec_from_file_location("patches", ROOT / "fluxdit_jax" / "patches.py")
+    spec = importlib.util.spec_from_file_location("patches", ROOT / "fluxdit_jax" / "model" / "patches.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.patchify
