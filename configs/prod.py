@@ -11,7 +11,7 @@ moments, accumulator and EMA: 10.5 GB of state, and 5.8 GB of temporaries for a 
 of attention (4.2 with block remat, which computes them again: 9 % more FLOPs). Effective batch 256 = 64 micro-batches.
 A step is 256 x 21 TFLOP = 5.5 PFLOP (forward, backward, recomputation): about a minute at half of an RTX
 4090's 165 TFLOP/s, so resumable checkpoints are written by time. The memory is XLA's own plan of this step, compiled
-for a 4090 without one (benchmarks/README.md); it has not yet been run on one.
+for a 4090 without one (benchmarks/results/gpu_plan.md); it has not yet been run on one.
 On an H200 held to 24 GB a micro-batch takes 0.21 s (19 images/s, MFU 32 %, 16.9 GB; 2026-11-28): 13.5 s a step.
 """
 

@@ -52,7 +52,7 @@ def shift_for_tokens(tokens: int, base_tokens: int = 256) -> float:
     """s = sqrt(tokens / base_tokens): keeps the image-level noise (arXiv:2403.03206, 5.3.2).
 
     At least 1: below `base_tokens` it would move the times towards little noise, where the composition is decided
-    already (benchmarks/README.md, auto_shift).
+    already (benchmarks/results/convergence.md, auto_shift).
     """
     return max(1.0, (tokens / base_tokens) ** 0.5)
 
