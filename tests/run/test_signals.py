@@ -41,13 +41,13 @@ def test_who_insists():
     """SIGTERM after SIGINT or SIGTERM ends it; SIGHUP asks and never insists."""
     code = """
 import os
-from fluxdit_jax import stopping
+from fluxdit_jax.run import signals
 
-stopping._ECHO_SECONDS = -1.0
+signals._ECHO_SECONDS = -1.0
 for numbers in ((15, 15), (2, 15), (1, 1), (15, 1), (1, 15)):
     child = os.fork()
     if not child:
-        with stopping.Signals():
+        with signals.Signals():
             for number in numbers:
                 os.kill(os.getpid(), number)
         os._exit(0)

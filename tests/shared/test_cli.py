@@ -17,12 +17,12 @@ from fluxdit_jax.shared.cli import explain, thread_error
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import os, pathlib, sys, time
-from fluxdit_jax import command, files
+from fluxdit_jax.shared import atomic_files, cli
 
 def work():
     {body}
 
-command.run(work, (OSError,), failure=7)
+cli.run(work, (OSError,), failure=7)
 """
 
 
@@ -66,7 +66,7 @@ def test_a_signal_removes_what_is_half_written_and_exits_with_its_number(tmp_pat
     path = tmp_path / "picture.png"
     # many short sleeps: a signal just before a long one is only handled after it
     work = "t.write_text('x'), print('begun'), [time.sleep(0.05) for _ in range(1200)]"
-    body = f"with files.replacing(pathlib.Path({str(path)!r})) as t: {work}"
+    body = f"with atomic_files.replacing(pathlib.Path({str(path)!r})) as t: {work}"
     with subprocess.Popen(
         [sys.executable, "-u", "-c", PROGRAM.format(body=body)],
         cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -100,9 +100,9 @@ def test_a_thread_that_failed_is_told_in_one_line_with_or_without_its_exception(
 def test_progress_bars_make_no_semaphore():
     """tqdm's own lock is one in /dev/shm, and stays there if the process is killed while it is made."""
     code = "from tqdm import tqdm; tqdm(range(3), file=sys.stderr); print(hasattr(tqdm.get_lock(), 'mp_lock'))"
-    for before, expected in (("command.outlive_readers()", "False"), ("", "True")):
+    for before, expected in (("cli.outlive_readers()", "False"), ("", "True")):
         done = subprocess.run(
-            [sys.executable, "-c", f"import sys; from fluxdit_jax import command; {before or 0}; {code}"],
+            [sys.executable, "-c", f"import sys; from fluxdit_jax.shared import cli; {before or 0}; {code}"],
             cwd=REPOSITORY, capture_output=True, text=True,
         )  # fmt: skip
         assert done.stdout.strip() == expected, done.stderr
