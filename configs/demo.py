@@ -29,8 +29,8 @@ def get_config() -> ConfigDict:
     c.optim.schedule = "cosine"
     c.optim.warmup_steps = 100
     c.optim.final_fraction = 0.02
-    # benchmarks/results/convergence.md, steps to the gate: logit-normal time 600 to 700, uniform 700 to 800, shift 1 900;
-    # AdamW 1,100 and more, a plain DiT 1,200. In 1,200 steps uniform time comes as far, in 1,500 0.5 dB further.
+    # benchmarks/results/convergence.md, steps to the gate: logit-normal time 600 to 700, uniform 700 to 800, shift 1
+    # 900; AdamW 1,100 and more, a plain DiT 1,200. In 1,200 steps uniform time comes as far, in 1,500 0.5 dB further.
     c.flow.shift = 3.0
     # Without dropped conditions the vector, which nearly names the picture, silences the caption: swapping
     # vectors then changes the composition too (13 % right after 3,600 steps).

@@ -29,8 +29,9 @@ def get_config() -> ConfigDict:
     c.optim.schedule = "cosine"
     c.optim.warmup_steps = 200
     c.optim.final_fraction = 0.02
-    # As measured on the demonstration set: over many steps uniform time memorises further (benchmarks/results/convergence.md), and
-    # without dropped conditions the vector silences the caption (configs/demo.py).
+    # As measured on the demonstration set: over many steps uniform time memorises further
+    # (benchmarks/results/convergence.md), and without dropped conditions the vector silences the caption
+    # (configs/demo.py).
     c.flow.uniform_share = 1.0
     c.flow.shift = 3.0
     c.flow.drop_text = 0.05

@@ -200,7 +200,7 @@ class Monitor:
         outbursts = sum(ratio > LOUD_RMS_RATIO for ratio in self._ratios)
         what = (
             f"{outbursts} of the last {WINDOW} steps predicted velocities more than {LOUD_RMS_RATIO:g} times as large "
-            "as the targets, which is worse than predicting nothing: the weights were thrown"
+            "as the targets, which is worse than predicting nothing: the weights have diverged"
             if outbursts >= OUTBURSTS
             else f"the loss began at {self._first_loss:.3g}, had fallen to {self._best_loss:.3g} and is at {now:.3g} "
             "now: what was learned is lost"

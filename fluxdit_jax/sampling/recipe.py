@@ -196,8 +196,8 @@ def _checked(arguments: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("its recipe must name a workdir or a model, and not both")
     if arguments["count"] * len(arguments["prompt"]) > _MAX_PICTURES:
         raise ValueError(f"its recipe asks for more than {_MAX_PICTURES:,} pictures")
-    arguments["method"] = _RENAMED_METHODS.get(arguments["method"], arguments["method"])
-    return {name: arguments[name] for name in ARGUMENTS if name in arguments}
+    method = _RENAMED_METHODS.get(arguments["method"], arguments["method"])
+    return {name: arguments[name] for name in ARGUMENTS if name in arguments} | {"method": method}
 
 
 def _vector(text: Any) -> np.ndarray | None:
@@ -219,7 +219,7 @@ def _of_old(texts: dict[str, str], size: str) -> Recipe:
         "prompt": [texts["prompt"]],
         "count": 1,
         "size": size,
-        "method": _RENAMED_METHODS.get(texts["method"], texts["method"]),
+        "method": texts["method"],
         "rescale": 0.0,
         "workdir": workdir,
         "weights": weights,

@@ -237,6 +237,12 @@ def test_missing_weights_are_not_invented(tiny_dino_dir: Path, tmp_path: Path) -
         load_vision_encoder(str(tmp_path / "dino"))
 
 
+def offline(cache: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """A program of Python that has the Hub's files in `cache` and cannot reach the Hub."""
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cache), "PATH": "/usr/bin:/bin"}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+
+
 def test_a_hub_that_cannot_be_reached_says_what_to_fetch(tmp_path: Path) -> None:
     code = (
         "from preprocess.encoders import *; from preprocess import PreprocessError\n"
@@ -244,13 +250,8 @@ def test_a_hub_that_cannot_be_reached_says_what_to_fetch(tmp_path: Path) -> None
         "    try: load()\n"
         "    except PreprocessError as error: print(error)\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    result = offline(tmp_path, "-c", code)
+    assert result.returncode == 0, result.stderr
     vae, text, vision = result.stdout.strip().splitlines()
     assert "hf download black-forest-labs/FLUX.1-schnell --include vae/config.json" in vae
     assert "--vae DIRECTORY" in vae and str(tmp_path) in vae
@@ -263,22 +264,8 @@ def test_offline_all_three_are_told_at_once(tmp_path: Path, draw_photo) -> None:
     image = tmp_path / "photos" / "a.png"
     write_image(image, 0, "a", draw_photo)
     for more, count in (([], 3), (["--vae", "builtin:dct"], 2)):
-        result = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "preprocess",
-                "build",
-                "--input",
-                str(image.parent),
-                "--output",
-                str(tmp_path / "x"),
-            ]
-            + more,
-            env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
-            capture_output=True,
-            text=True,
-        )
+        command = ["-m", "preprocess", "build", "--input", str(image.parent), "--output", str(tmp_path / "x")]
+        result = offline(tmp_path, *command, *more)
         assert result.returncode == 1 and len(result.stderr.splitlines()) < 24
         for option, spec, size, licence in (
             ("--vae", "black-forest-labs/FLUX.1-schnell", "170 MB", "Apache-2.0"),
@@ -300,13 +287,8 @@ def test_a_cached_repository_is_used_offline_with_its_commit(tiny_vae_dir: Path,
     (cache / "refs" / "main").write_text(commit)
     shutil.copytree(tiny_vae_dir, cache / "snapshots" / commit / "vae")
     code = "from preprocess.encoders import load_vae; i = load_vae('someone/flux').identity; print(i.id, i.revision)"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    result = offline(tmp_path, "-c", code)
+    assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["someone/flux", commit]
 
 
