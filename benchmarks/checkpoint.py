@@ -35,7 +35,7 @@ from tqdm import tqdm
 from benchmarks.environment import table, write
 from configs import demo, nano, prod
 from fluxdit_jax.config import default_config
-from fluxdit_jax.flow import FlowConfig
+from fluxdit_jax.flow import FlowConfig, parse_drop
 from fluxdit_jax.model import dit
 from fluxdit_jax.optimizer import OptimizerConfig, build_optimizer
 from fluxdit_jax.run.checkpoint import Checkpoints
@@ -51,7 +51,7 @@ TEXT_TOKENS, TOKENS, BATCH = 32, 64, 16  # of the demonstration run
 
 def model_config(config: Any, **changes: Any) -> dit.ModelConfig:
     """The network of a configuration, f32, as on a CPU."""
-    names = ("width", "depth", "heads", "patch", "channels", "text_width", "vision_width", "remat")
+    names = ("width", "depth", "heads", "patch", "remat")  # channels and conditions stay the defaults
     values = {name: config.model[name] for name in names} | changes
     return dit.ModelConfig(**values, dtype="float32", attention="xla")
 
@@ -62,7 +62,7 @@ SIZES: dict[str, dit.ModelConfig] = {
     "large": model_config(prod.get_config(), depth=4),
     "prod": model_config(prod.get_config()),  # 10.5 GB: three times that of memory and disk
 }
-OPTIMIZER = OptimizerConfig("adamw", 1e-4, 1e-4, "constant", 100, 1000, 0.0, 0.9, 0.95, 1e-8, 0.01, 1.0, 1)
+OPTIMIZER = OptimizerConfig(total_steps=1000, warmup_steps=100)
 
 
 def make_state(config: dit.ModelConfig) -> TrainState:
@@ -85,20 +85,19 @@ def make_steps() -> Callable[[], float]:
     """Runs one training step of the demo on random data; returns its seconds."""
     config = SIZES["demo"]
     optimizer = build_optimizer(OPTIMIZER)
-    flow = FlowConfig(0.0, 1.0, 1.0, 3.0, True, 0.05, 0.1, 0.05)
+    widths = {condition.name: condition.width for condition in config.conditions}
+    flow = FlowConfig(0.0, 1.0, 1.0, 3.0, True, parse_drop("all 0.05, text 0.05, vision 0.1", list(widths)))
     width = config.token_width
     moments = np.zeros(width, np.float32), np.ones(width, np.float32)
     graph = dit.build(config)[0]
-    whole = make_train_step(
-        graph, "float32", optimizer, flow, moments, seed=0, global_batch_size=BATCH, ema_target=0.9999
-    )
+    whole = make_train_step(graph, config, optimizer, flow, moments, seed=0, global_batch_size=BATCH, ema_target=0.9999)
     accumulate, update = (jax.jit(part, donate_argnums=0) for part in whole)
     batch = {
         "latent": jnp.ones((BATCH, TOKENS, width), jnp.bfloat16),
         "grid": jnp.full((BATCH, 2), 8, jnp.int32),
-        "text": jnp.ones((BATCH, TEXT_TOKENS, config.text_width), jnp.bfloat16),
+        "text": jnp.ones((BATCH, TEXT_TOKENS, widths["text"]), jnp.bfloat16),
         "text_length": jnp.full((BATCH,), TEXT_TOKENS, jnp.int32),
-        "vision": jnp.full((BATCH, config.vision_width), config.vision_width**-0.5, jnp.float32),
+        "vision": jnp.full((BATCH, widths["vision"]), widths["vision"] ** -0.5, jnp.float32),
         "index": jnp.arange(BATCH, dtype=jnp.uint32),
         "replaced": jnp.zeros((BATCH,), bool),
     }

@@ -81,7 +81,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "auto_shift": ("time shift by token count (0.5)", BASE | {"flow.shift": None}),
     "no_dropout": (
         "no condition dropped",
-        BASE | {"flow.drop_text": 0.0, "flow.drop_vision": 0.0, "flow.drop_both": 0.0},
+        BASE | {"flow.drop": ""},
     ),
 }
 AVERAGES = (0.9, 0.99, 0.999)  # fixed decays, looked at beside the warmed-up EMA and the raw weights
@@ -103,7 +103,7 @@ class Gate:
         self._generator = Generator(
             settings.model,
             tokens=settings.tokens,
-            text_tokens=settings.text_tokens,
+            lengths=settings.batch.lengths,
             shift=settings.flow.shift,
             statistics=patch_statistics(manifest.latent_mean, manifest.latent_std, settings.model.patch),
             graph=graph,
@@ -185,15 +185,15 @@ def measure(name: str, directory: str, seed: int, averages: bool, probe: int, li
     params = jax.jit(lambda key: network.initialize(settings.model, key))(jax.random.key(seed))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     whole = make_train_step(
-        graph, settings.model.dtype, optimizer, settings.flow, statistics, seed=seed,
+        graph, settings.model, optimizer, settings.flow, statistics, seed=seed,
         global_batch_size=settings.global_batch_size, ema_target=settings.ema_decay,
     )  # fmt: skip
     accumulate, update = (jax.jit(part, donate_argnums=0) for part in whole)
-    forward = network.flops_per_sample(settings.model, settings.tokens, settings.text_tokens)
+    forward = network.flops_per_sample(settings.model, settings.tokens, settings.batch.lengths)
     flops = 3 * forward * settings.global_batch_size  # of a step
     batches = reader.batches(
         reader.RecordSource(directory, manifest, "train"), seed=seed, start=0, batch_size=settings.micro_batch_size,
-        patch=settings.model.patch, tokens=settings.tokens, text_tokens=settings.text_tokens, threads=1, prefetch=4,
+        layout=settings.batch, threads=1, prefetch=4,
     )  # fmt: skip
     gate = Gate(directory, manifest, settings, graph)
     state = jax.jit(lambda params: create_state(params, optimizer))(params)

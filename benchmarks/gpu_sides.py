@@ -61,17 +61,18 @@ def configuration_of(target: Target) -> Any:
 
 def network(target: Target) -> Any:
     """The `ModelConfig` of a target, without ml_collections or a data set."""
+    from fluxdit_jax.model.conditions import Condition
     from fluxdit_jax.model.dit import ModelConfig
 
-    widths = (target.text_width, target.vision_width)
-    return ModelConfig(target.width, target.depth, target.heads, 2, 16, *widths, "bfloat16", "none", "xla")
+    conditions = (Condition("text", target.text_width, sequence=True), Condition("vision", target.vision_width))
+    return ModelConfig(target.width, target.depth, target.heads, 2, 16, conditions, "bfloat16", "none", "xla")
 
 
 def flops_per_image(target: Target) -> int:
     """Forward and backward, recomputation not counted: three times the forward products."""
     from fluxdit_jax.model.dit import flops_per_sample
 
-    return 3 * flops_per_sample(network(target), target.side**2, TEXT_TOKENS)
+    return 3 * flops_per_sample(network(target), target.side**2, {"text": TEXT_TOKENS})
 
 
 def settings(target: Target, spec: dict[str, Any]) -> tuple[Any, tuple[np.ndarray, np.ndarray]]:
@@ -82,7 +83,7 @@ def settings(target: Target, spec: dict[str, Any]) -> tuple[Any, tuple[np.ndarra
 
     c = configuration_of(target)
     if spec["target"] == "toy":
-        for key in ("width", "depth", "heads", "text_width", "vision_width"):
+        for key in ("width", "depth", "heads"):
             c.model[key] = getattr(target, key)
         c.optim.global_batch_size = target.global_batch_size
     c.data.micro_batch_size, c.model.remat, c.model.attention = spec["batch"], spec["remat"], spec["attention"]
@@ -98,9 +99,14 @@ def settings(target: Target, spec: dict[str, Any]) -> tuple[Any, tuple[np.ndarra
     def encoder(width: int, **options: Any) -> EncoderIdentity:
         return EncoderIdentity("random numbers", "", "00", "float32", width, options)
 
-    encoders = (encoder(16, factor=8), encoder(c.model.text_width), encoder(c.model.vision_width))
+    encoders = {
+        "vae": encoder(16, factor=8),
+        "text": encoder(target.text_width),
+        "vision": encoder(target.vision_width),
+    }
     size, zeros, ones = (target.resolution,) * 2, (0.0,) * 16, (1.0,) * 16
-    manifest = Manifest("random", target.resolution, 64, "resize", *encoders, (size,), zeros, ones, 1, TEXT_TOKENS, {})
+    lengths = {"text": TEXT_TOKENS}
+    manifest = Manifest("random", target.resolution, 64, "resize", encoders, (size,), zeros, ones, 1, lengths, {})
     return configuration.resolve(c, manifest), patch_statistics(zeros, ones, c.model.patch)
 
 

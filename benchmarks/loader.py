@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from benchmarks.environment import RESULTS, table, write
 from benchmarks.loader_sides import collate, digests
+from fluxdit_jax.dataset.fields import BF16
 from fluxdit_jax.dataset.manifest import (  # fmt: skip
     MANIFEST,
     EncoderIdentity,
@@ -44,7 +45,7 @@ from fluxdit_jax.dataset.manifest import (  # fmt: skip
     sha256_file,
     shard_name,
 )
-from fluxdit_jax.dataset.records import BF16, WRITER_OPTIONS, Record, encode_record
+from fluxdit_jax.dataset.records import WRITER_OPTIONS, Record, encode_record
 from fluxdit_jax.model.patches import patchify
 
 PEERS = ("torch==2.13.0", "mosaicml-streaming==0.13.0", "webdataset==1.0.2", "ml_dtypes==0.6.0")
@@ -112,7 +113,8 @@ def make_records(root: Path, side: int, count: int, python: Path) -> set[str]:
                         "vision": (vision / np.linalg.norm(vision)).astype(np.float32),
                     }
                     writer.write(encode_record(Record(
-                        key=f"folder/{i:06d}.jpg", caption="a caption " * 8, **fields, original_size=(1, 1),
+                        key=f"folder/{i:06d}.jpg", caption="a caption " * 8, latent=fields["latent"],
+                        conditions={"text": fields["text"], "vision": fields["vision"]}, original_size=(1, 1),
                         encoded_size=(side * 8, side * 8), content_hash=hashlib.sha256(b"%d" % i).hexdigest(),
                     )))  # fmt: skip
                     for field, array in fields.items():
@@ -139,9 +141,11 @@ def make_records(root: Path, side: int, count: int, python: Path) -> set[str]:
     encoder = EncoderIdentity("none", "", "00" * 32, "float32", 1024)
     manifest = Manifest(
         name="bench", resolution=side * 8, modulus=64, fit="resize",
-        vae=dataclasses.replace(encoder, width=16, options={"factor": 8}), text=encoder, vision=encoder,
+        encoders={
+            "vae": dataclasses.replace(encoder, width=16, options={"factor": 8}), "text": encoder, "vision": encoder,
+        },
         buckets=((side * 8, side * 8),), latent_mean=(0.0,) * 16, latent_std=(1.0,) * 16, latent_count=count,
-        text_tokens=256, shards={"train": tuple(shards), "holdout": ()},
+        lengths={"text": 256}, shards={"train": tuple(shards), "holdout": ()},
     )  # fmt: skip
     (root / "ours" / MANIFEST).write_text(manifest.to_json())
     for name in ("flat", "npy", "wds"):

@@ -70,15 +70,15 @@ def ours(directory, threads=2):
     """Threads, and batches ahead, as `default_config` has them."""
     sys.path.insert(0, str(ROOT))
     from fluxdit_jax.dataset.manifest import load_manifest
-    from fluxdit_jax.loader.reader import RecordSource, batches
+    from fluxdit_jax.loader.reader import BatchLayout, RecordSource, batches
     from fluxdit_jax.shared.host_memory import keep_freed_memory
 
     keep_freed_memory(large_too=False)  # as `fluxdit_jax.train` does on a GPU
     manifest = load_manifest(directory)
     source = RecordSource(directory, manifest, "train")
-    tokens = (manifest.resolution // 16) ** 2
-    yield from batches(source, seed=0, start=0, batch_size=BATCH, patch=2, tokens=tokens, text_tokens=TEXT_TOKENS,
-                       threads=threads, prefetch=2 * threads)  # fmt: skip
+    widths, lengths = {"text": WIDTH, "vision": WIDTH}, {"text": TEXT_TOKENS}
+    layout = BatchLayout(2, (manifest.resolution // 16) ** 2, 4 * manifest.vae.width, widths, lengths)
+    yield from batches(source, seed=0, start=0, batch_size=BATCH, layout=layout, threads=threads, prefetch=2 * threads)
 
 
 def ours_four_threads(directory):

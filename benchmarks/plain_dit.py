@@ -2,12 +2,13 @@
 
 What Peebles & Xie 2023 (arXiv:2212.09748) describe, with cross-attention for the caption as PixArt-alpha has it
 (arXiv:2310.00426): LayerNorm, an adaLN-Zero network in every block, fixed sin-cos positions, GELU MLP of four
-times the width, biases everywhere, no norm of queries and keys, no rotary positions. The vision vector is added to
-the time embedding, where DiT adds the class. Called as `model.DiT` is, so that the same step trains it.
+times the width, biases everywhere, no norm of queries and keys, no rotary positions. The vision vector, as any other,
+is added to the time embedding, where DiT adds the class. Called as `model.DiT` is, so that the same step trains it.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fluxdit_jax.model.attention import attend
+from fluxdit_jax.model.conditions import Given, joined
 from fluxdit_jax.model.dit import TIME_FEATURES, ModelConfig, time_features
 
 
@@ -84,10 +86,9 @@ class PlainDiT(nnx.Module):
         self.config = config
         self.patch_embed = Linear(config.token_width, D, rngs=rngs)
         self.time_in, self.time_out = Linear(TIME_FEATURES, D, rngs=rngs), Linear(D, D, rngs=rngs)
-        self.vision_embed = Linear(config.vision_width, D, rngs=rngs)
-        self.null_vision = nnx.Param(0.02 * jax.random.normal(rngs.params(), (D,)))
-        self.text_embed = Linear(config.text_width, D, rngs=rngs)
-        self.null_text = nnx.Param(0.02 * jax.random.normal(rngs.params(), (D,)))
+        for condition in (*config.vectors, *config.sequences):
+            setattr(self, f"{condition.name}_embed", Linear(condition.width, D, rngs=rngs))
+            setattr(self, f"null_{condition.name}", nnx.Param(0.02 * jax.random.normal(rngs.params(), (D,))))
 
         @nnx.split_rngs(splits=config.depth)
         @nnx.vmap(in_axes=(0,), out_axes=0)
@@ -99,7 +100,7 @@ class PlainDiT(nnx.Module):
         self.out = Linear(D, config.token_width, rngs=rngs, zero=True)
 
     def __call__(
-        self, x_BxNxP, t_B, grid_Bx2, text_BxTxE, text_length_B, vision_BxV, keep_text_B, keep_vision_B
+        self, x_BxNxP: jax.Array, t_B: jax.Array, grid_Bx2: jax.Array, conditions: dict[str, Given]
     ) -> jax.Array:
         """As `fluxdit_jax.model.dit.DiT.__call__`: f32 velocity [B, N, P]."""
         config = self.config
@@ -109,11 +110,9 @@ class PlainDiT(nnx.Module):
         x = self.patch_embed(x_BxNxP.astype(dtype)) + places
         length_B = grid_Bx2[:, 0] * grid_Bx2[:, 1]
 
-        text = jnp.where(keep_text_B[:, None, None], self.text_embed(text_BxTxE.astype(dtype)), self.null_text[...])
-        text_length_B = jnp.where(keep_text_B, text_length_B, 1)
-        vision = self.vision_embed(vision_BxV.astype(dtype) * math.sqrt(config.vision_width))
-        vision = jnp.where(keep_vision_B[:, None], vision, self.null_vision[...])
-        condition = vision + self.time_out(jax.nn.silu(self.time_in(time_features(t_B).astype(dtype))))
+        text, text_length_B = joined([self._sequence(c.name, conditions[c.name]) for c in config.sequences])
+        time = self.time_out(jax.nn.silu(self.time_in(time_features(t_B).astype(dtype))))
+        condition = functools.reduce(jnp.add, [self._vector(c.name, conditions[c.name]) for c in config.vectors], time)
         graph, stacked = nnx.split(self.blocks)
 
         def body(x, block_parameters):
@@ -126,6 +125,16 @@ class PlainDiT(nnx.Module):
         shift, scale = jnp.split(self.modulation(jax.nn.silu(condition))[:, None], 2, axis=-1)
         return self.out(layer_norm(x) * (1 + scale) + shift).astype(jnp.float32)
 
+    def _sequence(self, name: str, given: Given) -> tuple[jax.Array, jax.Array]:
+        embed, null = getattr(self, f"{name}_embed"), getattr(self, f"null_{name}")
+        tokens = embed(given.values.astype(self.config.dtype))
+        return jnp.where(given.keep_B[:, None, None], tokens, null[...]), jnp.where(given.keep_B, given.length_B, 1)
+
+    def _vector(self, name: str, given: Given) -> jax.Array:
+        embed, null = getattr(self, f"{name}_embed"), getattr(self, f"null_{name}")
+        vector = embed(given.values.astype(self.config.dtype) * math.sqrt(given.values.shape[-1]))
+        return jnp.where(given.keep_B[:, None], vector, null[...])
+
 
 def build(config: ModelConfig) -> Any:
     """The static graph, to be given to `model.apply` with parameters of `initialize`."""
@@ -137,12 +146,12 @@ def initialize(config: ModelConfig, key: jax.Array) -> dict:
     return nnx.to_pure_dict(nnx.split(PlainDiT(config, rngs=nnx.Rngs(params=key)))[1])
 
 
-def flops_per_sample(config: ModelConfig, tokens: int, text_tokens: int) -> int:
+def flops_per_sample(config: ModelConfig, tokens: int, lengths: dict[str, int]) -> int:
     """Forward matrix-product FLOPs of a sample, counted as `model.flops_per_sample` does."""
-    D, N, T = config.width, tokens, text_tokens
+    D, N, T = config.width, tokens, sum(lengths[c.name] for c in config.sequences)
     block = 2 * N * D * 4 * D + 4 * N * N * D
     block += 2 * N * D * 2 * D + 2 * T * D * 2 * D + 4 * N * T * D
     block += 2 * N * D * 8 * D + 2 * D * 6 * D
-    ends = 2 * N * 2 * config.token_width * D + 2 * T * config.text_width * D
-    vector = 2 * D * (TIME_FEATURES + D + config.vision_width + 2 * D)
+    ends = 2 * N * 2 * config.token_width * D + sum(2 * lengths[c.name] * c.width * D for c in config.sequences)
+    vector = 2 * D * (TIME_FEATURES + D + sum(c.width for c in config.vectors) + 2 * D)
     return config.depth * block + ends + vector

@@ -144,7 +144,7 @@ def measure(a: argparse.Namespace) -> None:
         sys.exit(f"the two networks do not compute the same: {same}")
     size = TOY if a.smoke else Size()
     network = settings(size, "float32", "none").model
-    flops = 3 * size.batch * dit.flops_per_sample(network, size.tokens, size.text_tokens)
+    flops = 3 * size.batch * dit.flops_per_sample(network, size.tokens, size.lengths)
     sides = [SIDES[0], *(side for side in a.sides if side != SIDES[0])]
     for _ in range(a.rounds):
         rounds.append(run_round(sides, a.smoke, a.repeats))

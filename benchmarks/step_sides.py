@@ -30,6 +30,10 @@ class Size:
     def tokens(self) -> int:
         return self.side**2
 
+    @property
+    def lengths(self) -> dict[str, int]:
+        return {"text": self.text_tokens}
+
 
 def peak_memory() -> int:
     """Largest resident size of this process so far, bytes (VmHWM)."""
@@ -41,7 +45,9 @@ def settings(size: Size, dtype: str, remat: str, attention: str = "xla"):
     """The real `Settings` of fluxdit_jax for AdamW on this size, no conditions dropped."""
     from fluxdit_jax import flow, optimizer
     from fluxdit_jax.config import Settings
+    from fluxdit_jax.loader.reader import BatchLayout
     from fluxdit_jax.model import dit
+    from fluxdit_jax.model.conditions import Condition
 
     network = dit.ModelConfig(
         width=size.width,
@@ -49,8 +55,7 @@ def settings(size: Size, dtype: str, remat: str, attention: str = "xla"):
         heads=size.heads,
         patch=2,
         channels=16,
-        text_width=size.text_width,
-        vision_width=size.vision_width,
+        conditions=(Condition("text", size.text_width, sequence=True), Condition("vision", size.vision_width)),
         dtype=dtype,
         remat=remat,
         attention=attention,
@@ -63,9 +68,7 @@ def settings(size: Size, dtype: str, remat: str, attention: str = "xla"):
             uniform_share=0.0,
             shift=1.0,
             stratified=True,
-            drop_text=0.0,
-            drop_vision=0.0,
-            drop_both=0.0,
+            drop=(),
         ),
         optimizer=optimizer.OptimizerConfig(
             name="adamw",
@@ -82,10 +85,11 @@ def settings(size: Size, dtype: str, remat: str, attention: str = "xla"):
             grad_clip_norm=1.0,
             grad_accum_steps=1,
         ),
-        tokens=size.tokens,
-        text_tokens=size.text_tokens,
+        batch=BatchLayout(
+            2, size.tokens, network.token_width, {each.name: each.width for each in network.conditions}, size.lengths
+        ),
         text_limit=None,
-        batch_size=size.batch,
+        micro_batch_size=size.batch,
         global_batch_size=size.batch,
         ema_decay=0.9999,
         short_ema_decay=None,
@@ -227,6 +231,7 @@ def agree(size: Size) -> dict[str, float]:
 
     from benchmarks.torch_dit import TorchDiT
     from fluxdit_jax.model import dit
+    from fluxdit_jax.model.conditions import given
 
     config = settings(size, "float32", "none").model
     graph, shapes = dit.build(config)
@@ -236,10 +241,10 @@ def agree(size: Size) -> dict[str, float]:
     b["text_length"] = 1 + np.arange(size.batch, dtype=np.int32) % size.text_tokens
     t = rng.uniform(0.1, 0.9, size.batch).astype(np.float32)
     keep = np.ones(size.batch, bool)
+    conditions = given(config.conditions, b, {"text": keep, "vision": keep})
 
     def loss(params):
-        y = dit.apply(graph, params, b["latent"], t, b["grid"], b["text"], b["text_length"], b["vision"], keep, keep)
-        return jax.numpy.mean(y**2)
+        return jax.numpy.mean(dit.apply(graph, params, b["latent"], t, b["grid"], conditions) ** 2)
 
     ours, gradient = jax.jit(jax.value_and_grad(loss))(params)
     network = TorchDiT(config)

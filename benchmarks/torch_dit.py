@@ -64,18 +64,22 @@ class Block(nn.Module):
 
 
 class TorchDiT(nn.Module):
-    """Takes x [B, N, P], t [B], rows x columns of all samples, text [B, T, E], text_length [B], vision [B, V]."""
+    """Takes x [B, N, P], t [B], rows x columns of all samples, text [B, T, E], text_length [B], vision [B, V].
+
+    These two conditions only, both given.
+    """
 
     def __init__(self, config):
         super().__init__()
         D, self.config = config.width, config
+        widths = {condition.name: condition.width for condition in config.conditions}
         self.patch_embed = nn.Linear(config.token_width, D)
         self.time_in, self.time_out = nn.Linear(TIME_FEATURES, D), nn.Linear(D, D)
         self.vision_embed, self.text_embed = (
-            nn.Linear(config.vision_width, D),
-            nn.Linear(config.text_width, D),
+            nn.Linear(widths["vision"], D),
+            nn.Linear(widths["text"], D),
         )
-        self.text_scale = nn.Parameter(torch.ones(config.text_width))
+        self.text_scale = nn.Parameter(torch.ones(widths["text"]))
         self.modulation = nn.Linear(D, 9 * D)
         self.blocks = nn.ModuleList(Block(D, config.heads, config.mlp_hidden) for _ in range(config.depth))
         self.out = nn.Linear(D, config.token_width)
@@ -94,7 +98,7 @@ class TorchDiT(nn.Module):
         f = torch.exp(-math.log(10_000.0) * torch.arange(half, device=x.device) / half)
         angles = 1000.0 * t[:, None] * f
         time = self.time_out(F.silu(self.time_in(torch.cat([angles.cos(), angles.sin()], -1))))
-        vision = self.vision_embed(vision * math.sqrt(c.vision_width))
+        vision = self.vision_embed(vision * math.sqrt(vision.shape[-1]))
         modulation = self.modulation(F.silu(time + vision)).reshape(x.shape[0], 9, c.width)
         for block in self.blocks:
             x = block(x, modulation[:, :7], text, text_valid, cos, sin)

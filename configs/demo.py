@@ -34,9 +34,7 @@ def get_config() -> ConfigDict:
     c.flow.shift = 3.0
     # Without dropped conditions the vector, which nearly names the picture, silences the caption: swapping
     # vectors then changes the composition too (13 % right after 3,600 steps).
-    c.flow.drop_text = 0.05
-    c.flow.drop_vision = 0.1
-    c.flow.drop_both = 0.05
+    c.flow.drop = "all 0.05, text 0.05, vision 0.1"
     c.model.remat = "block"  # faster than keeping everything: a CPU is slower at storing than at computing
     c.train.steps = 1200
     c.log.preview_every = 400

@@ -34,9 +34,7 @@ def get_config() -> ConfigDict:
     # (configs/demo.py).
     c.flow.uniform_share = 1.0
     c.flow.shift = 3.0
-    c.flow.drop_text = 0.05
-    c.flow.drop_vision = 0.1
-    c.flow.drop_both = 0.05
+    c.flow.drop = "all 0.05, text 0.05, vision 0.1"
     c.train.steps = 5000
     c.checkpoint.ema_every = 1000
     c.log.preview_every = 1000

@@ -17,10 +17,13 @@ from ml_collections.config_dict import placeholder
 
 from fluxdit_jax import flow, optimizer
 from fluxdit_jax.dataset.captions import MAX_CAPTIONS
+from fluxdit_jax.dataset.fields import field_named
 from fluxdit_jax.dataset.manifest import Manifest
-from fluxdit_jax.loader.reader import ON_CORRUPT
+from fluxdit_jax.loader.reader import ON_CORRUPT, BatchLayout
 from fluxdit_jax.model import dit
 from fluxdit_jax.model.attention import choose_implementation
+from fluxdit_jax.model.conditions import Condition
+from fluxdit_jax.renamed_keys import EARLIER, gone
 from fluxdit_jax.shared.paths import HomeError, expand_keys
 
 T = TypeVar("T")
@@ -102,9 +105,6 @@ KEYS = {
     "model.depth": Key(_MODEL.depth, "blocks", POSITIVE),
     "model.heads": Key(_MODEL.heads, "attention heads; width / heads is a multiple of 4", POSITIVE),
     "model.patch": Key(_MODEL.patch, "latent pixels per token side", POSITIVE),
-    "model.channels": Key(_MODEL.channels, "latent channels; must be the dataset's", POSITIVE),
-    "model.text_width": Key(_MODEL.text_width, "width of a text token; must be the dataset's", POSITIVE),
-    "model.vision_width": Key(_MODEL.vision_width, "width of the vision vector; must be the dataset's", POSITIVE),
     "model.dtype": Key(
         "auto",
         "of the network: bfloat16, float32; auto: float32 on a CPU, as few have fast bfloat16",
@@ -124,9 +124,7 @@ KEYS = {
     "flow.uniform_share": Key(_FLOW.uniform_share, "share of samples with uniform t; 1.0: uniform time", SHARE),
     "flow.shift": Key(float, "time shift s; None: sqrt(largest token count / 256), at least 1", POSITIVE),
     "flow.stratified": Key(_FLOW.stratified, "one t from each of global_batch_size quantiles"),
-    "flow.drop_text": Key(_FLOW.drop_text, "probability of training a sample on its vision vector alone", SHARE),
-    "flow.drop_vision": Key(_FLOW.drop_vision, "... on its caption alone", SHARE),
-    "flow.drop_both": Key(_FLOW.drop_both, "... on neither", SHARE),
+    "flow.drop": Key(flow.DROP, "conditions dropped in training, each subset with its probability, as vision+pose 0.2"),
     # optim
     "optim.name": Key(_OPTIM.name, "adamw, muon", one_of(*optimizer.NAMES)),
     "optim.lr": Key(_OPTIM.lr, "the highest learning rate", POSITIVE),
@@ -189,13 +187,6 @@ KEYS = {
     ),
 }
 PATHS = tuple(name for name, key in KEYS.items() if key.path)
-RENAMED = {
-    "data.batch_size": "data.micro_batch_size",
-    "optim.effective_batch": "optim.global_batch_size",
-    "optim.clip": "optim.grad_clip_norm",
-    "mesh.processes": "mesh.num_processes",
-    "mesh.process": "mesh.process_id",
-}
 
 
 def default_config() -> ConfigDict:
@@ -218,8 +209,7 @@ class Settings:
 
     Attributes:
       model, flow, optimizer: see there.
-      tokens: image tokens a sequence is padded to (the largest bucket).
-      text_tokens: text tokens a caption is padded to.
+      batch: what a micro-batch consists of.
       text_limit: text tokens a longer caption is cut to; None: none of the data set is that long.
       micro_batch_size: samples of a micro-batch over all devices; global_batch_size: of an optimizer step.
     """
@@ -227,14 +217,23 @@ class Settings:
     model: dit.ModelConfig
     flow: flow.FlowConfig
     optimizer: optimizer.OptimizerConfig
-    tokens: int
-    text_tokens: int
+    batch: BatchLayout
     text_limit: int | None
     micro_batch_size: int
     global_batch_size: int
     ema_decay: float
     short_ema_decay: float | None
     seed: int
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens a latent is padded to (the largest bucket)."""
+        return self.batch.tokens
+
+    @property
+    def text_tokens(self) -> int:
+        """Text tokens a caption is padded to."""
+        return self.batch.lengths["text"]
 
 
 def _require(condition: bool, name: str, value: object, expected: str) -> None:
@@ -274,10 +273,10 @@ def _require_kind(name: str, value: Any, kind: type) -> None:
 
 def check(c: ConfigDict) -> None:
     """Expands `~` in the keys that are paths. Raises `ConfigError`, naming the key, for a value that cannot be."""
-    for name, successor in RENAMED.items():
+    for name in EARLIER:
         group, _, last = name.partition(".")
         if isinstance(c.get(group), ConfigDict) and last in c[group]:
-            raise ConfigError(f"config.{name} is now called config.{successor}")
+            raise ConfigError(f"config.{name} {gone(name)}")
     for name, key in KEYS.items():
         value = _value(c, name)
         if not (key.optional and value is None):
@@ -305,8 +304,6 @@ def _check_together(c: ConfigDict) -> None:
     if c.ema.short_decay is not None:
         below = f"below ema.decay ({c.ema.decay})"
         _require(c.ema.short_decay < c.ema.decay, "ema.short_decay", c.ema.short_decay, below)
-    dropped = c.flow.drop_text + c.flow.drop_vision + c.flow.drop_both
-    _require(dropped <= 1, "flow.drop_*", round(dropped, 6), "at most 1 in sum: they are one categorical draw")
     _require(
         c.model.width % c.model.heads == 0 and (c.model.width // c.model.heads) % 4 == 0,
         "model.width",
@@ -337,19 +334,16 @@ def profile_steps(text: str) -> range:
     return range(int(start), int(stop))
 
 
+def conditions_of(manifest: Manifest) -> tuple[Condition, ...]:
+    """What the network is given: the conditions that the dataset stores."""
+    return tuple(
+        Condition(name, manifest.encoders[field_named(name).encoder].width, name in manifest.lengths)
+        for name in manifest.layout
+    )
+
+
 def resolve(c: ConfigDict, manifest: Manifest) -> Settings:
     """Checks the configuration against the dataset and gives each part its plain values."""
-    widths = (
-        ("model.channels", c.model.channels, "VAE", manifest.vae),
-        ("model.text_width", c.model.text_width, "text encoder", manifest.text),
-        ("model.vision_width", c.model.vision_width, "vision encoder", manifest.vision),
-    )
-    for key, value, what, identity in widths:
-        if value != identity.width:
-            raise ConfigError(
-                f"config.{key} is {value}, but the dataset {c.data.path} was made with the {what} "
-                f"{identity.id!r} of width {identity.width}"
-            )
     sizes = manifest.latent_sizes()
     for h, w in sizes:
         if h % c.model.patch or w % c.model.patch:
@@ -357,7 +351,12 @@ def resolve(c: ConfigDict, manifest: Manifest) -> Settings:
                 f"config.model.patch is {c.model.patch}; it does not divide the latent size {w}x{h} (width x height)"
             )
     tokens = max(h * w for h, w in sizes) // c.model.patch**2
-    text_tokens = c.data.text_tokens or 8 * math.ceil(manifest.text_tokens / 8)
+    lengths = {name: 8 * math.ceil(longest / 8) for name, longest in manifest.lengths.items()}
+    lengths["text"] = text_tokens = c.data.text_tokens or lengths["text"]
+    try:
+        drop = flow.parse_drop(c.flow.drop, list(manifest.layout))
+    except ValueError as error:
+        raise ConfigError(f"config.flow.drop is {c.flow.drop!r}: {error}") from error
     dtype = c.model.dtype
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -365,17 +364,26 @@ def resolve(c: ConfigDict, manifest: Manifest) -> Settings:
     if attention == "auto":
         attention = choose_implementation(dtype, c.model.width // c.model.heads)
     shift = flow.shift_for_tokens(tokens) if c.flow.shift is None else c.flow.shift
+    model = _fill(
+        dit.ModelConfig,
+        c.model,
+        dtype=dtype,
+        attention=attention,
+        channels=manifest.vae.width,
+        conditions=conditions_of(manifest),
+    )
     return Settings(
-        model=_fill(dit.ModelConfig, c.model, dtype=dtype, attention=attention),
-        flow=_fill(flow.FlowConfig, c.flow, shift=shift),
+        model=model,
+        flow=_fill(flow.FlowConfig, c.flow, shift=shift, drop=drop),
         optimizer=_fill(
             optimizer.OptimizerConfig,
             c.optim,
             total_steps=c.train.steps,
             grad_accum_steps=c.optim.global_batch_size // c.data.micro_batch_size,
         ),
-        tokens=tokens,
-        text_tokens=text_tokens,
+        batch=BatchLayout(
+            model.patch, tokens, model.token_width, {each.name: each.width for each in model.conditions}, lengths
+        ),
         text_limit=text_tokens if text_tokens < manifest.text_tokens else None,
         micro_batch_size=c.data.micro_batch_size,
         global_batch_size=c.optim.global_batch_size,

@@ -99,12 +99,15 @@ def card(
     """The model card, Markdown; `verdict` is what it says of the validation."""
     m = settings.model
     parameters = sum(tensor.size for tensor in tensors.values())
-    f = settings.flow
     average = "EMA" if weights.folder == EMA else "short EMA"
     held = [(size, count) for size, count in pictures_by_size(manifest).items() if count]
     sizes = ", ".join(f"{in_words(size)} ({count:,})" for size, count in held[:12])
     sizes += f" and {len(held) - 12} more in `{DESCRIPTION}`" if len(held) > 12 else ""
-    dropout = f"text {f.drop_text:g}, vision {f.drop_vision:g}, both {f.drop_both:g}"
+    dropout = ", ".join(f"{'+'.join(subset)} {share:g}" for subset, share in settings.flow.drop) or "none"
+    further = "".join(
+        f"| condition {name} | `{manifest.encoders[name].id}`, width {manifest.encoders[name].width} |\n"
+        for name in manifest.further()
+    )
     return f"""---
 library_name: fluxdit_jax
 pipeline_tag: text-to-image
@@ -125,7 +128,7 @@ A text-to-image diffusion transformer trained from scratch with fluxdit_jax.
 | VAE | `{manifest.vae.id}` (sha256 `{manifest.vae.sha256[:16]}`) |
 | text encoder | `{manifest.text.id}` (sha256 `{manifest.text.sha256[:16]}`) |
 | vision encoder | `{manifest.vision.id}` (sha256 `{manifest.vision.sha256[:16]}`) |
-| time shift | {settings.flow.shift:.3f} |
+{further}| time shift | {settings.flow.shift:.3f} |
 | condition dropout | {dropout} |
 | validation | {verdict} |
 

@@ -12,12 +12,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 
 # One purpose, one stream: sharing a key would tie the noise to the time and to the dropped conditions.
 _TIME, _NOISE, _DROP, _STRATA = range(4)
+Drop = tuple[tuple[str, ...], float]
+DROP = "all 0.1, text 0.1, vision 0.3"  # the default of `parse_drop`
+FURTHER_DROP = 0.3  # of a condition that is in no subset but "all"
 TIME_BINS = 8  # the loss is also reported by equal bins of t
 
 
@@ -30,7 +34,8 @@ class FlowConfig:
       uniform_share: share of samples whose t is uniform instead; 1.0 is plain uniform time.
       shift: s of t' = s t / (1 + (s - 1) t), applied last; sampling uses the same s.
       stratified: draw the times of one global batch from as many equal quantiles, for a quieter loss.
-      drop_text, drop_vision, drop_both: probabilities of the one categorical draw a sample gets.
+      drop: (conditions dropped together, probability) of each outcome of the one categorical draw a sample gets; with
+        the rest of the probability it keeps all of them. See `parse_drop`.
     """
 
     mean: float = 0.0
@@ -38,9 +43,12 @@ class FlowConfig:
     uniform_share: float = 0.0
     shift: float = 1.0
     stratified: bool = True
-    drop_text: float = 0.1
-    drop_vision: float = 0.3
-    drop_both: float = 0.1
+    drop: tuple[Drop, ...] = ((("text", "vision"), 0.1), (("text",), 0.1), (("vision",), 0.3))
+
+    def dropped(self, names: Iterable[str]) -> float:
+        """Probability that a sample is trained without exactly these conditions."""
+        wanted = set(names)
+        return sum(share for subset, share in self.drop if set(subset) == wanted)
 
 
 def shift_time(t: jax.Array, shift: float) -> jax.Array:
@@ -99,15 +107,65 @@ def draw_noise(seed: int, index_B: jax.Array, shape: tuple[int, ...]) -> jax.Arr
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, _NOISE), shape))(keys)
 
 
-def draw_kept_conditions(config: FlowConfig, seed: int, index_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(keep_text, keep_vision), bool [B] each: one categorical draw over keep both / drop one / drop both."""
+def parse_drop(text: str, names: Sequence[str]) -> tuple[Drop, ...]:
+    """The condition dropout of `FlowConfig`, from text.
+
+    Args:
+      text: subsets with their probabilities, as "all 0.1, text 0.1, vision+pose 0.2": `all` is every condition.
+        A condition of the dataset that no other subset names is dropped in `FURTHER_DROP` of the samples, whatever
+        else is dropped: each outcome but `all` is divided in two.
+      names: the conditions of the network.
+
+    Raises:
+      ValueError: it is malformed, a name is not there, or the probabilities do not fit.
+    """
+    outcomes: list[Drop] = []
+    named: set[str] = set()
+    for part in filter(None, map(str.strip, text.split(","))):
+        words, _, number = part.rpartition(" ")
+        subset = tuple(names) if words.strip() == "all" else tuple(word.strip() for word in words.split("+"))
+        if unknown := [name for name in subset if name not in names]:
+            raise ValueError(f"{part!r} names {unknown[0]!r}; the conditions are {', '.join(names)}")
+        try:
+            share = float(number)
+        except ValueError:
+            raise ValueError(f"{part!r} is not NAMES PROBABILITY") from None
+        if not 0 <= share <= 1:
+            raise ValueError(f"{part!r} has no probability")
+        outcomes.append((subset, share))
+        named.update(subset if words.strip() != "all" else ())
+    rest = 1 - sum(share for _, share in outcomes)
+    if rest < -1e-9:
+        raise ValueError(f"the probabilities are {1 - rest:g} in sum")
+    if unnamed := [name for name in names if name not in named and name not in ("text", "vision")]:
+        outcomes.append(((), rest))
+    for name in unnamed:
+        outcomes = [
+            outcome
+            for subset, share in outcomes
+            for outcome in (
+                [(subset, share)]
+                if name in subset
+                else [(subset, (1 - FURTHER_DROP) * share), ((*subset, name), FURTHER_DROP * share)]
+            )
+        ]
+    return tuple((subset, share) for subset, share in outcomes if subset)
+
+
+def draw_kept_conditions(
+    config: FlowConfig, names: Iterable[str], seed: int, index_B: jax.Array
+) -> dict[str, jax.Array]:
+    """Whether each sample keeps each condition, bool [B] by name: one categorical draw over the subsets."""
     keys = sample_keys(seed, index_B)
     u = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, _DROP)))(keys)
-    both, text = config.drop_both, config.drop_both + config.drop_text
-    vision = text + config.drop_vision
-    drop_text = u < text
-    drop_vision = (u < both) | ((u >= text) & (u < vision))
-    return ~drop_text, ~drop_vision
+    keep = {name: jnp.ones(u.shape, bool) for name in names}
+    low = 0.0
+    for subset, share in config.drop:
+        drop = (u >= low) & (u < low + share)
+        low += share
+        for name in subset:
+            keep[name] &= ~drop
+    return keep
 
 
 def interpolate(x0: jax.Array, noise: jax.Array, t_B: jax.Array) -> jax.Array:

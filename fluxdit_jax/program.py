@@ -12,7 +12,6 @@ import numpy as np
 from fluxdit_jax.config import Settings
 from fluxdit_jax.device import sharding
 from fluxdit_jax.device.memory_plan import MemoryPlan, plan
-from fluxdit_jax.loader import reader
 from fluxdit_jax.model import dit
 from fluxdit_jax.optimizer import build_optimizer
 from fluxdit_jax.run.metrics import pack
@@ -47,7 +46,7 @@ class Program:
         )
         self._step = make_train_step(
             graph,
-            settings.model.dtype,
+            settings.model,
             self._optimizer,
             settings.flow,
             statistics,
@@ -74,11 +73,8 @@ class Program:
         return self._from_params(jax.tree.map(jax.device_put, ema, self._placed.params))
 
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """A micro-batch over all devices, as `data.collate` makes it."""
-        s, m = self._settings, self._settings.model
-        shapes = reader.batch_shapes(
-            s.micro_batch_size, m.token_width, s.tokens, s.text_tokens, m.text_width, m.vision_width
-        )
+        """A micro-batch over all devices, as `collate` makes it."""
+        shapes = self._settings.batch.shapes(self._settings.micro_batch_size)
         place = sharding.batch_sharding(self._mesh)
         return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, (shape, dtype) in shapes.items()}
 

@@ -23,14 +23,19 @@ from tqdm import tqdm
 from fluxdit_jax.config import ConfigError, Settings, resolve
 from fluxdit_jax.dataset.manifest import DatasetError, Manifest
 from fluxdit_jax.device import devices
-from fluxdit_jax.flow import FlowConfig
 from fluxdit_jax.run.checkpoint import CheckpointError
 from fluxdit_jax.run.run_directory import RunError, RunLock, load_config, load_dataset
 from fluxdit_jax.run.weights import Weights, restore_weights
 from fluxdit_jax.sampling import exported, image_grid, recipe, solvers
 from fluxdit_jax.sampling.arguments import parse_arguments
 from fluxdit_jax.sampling.pipeline import Generator, conditions
-from fluxdit_jax.sampling.prompts import SampleError, encode_prompts, encode_reference, read_reference
+from fluxdit_jax.sampling.prompts import (
+    SampleError,
+    encode_prompts,
+    encode_reference,
+    read_condition,
+    read_reference,
+)
 from fluxdit_jax.sampling.recipe import Recipe
 from fluxdit_jax.sampling.sizes import choose_size, in_words
 from fluxdit_jax.shared import atomic_files, cli
@@ -93,8 +98,8 @@ def sample(arguments: argparse.Namespace) -> list[np.ndarray]:
     if again is not None:
         others = bool(arguments.given & {"step", "weights"})
         recipe.check_weights(again, weights.digest, others, arguments.recipe)
-    vector, told = _vector(arguments, reference, manifest, again)
-    _note_untrained(settings.flow, arguments, vector)
+    given, told = _given(arguments, reference, manifest, again)
+    _note_untrained(settings, arguments, given)
     spec = _text_encoder(arguments, manifest)
     texts = encode_prompts(arguments.prompt, manifest, spec, settings.text_limit)
     decoder = load_decoder(manifest.vae, arguments.vae)
@@ -105,7 +110,7 @@ def sample(arguments: argparse.Namespace) -> list[np.ndarray]:
         digest=weights.digest,
         weights_path=str(weights.path.absolute()),
         batch_size=again.batch_size if again and again.batch_size else min(BATCH, len(requests)),
-        vector=vector,
+        given=given,
         reference=told,
         circumstances=recipe.circumstances(settings, manifest, arguments.vae),
     )
@@ -169,15 +174,14 @@ def _draw(
     patch_pixels = settings.model.patch * manifest.vae.options["factor"]
     height, width = requests[0].size
     wanted = conditions(
-        [text for text in texts for _ in range(arguments.count)],
-        [made.vector] * len(requests),
+        settings.model.conditions,
+        [made.given | {"text": text} for text in texts for _ in range(arguments.count)],
         [(height // patch_pixels, width // patch_pixels)] * len(requests),
-        settings.model.vision_width,
     )
     generator = Generator(
         settings.model,
         tokens=settings.tokens,
-        text_tokens=settings.text_tokens,
+        lengths=settings.batch.lengths,
         shift=settings.flow.shift,
         statistics=patch_statistics(manifest.latent_mean, manifest.latent_std, settings.model.patch),
         steps=arguments.steps,
@@ -191,38 +195,46 @@ def _draw(
     count = len(requests) * len(sweep_text) * len(sweep_vision)
     with tqdm(total=count, unit="image", disable=not sys.stderr.isatty()) as bar:
         for vision, text in itertools.product(sweep_vision, sweep_text):
-            guidance = solvers.Guidance(text, vision, arguments.rescale)
+            guidance = solvers.Guidance({"text": text, "vision": vision} | arguments.guidance, arguments.rescale)
             latents = generator.latents(params, wanted, noise, bar.update, guidance)
             drawn[vision, text] = image_grid.decode_all(decoder, latents)
     return drawn
 
 
-def _vector(
+def _given(
     arguments: argparse.Namespace,
     reference: tuple[np.ndarray, str] | None,
     manifest: Manifest,
     again: Recipe | None,
-) -> tuple[np.ndarray | None, dict[str, str] | None]:
-    """The vision vector, of --reference or of the recipe, and what the new recipe tells of its file."""
+) -> tuple[dict[str, np.ndarray], dict[str, str] | None]:
+    """The conditions besides the prompt, and what the new recipe tells of the reference's file.
+
+    Those of the recipe, and instead of them what --reference and --condition give.
+    """
+    given, told = ({}, None) if again is None else (dict(again.given), again.reference)
+    if unknown := arguments.guidance.keys() - set(manifest.further()):
+        known = ", ".join(manifest.further()) or "none"
+        raise SampleError(f"--guidance {min(unknown)}=...: the dataset's further conditions are: {known}")
+    for name, path in arguments.condition.items():
+        given[name] = read_condition(name, path, manifest)
     if reference is not None:
         pixels, sha256 = reference
         told = {"path": str(arguments.reference.absolute()), "sha256": sha256}
-        return encode_reference(pixels, manifest, arguments.vision_encoder), told
-    if again is None:
-        return None, None
-    if again.vector is None:
-        if again.reference is None:
-            return None, None
+        given["vision"] = encode_reference(pixels, manifest, arguments.vision_encoder)
+    elif told is not None and "vision" not in given:
         raise SampleError(
             f"--recipe {arguments.recipe}: an older version wrote it, without the vision vector. Its reference was "
-            f"{shown(str(again.reference.get('path')))}; give it with --reference"
+            f"{shown(str(told.get('path')))}; give it with --reference"
         )
-    if len(again.vector) != manifest.vision.width:
-        raise SampleError(
-            f"--recipe {arguments.recipe}: its vision vector has {len(again.vector)} numbers, this run's have "
-            f"{manifest.vision.width}; give --reference"
-        )
-    return again.vector, again.reference
+    for name, values in given.items():
+        width = manifest.encoders[name].width if name in manifest.layout else 0
+        if values.shape[-1] != width:
+            option = "--reference" if name == "vision" else f"--condition {name}=FILE.npy"
+            raise SampleError(
+                f"--recipe {arguments.recipe}: its {name} vector has {values.shape[-1]} numbers, this run's have "
+                f"{width}; give {option}"
+            )
+    return given, told
 
 
 def _text_encoder(arguments: argparse.Namespace, manifest: Manifest) -> str | None:
@@ -237,13 +249,16 @@ def _text_encoder(arguments: argparse.Namespace, manifest: Manifest) -> str | No
     )
 
 
-def _note_untrained(flow: FlowConfig, arguments: argparse.Namespace, vector: np.ndarray | None) -> None:
-    if vector is None and not flow.drop_vision + flow.drop_both:
-        print("note: this model never trained without a vision vector; without --reference expect little")
-    scales = [arguments.guidance_text, arguments.guidance_vision]
+def _note_untrained(settings: Settings, arguments: argparse.Namespace, given: dict[str, np.ndarray]) -> None:
+    names = [condition.name for condition in settings.model.conditions]
+    absent = [name for name in names if name != "text" and name not in given]
+    if absent and not settings.flow.dropped(absent):
+        without = " and ".join("--reference" if name == "vision" else f"--condition {name}" for name in absent)
+        print(f"note: this model never trained without {' and '.join(absent)}; without {without} expect little")
+    scales = [arguments.guidance_text, arguments.guidance_vision, *arguments.guidance.values()]
     scales += [*(arguments.sweep_text or ()), *(arguments.sweep_vision or ())]
-    if any(scale != 1.0 for scale in scales) and not flow.drop_both:
-        print("note: this model never trained without conditions (flow.drop_both=0); guidance has nothing to lean on")
+    if any(scale != 1.0 for scale in scales) and not settings.flow.dropped(names):
+        print("note: this model never trained without conditions (`all` in flow.drop); guidance has nothing to lean on")
 
 
 def _write_sweep(

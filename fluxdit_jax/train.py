@@ -28,7 +28,6 @@ from fluxdit_jax.dataset.manifest import DatasetError, Manifest, load_manifest
 from fluxdit_jax.device import devices, sharding
 from fluxdit_jax.device.memory_plan import OutOfMemory, require_fit
 from fluxdit_jax.device.sharding import MeshError
-from fluxdit_jax.flow import FlowConfig
 from fluxdit_jax.gate.requirement import GateError, report_pictures, require_report
 from fluxdit_jax.loader import reader
 from fluxdit_jax.model import dit
@@ -115,9 +114,7 @@ def train(config: ConfigDict) -> int:
             seed=config.seed,
             start=samples,
             batch_size=config.data.micro_batch_size,
-            patch=settings.model.patch,
-            tokens=settings.tokens,
-            text_tokens=settings.text_tokens,
+            layout=settings.batch,
             threads=config.data.threads,
             prefetch=config.data.prefetch,
             caption_weights=config.data.caption_weights,
@@ -134,7 +131,7 @@ def train(config: ConfigDict) -> int:
         reporter = closing.enter_context(
             reporting.Reporter(
                 writer=writer,
-                monitor=Monitor(config.optim.lr, config.optim.warmup_steps, _without_gradient(settings.flow)),
+                monitor=Monitor(config.optim.lr, config.optim.warmup_steps, _without_gradient(settings)),
                 watchdog=Watchdog(config.health.max_skipped, dit.count_parameters(settings.model), config.optim.lr),
                 schedule=learning_rate(settings.optimizer, config.optim.lr),
                 metric_shapes=program.metric_shapes,
@@ -271,16 +268,10 @@ def _whole_steps(state: TrainState, meta: dict[str, Any]) -> tuple[TrainState, d
     return state._replace(opt_state=opt_state), meta | {"samples": meta["samples"] - done * meta["batch_size"]}
 
 
-def _without_gradient(f: FlowConfig) -> frozenset[str]:
+def _without_gradient(settings: Settings) -> frozenset[str]:
     """The learned nulls that this run never trains, because it never drops their condition."""
-    return frozenset(
-        name
-        for name, share in (
-            ("null_text", f.drop_text + f.drop_both),
-            ("null_vision", f.drop_vision + f.drop_both),
-        )
-        if share == 0
-    )
+    dropped = {name for subset, share in settings.flow.drop for name in subset if share}
+    return frozenset(f"null_{each.name}" for each in settings.model.conditions if each.name not in dropped)
 
 
 def _make_heldout(
@@ -294,8 +285,7 @@ def _make_heldout(
         reader.RecordSource(config.data.path, manifest, "holdout", config.data.on_corrupt),
         mesh=mesh,
         statistics=statistics,
-        tokens=settings.tokens,
-        text_tokens=settings.text_tokens,
+        layout=settings.batch,
         batch_size=settings.micro_batch_size,
         pictures=config.log.heldout_count,
     )

@@ -11,7 +11,8 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from fluxdit_jax.config import KEYS, RENAMED, default_config
+from fluxdit_jax.config import KEYS, default_config
+from fluxdit_jax.renamed_keys import EARLIER, gone
 from fluxdit_jax.shared.paths import expanded
 
 SHIPPED = Path(__file__).parent / "configs"  # a link to configs/; in an installed package the files themselves
@@ -94,8 +95,8 @@ def near_keys(arguments: list[str]) -> str:
         match = re.fullmatch(r"--?config\.([\w.]+)(=.*)?", argument)
         if match is None:
             continue
-        if match[1] in RENAMED:
-            return f". It is now called config.{RENAMED[match[1]]}"
+        if match[1] in EARLIER:
+            return f". It {gone(match[1])}"
         group: Any = default
         parts = match[1].split(".")
         for depth, part in enumerate(parts):

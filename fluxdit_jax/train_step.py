@@ -12,6 +12,7 @@ import optax
 
 from fluxdit_jax import flow
 from fluxdit_jax.model import dit
+from fluxdit_jax.model.conditions import Given, given
 from fluxdit_jax.optimizer import ema_decay, gradient_norms, group_norms
 from fluxdit_jax.state import TrainState
 
@@ -39,26 +40,16 @@ def normalize_latents(batch: Batch, mean_P: np.ndarray, std_P: np.ndarray) -> tu
 def flow_loss(
     graph: Any,
     params: Any,
-    batch: Batch,
+    grid: jax.Array,
+    conditions: dict[str, Given],
     x0: jax.Array,
     valid: jax.Array,
     t: jax.Array,
     noise: jax.Array,
-    keep: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Runs the network on (x_t, t) and returns f32 (loss [B], prediction [B, N, P], target [B, N, P])."""
     noise = jnp.where(valid[..., None], noise, 0.0)
-    prediction = dit.apply(
-        graph,
-        params,
-        flow.interpolate(x0, noise, t),
-        t,
-        batch["grid"],
-        batch["text"],
-        batch["text_length"],
-        batch["vision"],
-        *keep,
-    )
+    prediction = dit.apply(graph, params, flow.interpolate(x0, noise, t), t, grid, conditions)
     target = flow.velocity(x0, noise)
     return flow.sample_means(jnp.square(prediction - target), valid), prediction, target
 
@@ -67,9 +58,7 @@ class TrainStep(NamedTuple):
     """An optimizer step: `accumulate` for each of its micro-batches, then `update`. To be jitted, the state donated.
 
     Attributes:
-      accumulate: (state, batch) -> (state, metrics of the micro-batch). The batch is what `data.py` makes: latent bf16
-        [B, N, P], grid int32 [B, 2], text bf16 [B, T, E], text_length int32 [B], vision f32 [B, V], index uint32 [B],
-        replaced bool [B].
+      accumulate: (state, batch) -> (state, metrics of the micro-batch). The batch is `BatchLayout.shapes`.
       update: state -> (state, metrics of the step).
     """
 
@@ -79,7 +68,7 @@ class TrainStep(NamedTuple):
 
 def make_train_step(
     graph: Any,
-    dtype: str,
+    model: dit.ModelConfig,
     optimizer: optax.MultiSteps,
     flow_config: flow.FlowConfig,
     statistics: tuple[np.ndarray, np.ndarray],
@@ -95,14 +84,16 @@ def make_train_step(
       ema_target: decay of the EMA after its warm-up; short_ema_target: of the second one, None for none.
     """
     mean_P, std_P = statistics
+    names = [condition.name for condition in model.conditions]
 
     def loss_fn(params: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
         index = batch["index"]
         x0, valid = normalize_latents(batch, mean_P, std_P)
         t = flow.draw_time(flow_config, seed, index, global_batch_size)
         noise = flow.draw_noise(seed, index, x0.shape[1:])
-        keep = flow.draw_kept_conditions(flow_config, seed, index)
-        loss_B, prediction, target = flow_loss(graph, params, batch, x0, valid, t, noise, keep)
+        keep = flow.draw_kept_conditions(flow_config, names, seed, index)
+        conditions = given(model.conditions, batch, keep)
+        loss_B, prediction, target = flow_loss(graph, params, batch["grid"], conditions, x0, valid, t, noise)
         bin_loss, bin_count = flow.loss_by_time(loss_B, t)
         metrics = {
             "loss": jnp.mean(loss_B),
@@ -118,7 +109,7 @@ def make_train_step(
     def accumulate(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """Adds a micro-batch to the mean gradient of the step; one whose gradient is not finite is only counted."""
         # The gradient is taken with respect to the compute-dtype weights, then accumulated in f32.
-        compute = jax.tree.map(lambda p: p.astype(dtype), state.params)
+        compute = jax.tree.map(lambda p: p.astype(model.dtype), state.params)
         grads, metrics = jax.grad(loss_fn, has_aux=True)(compute, batch)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         # Of the squares, not of the numbers: a gradient whose norm overflows would spoil the mean and the moments.

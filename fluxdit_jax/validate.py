@@ -15,7 +15,6 @@ Writes RUN/validation/report.json and report.html. Exit status: 0 passed, 1 fail
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import datetime
 import re
 import sys
@@ -142,7 +141,7 @@ def validate(arguments: argparse.Namespace) -> bool:
     require_dataset(directory, arguments.workdir)
     source = RecordSource(directory, manifest, "train", config.data.get("on_corrupt", "stop"))
     records = [
-        dataclasses.replace(record, text=record.text[: settings.text_limit])  # as in training
+        record.having(text=record.text[: settings.text_limit])  # as in training
         for _, record in source.iter_valid(spread(len(source), arguments.limit))
     ]
     captions = [record.caption for record in records]
@@ -224,7 +223,7 @@ def make_painter(
     generator = Generator(
         settings.model,
         tokens=settings.tokens,
-        text_tokens=settings.text_tokens,
+        lengths=settings.batch.lengths,
         shift=settings.flow.shift,
         statistics=patch_statistics(manifest.latent_mean, manifest.latent_std, settings.model.patch),
         steps=arguments.steps,

@@ -238,6 +238,14 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     option("--text-encoder", "Hugging Face id, directory, or builtin:hash", type=expanded)
     option("--vision-encoder", "Hugging Face id, directory, or builtin:tone", type=expanded)
     option("--vision-embeddings", "folder of KEY.npy (float32 [1024]) instead of a vision encoder", type=expanded)
+    parser.add_argument(
+        "--condition",
+        action="append",
+        default=argparse.SUPPRESS,
+        metavar="NAME=DIR",
+        help="a further condition of the network: a folder of KEY.npy, each one vector, which is scaled to unit "
+        "length; may be given several times (default: none)",
+    )
     option("--resolution", "side of the square with the pixel budget")
     option("--modulus", "bucket sides are multiples of this; a multiple of 16 (default: 64, less below 1024 px)")
     option("--fit", "how an image is brought to its bucket", choices=("resize", "pad", "crop"))

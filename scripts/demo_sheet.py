@@ -56,20 +56,17 @@ def draw(workdir: Path, shown: tuple[str, ...] = SHOWN, step: int | None = None)
     own = [by_key[f"{name}_l{k % 5}.png"] for k, name in enumerate(shown)]
     partners = [(k + 2) % len(shown) for k in range(len(shown))]
     other = [by_key[f"{shown[k]}_l{k % 5}.png"] for k in partners]
-    captions = [record.text for record in own]
-    vectors = [record.vision for record in own]
     patch = settings.model.patch
     grids = [(record.latent.shape[1] // patch, record.latent.shape[2] // patch) for record in own]
-    wanted = conditions(
-        [*captions, *captions, *encode_prompts([turn(record.caption) for record in own], manifest, None)],
-        [*vectors, *(record.vision for record in other), *vectors],
-        grids * 3,
-        settings.model.vision_width,
-    )
+    turned = encode_prompts([turn(record.caption) for record in own], manifest, None)
+    plain = [record.conditions for record in own]
+    relit = [mine | {"vision": record.vision} for mine, record in zip(plain, other, strict=True)]
+    edited = [mine | {"text": text} for mine, text in zip(plain, turned, strict=True)]
+    wanted = conditions(settings.model.conditions, [*plain, *relit, *edited], grids * 3)
     generator = Generator(
         settings.model,
         tokens=settings.tokens,
-        text_tokens=settings.text_tokens,
+        lengths=settings.batch.lengths,
         shift=settings.flow.shift,
         statistics=patch_statistics(manifest.latent_mean, manifest.latent_std, patch),
         steps=16,

@@ -31,8 +31,8 @@ COMMON = (
 RUNS = {
     "healthy": (),
     "rate_too_high": ("optim.lr=0.4", "optim.adam_lr=0.15", "train.steps=150"),
-    "caption_dead": ("flow.drop_text=0.95", "flow.drop_vision=0.0", "flow.drop_both=0.05", "train.steps=400"),
-    "vector_dead": ("flow.drop_text=0.0", "flow.drop_vision=0.95", "flow.drop_both=0.05", "train.steps=400"),
+    "caption_dead": ("flow.drop=all 0.05, text 0.95", "train.steps=400"),
+    "vector_dead": ("flow.drop=all 0.05, vision 0.95", "train.steps=400"),
     "shift_too_low": ("flow.shift=0.5", "train.steps=300"),
 }
 LABELS = {

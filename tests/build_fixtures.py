@@ -14,6 +14,7 @@ from PIL import Image
 from fluxdit_jax.dataset import records
 from fluxdit_jax.dataset.manifest import INDEX, load_manifest
 from preprocess.build.build import build
+from preprocess.build.encode import Counts
 from preprocess.build.options import Options
 from preprocess.build.units import Rows, read_rows
 from preprocess.inspect.verify import verify
@@ -73,9 +74,15 @@ def read(directory: Path) -> dict[str, records.Record]:
     for shards in manifest.shards.values():
         for shard in shards:
             for _, data in read_rows(directory / shard.file, list(range(shard.records))):
-                record = records.decode_record(data, manifest.text.width)
+                record = records.decode_record(data, manifest.layout)
                 found[record.key] = record
     return found
+
+
+def made(counts: Counts) -> tuple[int, int, int]:
+    """Latents, captions and vision vectors that a build encoded, and nothing else."""
+    assert counts.made.keys() <= {"latent", "text", "vision"}
+    return counts.made.get("latent", 0), counts.made.get("text", 0), counts.made.get("vision", 0)
 
 
 def index(directory: Path) -> list[dict]:

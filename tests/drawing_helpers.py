@@ -16,7 +16,6 @@ SHORT = "photo number 3 of a dog"  # 7 tokens, as the captions have
 
 def config(dataset: Path, workdir: Path):
     c = tiny_config(dataset, workdir)
-    c.model.channels, c.model.text_width, c.model.vision_width = 16, 1024, 1024
     c.train.steps, c.checkpoint.ema_every = 8, 4
     return c
 

@@ -57,14 +57,12 @@ def write_dataset(album: Album, directory: Path) -> Manifest:
         resolution=max(max(size) for size in sizes),
         modulus=16,
         fit="resize",
-        vae=DctVae().identity,
-        text=HashText().identity,
-        vision=ToneVision().identity,
+        encoders={"vae": DctVae().identity, "text": HashText().identity, "vision": ToneVision().identity},
         buckets=tuple(sizes),
         latent_mean=tuple(values.mean(1)),
         latent_std=tuple(values.std(1)),
         latent_count=values.shape[1],
-        text_tokens=max(len(record.text) for record in album.records),
+        lengths={"text": max(len(record.text) for record in album.records)},
         shards={"train": (Shard(file.name, sha256_file(file), file.stat().st_size, len(album.records), buckets),)},
     )
     (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
@@ -80,7 +78,7 @@ def scene_config(dataset: Path, workdir: Path) -> ConfigDict:
     c.optim.name, c.optim.lr, c.optim.adam_lr = "muon", 8e-3, 3e-3
     c.optim.schedule, c.optim.warmup_steps, c.optim.final_fraction = "cosine", 50, 0.02
     c.flow.uniform_share, c.flow.shift = 1.0, 2.0
-    c.flow.drop_text, c.flow.drop_vision, c.flow.drop_both = 0.05, 0.1, 0.05
+    c.flow.drop = "all 0.05, text 0.05, vision 0.1"
     c.train.steps = 500
     c.log.every, c.log.preview_every = 20, 0
     return c

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fluxdit_jax.dataset.records import BF16, Record
+from fluxdit_jax.dataset.fields import BF16
+from fluxdit_jax.dataset.records import Record
 from fluxdit_jax.gate.album import Album
 from fluxdit_jax.gate.painter import Wanted
 
@@ -33,8 +34,7 @@ def album_of(
                 key=keys[number] if keys else f"picture {number}.png",
                 caption=captions[number] if captions else f"caption {number}",
                 latent=np.zeros((1, height // 4, width // 4), BF16),
-                text=np.full((1, 2), number, BF16),
-                vision=vision,
+                conditions={"text": np.full((1, 2), number, BF16), "vision": vision},
                 original_size=(height, width),
                 encoded_size=(height, width),
                 content_hash=hashlib.sha256(picture.tobytes()).hexdigest(),
@@ -53,8 +53,8 @@ class Gallery:
         """What to ask for to get these pictures."""
         first = len(self.pictures)
         self.pictures += pictures
-        nothing = np.zeros((0, 2), BF16), np.zeros(2, np.float32), (1, 1)
-        return [Wanted("", *nothing, seed) for seed in range(first, len(self.pictures))]
+        nothing = {"text": np.zeros((0, 2), BF16), "vision": np.zeros(2, np.float32)}
+        return [Wanted("", nothing, (1, 1), seed) for seed in range(first, len(self.pictures))]
 
     def __call__(self, wanted: Sequence[Wanted]) -> list[np.ndarray]:
         return [self.pictures[one.seed] for one in wanted]

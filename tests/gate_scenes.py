@@ -73,8 +73,10 @@ def album(subjects: Sequence[str] = SUBJECTS, lights: int = len(LIGHTS)) -> Albu
                     key=f"c{number:02d}_l{light}.png",
                     caption=caption(subject, side),
                     latent=vae.encode(image[None])[0],
-                    text=text.encode([caption(subject, side)])[0],
-                    vision=vision.encode(image[None])[0],
+                    conditions={
+                        "text": text.encode([caption(subject, side)])[0],
+                        "vision": vision.encode(image[None])[0],
+                    },
                     original_size=image.shape[:2],
                     encoded_size=image.shape[:2],
                     content_hash=hashlib.sha256(image.tobytes()).hexdigest(),
@@ -118,5 +120,5 @@ class Oracle:
         return self.album.truths[self._index[caption(subject, side), f"l{light}"]]
 
     def _record(self, one: Wanted) -> int | None:
-        likeness = self._vectors @ one.vision
+        likeness = self._vectors @ one.conditions["vision"]
         return int(likeness.argmax()) if likeness.max() > 0.999 else None

@@ -18,11 +18,12 @@ class Linear(nnx.Module):
         for name in START:
             setattr(self, name, nnx.Param(jnp.zeros(())))
 
-    def __call__(self, x, t, grid, text, text_length, vision, keep_text, keep_vision):
-        own = jnp.arange(text.shape[1]) < text_length[:, None]
-        caption = jnp.sum(jnp.where(own, text[..., 0], 0).astype(jnp.float32), axis=1)
+    def __call__(self, x, t, grid, conditions):
+        text, vision = conditions["text"], conditions["vision"]
+        own = jnp.arange(text.values.shape[1]) < text.length_B[:, None]
+        caption = jnp.sum(jnp.where(own, text.values[..., 0], 0).astype(jnp.float32), axis=1)
         parts = self.offset[...] * t + self.grid[...] * grid[:, 0] / grid[:, 1]
-        parts += self.text[...] * keep_text * caption + self.vision[...] * keep_vision * vision[:, 0]
+        parts += self.text[...] * text.keep_B * caption + self.vision[...] * vision.keep_B * vision.values[:, 0]
         return self.gain[...] * x + parts[:, None, None]
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flops import product_flops
-from training_helpers import network_inputs, tiny_model
+from training_helpers import arguments, network_inputs, tiny_model
 
 from benchmarks import environment, plain_dit
 from fluxdit_jax.model import dit
@@ -22,9 +22,9 @@ def test_the_plain_dit_answers_as_the_model_does_its_flops_are_counted_alike_and
     params = jax.jit(lambda key: plain_dit.initialize(config, key))(jax.random.key(0))
 
     def run(params):
-        return dit.apply(graph, params, *inputs.values())
+        return dit.apply(graph, params, *arguments(inputs))
 
-    by_hand = 2 * plain_dit.flops_per_sample(config, 48, 24)
+    by_hand = 2 * plain_dit.flops_per_sample(config, 48, {"text": 24})
     assert by_hand == product_flops(jax.make_jaxpr(run)(params).jaxpr)
 
     @jax.jit

@@ -47,14 +47,11 @@ def dataset(tmp_path_factory, draw_photo, tiny_vae_dir, tiny_t5_dir, tiny_dino_d
 def narrow_prod(dataset: Path, run: Run) -> tuple[Path, subprocess.CompletedProcess]:
     """Two steps of configs/prod.py with a reduced width, as the README's production command."""
     workdir = dataset.parent / "run"
-    manifest = json.loads((dataset / "manifest.json").read_text())
     trained = run(
         "fluxdit_jax.train", "--config=configs/prod.py", f"--config.data.path={dataset}",
         f"--config.workdir={workdir}", "--config.train.steps=2", "--config.model.width=64", "--config.model.heads=2",
         "--config.model.depth=2", "--config.optim.global_batch_size=8", "--config.gate.required=False",
         "--config.log.preview_steps=2", "--config.log.preview_count=3", "--config.log.every=1",
-        f"--config.model.text_width={manifest['text']['width']}",
-        f"--config.model.vision_width={manifest['vision']['width']}",
     )  # fmt: skip
     return workdir, trained
 
@@ -101,8 +98,7 @@ def test_sample_refuses_another_text_encoder(narrow_prod, run: Run) -> None:
 def test_production_does_not_start_without_the_gate(dataset: Path, run: Run) -> None:
     refused = run(
         "fluxdit_jax.train", "--config=configs/prod.py", f"--config.data.path={dataset}",
-        f"--config.workdir={dataset.parent / 'refused'}", "--config.model.text_width=64",
-        "--config.model.vision_width=32",
+        f"--config.workdir={dataset.parent / 'refused'}",
     )  # fmt: skip
     assert refused.returncode == 1
     assert "gate" in refused.stderr

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from training_helpers import tiny_flow
+from training_helpers import dropping, tiny_flow
 
 from fluxdit_jax import flow
 
 pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
+NAMES = ("text", "vision")
 MANY = np.arange(10_000, dtype=np.uint32)
 
 
@@ -141,23 +142,23 @@ def test_shift_by_token_count():
 
 @pytest.mark.parametrize("optimised", [False, True])
 def test_draws_do_not_depend_on_how_the_batch_is_split(optimised):
-    config = tiny_flow(stratified=True, uniform_share=0.2, drop_text=0.3, drop_vision=0.2, drop_both=0.1)
+    config = tiny_flow(stratified=True, uniform_share=0.2, drop=dropping(0.1, 0.3, 0.2))
     batch, steps = 12, 2
 
     def draw(index):
         return (
             flow.draw_time(config, 5, index, batch),
             flow.draw_noise(5, index, (3, 5)),
-            *flow.draw_kept_conditions(config, 5, index),
+            flow.draw_kept_conditions(config, NAMES, 5, index),
         )
 
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", not optimised)
     try:
-        whole = [np.asarray(x) for x in jax.jit(draw)(np.arange(batch * steps, dtype=np.uint32))]
+        whole = [np.asarray(x) for x in jax.tree.leaves(jax.jit(draw)(np.arange(batch * steps, dtype=np.uint32)))]
         for size in (1, 3, 4, 12):
             parts = [
-                jax.jit(draw)(np.arange(first, first + size, dtype=np.uint32))
+                jax.tree.leaves(jax.jit(draw)(np.arange(first, first + size, dtype=np.uint32)))
                 for first in range(0, batch * steps, size)
             ]
             for together, pieces in zip(whole, zip(*parts, strict=True), strict=True):
@@ -181,10 +182,10 @@ def test_noise_is_standard_normal_and_its_own_for_every_sample():
 
 def test_time_noise_and_dropped_conditions_are_independent():
     index = MANY[:4000]
-    config = tiny_flow(drop_text=0.5)
+    config = tiny_flow(drop=dropping(text=0.5))
     time = np.asarray(flow.draw_time(config, 0, index, 8))
     noise = np.asarray(flow.draw_noise(0, index, (8,)))
-    kept = np.asarray(flow.draw_kept_conditions(config, 0, index)[0])
+    kept = np.asarray(flow.draw_kept_conditions(config, NAMES, 0, index)["text"])
     step_noise = np.asarray(flow.draw_noise(0, index // 8, (8,)))
     columns = [time, kept, *noise.T, *step_noise.T]
     strata = np.asarray(flow.draw_time(tiny_flow(stratified=True), 0, index, 8))
@@ -198,8 +199,8 @@ def test_time_noise_and_dropped_conditions_are_independent():
 @pytest.mark.parametrize("shares", [(0.1, 0.3, 0.1), (0.0, 0.0, 0.0), (0.5, 0.25, 0.25), (0.0, 0.0, 1.0)])
 def test_one_categorical_draw_decides_the_conditions(shares):
     text, vision, both = shares
-    config = tiny_flow(drop_text=text, drop_vision=vision, drop_both=both)
-    keep_text, keep_vision = (np.asarray(k) for k in flow.draw_kept_conditions(config, 0, MANY))
+    config = tiny_flow(drop=dropping(both, text, vision))
+    keep_text, keep_vision = map(np.asarray, flow.draw_kept_conditions(config, NAMES, 0, MANY).values())
     assert keep_text.dtype == keep_vision.dtype == bool
     found = {
         "text": (~keep_text & keep_vision).mean(),
@@ -221,9 +222,58 @@ def test_a_share_of_none_drops_nothing_and_a_share_of_all_everything(shares, kep
     key = jax.random.fold_in(flow.sample_keys(0, index)[0], flow._DROP)
     assert jax.random.uniform(key) == 0
     text, vision, both = shares
-    config = tiny_flow(drop_text=text, drop_vision=vision, drop_both=both)
-    found = flow.draw_kept_conditions(config, 0, index)
-    assert tuple(bool(k[0]) for k in found) == kept
+    config = tiny_flow(drop=dropping(both, text, vision))
+    found = flow.draw_kept_conditions(config, NAMES, 0, index)
+    assert tuple(bool(k[0]) for k in found.values()) == kept
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "expected"),
+    [
+        (flow.DROP, NAMES, {"text vision": 0.1, "text": 0.1, "vision": 0.3}),
+        ("", NAMES, {}),
+        ("text 1", NAMES, {"text": 1.0}),
+        (" vision  0.25 ,text+vision 0.5,", NAMES, {"vision": 0.25, "text vision": 0.5}),
+        # a condition that no subset but `all` names is dropped in three of ten samples, whatever else is dropped
+        ("all 0.1, text 0.2", (*NAMES, "pose"), {
+            "text vision pose": 0.1, "text": 0.14, "text pose": 0.06, "pose": 0.21,
+        }),
+        ("", ("text", "vision", "a", "b"), {"a": 0.21, "b": 0.21, "a b": 0.09}),
+        ("all 0.1, pose 0.2, vision+pose 0.3", (*NAMES, "pose"), {
+            "text vision pose": 0.1, "pose": 0.2, "vision pose": 0.3,
+        }),
+    ],
+)  # fmt: skip
+def test_the_dropout_is_read_from_its_text(text, names, expected):
+    found = flow.parse_drop(text, names)
+    assert {" ".join(subset): share for subset, share in found} == pytest.approx(expected)
+    config = tiny_flow(drop=found)
+    keep = {name: np.asarray(kept) for name, kept in flow.draw_kept_conditions(config, names, 0, MANY).items()}
+    assert tuple(keep) == tuple(names)
+    for subset, share in expected.items():
+        drawn = np.all([keep[name] != (name in subset.split()) for name in names], axis=0).mean()
+        assert abs(drawn - share) <= 4 * math.sqrt(share * (1 - share) / len(MANY)) + 1e-7, subset
+        assert config.dropped(subset.split()) == pytest.approx(share)
+        assert config.dropped(reversed(subset.split())) == pytest.approx(share)
+    assert config.dropped(["text", "nothing"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("pose 0.1", ["pose", "text, vision"]),
+        ("text", ["text"]),
+        ("text x", ["text x"]),
+        ("text 1.5", ["1.5"]),
+        ("text -0.1", ["-0.1"]),
+        ("text nan", ["nan"]),
+        ("all 0.4, text 0.4, vision 0.3", ["1.1"]),
+    ],
+)
+def test_a_dropout_that_cannot_be_is_refused(text, words):
+    with pytest.raises(ValueError) as refusal:  # noqa: PT011
+        flow.parse_drop(text, NAMES)
+    assert all(word in str(refusal.value) for word in words)
 
 
 # ------------------------------------------------------------------------------------------------ path and loss

@@ -15,6 +15,7 @@ import optax
 import pytest
 import training_helpers
 from training_helpers import (
+    batch_layout,
     make_record,
     tiny_config,
     tree_equal,
@@ -23,8 +24,8 @@ from training_helpers import (
 from wording import lines_naming, naming
 
 from fluxdit_jax.config import resolve
+from fluxdit_jax.dataset.fields import BF16
 from fluxdit_jax.dataset.manifest import MANIFEST, load_manifest
-from fluxdit_jax.dataset.records import BF16
 from fluxdit_jax.device import devices
 from fluxdit_jax.device.memory_plan import MemoryPlan, OutOfMemory, plan, require_fit
 from fluxdit_jax.device.sharding import make_mesh
@@ -92,7 +93,7 @@ def assert_same_outcome(workdir, reference, steps=STEPS):
 @pytest.fixture
 def config(tiny_dataset, tmp_path):
     c = tiny_config(tiny_dataset, tmp_path / "run")
-    c.flow.drop_text, c.flow.drop_vision, c.flow.drop_both = 0.2, 0.2, 0.1
+    c.flow.drop = "all 0.1, text 0.2, vision 0.2"
     c.checkpoint.ema_every = 4
     c.log.heldout_every, c.log.heldout_count = 4, 3
     c.ema.short_decay = 0.3
@@ -104,7 +105,7 @@ def config(tiny_dataset, tmp_path):
 def finished(quick_compile, tiny_dataset, tmp_path_factory):
     """An uninterrupted run; read only."""
     c = tiny_config(tiny_dataset, tmp_path_factory.mktemp("finished") / "run")
-    c.flow.drop_text, c.flow.drop_vision, c.flow.drop_both = 0.2, 0.2, 0.1
+    c.flow.drop = "all 0.1, text 0.2, vision 0.2"
     c.checkpoint.ema_every = 4
     c.log.heldout_every, c.log.heldout_count = 4, 3
     c.ema.short_decay = 0.3
@@ -561,7 +562,7 @@ def test_places_are_kept_and_nothing_is_compiled_twice(config, tiny_dataset):
     accumulate, update = program.compile()
     state = program.create()
     source = reader.RecordSource(tiny_dataset, manifest, "train")
-    options = {"patch": 2, "tokens": 4, "text_tokens": 8, "threads": 1, "prefetch": 1}
+    options = {"layout": batch_layout(4, 8), "threads": 1, "prefetch": 1}
     for batch in itertools.islice(reader.batches(source, seed=0, start=0, batch_size=4, **options), 3):
         shapes = program.batch_shapes()
         assert {name: (a.shape, a.dtype) for name, a in batch.items()} == {

@@ -14,6 +14,7 @@ import pytest
 from training_helpers import (
     CHANNELS,
     UNEVEN_SIZES,
+    dropping,
     jitted,
     lively,
     make_batch,
@@ -35,7 +36,7 @@ pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 MEAN, STD = (0.5, -1.0, 0.0, 2.0), (2.0, 1.0, 0.5, 3.0)
-DROPS = {"drop_text": 0.2, "drop_vision": 0.2, "drop_both": 0.1}
+DROPS = {"drop": dropping(0.1, 0.2, 0.2)}
 
 
 def programs(accumulate=1, effective=4, dtype="float32", warmup=0, lr=1e-3, eps=1e-3, name="adamw", **flow_changes):
@@ -61,7 +62,7 @@ def _programs(accumulate, effective, dtype, warmup, lr, eps, name, flow_changes)
     graph, shapes = dit.build(config)
     step = make_train_step(
         graph,
-        dtype,
+        config,
         optimizer,
         tiny_flow(stratified=True, **dict(flow_changes)),
         patch_statistics(MEAN, STD, 2),
@@ -127,7 +128,7 @@ def test_the_loss_in_closed_form():
 
 @pytest.mark.parametrize("what", ["text", "vision"])
 def test_dropped_conditions_are_not_seen_by_the_step(what):
-    state, step = programs(drop_text=0.0, drop_vision=0.0, drop_both=1.0)
+    state, step = programs(drop=dropping(1.0, 0.0, 0.0))
     other = make_batch(seed=9)
     batch = make_batch()
     changed = batch | {what: other[what]}
@@ -283,7 +284,7 @@ def test_the_optimizer_is_fed_f32_gradients_of_a_bf16_network():
     graph, shapes = dit.build(config)
     statistics = patch_statistics(MEAN, STD, 2)
     step = make_train_step(
-        graph, "bfloat16", watched, tiny_flow(), statistics, seed=0, global_batch_size=12, ema_target=0.9999
+        graph, config, watched, tiny_flow(), statistics, seed=0, global_batch_size=12, ema_target=0.9999
     )
     state, _ = jax.eval_shape(step.accumulate, create_state(lively(shapes), optimizer), make_batch())
     jax.eval_shape(step.update, state)
@@ -337,7 +338,7 @@ def test_a_second_ema_has_its_own_decay_and_changes_nothing_else():
         jitted(
             make_train_step(
                 graph,
-                "float32",
+                config,
                 optimizer,
                 tiny_flow(),
                 mean_std,

@@ -14,10 +14,12 @@ from linear_network import START
 from training_helpers import (
     CHANNELS,
     UNEVEN_SIZES,
+    dropping,
     jitted,
     make_batch,
     make_record,
     tiny_flow,
+    tiny_model,
     tiny_optimizer,
     tree_equal,
 )
@@ -32,7 +34,8 @@ pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 MEAN, STD = (0.5, -1.0, 0.0, 2.0), (2.0, 1.0, 0.5, 3.0)
-FLOW = tiny_flow(stratified=True, drop_text=0.3, drop_vision=0.2, drop_both=0.1)
+MODEL = tiny_model()
+FLOW = tiny_flow(stratified=True, drop=dropping(0.1, 0.3, 0.2))
 OPTIMIZER = tiny_optimizer(lr=1e-2, b1=0.9, b2=0.95, eps=1e-3)
 EMA, SHORT_EMA = 0.15, 0.12  # the first step's decay is 0.1, later ones are these
 
@@ -72,7 +75,7 @@ def program(accumulate: int):
     graph, params = linear_network.build()
     step = make_train_step(
         graph,
-        "float32",
+        MODEL,
         optimizer,
         FLOW,
         patch_statistics(MEAN, STD, 2),
@@ -91,7 +94,7 @@ def draws(effective: int):
         lambda index: (
             flow.draw_time(FLOW, 0, index, effective),
             flow.draw_noise(0, index, (4, 4 * CHANNELS)),
-            *flow.draw_kept_conditions(FLOW, 0, index),
+            *flow.draw_kept_conditions(FLOW, ("text", "vision"), 0, index).values(),
         )
     )
 
@@ -216,7 +219,7 @@ def test_a_step_of_nothing_finite_is_counted_and_changes_nothing_else() -> None:
 def test_without_a_second_average_there_is_none() -> None:
     optimizer, (graph, params) = build_optimizer(OPTIMIZER), linear_network.build()
     step = make_train_step(
-        graph, "float32", optimizer, FLOW, patch_statistics(MEAN, STD, 2), seed=0, global_batch_size=4, ema_target=EMA
+        graph, MODEL, optimizer, FLOW, patch_statistics(MEAN, STD, 2), seed=0, global_batch_size=4, ema_target=EMA
     )
     after: TrainState = jax.eval_shape(step.update, create_state(params, optimizer))[0]
     assert after.short_ema is None

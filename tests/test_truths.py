@@ -35,6 +35,7 @@ from fluxdit_jax.export import export
 from fluxdit_jax.gate.album import Album
 from fluxdit_jax.loader import reader
 from fluxdit_jax.model import dit
+from fluxdit_jax.model.conditions import Given
 from fluxdit_jax.model.patches import patchify
 from fluxdit_jax.run import weights
 from fluxdit_jax.run.checkpoint import EMA, SHORT_EMA, Checkpoints, restore_ema
@@ -108,7 +109,7 @@ class Scene:
 
     def generator(self, **changes) -> Generator:
         values = {
-            "tokens": self.settings.tokens, "text_tokens": self.settings.text_tokens, "shift": SHIFT, "steps": 2,
+            "tokens": self.settings.tokens, "lengths": self.settings.batch.lengths, "shift": SHIFT, "steps": 2,
             "statistics": patch_statistics(self.manifest.latent_mean, self.manifest.latent_std, 2), "batch_size": 4,
         }  # fmt: skip
         return Generator(self.settings.model, **values | changes)
@@ -142,7 +143,7 @@ def make_run(root: Path, draw: Callable) -> list[dict]:
     c = config(root / "ds", root / "run")
     start_from_lively_weights(c, root / "start")
     c.seed, c.flow.shift, c.ema.decay, c.ema.short_decay = SEED, SHIFT, 0.9, 0.3
-    c.flow.drop_text, c.flow.drop_vision, c.flow.drop_both = 0.1, 0.2, 0.1
+    c.flow.drop = "all 0.1, text 0.1, vision 0.2"
     c.log.heldout_every = c.log.preview_every = STEPS
     c.log.preview_count, c.log.preview_steps, c.log.preview_guidance = PREVIEW.values()
     c.log.peak_tflops = 2.0
@@ -193,7 +194,7 @@ def test_the_held_out_loss_is_that_of_the_averages_at_any_batch_size(scene: Scen
         measure = ValidationLoss(
             scene.settings.model, scene.settings.flow,
             reader.RecordSource(scene.root / "ds", scene.manifest, "holdout"),
-            mesh=make_mesh(1, 1, batch_size), tokens=scene.settings.tokens, text_tokens=scene.settings.text_tokens,
+            mesh=make_mesh(1, 1, batch_size), layout=scene.settings.batch,
             statistics=patch_statistics(scene.manifest.latent_mean, scene.manifest.latent_std, 2),
             batch_size=batch_size, pictures=128,
         )  # fmt: skip
@@ -209,7 +210,7 @@ def test_the_held_out_loss_by_hand(scene: Scene) -> None:
     """Mean square of the velocity's error over a picture's own tokens, both conditions given, at 8 fixed times."""
     s, of = scene.settings, scene.manifest
     records = [record for record in scene.records("holdout") for _ in range(8)]
-    wanted = record_conditions(records, 2, None)
+    wanted = record_conditions(s.model.conditions, records, 2, None)
     mean, std = (np.float32(values)[:, None, None] for values in (of.latent_mean, of.latent_std))
     images = np.zeros((len(records), s.tokens, 64), np.float32)
     for row, record in enumerate(records):
@@ -221,8 +222,12 @@ def test_the_held_out_loss_by_hand(scene: Scene) -> None:
     noise = flow.draw_noise(0, np.arange(2**31, 2**31 + len(records), dtype=np.uint32), images.shape[1:])
     noise = np.where(own[..., None], noise, 0)
     noisy = (1 - t)[:, None, None] * images + t[:, None, None] * noise
-    given = [wanted[name] for name in ("grid", "text", "text_length", "vision", "keep_text", "keep_vision")]
-    predicted = jax.jit(partial(dit.apply, dit.build(s.model)[0]))(scene.trained(EMA), noisy, t, *given)
+    described = {
+        "text": Given(wanted["text"], wanted["keep_text"], wanted["text_length"]),
+        "vision": Given(wanted["vision"], wanted["keep_vision"]),
+    }
+    network = jax.jit(partial(dit.apply, dit.build(s.model)[0]))
+    predicted = network(scene.trained(EMA), noisy, t, wanted["grid"], described)
     error = np.square(predicted - (noise - images)).mean(2)
     losses = (error * own).sum(1) / own.sum(1)
     assert scene.logged()["heldout_loss"] == pytest.approx(losses.mean(), rel=1e-4)
@@ -303,7 +308,7 @@ def test_an_export_describes_the_run(scene: Scene) -> None:
     assert found["latent_mean"] != found["latent_std"]
     assert found["flow"] == {
         "shift": SHIFT, "prediction": "velocity", "time": "1 is noise, 0 is the image",
-        "drop_text": 0.1, "drop_vision": 0.2, "drop_both": 0.1,
+        "drop": "all 0.1, text 0.1, vision 0.2",
     }  # fmt: skip
     assert (found["fit"], found["modulus"], found["resolution"]) == (of.fit, of.modulus, of.resolution)
     assert (found["tokens"], found["text_tokens"]) == (scene.settings.tokens, scene.settings.text_tokens)
@@ -317,6 +322,21 @@ def test_an_export_describes_the_run(scene: Scene) -> None:
     for name in ("model", "tokens", "text_tokens", "text_limit"):
         assert getattr(settings, name) == getattr(scene.settings, name), name
     assert list(pictures_by_size(again).items()) == list(pictures_by_size(of).items())
+
+
+def test_an_export_of_an_earlier_version_is_the_same(scene: Scene) -> None:
+    export(scene.run, scene.root / "earlier")
+    path = scene.root / "earlier" / "config.json"
+    now = json.loads(path.read_text())
+    before = now | {
+        "model": now["model"] | {"channels": 16, "text_width": 1024, "vision_width": 1024},
+        "flow": now["flow"] | {"drop_text": 0.1, "drop_vision": 0.2, "drop_both": 0.1},
+        "longest_caption": scene.manifest.text_tokens,
+    }
+    del before["flow"]["drop"], before["longest"]
+    expected = read_description(scene.root / "earlier")
+    path.write_text(json.dumps(before))
+    assert read_description(scene.root / "earlier") == expected
 
 
 def test_the_gate_measures_the_weights_that_are_exported(scene: Scene) -> None:
@@ -376,7 +396,7 @@ def test_a_run_that_cuts_its_captions_shows_and_measures_them_cut(scene: Scene, 
     lengths, paint = set(), validate.paint
 
     def listen(painter, wanted) -> int:
-        lengths.update(len(one.text) for one in wanted)
+        lengths.update(len(one.conditions["text"]) for one in wanted)
         return paint(painter, wanted)
 
     monkeypatch.setattr(validate, "paint", listen)
@@ -392,16 +412,16 @@ def test_a_condition_that_is_not_given_is_the_learned_null(scene: Scene) -> None
     ema = lively(restore_ema(scene.run)[1], scale=0.1)
     other = {name: jax.tree.map(lambda leaf: leaf + 1, ema[name]) for name in ("null_text", "null_vision")}
     records = [r for r in scene.records("train") if r.encoded_size[0] < r.encoded_size[1]][:2]
-    both = record_conditions(records, 2, None)
+    kinds = scene.settings.model.conditions
+    both = record_conditions(kinds, records, 2, None)
     grids = [tuple(grid) for grid in both["grid"]]
-    width = scene.manifest.vision.width
-    caption = conditions([r.text for r in records], [None] * 2, grids, width)
-    nothing = conditions([r.text[:0] for r in records], [None] * 2, grids, width)
+    caption = conditions(kinds, [{"text": r.text, "vision": None} for r in records], grids)
+    nothing = conditions(kinds, [{"text": r.text[:0]} for r in records], grids)
     generator = scene.generator()
     noise = generator.noise([1, 2])
 
     def draw(wanted, text=1.0, vision=1.0, **changed) -> np.ndarray:
-        scales = solvers.Guidance(text, vision)
+        scales = solvers.Guidance({"text": text, "vision": vision})
         latents = generator.latents(generator.cast(ema | changed), wanted, noise, guidance=scales)
         return np.concatenate([latent.ravel() for latent in latents])
 
@@ -422,14 +442,13 @@ def test_padding_and_neighbours_change_no_picture(scene: Scene) -> None:
     records = sorted(scene.records("train"), key=lambda r: len(r.text))
     chosen = [records[0], records[-1], next(r for r in records if r.encoded_size != records[0].encoded_size)]
     assert len({len(r.text) for r in chosen}) > 1
-    generator, longer = scene.generator(), scene.generator(text_tokens=4 * scene.settings.text_tokens)
+    generator, longer = scene.generator(), scene.generator(lengths={"text": 4 * scene.settings.text_tokens})
+    described = partial(record_conditions, scene.settings.model.conditions, patch=2, text_limit=None)
     noise = generator.noise([0, 1, 2])
-    together = generator.latents(generator.cast(ema), record_conditions(chosen, 2, None), noise)
-    padded = longer.latents(longer.cast(ema), record_conditions(chosen, 2, None), noise)
+    together = generator.latents(generator.cast(ema), described(chosen), noise)
+    padded = longer.latents(longer.cast(ema), described(chosen), noise)
     for row, record in enumerate(chosen):
-        alone = generator.latents(
-            generator.cast(ema), record_conditions([record], 2, None), generator.noise([row])
-        )[0]  # fmt: skip
+        (alone,) = generator.latents(generator.cast(ema), described([record]), generator.noise([row]))
         assert alone.shape == record.latent.shape
         np.testing.assert_allclose(together[row], alone, atol=1e-4)
         np.testing.assert_allclose(padded[row], alone, atol=1e-4)
@@ -482,8 +501,7 @@ def test_the_run_reads_train_in_the_order_of_its_seed_and_nothing_of_the_holdout
         source = reader.RecordSource(scene.root / "ds", scene.manifest, "train")
         s = scene.settings
         read = reader.batches(
-            source, seed=seed, start=0, batch_size=4, patch=2, tokens=s.tokens, text_tokens=s.text_tokens, threads=1,
-            prefetch=1,
+            source, seed=seed, start=0, batch_size=4, layout=s.batch, threads=1, prefetch=1,
         )  # fmt: skip
         return [batch["vision"].tobytes() for batch in itertools.islice(read, len(scene.batches))]
 
@@ -511,7 +529,7 @@ def test_copies_of_a_picture_are_in_one_split(scene: Scene) -> None:
 def test_the_rates_agree_with_each_other(scene: Scene) -> None:
     logged, s = scene.logged(), scene.settings
     assert s.text_tokens == 16 > scene.manifest.text_tokens > 8
-    flops = 3 * dit.flops_per_sample(s.model, s.tokens, s.text_tokens)  # forward once, backward twice
+    flops = 3 * dit.flops_per_sample(s.model, s.tokens, {"text": s.text_tokens})  # forward once, backward twice
     peak = 2e12 * len(jax.devices())
     assert logged["mfu"] == pytest.approx(logged["tokens_per_second"] * flops / s.tokens / peak)
     grids = [r.encoded_size[0] * r.encoded_size[1] // 256 for r in scene.records("train")]

@@ -15,10 +15,12 @@ from ml_collections import ConfigDict
 
 from fluxdit_jax import flow
 from fluxdit_jax.config import default_config
+from fluxdit_jax.dataset.fields import BF16, Layout
 from fluxdit_jax.dataset.manifest import MANIFEST, EncoderIdentity, Manifest, Shard, sha256_file, shard_name
-from fluxdit_jax.dataset.records import BF16, WRITER_OPTIONS, Record, encode_record
+from fluxdit_jax.dataset.records import WRITER_OPTIONS, Record, encode_record
 from fluxdit_jax.loader import reader
 from fluxdit_jax.model import dit
+from fluxdit_jax.model.conditions import Condition, given
 from fluxdit_jax.optimizer import OptimizerConfig, build_optimizer
 from fluxdit_jax.state import TrainState, create_state
 from fluxdit_jax.train_step import TrainStep
@@ -27,6 +29,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 LATENT_SIZES = ((4, 4), (2, 8), (8, 2))  # 4 tokens each at patch 2, three aspect ratios
 UNEVEN_SIZES = ((4, 4), (2, 6), (6, 2))  # 4, 3 and 3 tokens: padding differs
 CHANNELS, TEXT_WIDTH, VISION_WIDTH, FACTOR = 4, 8, 6, 8
+LAYOUT: Layout = {"text": TEXT_WIDTH, "vision": None}
 
 
 def make_record(
@@ -36,19 +39,20 @@ def make_record(
     rng = np.random.default_rng([seed, number])
     more = np.random.default_rng([seed, number, 1])
     vision = rng.normal(size=VISION_WIDTH)
+    others = tuple(more.normal(size=(1 + (number + k) % 5, TEXT_WIDTH)).astype(BF16) for k in range(1, captions))
     return Record(
         key=f"folder/image_{number:03d}.png",
         caption=f"caption {number}",
         latent=(rng.normal(size=(channels, *size)) * 2 + 0.5).astype(BF16),
-        text=rng.normal(size=(1 + number % 5, TEXT_WIDTH)).astype(BF16),
-        vision=(vision / np.linalg.norm(vision)).astype(np.float32),
+        conditions={
+            "text": rng.normal(size=(1 + number % 5, TEXT_WIDTH)).astype(BF16),
+            "vision": (vision / np.linalg.norm(vision)).astype(np.float32),
+        },
         original_size=(size[0] * 16, size[1] * 16),
         encoded_size=(size[0] * FACTOR, size[1] * FACTOR),
         content_hash=hashlib.sha256(str((seed, number)).encode()).hexdigest(),
         other_captions=tuple(f"caption {number}, {k} „ü“" for k in range(2, captions + 1)),
-        other_texts=tuple(
-            more.normal(size=(1 + (number + k) % 5, TEXT_WIDTH)).astype(BF16) for k in range(1, captions)
-        ),
+        other_conditions={"text": others} if captions > 1 else {},
     )
 
 
@@ -102,14 +106,16 @@ def write_dataset(
         resolution=32,
         modulus=16,
         fit="resize",
-        vae=EncoderIdentity(vae, "", "00", "float32", channels, {"factor": FACTOR}),
-        text=EncoderIdentity("none", "", "11", "float32", TEXT_WIDTH),
-        vision=EncoderIdentity("none", "", "22", "float32", VISION_WIDTH),
+        encoders={
+            "vae": EncoderIdentity(vae, "", "00", "float32", channels, {"factor": FACTOR}),
+            "text": EncoderIdentity("none", "", "11", "float32", TEXT_WIDTH),
+            "vision": EncoderIdentity("none", "", "22", "float32", VISION_WIDTH),
+        },
         buckets=tuple((h * FACTOR, w * FACTOR) for h, w in sizes),
         latent_mean=tuple(values.mean(axis=1)),
         latent_std=tuple(values.std(axis=1)),
         latent_count=values.shape[1],
-        text_tokens=5,
+        lengths={"text": 5},
         shards=entries,
     )
     (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
@@ -121,13 +127,23 @@ def tiny_config(dataset: Path, workdir: Path) -> ConfigDict:
     c = default_config()
     c.workdir, c.data.path = str(workdir), str(dataset)
     c.model.width, c.model.depth, c.model.heads = 32, 2, 2
-    c.model.channels, c.model.text_width, c.model.vision_width = CHANNELS, TEXT_WIDTH, VISION_WIDTH
     c.model.dtype = "float32"
     c.data.micro_batch_size, c.optim.global_batch_size = 4, 8
     c.optim.lr, c.optim.warmup_steps = 1e-2, 2
     c.train.steps = 8
     c.log.every, c.log.preview_every, c.log.minutes = 1, 0, 0.0
     return c
+
+
+def conditions(text: int = TEXT_WIDTH, vision: int = VISION_WIDTH) -> tuple[Condition, ...]:
+    """What the networks of the tests are given, of these widths."""
+    return Condition("text", text, sequence=True), Condition("vision", vision)
+
+
+def batch_layout(tokens: int = 4, text_tokens: int = 5, patch: int = 2, channels: int = CHANNELS) -> reader.BatchLayout:
+    """Of the micro-batches of `make_record`'s records."""
+    widths = {"text": TEXT_WIDTH, "vision": VISION_WIDTH}
+    return reader.BatchLayout(patch, tokens, channels * patch**2, widths, {"text": text_tokens})
 
 
 def tiny_model(**changes) -> dit.ModelConfig:
@@ -138,8 +154,7 @@ def tiny_model(**changes) -> dit.ModelConfig:
         heads=2,
         patch=2,
         channels=CHANNELS,
-        text_width=TEXT_WIDTH,
-        vision_width=VISION_WIDTH,
+        conditions=conditions(),
         dtype="float32",
         remat="none",
         attention="xla",
@@ -155,11 +170,14 @@ def tiny_flow(**changes) -> flow.FlowConfig:
         uniform_share=0.0,
         shift=1.0,
         stratified=False,
-        drop_text=0.0,
-        drop_vision=0.0,
-        drop_both=0.0,
+        drop=(),
     )
     return flow.FlowConfig(**(values | changes))
+
+
+def dropping(all: float = 0.0, text: float = 0.0, vision: float = 0.0) -> tuple[flow.Drop, ...]:  # noqa: A002
+    """A condition dropout with these probabilities."""
+    return flow.parse_drop(f"all {all}, text {text}, vision {vision}", ("text", "vision"))
 
 
 def tiny_optimizer(**changes) -> OptimizerConfig:
@@ -195,16 +213,17 @@ def network_inputs(
     text_tokens: int = 5,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Arguments of `DiT.__call__` in order, padding zero, both conditions kept."""
+    """What `arguments` takes, padding zero, both conditions kept."""
     rng = np.random.default_rng(seed)
     B = len(grids)
     x = rng.normal(size=(B, tokens, config.token_width)).astype(np.float32)
-    text = rng.normal(size=(B, text_tokens, config.text_width)).astype(np.float32)
+    widths = {condition.name: condition.width for condition in config.conditions}
+    text = rng.normal(size=(B, text_tokens, widths["text"])).astype(np.float32)
     length = np.array([1 + (2 * i + 1) % text_tokens for i in range(B)], np.int32)
     for row, (h, w) in enumerate(grids):
         x[row, h * w :] = 0
         text[row, length[row] :] = 0
-    vision = rng.normal(size=(B, config.vision_width))
+    vision = rng.normal(size=(B, widths["vision"]))
     return {
         "x": x,
         "t": rng.uniform(0.1, 0.9, B).astype(np.float32),
@@ -217,10 +236,16 @@ def network_inputs(
     }
 
 
+def arguments(inputs: dict[str, np.ndarray]) -> tuple:
+    """`network_inputs` as the arguments of `DiT.__call__`."""
+    keep = {"text": inputs["keep_text"], "vision": inputs["keep_vision"]}
+    return inputs["x"], inputs["t"], inputs["grid"], given(conditions(), inputs, keep)
+
+
 def make_batch(seed: int = 0, size: int = 4, tokens: int = 4, first_index: int = 0) -> dict[str, np.ndarray]:
-    """A micro-batch as `data.collate` makes it, of random records of the shapes of `tiny_model`."""
+    """A micro-batch as `collate` makes it, of random records of the shapes of `tiny_model`."""
     records = [make_record(i, UNEVEN_SIZES[i % 3], seed) for i in range(first_index, first_index + size)]
-    return reader.collate(records, list(range(first_index, first_index + size)), 2, tokens, 5)
+    return reader.collate(records, list(range(first_index, first_index + size)), batch_layout(tokens))
 
 
 def tree_equal(a, b) -> bool:
@@ -293,9 +318,7 @@ def read_batches(source, count, **changes):
         "seed": 3,
         "start": 0,
         "batch_size": 4,
-        "patch": 2,
-        "tokens": 4,
-        "text_tokens": 5,
+        "layout": batch_layout(),
         "threads": 2,
         "prefetch": 2,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -10,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from fluxdit_jax.dataset.fields import SEQUENCE, VECTOR, Layout, field_named, name_fault, ordered
 from fluxdit_jax.shared.sanitize import plain_name
 
 FORMAT_VERSION = 1
@@ -57,6 +59,10 @@ class Shard:
     buckets: dict[str, int]
 
 
+# Of the fields that every dataset has, by their encoders' names. Further conditions stand under "conditions".
+_ENCODERS, _LENGTHS = ("vae", "text", "vision"), {"text": "text_tokens"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Manifest:
     """`manifest.json`.
@@ -66,11 +72,11 @@ class Manifest:
       resolution: side of the square with the token budget's area, pixels.
       modulus: bucket sides are multiples of this, pixels.
       fit: how images were brought to their bucket: "resize", "pad" or "crop".
-      vae, text, vision: the encoders. vae.options["factor"] is pixels per latent side.
+      encoders: by name (`fields.Field.encoder`). That of "vae" has options["factor"]: pixels per latent side.
       buckets: (height, width) of the whole bucket table, pixels.
       latent_mean, latent_std: per channel, float64, over every latent value of the train split.
       latent_count: latent values per channel behind the statistics.
-      text_tokens: longest text sequence stored.
+      lengths: by name of a sequence, the tokens of the longest that is stored.
       shards: split name to its shards, in order.
     """
 
@@ -78,17 +84,42 @@ class Manifest:
     resolution: int
     modulus: int
     fit: str
-    vae: EncoderIdentity
-    text: EncoderIdentity
-    vision: EncoderIdentity
+    encoders: dict[str, EncoderIdentity]
     buckets: tuple[tuple[int, int], ...]
     latent_mean: tuple[float, ...]
     latent_std: tuple[float, ...]
     latent_count: int
-    text_tokens: int
+    lengths: dict[str, int]
     shards: dict[str, tuple[Shard, ...]]
     rejects: int = 0
     version: int = FORMAT_VERSION
+
+    @property
+    def vae(self) -> EncoderIdentity:
+        return self.encoders["vae"]
+
+    @property
+    def text(self) -> EncoderIdentity:
+        return self.encoders["text"]
+
+    @property
+    def vision(self) -> EncoderIdentity:
+        return self.encoders["vision"]
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens of the longest caption."""
+        return self.lengths["text"]
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """Of the conditions of every record."""
+        names = ordered(self.encoders.keys() - {"vae"})
+        return {name: self.encoders[name].width if name in self.lengths else None for name in names}
+
+    def further(self) -> list[str]:
+        """The conditions besides the caption and the vision vector."""
+        return [name for name in self.layout if name not in _ENCODERS]
 
     def records(self, split: str) -> int:
         """Number of records in a split."""
@@ -102,6 +133,14 @@ class Manifest:
     def to_json(self) -> str:
         """Deterministic JSON with a `checksum` of everything else, so that a flipped bit is noticed."""
         raw = dataclasses.asdict(self)
+        encoders, lengths = raw.pop("encoders"), raw.pop("lengths")
+        raw |= {name: encoders.pop(name) for name in _ENCODERS}
+        raw |= {key: lengths.pop(name) for name, key in _LENGTHS.items()}
+        if encoders:
+            raw["conditions"] = {
+                name: {"encoder": encoder} | ({"length": lengths[name]} if name in lengths else {})
+                for name, encoder in encoders.items()
+            }
         raw["checksum"] = json_checksum(raw)
         return json.dumps(raw, indent=1, sort_keys=True) + "\n"
 
@@ -125,15 +164,17 @@ class Manifest:
                 f"{source}: its checksum is not that of its content: it is damaged, or was edited by hand; "
                 "give the `python -m preprocess build` command of the dataset again to write it anew"
             )
-        _check_types(raw, cls, source, "")
+        further = raw.pop("conditions", {})
+        own = {field.name: field.type for field in dataclasses.fields(cls) if field.name not in ("encoders", "lengths")}
+        _check_types(raw, own | dict.fromkeys(_ENCODERS, "dict") | dict.fromkeys(_LENGTHS.values(), "int"), source, "")
+        encoders = {name: _encoder(raw.pop(name), source, f"{name}.") for name in _ENCODERS}
+        lengths = {name: raw.pop(key) for name, key in _LENGTHS.items()}
+        _read_further(further, encoders, lengths, source)
         try:
-            fields = dict(raw)
-            for name in ("vae", "text", "vision"):
-                _check_types(raw[name], EncoderIdentity, source, f"{name}.")
-                fields[name] = EncoderIdentity(**raw[name])
             for split, shards in raw["shards"].items():
                 for number, shard in enumerate(shards):
-                    _check_types(shard, Shard, source, f"shards.{split}[{number}].")
+                    _check_types(shard, _types(Shard), source, f"shards.{split}[{number}].")
+            fields = raw | {"encoders": encoders, "lengths": lengths}
             fields["shards"] = {
                 split: tuple(Shard(**shard) for shard in shards) for split, shards in raw["shards"].items()
             }
@@ -169,28 +210,52 @@ class Manifest:
         # Names become parts of paths and lines of logs.
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", self.name):
             raise DatasetError(f"{source}: name is {self.name!r}; it must be letters, digits and _")
-        for encoder in (self.vae, self.text, self.vision):
+        for encoder in self.encoders.values():
             if not encoder.id.isprintable():
                 raise DatasetError(f"{source}: the encoder {encoder.id!r} has control characters in its id")
         for shards in self.shards.values():
             for shard in shards:
                 if not plain_name(shard.file) or shard.records < 1:
                     raise DatasetError(f"{source}: bad shard entry {shard.file!r} ({shard.records} records)")
-        for field, value in (
-            ("vae.width", self.vae.width),
-            ("text.width", self.text.width),
-            ("vision.width", self.vision.width),
-            ("text_tokens", self.text_tokens),
-        ):
+        counts = {f"{name}.width": encoder.width for name, encoder in self.encoders.items()}
+        for field, value in (counts | {f"{name}_tokens": n for name, n in self.lengths.items()}).items():
             if not 1 <= value <= _LARGEST:
                 raise DatasetError(f"{source}: {field} is {value}; it must be from 1 to {_LARGEST}")
 
 
-def _check_types(raw: Any, cls: type, source: str, prefix: str) -> None:
-    """Raises `DatasetError`, naming the field, unless `raw` has exactly the fields of the dataclass, by type."""
+def _read_further(raw: Any, encoders: dict[str, EncoderIdentity], lengths: dict[str, int], source: str) -> None:
+    """Adds what a manifest says under "conditions" to its encoders and lengths."""
+    if not isinstance(raw, dict):
+        raise DatasetError(f"{source}: conditions is {raw!r}, not an object with fields")
+    for name, about in raw.items():
+        prefix = f"conditions.{name}."
+        if name in _ENCODERS or name_fault(name):
+            raise DatasetError(f"{source}: conditions has the name {name!r}: {name_fault(name) or 'it is a field'}")
+        is_sequence = isinstance(about, dict) and "length" in about
+        kind = SEQUENCE if is_sequence else VECTOR
+        if field_named(name).kind != kind:
+            raise DatasetError(
+                f"{source}: {prefix[:-1]} is a {kind}, and this version has it as a {field_named(name).kind}"
+            )
+        _check_types(about, {"encoder": "dict"} | ({"length": "int"} if is_sequence else {}), source, prefix)
+        encoders[name] = _encoder(about["encoder"], source, f"{prefix}encoder.")
+        if is_sequence:
+            lengths[name] = about["length"]
+
+
+def _encoder(raw: Any, source: str, prefix: str) -> EncoderIdentity:
+    _check_types(raw, _types(EncoderIdentity), source, prefix)
+    return EncoderIdentity(**raw)
+
+
+def _types(cls: type) -> dict[str, Any]:
+    return {field.name: field.type for field in dataclasses.fields(cls)}
+
+
+def _check_types(raw: Any, fields: dict[str, Any], source: str, prefix: str) -> None:
+    """Raises `DatasetError`, naming the field, unless `raw` has exactly these fields, by type."""
     if not isinstance(raw, dict):
         raise DatasetError(f"{source}: {prefix.rstrip('.')} is {raw!r}, not an object with fields")
-    fields = {field.name: field.type for field in dataclasses.fields(cls)}
     if fields.keys() != raw.keys():
         names = ", ".join(prefix + name for name in sorted(fields.keys() ^ raw.keys()))
         raise DatasetError(f"{source}: missing or unknown: {names}")

@@ -15,33 +15,30 @@ A dataset directory is a valid TFDS dataset in ArrayRecord format:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterable
-from typing import Any
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
-import ml_dtypes  # registers bfloat16 with numpy; must come before tensorflow_datasets
 import numpy as np
 from tensorflow_datasets.proto import tf_example_pb2
 
 from fluxdit_jax.dataset import captions, tf_example
+from fluxdit_jax.dataset.fields import BF16, CAPTION, LATENT, SEQUENCE, Layout, field_named, of_captions, ordered
 from fluxdit_jax.dataset.manifest import DatasetError, Manifest
 
 WRITER_OPTIONS = "group_size:1,uncompressed"  # 3x faster random reads than zstd for 22 % more disk
-BF16 = np.dtype(ml_dtypes.bfloat16)
-_F32 = np.dtype(np.float32)
-# In the order in which they are written. TFDS stores a tensor with more than one unknown dimension as value + shape.
+# Besides the conditions. TFDS stores a tensor with more than one unknown dimension as value + shape.
 _FEATURES = {
-    b"caption": tf_example.BYTES,
-    b"content_hash": tf_example.BYTES,
-    b"encoded_size": tf_example.INTEGERS,
-    b"key": tf_example.BYTES,
-    b"latent/shape": tf_example.INTEGERS,
-    b"latent/value": tf_example.BYTES,
-    b"original_size": tf_example.INTEGERS,
-    b"text": tf_example.BYTES,
-    b"vision": tf_example.BYTES,
+    "caption": tf_example.BYTES,
+    "content_hash": tf_example.BYTES,
+    "encoded_size": tf_example.INTEGERS,
+    "key": tf_example.BYTES,
+    "latent/shape": tf_example.INTEGERS,
+    "latent/value": tf_example.BYTES,
+    "original_size": tf_example.INTEGERS,
 }
-_SEVERAL = dict(sorted((_FEATURES | captions.FEATURES).items()))  # of a record with several captions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,81 +49,89 @@ class Record:
       key: unique within the dataset: the path below the input folder, with its extension.
       caption: the caption as it was encoded.
       latent: bfloat16 [C, h, w], after the VAE's own shift and scale, not dataset-normalised.
-      text: bfloat16 [n, text_width], the n valid tokens only; padding is never stored.
-      vision: float32 [vision_width], unit L2 norm.
+      conditions: by name, see `fields`: sequences bfloat16 [n, width] of the n valid tokens only (padding is never
+        stored), vectors float32 [width] of unit L2 norm. "text" and "vision" are always among them.
       original_size: (height, width) of the source image after EXIF orientation, pixels.
       encoded_size: (height, width) that the VAE saw: the bucket, pixels.
       content_hash: sha256 of the source image file, hex.
-      other_captions: the further captions of the image, in order; see `other_captions`.
-      other_texts: bfloat16 [n, text_width] of each of them.
+      other_captions: the further captions of the image, in order; see `captions`.
+      other_conditions: by name of a condition that is made from the caption, that of each further caption.
     """
 
     key: str
     caption: str
     latent: np.ndarray
-    text: np.ndarray
-    vision: np.ndarray
+    conditions: dict[str, np.ndarray]
     original_size: tuple[int, int]
     encoded_size: tuple[int, int]
     content_hash: str
     other_captions: tuple[str, ...] = ()
-    other_texts: tuple[np.ndarray, ...] = ()
+    other_conditions: dict[str, tuple[np.ndarray, ...]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def text(self) -> np.ndarray:
+        """The tokens of the first caption."""
+        return self.conditions["text"]
+
+    @property
+    def vision(self) -> np.ndarray:
+        """The vision vector."""
+        return self.conditions["vision"]
 
     @property
     def captions(self) -> tuple[str, ...]:
         """All captions, at least one."""
         return self.caption, *self.other_captions
 
+    def of_all_captions(self, name: str) -> tuple[np.ndarray, ...]:
+        """A condition that is made from the caption, of each of them."""
+        return self.conditions[name], *self.other_conditions.get(name, ())
+
     @property
     def texts(self) -> tuple[np.ndarray, ...]:
         """The tokens of all captions."""
-        return self.text, *self.other_texts
+        return self.of_all_captions("text")
+
+    def having(self, **conditions: np.ndarray) -> Record:
+        """The record with these conditions instead of its own of the same names."""
+        return dataclasses.replace(self, conditions=self.conditions | conditions)
+
+    def layout(self) -> Layout:
+        """Of its conditions."""
+        return {
+            name: array.shape[-1] if field_named(name).kind == SEQUENCE else None
+            for name, array in self.conditions.items()
+        }
 
 
 def check_record(record: Record) -> None:
-    """Raises `DatasetError`, naming the key, if shapes, dtypes, finiteness or the vector's norm are wrong."""
+    """Raises `DatasetError`, naming the key, if shapes, dtypes, finiteness or a vector's norm are wrong."""
 
     def fail(what: str) -> None:
         raise DatasetError(f"record {record.key!r}: {what}")
 
-    latent, text, vision = record.latent, record.text, record.vision
-    if latent.ndim != 3 or latent.dtype != BF16 or 0 in latent.shape:
-        fail(f"latent must be bfloat16 [C, h, w], got {latent.dtype} {list(latent.shape)}")
-    if text.ndim != 2 or text.dtype != BF16 or 0 in text.shape:
-        fail(f"text must be bfloat16 [n >= 1, width], got {text.dtype} {list(text.shape)}")
-    others, most = record.other_texts, captions.MAX_CAPTIONS
-    if len(others) != len(record.other_captions) or len(others) >= most:
-        fail(f"{len(record.captions)} captions with {len(record.texts)} texts; at most {most}, one text each")
-    for number, other in enumerate(others, 2):
-        if other.ndim != 2 or other.dtype != BF16 or 0 in other.shape or other.shape[1] != text.shape[1]:
-            fail(
-                f"text of caption {number} must be bfloat16 [n >= 1, {text.shape[1]}], got {other.dtype} "
-                f"{list(other.shape)}"
-            )
-        if not _all_finite(other):
-            fail(f"text of caption {number} has a value that is not finite")
-    if vision.ndim != 1 or vision.dtype != np.float32 or 0 in vision.shape:
-        fail(f"vision must be float32 [width], got {vision.dtype} {list(vision.shape)}")
-    if not _all_finite(latent):
-        fail("latent has a value that is not finite")
-    if not _all_finite(text):
-        fail("text has a value that is not finite")
-    with np.errstate(all="ignore"):
-        right = abs(float(np.dot(vision, vision)) - 1.0) < 1.9e-3
-    if not right:  # or nearly: with care
-        if not np.isfinite(vision).all():
-            fail("vision has a value that is not finite")
-        norm = float(np.linalg.norm(vision.astype(np.float64)))
-        if abs(norm - 1.0) > 1e-3:
-            fail(f"vision must have unit L2 norm, got {norm:.6f}")
-
-
-def _all_finite(array_bf16: np.ndarray) -> bool:
-    """Whether no exponent is all ones; on the bits, because bfloat16 has no fast `isfinite` in numpy.
-
-    Infinity and NaN are the largest of the negative numbers taken as uint16, and of the positive as int16.
-    """
-    return array_bf16.view(np.uint16).max() < 0xFF80 and array_bf16.view(np.int16).max() < 0x7F80
+    if fault := LATENT.fault(record.latent):
+        fail(f"latent {fault}")
+    count, most = len(record.other_captions), captions.MAX_CAPTIONS
+    if count >= most:
+        fail(f"{count + 1} captions; at most {most}")
+    if missing := {"text", "vision"} - record.conditions.keys():
+        fail(f"has no {' and no '.join(sorted(missing))}")
+    for name, array in record.conditions.items():
+        field = field_named(name)
+        if fault := field.fault(array):
+            fail(f"{name} {fault}")
+        others = record.other_conditions.get(name, ())
+        if field.made_from == CAPTION and len(others) != count:
+            fail(f"{count + 1} captions with {len(others) + 1} of {name}; one each")
+        for number, other in enumerate(others, 2):
+            if fault := field.fault(other):
+                fail(f"{name} of caption {number} {fault}")
+            if other.shape[-1] != array.shape[-1]:
+                fail(f"{name} of caption {number} has width {other.shape[-1]}, not {array.shape[-1]}")
+    made = {name for name in record.conditions if field_named(name).made_from == CAPTION}
+    if loose := record.other_conditions.keys() - made:
+        fail(f"{', '.join(sorted(loose))} of further captions, which is not made from captions")
 
 
 def check_fit(record: Record, manifest: Manifest) -> None:
@@ -141,10 +146,14 @@ def check_fit(record: Record, manifest: Manifest) -> None:
         fail(f"latent {list(record.latent.shape)} does not fit an image of {width}x{height} pixels (width x height)")
     if (height, width) not in manifest.buckets:
         fail(f"size {width}x{height} (width x height) is not in the bucket table")
-    if record.vision.size != manifest.vision.width:
-        fail(f"vision vector of {record.vision.size}, the manifest says {manifest.vision.width}")
-    if (longest := max(map(len, record.texts))) > manifest.text_tokens:
-        fail(f"{longest} text tokens, the manifest says at most {manifest.text_tokens}")
+    if record.conditions.keys() != manifest.layout.keys():
+        fail(f"conditions {sorted(record.conditions)}, the manifest says {sorted(manifest.layout)}")
+    for name, array in record.conditions.items():
+        if array.shape[-1] != (width := manifest.encoders[field_named(name).encoder].width):
+            fail(f"{name} of width {array.shape[-1]}, the manifest says {width}")
+        most = manifest.lengths.get(name)
+        if most is not None and (longest := max(map(len, record.of_all_captions(name)))) > most:
+            fail(f"{longest} {name} tokens, the manifest says at most {most}")
 
 
 def encode_record(record: Record) -> bytes:
@@ -169,51 +178,64 @@ def serialize_unchecked(record: Record) -> bytes:
     put_bytes("content_hash", record.content_hash.encode())
     put_bytes("latent/value", np.ascontiguousarray(record.latent).tobytes())
     put_ints("latent/shape", record.latent.shape)
-    put_bytes("text", np.ascontiguousarray(record.text).tobytes())
-    put_bytes("vision", np.ascontiguousarray(record.vision).tobytes())
     put_ints("original_size", record.original_size)
     put_ints("encoded_size", record.encoded_size)
-    if record.other_captions or record.other_texts:
+    for name, array in record.conditions.items():
+        put_bytes(name, np.ascontiguousarray(array).tobytes())
+    if record.other_captions or any(record.other_conditions.values()):
         put_bytes("other_captions", captions.pack(record.other_captions))
-        put_ints("other_lengths", map(len, record.other_texts))
-        put_bytes("other_text", b"".join(np.ascontiguousarray(text).tobytes() for text in record.other_texts))
+        for name, others in record.other_conditions.items():
+            put_bytes(captions.feature(name), b"".join(np.ascontiguousarray(other).tobytes() for other in others))
+            if field_named(name).kind == SEQUENCE:
+                put_ints(captions.lengths_feature(name), map(len, others))
     return message.SerializeToString(deterministic=True)
 
 
-def decode_record(data: bytes, text_width: int) -> Record:
+def decode_record(data: bytes, layout: Layout) -> Record:
     """The inverse of `encode_record`. The arrays are read-only views into `data`, and need not be aligned.
+
+    Args:
+      layout: of the conditions; `Manifest.layout`.
 
     Raises:
       DatasetError: the bytes are not such a record (the message names the field).
     """
+    one, several = _forms(tuple(layout.items()))
     try:
-        spans = tf_example.spans(data, _FEATURES) or tf_example.spans(data, _SEVERAL)
+        form, spans = one, tf_example.spans(data, one.features)
+        if spans is None:
+            form, spans = several, tf_example.spans(data, several.features)
         if spans is None:  # not in the usual form: the library reads it, and writes it in that form
-            data = _rewritten(data)
-            spans = tf_example.spans(data, _FEATURES) or tf_example.spans(data, _SEVERAL)
+            data, form = _rewritten(data, one, several)
+            spans = tf_example.spans(data, form.features)
         if spans is None:
             raise ValueError("it has fields that are not those of a tf.train.Example")
-        caption, content_hash, encoded, key, latent_shape, latent, original, *others, text, vision = spans
+        caption, content_hash, encoded, key, latent_shape, latent, original = form.fixed(spans)
         shape = _integers(data, latent_shape, "latent/shape", 3)
         encoded_height, encoded_width = _integers(data, encoded, "encoded_size", 2)
         height, width = _integers(data, original, "original_size", 2)
-        values, tokens = _array(data, latent, "latent/value", BF16), _array(data, text, "text", BF16)
+        values = _array(data, latent, "latent/value", BF16)
         if min(shape) < 1 or math.prod(shape) != values.size:
             raise DatasetError(f"latent has {values.size} values, which do not fit its shape {list(shape)}")
-        if tokens.size == 0 or tokens.size % text_width:
-            raise DatasetError(f"text has {tokens.size} values, which are not rows of width {text_width}")
-        captions, texts = _others(data, others, text_width) if others else ((), ())
+        conditions = {}
+        for name, place, dtype, row_width in form.conditions:
+            array = _array(data, spans[place], name, dtype)
+            if row_width is not None:
+                if array.size == 0 or array.size % row_width:
+                    raise DatasetError(f"{name} has {array.size} values, which are not rows of width {row_width}")
+                array = array.reshape(-1, row_width)
+            conditions[name] = array
+        other_captions, other_conditions = _others(data, form, spans, layout) if form is several else ((), {})
         return Record(
             key=data[slice(*key)].decode(),
             caption=data[slice(*caption)].decode(),
             latent=values.reshape(shape),
-            text=tokens.reshape(-1, text_width),
-            vision=_array(data, vision, "vision", _F32),
+            conditions=conditions,
             original_size=(height, width),
             encoded_size=(encoded_height, encoded_width),
             content_hash=data[slice(*content_hash)].decode(),
-            other_captions=captions,
-            other_texts=texts,
+            other_captions=other_captions,
+            other_conditions=other_conditions,
         )
     except DatasetError:
         raise
@@ -221,10 +243,58 @@ def decode_record(data: bytes, text_width: int) -> Record:
         raise DatasetError(f"not a fluxdit record: {type(error).__name__}: {error}") from error
 
 
-def _others(data: bytes, spans: list[tuple[int, int]], width: int) -> tuple[tuple[str, ...], tuple[np.ndarray, ...]]:
-    words, lengths, text = spans
-    rows = _array(data, text, "other_text", BF16)
-    return captions.unpack(data[slice(*words)], data[slice(*lengths)], rows, width)
+class _Form(NamedTuple):
+    """Where everything stands in a record of one layout.
+
+    Attributes:
+      features: (name, kind) in the order in which they are written.
+      fixed: takes the spans of `_FEATURES` out of those of all features.
+      conditions: (name, place among the features, dtype, width of a sequence's row or None).
+    """
+
+    features: dict[bytes, int]
+    fixed: Callable[[list[tuple[int, int]]], tuple[tuple[int, int], ...]]
+    conditions: tuple[tuple[str, int, np.dtype, int | None], ...]
+
+    def span(self, spans: list[tuple[int, int]], name: str) -> tuple[int, int]:
+        """Of a feature."""
+        return spans[list(self.features).index(name.encode())]
+
+
+@functools.lru_cache(64)
+def _forms(layout: tuple[tuple[str, int | None], ...]) -> tuple[_Form, _Form]:
+    """Of a record with one caption, and of one with several."""
+    one = _FEATURES | dict.fromkeys((name for name, _ in layout), tf_example.BYTES)
+    several = one | {"other_captions": tf_example.BYTES}
+    for field in of_captions(dict(layout)):
+        several[captions.feature(field.name)] = tf_example.BYTES
+        if field.kind == SEQUENCE:
+            several[captions.lengths_feature(field.name)] = tf_example.INTEGERS
+
+    def form(features: dict[str, int]) -> _Form:
+        ordered_features = dict(sorted((name.encode(), kind) for name, kind in features.items()))
+        place = {name.decode(): number for number, name in enumerate(ordered_features)}
+        fixed = operator.itemgetter(*(place[name] for name in _FEATURES))
+        conditions = tuple((name, place[name], field_named(name).dtype, width) for name, width in layout)
+        return _Form(ordered_features, fixed, conditions)
+
+    return form(one), form(several)
+
+
+def _others(
+    data: bytes, form: _Form, spans: list[tuple[int, int]], layout: Layout
+) -> tuple[tuple[str, ...], dict[str, tuple[np.ndarray, ...]]]:
+    """The further captions, and what is made from them."""
+    words = captions.unpack(data[slice(*form.span(spans, "other_captions"))])
+    found = {}
+    for field in of_captions(layout):
+        feature = captions.feature(field.name)
+        values = _array(data, form.span(spans, feature), feature, field.dtype)
+        lengths = None
+        if field.kind == SEQUENCE:
+            lengths = data[slice(*form.span(spans, captions.lengths_feature(field.name)))]
+        found[field.name] = captions.split(field.name, values, len(words), lengths, layout[field.name])
+    return words, found
 
 
 def _array(data: bytes, span: tuple[int, int], name: str, dtype: np.dtype) -> np.ndarray:
@@ -248,7 +318,7 @@ def _integers(data: bytes, span: tuple[int, int], name: str, count: int) -> tupl
     return values
 
 
-def _rewritten(data: bytes) -> bytes:
+def _rewritten(data: bytes, one: _Form, several: _Form) -> tuple[bytes, _Form]:
     """The fields of a record as the protobuf library reads them, in the form that `encode_record` writes.
 
     Raises:
@@ -256,34 +326,39 @@ def _rewritten(data: bytes) -> bytes:
     """
     message = tf_example_pb2.Example.FromString(data)
     features = message.features.feature
-    several = any(name.decode() in features for name in captions.FEATURES)
-    kinds = {name.decode(): kind for name, kind in (_SEVERAL if several else _FEATURES).items()}
+    has_others = any(name.decode() in features for name in several.features.keys() - one.features.keys())
+    form = several if has_others else one
+    kinds = {name.decode(): kind for name, kind in form.features.items()}
     for name, kind in kinds.items():
         given = features[name]  # an empty one if there is none
         if not (given.int64_list.value if kind == tf_example.INTEGERS else len(given.bytes_list.value) == 1):
             raise ValueError(f"{name} is missing or not one value of its type")
     for name in features.keys() - kinds.keys():
         del features[name]
-    return message.SerializeToString(deterministic=True)
+    return message.SerializeToString(deterministic=True), form
 
 
-def tfds_features(channels: int, text_width: int, vision_width: int) -> Any:
-    """The TFDS `FeaturesDict` of these records, for `tfds.folder_dataset.write_metadata`.
+def tfds_features(manifest: Manifest) -> Any:
+    """The TFDS `FeaturesDict` of the records of a dataset, for `tfds.folder_dataset.write_metadata`.
 
     The same with several captions a picture: a feature that is not declared is passed over.
     """
     import tensorflow_datasets as tfds
 
     features = tfds.features
-    return features.FeaturesDict(
-        {
-            "key": features.Text(),
-            "caption": features.Text(),
-            "content_hash": features.Text(),
-            "latent": features.Tensor(shape=(channels, None, None), dtype=BF16.type, encoding="bytes"),
-            "text": features.Tensor(shape=(None, text_width), dtype=BF16.type, encoding="bytes"),
-            "vision": features.Tensor(shape=(vision_width,), dtype=np.float32, encoding="bytes"),
-            "original_size": features.Tensor(shape=(2,), dtype=np.int64),
-            "encoded_size": features.Tensor(shape=(2,), dtype=np.int64),
-        }
-    )
+
+    def tensor(shape: tuple[int | None, ...], dtype: np.dtype) -> Any:
+        return features.Tensor(shape=shape, dtype=dtype.type, encoding="bytes")
+
+    declared = {
+        "key": features.Text(),
+        "caption": features.Text(),
+        "content_hash": features.Text(),
+        "latent": tensor((manifest.vae.width, None, None), BF16),
+        "original_size": features.Tensor(shape=(2,), dtype=np.int64),
+        "encoded_size": features.Tensor(shape=(2,), dtype=np.int64),
+    }
+    for name in ordered(manifest.layout):
+        field, width = field_named(name), manifest.encoders[field_named(name).encoder].width
+        declared[name] = tensor((None, width) if field.kind == SEQUENCE else (width,), field.dtype)
+    return features.FeaturesDict(declared)

@@ -13,10 +13,10 @@ Advice = list[tuple[str, str]]  # (cause, what was seen)
 # What to look at, once for each cause, after what was seen.
 LOOK = {
     "text path": "Look at the text path: the gate of the cross-attention, the text length mask (is padding attended "
-    "to?), the RMSNorm on the text, depth, data.text_tokens (is the word within them?); raise flow.drop_vision, so "
+    "to?), the RMSNorm on the text, depth, data.text_tokens (is the word within them?); raise vision in flow.drop, so "
     "that the caption must be enough alone.",
     "vision path": "Look at the vision path: vision_embed, the adaLN modulation and its gates (do they receive "
-    "gradient?), flow.drop_vision; do the vectors of equal captions differ (`python -m preprocess inspect`)?",
+    "gradient?), vision in flow.drop; do the vectors of equal captions differ (`python -m preprocess inspect`)?",
     "the noise decides": "Are the conditions used at all, and are the seeds of sampling those of training?",
 }
 
@@ -161,14 +161,14 @@ def _swap(verdict: Verdict) -> Advice:
         if numbers["shared_captions"] < 0.5:
             seen = (
                 "Most captions of this set belong to one picture each: the caption says all, and nothing taught the "
-                "model to look at the vector. Raise flow.drop_text, or take a set with several pictures of a caption "
-                "in different light."
+                "model to look at the vector. Raise text in flow.drop, or take a set with several pictures of a "
+                "caption in different light."
             )
             advice.append(("the set", seen))
     if not advice and numbers["passing"] < verdict.threshold:
         seen = (
             "Composition and light are each right in most pairs, but not together: the two conditions are tied to each "
-            "other. Condition dropout (flow.drop_text, flow.drop_vision) and more steps loosen them."
+            "other. Condition dropout (flow.drop) and more steps loosen them."
         )
         advice.append(("conditions tied together", seen))
     own, random = verdict.controls

@@ -60,15 +60,18 @@ class Album:
     ) -> Wanted:
         """The picture with the caption, the vector, and the noise and size of these records.
 
+        Further conditions are those of the first record, with the caption.
+
         Args:
           caption, text: instead of the first record's, together.
           vision: instead of the second's.
           seed: instead of the third's.
         """
+        conditions = self.records[caption_of].conditions | {"vision": self.records[vision_of].vision}
+        changed = {"text": text, "vision": vision}
         return Wanted(
             caption=self.caption(caption_of) if caption is None else caption,
-            text=self.records[caption_of].text if text is None else text,
-            vision=self.records[vision_of].vision if vision is None else vision,
+            conditions=conditions | {name: array for name, array in changed.items() if array is not None},
             grid=self.grid(noise_of),
             seed=self.seed_of(noise_of) if seed is None else seed,
         )

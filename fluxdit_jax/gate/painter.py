@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,22 +21,21 @@ class Wanted:
 
     Attributes:
       caption: in words.
-      text: the caption's tokens, bf16 [n, E].
-      vision: unit vision vector f32 [V].
+      conditions: by name; "text" are the caption's tokens.
       grid: (rows, columns) of tokens.
       seed: of the noise.
     """
 
     caption: str
-    text: np.ndarray
-    vision: np.ndarray
+    conditions: Mapping[str, np.ndarray]
     grid: tuple[int, int]
     seed: int
 
     @property
     def key(self) -> Key:
         """Equal for two that must give the same picture."""
-        return self.caption, self.vision.tobytes(), self.grid, self.seed
+        others = b"".join(self.conditions[name].tobytes() for name in sorted(self.conditions) if name != "text")
+        return self.caption, others, self.grid, self.seed
 
 
 # Draws uint8 [H, W, 3] pictures, one for each that is wanted, in order.
@@ -71,12 +70,7 @@ class Painter:
             part = missing[start : start + self._batch_size]
             latents = self._generator.latents(
                 self._params,
-                conditions(
-                    [one.text for one in part],
-                    [one.vision for one in part],
-                    [one.grid for one in part],
-                    len(part[0].vision),
-                ),
+                conditions(self._generator.conditions, [one.conditions for one in part], [one.grid for one in part]),
                 self._generator.noise([one.seed for one in part]),
             )
             images = image_grid.decode_all(self._decoder, latents)

@@ -12,7 +12,7 @@ import numpy as np
 
 from fluxdit_jax.dataset.manifest import Manifest
 from fluxdit_jax.gate.advice import by_cause
-from fluxdit_jax.gate.requirement import ENCODERS, encoder_summary, family
+from fluxdit_jax.gate.requirement import encoder_summary, family
 from fluxdit_jax.gate.verdict import Case, Verdict
 from fluxdit_jax.model.dit import ModelConfig, count_parameters
 from fluxdit_jax.run.checkpoint import EMA
@@ -80,7 +80,7 @@ def build_report(
             "parameters": count_parameters(config),
             "dtype": config.dtype,
         },
-        "encoders": {name: encoder_summary(getattr(manifest, name)) for name in ENCODERS},
+        "encoders": {name: encoder_summary(identity) for name, identity in manifest.encoders.items()},
         "dataset": {
             "path": circumstances.dataset,
             "name": manifest.name,

@@ -18,7 +18,6 @@ from fluxdit_jax.run.weights import places, weights_digest
 from fluxdit_jax.shared.sanitize import shown
 
 log = logging.getLogger(__name__)
-ENCODERS = ("vae", "text", "vision")
 SCALING = ("factor", "scale", "shift")  # what latents of the same VAE's weights mean depends on them
 
 
@@ -37,9 +36,7 @@ def family(config: ModelConfig) -> dict[str, Any]:
         "parameters": hashlib.sha256("\n".join(names).encode()).hexdigest()[:16],
         "patch": config.patch,
         "channels": config.channels,
-        "text_width": config.text_width,
-        "vision_width": config.vision_width,
-    }
+    } | {f"{condition.name}_width": condition.width for condition in config.conditions}
 
 
 def encoder_summary(identity: EncoderIdentity) -> dict[str, Any]:
@@ -118,8 +115,11 @@ def _differences(report: dict[str, Any], config: ModelConfig, manifest: Manifest
         if theirs.get(key) != value:
             what = "the network's structure" if key == "parameters" else f"model.{key}"
             problems.append(f"{what} was {theirs.get(key)!r} there, is {value!r} here")
-    for name in ENCODERS:
-        here, there = encoder_summary(getattr(manifest, name)), report["encoders"][name]
+    if report["encoders"].keys() != manifest.encoders.keys():
+        theirs, ours = sorted(report["encoders"]), sorted(manifest.encoders)
+        problems.append(f"the encoders were those of {', '.join(theirs)} there, are those of {', '.join(ours)} here")
+    for name in manifest.encoders.keys() & report["encoders"].keys():
+        here, there = encoder_summary(manifest.encoders[name]), report["encoders"][name]
         if (here["sha256"], here["width"]) != (there["sha256"], there["width"]):
             problems.append(
                 f"the {name} encoder was {there['id']!r} (sha256 {there['sha256'][:12]}, width {there['width']}) "

@@ -22,14 +22,14 @@ class _Slot:
     """Memory of one batch, and how much of each row is not zero.
 
     Attributes:
-      filled: int64 [B, 2]: in each row, the tokens of the latent and of the text that may hold values.
+      filled: int64 [B, padded]: in each row, the tokens of each padded array that may hold values.
     """
 
-    def __init__(self, size: int, rows: int):
+    def __init__(self, size: int, rows: int, padded: int):
         self.memory = mmap.mmap(-1, size)
         if size >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
             self.memory.madvise(mmap.MADV_HUGEPAGE)
-        self.filled = np.zeros((rows, 2), np.int64)
+        self.filled = np.zeros((rows, padded), np.int64)
 
 
 class _Loan:
@@ -47,12 +47,13 @@ class _Loan:
 class BatchMemory:
     """Makes the arrays of batches that all have the same shapes. Thread-safe."""
 
-    def __init__(self, rows: int, shapes: dict[str, tuple[tuple[int, ...], np.dtype]]):
+    def __init__(self, rows: int, shapes: dict[str, tuple[tuple[int, ...], np.dtype]], padded: int):
         """
         Args:
           rows: samples of a batch. shapes: of each array, (shape, dtype).
+          padded: how many of the arrays are padded: the latent and the sequences.
         """
-        self._rows = rows
+        self._rows, self._padded = rows, padded
         self._free: collections.deque[_Slot] = collections.deque()
         self._layout, self._size = [], 0
         for name, (shape, dtype) in shapes.items():
@@ -65,7 +66,7 @@ class BatchMemory:
         try:
             slot = self._free.popleft()
         except IndexError:
-            slot = _Slot(self._size, self._rows)
+            slot = _Slot(self._size, self._rows, self._padded)
         whole = np.asarray(_Loan(slot, self._free))
         arrays = {
             name: whole[start : start + size].view(dtype).reshape(shape)

@@ -5,7 +5,7 @@ sequence of epochs, each a fresh global shuffle in which every record occurs exa
 stopped anywhere, with any number of threads, micro-batch size or processes, goes on with the same samples.
 
 A picture with several captions meets one of them in each sample, drawn by (seed, sample number): see
-`other_captions.draw`. Everything that does not train (held-out loss, previews, the gate) takes the first caption.
+`captions.draw`. Everything that does not train (held-out loss, previews, the gate) takes the first caption.
 
 A damaged record stops the run, or, if asked to, the next sound record in the order of its epoch takes its place:
 then a batch is a pure function of seed, position and which records are damaged.
@@ -20,13 +20,15 @@ import logging
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
 
 from fluxdit_jax.dataset import captions
+from fluxdit_jax.dataset.fields import BF16, field_named, of_captions
 from fluxdit_jax.dataset.manifest import DatasetError, Manifest
-from fluxdit_jax.dataset.records import BF16, Record, check_fit, check_record, decode_record
+from fluxdit_jax.dataset.records import Record, check_fit, check_record, decode_record
 from fluxdit_jax.dataset.shards import Shards
 from fluxdit_jax.loader.batch_memory import BatchMemory
 from fluxdit_jax.model.patches import patchify
@@ -82,7 +84,7 @@ class RecordSource:
         shard = bisect.bisect_right(self._starts, index) - 1
         row = index - self._starts[shard]
         try:
-            record = decode_record(self._shards.read(shard, row), self.manifest.text.width)
+            record = decode_record(self._shards.read(shard, row), self.manifest.layout)
             if not self._checked[index]:
                 check_record(record)
                 check_fit(record, self.manifest)
@@ -135,61 +137,102 @@ class RecordSource:
             ) from error
 
 
+@dataclasses.dataclass(frozen=True)
+class BatchLayout:
+    """The arrays of a micro-batch: what `collate` makes and the network takes.
+
+    Attributes:
+      patch: side of a patch in latent pixels.
+      tokens: image tokens a latent is padded to.
+      token_width: values of one.
+      widths: of each condition, by name.
+      lengths: tokens that each sequence among them is padded or cut to.
+    """
+
+    patch: int
+    tokens: int
+    token_width: int
+    widths: dict[str, int]
+    lengths: dict[str, int]
+
+    def __hash__(self) -> int:
+        return hash((self.patch, self.tokens, self.token_width, *self.widths.items(), *self.lengths.items()))
+
+    def shapes(self, rows: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """(shape, dtype) of every array.
+
+        latent bf16 [B, tokens, P], grid int32 [B, 2], of each sequence NAME bf16 [B, length, E] and NAME_length int32
+        [B], of each vector f32 [B, V], index uint32 [B] (the sample's number), replaced bool [B] (it stands in for a
+        damaged record).
+        """
+        shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+            "latent": ((self.tokens, self.token_width), BF16),
+            "grid": ((2,), np.int32),
+        }
+        for name, width in self.widths.items():
+            dtype = field_named(name).dtype
+            if name in self.lengths:
+                shapes |= {name: ((self.lengths[name], width), dtype), f"{name}_length": ((), np.int32)}
+            else:
+                shapes[name] = ((width,), dtype)
+        shapes |= {"index": ((), np.uint32), "replaced": ((), np.bool_)}
+        return {name: ((rows, *shape), np.dtype(dtype)) for name, (shape, dtype) in shapes.items()}
+
+
 def collate(
     records: Iterable[Record],
     index: list[int],
-    patch: int,
-    tokens: int,
-    text_tokens: int,
+    layout: BatchLayout,
     replaced: list[bool] | None = None,
     memory: BatchMemory | None = None,
 ) -> dict[str, np.ndarray]:
-    """Stacks records into the arrays `train_step.make_train_step` takes.
+    """Stacks records into the arrays of `layout`.
 
     Args:
       records: are taken one by one, so that they need not all be in memory.
+      index: numbers of the samples.
       replaced: which records stand in for damaged ones, looked at after the last record; None: none of them.
-      memory: where the batch is written, of `batch_shapes`; its arrays are read-only. None: fresh memory.
+      memory: where the batch is written; its arrays are read-only. None: fresh memory.
 
     Returns:
-      latent bf16 [B, tokens, P], grid int32 [B, 2], text bf16 [B, text_tokens, E], text_length int32 [B],
-      vision f32 [B, V], index uint32 [B], replaced bool [B]. Padding is zero. The text is that of the first caption
-      (`with_drawn_caption` makes another the first). Captions longer than text_tokens are cut.
+      The arrays of `BatchLayout.shapes`. Padding is zero. What is made from the caption is that of the first one
+      (`with_drawn_caption` makes another the first). Sequences longer than their length are cut.
     """
-    B = len(index)
-    if memory is None:
-        records = list(records)
-        first = records[0]
-        shapes = batch_shapes(
-            B, first.latent.shape[0] * patch**2, tokens, text_tokens, first.text.shape[1], first.vision.size
-        )
-        batch = {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
-        filled = np.zeros((B, 2), np.int64)
-    else:
-        batch, filled = memory.take()
+    B, names = len(index), list(layout.lengths)
+    batch, filled = (memory or BatchMemory(B, layout.shapes(B), 1 + len(names))).take()
     before = filled.tolist()
-    filled[:] = tokens, text_tokens  # should this fail half-way, all of it counts as used
-    latent, text = batch["latent"].view(np.uint16), batch["text"].view(np.uint16)
-    grids, lengths = [], []
+    filled[:] = layout.tokens, *layout.lengths.values()  # should this fail half-way, all of it counts as used
+    latent = batch["latent"].view(np.uint16)
+    sequences = [(name, batch[name].view(np.uint16), length) for name, length in layout.lengths.items()]
+    vectors = [(name, batch[name]) for name in layout.widths if name not in layout.lengths]
+    grids, counts = [], []
+    patch = layout.patch
     for row, record in enumerate(records):
         _, h, w = record.latent.shape
         rows, columns = h // patch, w // patch
-        count, length = rows * columns, min(len(record.text), text_tokens)
-        if h % patch or w % patch or count > tokens:
+        count = rows * columns
+        if h % patch or w % patch or count > layout.tokens:
             raise DatasetError(
-                f"record {record.key!r} has a latent of {w}x{h} (width x height), which does not fit {tokens} "
+                f"record {record.key!r} has a latent of {w}x{h} (width x height), which does not fit {layout.tokens} "
                 f"patches of side {patch}"
             )
         patchify(record.latent.view(np.uint16), patch, latent[row, :count])
         latent[row, count : before[row][0]] = 0
-        _copy(record.text[:length], text[row, :length])
-        text[row, length : before[row][1]] = 0
-        _copy(record.vision, batch["vision"][row])
+        used = [count]
+        for number, (name, out, most) in enumerate(sequences, 1):
+            values = record.conditions[name]
+            length = min(len(values), most)
+            _copy(values[:length], out[row, :length])
+            out[row, length : before[row][number]] = 0
+            used.append(length)
+        for name, out in vectors:
+            _copy(record.conditions[name], out[row])
         grids.append((rows, columns))
-        lengths.append((count, length))
-    filled[:] = lengths
+        counts.append(used)
+    filled[:] = counts
     batch["grid"][:] = grids
-    batch["text_length"][:] = filled[:, 1]
+    for number, name in enumerate(names, 1):
+        batch[f"{name}_length"][:] = filled[:, number]
     batch["index"][:] = index
     batch["replaced"][:] = False if replaced is None else replaced
     if memory is not None:
@@ -199,12 +242,14 @@ def collate(
 
 
 def with_drawn_caption(record: Record, seed: int, number: int, weights: Sequence[float]) -> Record:
-    """The record with the one caption that sample `number` is trained on; see `other_captions.draw`."""
+    """The record with the one caption that sample `number` is trained on; see `captions.draw`."""
     if not record.other_captions:
         return record
     chosen = captions.draw(seed, number, len(record.captions), weights)
-    caption, text = record.captions[chosen], record.texts[chosen]
-    return dataclasses.replace(record, caption=caption, text=text, other_captions=(), other_texts=())
+    made = {field.name: record.of_all_captions(field.name)[chosen] for field in of_captions(record.layout())}
+    return dataclasses.replace(
+        record.having(**made), caption=record.captions[chosen], other_captions=(), other_conditions={}
+    )
 
 
 def _copy(source: np.ndarray, out: np.ndarray) -> None:
@@ -219,31 +264,13 @@ def _copy(source: np.ndarray, out: np.ndarray) -> None:
     out.reshape(-1).view(np.uint8).data[:] = source.reshape(-1).view(np.uint8).data
 
 
-def batch_shapes(
-    rows: int, token_width: int, tokens: int, text_tokens: int, text_width: int, vision_width: int
-) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """(shape, dtype) of every array of a micro-batch, as `collate` makes it."""
-    shapes = {
-        "latent": ((tokens, token_width), BF16),
-        "grid": ((2,), np.int32),
-        "text": ((text_tokens, text_width), BF16),
-        "text_length": ((), np.int32),
-        "vision": ((vision_width,), np.float32),
-        "index": ((), np.uint32),
-        "replaced": ((), np.bool_),
-    }
-    return {name: ((rows, *shape), np.dtype(dtype)) for name, (shape, dtype) in shapes.items()}
-
-
 def batches(
     source: RecordSource,
     *,
     seed: int,
     start: int,
     batch_size: int,
-    patch: int,
-    tokens: int,
-    text_tokens: int,
+    layout: BatchLayout,
     threads: int,
     prefetch: int,
     caption_weights: Sequence[float] = (),
@@ -257,15 +284,11 @@ def batches(
     Args:
       batch_size: samples of the micro-batch over all processes; each process reads its own equal part.
       threads, prefetch: reader threads, and batches read ahead; neither changes what is read.
-      caption_weights: of a picture's first, second, ... caption; see `other_captions.draw`.
+      caption_weights: of a picture's first, second, ... caption; see `captions.draw`.
     """
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     local = batch_size // processes
-    width = source.manifest.vae.width * patch**2
-    memory = BatchMemory(
-        local,
-        batch_shapes(local, width, tokens, text_tokens, source.manifest.text.width, source.manifest.vision.width),
-    )
+    memory = BatchMemory(local, layout.shapes(local), 1 + len(layout.lengths))
 
     def rest_of_epoch(position: int, number: int) -> Iterator[int]:
         """The record at a position, the others to the end of its epoch, then those from its beginning."""
@@ -288,7 +311,7 @@ def batches(
                 replaced.append(found != asked)
                 yield with_drawn_caption(record, seed, position, caption_weights)
 
-        return collate(records(), index, patch, tokens, text_tokens, replaced, memory)
+        return collate(records(), index, layout, replaced, memory)
 
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
     return iter(grain.MapDataset.range(_ENDLESS).map(read).to_iter_dataset(options))

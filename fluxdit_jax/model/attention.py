@@ -23,7 +23,7 @@ _KEPT = "attention"  # the name of what `keep` keeps of the XLA path
 def keep(primitive: Any, *_: Any, **parameters: Any) -> bool:
     """A policy for `jax.checkpoint`: keeps what attention's backward pass needs of the forward pass beside q, k, v.
 
-    That is the output and the log-sum-exp of each row: dear to compute and small, since the logits are not among
+    That is the output and the log-sum-exp of each row: expensive to compute and small, since the logits are not among
     them. cuDNN's attention is one primitive with both as its results; to keep a copy of its output alone would not
     spare it from being run again, as the backward pass needs the other, too.
     """

@@ -1,10 +1,11 @@
-"""The diffusion transformer: velocity of a noisy latent, given its time, caption and vision vector.
+"""The diffusion transformer: velocity of a noisy latent, given its time and its conditions.
 
 A DiT (Peebles & Xie 2023, arXiv:2212.09748) with the parts that later work kept:
 one shared adaLN network and a small table per block (PixArt-alpha, arXiv:2310.00426), cross-attention to
-the caption, QK-RMSNorm (arXiv:2302.05442), 2-D rotary positions (arXiv:2104.09864) computed from each
-sample's own height and width, and SwiGLU (arXiv:2002.05202: better loss than GELU at equal parameters
-and FLOPs; it is also what leaves no activation outlier to a bias, as the layers here have none).
+the sequences among the conditions (the caption), QK-RMSNorm (arXiv:2302.05442), 2-D rotary positions
+(arXiv:2104.09864) computed from each sample's own height and width, and SwiGLU (arXiv:2002.05202: better
+loss than GELU at equal parameters and FLOPs; it is also what leaves no activation outlier to a bias, as the
+layers here have none).
 
 Flax NNX defines the modules; blocks are stacked once and scanned (`jax.lax.scan`), so that tracing and
 compiling do not grow with depth. Parameters are created in f32; callers cast them to the compute dtype.
@@ -25,12 +26,13 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from fluxdit_jax.model import attention
+from fluxdit_jax.model.conditions import Condition, Given, joined
 from fluxdit_jax.model.matmul import matmul, repeat_rows, row_major
 
 # What a block keeps for the backward pass; the rest is computed again.
 #   none     keep everything: fastest, most memory
 #   dots     keep the results of dense layers and of attention: recomputes norms and activations only
-#   attention keep the results of attention, which are dear to recompute and small to keep
+#   attention keep the results of attention, which are expensive to recompute and small
 #   block    keep the block's input only: least memory, about a third more compute
 REMAT_POLICIES = {
     "none": None,
@@ -53,7 +55,8 @@ class ModelConfig:
       width: D, a multiple of `heads`; head size must be a multiple of 4 (rotary pairs on two axes).
       patch: side of a patch in latent pixels.
       channels: latent channels of the VAE.
-      text_width, vision_width: widths of the stored text tokens and vision vector.
+      conditions: what the network is given; parameters are created in this order, vectors before sequences. At
+        least one of them is a sequence.
       dtype: compute dtype, "bfloat16" or "float32".
       remat: a key of `REMAT_POLICIES`.
       attention: "cudnn" or "xla" (see `attention.choose_implementation`).
@@ -64,11 +67,18 @@ class ModelConfig:
     heads: int = 6
     patch: int = 2
     channels: int = 16
-    text_width: int = 1024
-    vision_width: int = 1024
+    conditions: tuple[Condition, ...] = (Condition("text", 1024, sequence=True), Condition("vision", 1024))
     dtype: str = "bfloat16"
     remat: str = "none"
     attention: str = "xla"
+
+    @property
+    def sequences(self) -> tuple[Condition, ...]:
+        return tuple(condition for condition in self.conditions if condition.sequence)
+
+    @property
+    def vectors(self) -> tuple[Condition, ...]:
+        return tuple(condition for condition in self.conditions if not condition.sequence)
 
     @property
     def head_dim(self) -> int:
@@ -163,13 +173,13 @@ class CrossAttention(nnx.Module):
         self.k_scale = nnx.Param(jnp.ones((config.head_dim,)))
         self.out = Dense(config.width, config.width, rngs=rngs)
 
-    def __call__(self, x_BxNxD: jax.Array, text_BxTxD: jax.Array, text_length_B: jax.Array) -> jax.Array:
+    def __call__(self, x_BxNxD: jax.Array, sequence_BxTxD: jax.Array, length_B: jax.Array) -> jax.Array:
         B, N, D = x_BxNxD.shape
-        T = text_BxTxD.shape[1]
+        T = sequence_BxTxD.shape[1]
         q = rms_norm(self.q(x_BxNxD).reshape(B, N, self.heads, -1), self.q_scale[...])
-        k, v = (y.reshape(B, T, self.heads, -1) for y in jnp.split(self.kv(text_BxTxD), 2, axis=-1))
+        k, v = (y.reshape(B, T, self.heads, -1) for y in jnp.split(self.kv(sequence_BxTxD), 2, axis=-1))
         k = rms_norm(k, self.k_scale[...])
-        y = attention.attend(q, k, v, text_length_B, self.implementation)
+        y = attention.attend(q, k, v, length_B, self.implementation)
         return self.out(y.reshape(B, N, D))
 
 
@@ -196,8 +206,8 @@ class Block(nnx.Module):
         self,
         x_BxNxD: jax.Array,
         modulation_Bx7xD: jax.Array,
-        text_BxTxD: jax.Array,
-        text_length_B: jax.Array,
+        sequence_BxTxD: jax.Array,
+        sequence_length_B: jax.Array,
         cos: jax.Array,
         sin: jax.Array,
         length_B: jax.Array,
@@ -208,7 +218,7 @@ class Block(nnx.Module):
         )
         x = x_BxNxD
         x = x + gate1 * self.attention(rms_norm(x) * (1 + scale1) + shift1, cos, sin, length_B)
-        x = x + gate_cross * self.cross(rms_norm(x), text_BxTxD, text_length_B)
+        x = x + gate_cross * self.cross(rms_norm(x), sequence_BxTxD, sequence_length_B)
         return x + gate2 * self.mlp(rms_norm(x) * (1 + scale2) + shift2)
 
 
@@ -221,11 +231,13 @@ class DiT(nnx.Module):
         self.patch_embed = Dense(config.token_width, D, rngs=rngs, bias=True)
         self.time_in = Dense(TIME_FEATURES, D, rngs=rngs, bias=True)
         self.time_out = Dense(D, D, rngs=rngs, bias=True)
-        self.vision_embed = Dense(config.vision_width, D, rngs=rngs, bias=True)
-        self.null_vision = nnx.Param(0.02 * jax.random.normal(rngs.params(), (D,)))
-        self.text_scale = nnx.Param(jnp.ones((config.text_width,)))
-        self.text_embed = Dense(config.text_width, D, rngs=rngs, bias=True)
-        self.null_text = nnx.Param(jax.random.normal(rngs.params(), (D,)))
+        for name, width in ((c.name, c.width) for c in config.vectors):
+            setattr(self, f"{name}_embed", Dense(width, D, rngs=rngs, bias=True))
+            setattr(self, f"null_{name}", nnx.Param(0.02 * jax.random.normal(rngs.params(), (D,))))
+        for name, width in ((c.name, c.width) for c in config.sequences):
+            setattr(self, f"{name}_scale", nnx.Param(jnp.ones((width,))))
+            setattr(self, f"{name}_embed", Dense(width, D, rngs=rngs, bias=True))
+            setattr(self, f"null_{name}", nnx.Param(jax.random.normal(rngs.params(), (D,))))
         # Gates start at zero (every block is the identity), shifts and scales do not: a zero table plus a
         # zero network would still learn, but the conditions would reach the blocks two steps later.
         self.modulation = Dense(D, (N_BLOCK_MODULATIONS + 2) * D, rngs=rngs, bias=True, scale=0.1)
@@ -241,15 +253,7 @@ class DiT(nnx.Module):
         self.out = Dense(D, config.token_width, rngs=rngs, bias=True, scale=0.0)
 
     def __call__(
-        self,
-        x_BxNxP: jax.Array,
-        t_B: jax.Array,
-        grid_Bx2: jax.Array,
-        text_BxTxE: jax.Array,
-        text_length_B: jax.Array,
-        vision_BxV: jax.Array,
-        keep_text_B: jax.Array,
-        keep_vision_B: jax.Array,
+        self, x_BxNxP: jax.Array, t_B: jax.Array, grid_Bx2: jax.Array, conditions: dict[str, Given]
     ) -> jax.Array:
         """Predicts the velocity.
 
@@ -257,9 +261,7 @@ class DiT(nnx.Module):
           x_BxNxP: noisy normalised latent as patches, padding tokens zero.
           t_B: f32 time in [0, 1], 1 is noise.
           grid_Bx2: int32 (rows, columns) of tokens; the first rows*columns of N are real.
-          text_BxTxE: text tokens, zero beyond the length. text_length_B: int32, 1..T.
-          vision_BxV: unit vision vectors.
-          keep_text_B, keep_vision_B: bool; False replaces the condition by its learned null.
+          conditions: all of `config.conditions`, by name.
 
         Returns:
           f32 [B, N, P]; what stands at padding tokens is meaningless.
@@ -269,28 +271,38 @@ class DiT(nnx.Module):
         x = self.patch_embed(x_BxNxP.astype(dtype))
         length_B = grid_Bx2[:, 0] * grid_Bx2[:, 1]
         cos, sin = rotary(grid_Bx2, x.shape[1], config.head_dim)
+        sequence, sequence_length_B = joined([self._sequence(c.name, conditions[c.name]) for c in config.sequences])
 
-        text = self.text_embed(rms_norm(text_BxTxE.astype(dtype), self.text_scale[...]))
-        text = jnp.where(keep_text_B[:, None, None], text, self.null_text[...])
-        text_length_B = jnp.where(keep_text_B, text_length_B, 1)
-
-        vision = self.vision_embed(vision_BxV.astype(dtype) * math.sqrt(config.vision_width))
-        vision = jnp.where(keep_vision_B[:, None], vision, self.null_vision[...])
         time = self.time_out(jax.nn.silu(self.time_in(time_features(t_B).astype(dtype))))
-        modulation = self.modulation(jax.nn.silu(time + vision)).reshape(x.shape[0], -1, config.width)
+        vector = functools.reduce(jnp.add, [self._vector(c.name, conditions[c.name]) for c in config.vectors], time)
+        modulation = self.modulation(jax.nn.silu(vector)).reshape(x.shape[0], -1, config.width)
         block_modulation, (shift, scale) = modulation[:, :-2], jnp.moveaxis(modulation[:, -2:, None], 1, 0)
 
         graph, stacked = nnx.split(self.blocks)
 
         def body(x: jax.Array, block_parameters: Any) -> tuple[jax.Array, None]:
             block = nnx.merge(graph, block_parameters)
-            return block(row_major(x), block_modulation, text, text_length_B, cos, sin, length_B), None
+            return block(row_major(x), block_modulation, sequence, sequence_length_B, cos, sin, length_B), None
 
         if config.remat != "none":
             body = jax.checkpoint(body, prevent_cse=False, policy=REMAT_POLICIES[config.remat])
         x, _ = jax.lax.scan(body, x, stacked)
         x = rms_norm(x) * (1 + scale) + shift
         return self.out(x).astype(jnp.float32)
+
+    def _sequence(self, name: str, given: Given) -> tuple[jax.Array, jax.Array]:
+        """(tokens [B, T, D], length [B]) of a sequence; that of the null is 1."""
+        assert given.length_B is not None
+        scale, embed, null = (getattr(self, part) for part in (f"{name}_scale", f"{name}_embed", f"null_{name}"))
+        tokens = embed(rms_norm(given.values.astype(self.config.dtype), scale[...]))
+        tokens = jnp.where(given.keep_B[:, None, None], tokens, null[...])
+        return tokens, jnp.where(given.keep_B, given.length_B, 1)
+
+    def _vector(self, name: str, given: Given) -> jax.Array:
+        """[B, D] of a unit vector, which is scaled to a root mean square of 1."""
+        embed, null = getattr(self, f"{name}_embed"), getattr(self, f"null_{name}")
+        vector = embed(given.values.astype(self.config.dtype) * math.sqrt(given.values.shape[-1]))
+        return jnp.where(given.keep_B[:, None], vector, null[...])
 
 
 @functools.lru_cache(maxsize=8)
@@ -309,7 +321,7 @@ def initialize(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     return nnx.to_pure_dict(nnx.split(DiT(config, rngs=nnx.Rngs(params=key)))[1])
 
 
-def apply(graph: Any, params: dict[str, Any], *args: jax.Array) -> jax.Array:
+def apply(graph: Any, params: dict[str, Any], *args: Any) -> jax.Array:
     """Runs the network with a parameter tree as `build` describes it. See `DiT.__call__`."""
     return nnx.merge(graph, params)(*args)
 
@@ -319,17 +331,21 @@ def count_parameters(config: ModelConfig) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(build(config)[1]))
 
 
-def flops_per_sample(config: ModelConfig, tokens: int, text_tokens: int) -> int:
+def flops_per_sample(config: ModelConfig, tokens: int, lengths: dict[str, int]) -> int:
     """Forward matrix-product FLOPs of one sample (2 per multiply-add), counted by hand.
 
     XLA's own cost analysis counts the body of a scan once. Training costs three times this, recomputation
     not included, as model FLOPs utilisation is defined (arXiv:2204.02311, appendix B).
+
+    Args:
+      tokens: of the image. lengths: of each sequence.
     """
-    D, N, T = config.width, tokens, text_tokens
+    D, N, T = config.width, tokens, sum(lengths[c.name] for c in config.sequences)
     block = 2 * N * D * (3 * D + D)  # self-attention projections
     block += 4 * N * N * D  # logits and weighted sum
     block += 2 * N * D * 2 * D + 2 * T * D * 2 * D + 4 * N * T * D  # cross-attention
     block += 2 * N * D * 3 * config.mlp_hidden
-    ends = 2 * N * 2 * config.token_width * D + 2 * T * config.text_width * D
-    vector = 2 * D * (TIME_FEATURES + D + config.vision_width + (N_BLOCK_MODULATIONS + 2) * D)
+    ends = 2 * N * 2 * config.token_width * D + sum(2 * lengths[c.name] * c.width * D for c in config.sequences)
+    vectors = sum(c.width for c in config.vectors)
+    vector = 2 * D * (TIME_FEATURES + D + vectors + (N_BLOCK_MODULATIONS + 2) * D)
     return config.depth * block + ends + vector

@@ -28,7 +28,7 @@ def length(config: ConfigDict, manifest: Manifest) -> Length:
 
 def training_flops(settings: Settings) -> int:
     """FLOPs of a sample's forward and backward pass, recomputation not counted."""
-    return 3 * dit.flops_per_sample(settings.model, settings.tokens, settings.text_tokens)
+    return 3 * dit.flops_per_sample(settings.model, settings.tokens, settings.batch.lengths)
 
 
 def describe(config: ConfigDict, settings: Settings, manifest: Manifest, mesh: jax.sharding.Mesh) -> None:
@@ -48,6 +48,8 @@ def describe(config: ConfigDict, settings: Settings, manifest: Manifest, mesh: j
             manifest.vae.id,
         ),
     )
+    if further := manifest.further():
+        log.info("conditions besides the caption and the vision vector: %s", ", ".join(further))
     if manifest.text_tokens > settings.text_tokens:
         log.warning(
             "captions longer than %d tokens are cut; the longest has %d",

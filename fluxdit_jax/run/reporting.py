@@ -1,4 +1,4 @@
-"""Reads what each step measured and tells people: terminal, log, metrics.jsonl, TensorBoard."""
+"""Reads the metrics of each step and reports them: terminal, log, metrics.jsonl, TensorBoard."""
 
 from __future__ import annotations
 

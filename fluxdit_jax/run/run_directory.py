@@ -17,8 +17,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from fluxdit_jax.config import RENAMED, default_config
+from fluxdit_jax.config import default_config
 from fluxdit_jax.dataset.manifest import DatasetError, Manifest, json_checksum, load_manifest
+from fluxdit_jax.renamed_keys import converted
 from fluxdit_jax.shared.atomic_files import write_whole
 from fluxdit_jax.shared.lock import Lock
 
@@ -52,9 +53,6 @@ SHAPE_KEYS = (
     "model.width",
     "model.depth",
     "model.patch",
-    "model.channels",
-    "model.text_width",
-    "model.vision_width",
 )
 
 
@@ -184,15 +182,6 @@ def _completed(values: dict[str, Any], defaults: dict[str, Any], prefix: str = "
     return whole
 
 
-def _renamed(values: dict[str, Any]) -> dict[str, Any]:
-    """The keys of an earlier version under today's names."""
-    for name, successor in RENAMED.items():
-        old, new = name.split("."), successor.split(".")
-        if isinstance(values.get(old[0]), dict) and old[1] in values[old[0]]:
-            values.setdefault(new[0], {})[new[1]] = values[old[0]].pop(old[1])
-    return values
-
-
 def _with_tuples(value: Any) -> Any:
     """JSON as a configuration: its lists are tuples."""
     if isinstance(value, dict):
@@ -213,7 +202,7 @@ def _recorded(workdir: Path) -> ConfigDict:
                 "its checksum is not that of its content: it is damaged, or was edited by hand. Bring a backup; "
                 "or mend the value and take the line with the checksum out"
             )
-        return ConfigDict(_with_tuples(_renamed(values)))
+        return ConfigDict(_with_tuples(converted(values)))
     except FileNotFoundError as error:
         raise RunError(f"{path} does not exist: {workdir} is not a run directory of fluxdit_jax.train") from error
     except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -278,8 +267,8 @@ def dataset_difference(old: Manifest, new: Manifest) -> str:
     for name in ("resolution", "fit"):
         values = getattr(new, name), getattr(old, name)
         found += [f"{name} {values[0]}, was {values[1]}"] if values[0] != values[1] else []
-    for name in ("vae", "text", "vision"):
-        ids = getattr(new, name).id, getattr(old, name).id
+    for name in dict.fromkeys((*new.encoders, *old.encoders)):
+        ids = [each.encoders[name].id if name in each.encoders else "none" for each in (new, old)]
         found += [f"{name} encoder {ids[0]}, was {ids[1]}"] if ids[0] != ids[1] else []
     return "; ".join(found) or "as many images, with other contents"
 

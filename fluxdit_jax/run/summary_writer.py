@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 class SummaryWriter:
     """One event file of a folder. What is written is in the file when the call returns.
 
-    A disk that is full, or gone, is told and costs TensorBoard's curves only: `metrics.jsonl` is the record.
+    A disk that is full, or gone, is logged and costs TensorBoard's curves only: `metrics.jsonl` is the record.
 
     Attributes:
       failures: events that could not be written.

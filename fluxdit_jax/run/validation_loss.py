@@ -15,8 +15,9 @@ import numpy as np
 
 from fluxdit_jax import flow
 from fluxdit_jax.device import sharding
-from fluxdit_jax.loader.reader import RecordSource, collate, spread
+from fluxdit_jax.loader.reader import BatchLayout, RecordSource, collate, spread
 from fluxdit_jax.model import dit
+from fluxdit_jax.model.conditions import given
 from fluxdit_jax.train_step import flow_loss, normalize_latents
 
 # Far from the sample numbers of training, so that its noise is never the held-out noise.
@@ -38,8 +39,7 @@ class ValidationLoss:
         *,
         mesh: jax.sharding.Mesh,
         statistics: tuple[np.ndarray, np.ndarray],
-        tokens: int,
-        text_tokens: int,
+        layout: BatchLayout,
         batch_size: int,
         pictures: int,
         times: int = 8,
@@ -62,7 +62,7 @@ class ValidationLoss:
         for start in range(0, len(numbers), batch_size):
             part = numbers[start : start + batch_size]
             index = [_FIRST_INDEX + start + row for row in range(batch_size)]
-            batch = collate([record for record, _ in part], index, config.patch, tokens, text_tokens)
+            batch = collate([record for record, _ in part], index, layout)
             batch["t"] = t[[k for _, k in part]]
             batch["weight"] = weights[start : start + batch_size]
             self._batches.append(batch)
@@ -71,8 +71,9 @@ class ValidationLoss:
             params = jax.tree.map(lambda p: p.astype(config.dtype), ema)
             x0, valid = normalize_latents(batch, *statistics)
             noise = flow.draw_noise(0, batch["index"], x0.shape[1:])
-            keep = jnp.ones_like(batch["index"], bool)
-            loss_B, _, _ = flow_loss(graph, params, batch, x0, valid, batch["t"], noise, (keep, keep))
+            keep = {c.name: jnp.ones_like(batch["index"], bool) for c in config.conditions}
+            conditions = given(config.conditions, batch, keep)
+            loss_B, _, _ = flow_loss(graph, params, batch["grid"], conditions, x0, valid, batch["t"], noise)
             loss_B = loss_B * batch["weight"]
             bin_loss, bin_count = flow.loss_by_time(loss_B, batch["t"], batch["weight"])
             return jnp.sum(loss_B), bin_loss, bin_count

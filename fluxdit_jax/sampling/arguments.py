@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fluxdit_jax.run.checkpoint import EMA, SHORT_EMA
 from fluxdit_jax.sampling import recipe, solvers
 from fluxdit_jax.sampling.prompts import read_prompts
 from fluxdit_jax.shared.paths import expanded, given_path
 
+T = TypeVar("T")
 # Of arguments that neither the command line nor a recipe gives.
 DEFAULTS: dict[str, Any] = {
     "count": 1, "seed": 0, "steps": 32, "method": "heun", "guidance_text": 1.0, "guidance_vision": 1.0,
-    "rescale": 0.0, "weights": EMA,
+    "guidance": {}, "condition": {}, "rescale": 0.0, "weights": EMA,
 }  # fmt: skip
 EPILOG = """\
 guidance: 1 draws what the model learned. With a prompt alone, --guidance-text 3 to 7 is usual; with a reference, 2 to 5
 and --guidance-vision 1 to 3. Stronger guidance follows the condition more closely, varies less and saturates; --rescale
-0.5 to 0.7 takes the saturation back. A guided picture costs three evaluations of the network instead of one. The best
-scales differ from model to model: --sweep-text 1,3,5,7 --sweep-vision 1,2,3 draws a sheet of all of them.
+0.5 to 0.7 takes the saturation back. A guided picture costs one more evaluation of the network for each condition that
+is given: two with a prompt alone, three with a reference. The best scales differ from model to model:
+--sweep-text 1,3,5,7 --sweep-vision 1,2,3 draws a sheet of all of them.
 """
 
 
@@ -41,6 +44,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if arguments.prompts:
         arguments.prompt = [*(arguments.prompt or ()), *read_prompts(arguments.prompts)]
     values = vars(arguments)
+    for name in ("condition", "guidance"):
+        values[name] = values[name] and dict(values[name])
     arguments.given = frozenset(name for name, value in values.items() if value is not None)
     arguments.read_recipe = recipe.read(arguments.recipe) if arguments.recipe else None
     taken = dict(arguments.read_recipe.arguments) if arguments.read_recipe else {}
@@ -74,11 +79,15 @@ def _add_arguments(add: Any) -> None:
     add("--prompt", action="append", help="what to draw; may be given several times; default: the recipe's")
     add("--prompts", type=given_path, help="text file with one prompt per line; default: none")
     add("--reference", type=given_path, help="picture whose light and mood (vision vector) to take; default: none, "
-        "which the model must have been trained for (flow.drop_vision)")  # fmt: skip
+        "which the model must have been trained for (flow.drop)")  # fmt: skip
     add("--guidance-text", type=float, help=f"1: the model itself; 3 to 7 is usual, with a reference 2 to 5; higher: "
         f"closer to the prompt; {default('guidance_text')}")  # fmt: skip
     add("--guidance-vision", type=float, help=f"the same for the reference; 1 to 3 is usual; "
         f"{default('guidance_vision')}")  # fmt: skip
+    add("--condition", type=_named(given_path), action="append", metavar="NAME=FILE.npy", help="a further condition "
+        "of the dataset, as `preprocess build --condition NAME=DIR` read it; default: none")  # fmt: skip
+    add("--guidance", type=_named(float), action="append", metavar="NAME=SCALE", help="guidance of a further "
+        "condition; default: 1")  # fmt: skip
     add("--rescale", type=float, help=f"0 to 1: undoes the over-saturation of strong guidance; 0.5 to 0.7 is usual "
         f"above a scale of 5; {default('rescale')}")  # fmt: skip
     add(
@@ -123,7 +132,7 @@ def _check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namesp
         parser.error("--steps and --count must be at least 1, --seed at least 0")
     if arguments.seed + arguments.count * len(arguments.prompt) >= 2**31:
         parser.error("--seed must stay below 2**31, counted up for every picture")
-    scales = [arguments.guidance_text, arguments.guidance_vision]
+    scales = [arguments.guidance_text, arguments.guidance_vision, *arguments.guidance.values()]
     if not all(map(math.isfinite, [*scales, *(arguments.sweep_text or ()), *(arguments.sweep_vision or ())])):
         parser.error("guidance scales must be finite numbers")
     if not 0 <= arguments.rescale <= 1:
@@ -132,6 +141,21 @@ def _check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namesp
         parser.error(f"--recipe {arguments.recipe}: it has another --method or --weights than this version knows")
     if arguments.out.suffix.lower() != ".png":
         parser.error("--out must end in .png")
+
+
+def _named(kind: Callable[[str], T]) -> Callable[[str], tuple[str, T]]:
+    """Parses NAME=VALUE."""
+
+    def parse(text: str) -> tuple[str, T]:
+        name, equals, value = text.partition("=")
+        try:
+            if not (name and equals and value):
+                raise ValueError
+            return name, kind(value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE") from error
+
+    return parse
 
 
 def _scales(text: str) -> list[float]:

@@ -21,6 +21,7 @@ from fluxdit_jax import config as configuration
 from fluxdit_jax.config import ConfigError, Settings
 from fluxdit_jax.dataset.manifest import DatasetError, EncoderIdentity, Manifest, Shard
 from fluxdit_jax.model import dit
+from fluxdit_jax.renamed_keys import drop_of_shares
 from fluxdit_jax.run.checkpoint import EMA, SHORT_EMA
 from fluxdit_jax.run.digest import tree_digest
 from fluxdit_jax.run.soundness import weights_fault
@@ -29,7 +30,6 @@ from fluxdit_jax.sampling.sizes import pictures_by_size
 from fluxdit_jax.state import shape_difference
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
-DROPPED = ("drop_text", "drop_vision", "drop_both")
 _UNUSABLE = (OSError, ValueError, TypeError, AttributeError, RecursionError, ConfigError, DatasetError)
 
 
@@ -60,18 +60,18 @@ def describe(config: ConfigDict, settings: Settings, manifest: Manifest, weights
     flow = {"shift": settings.flow.shift, "prediction": "velocity", "time": "1 is noise, 0 is the image"}
     sizes = pictures_by_size(manifest).items()
     return {
-        "model": dict(config.model),
-        "flow": flow | {name: getattr(settings.flow, name) for name in DROPPED},
+        "model": dict(config.model) | {"channels": settings.model.channels},
+        "flow": flow | {"drop": config.flow.drop},
         "tokens": settings.tokens,
         "text_tokens": settings.text_tokens,
-        "longest_caption": manifest.text_tokens,
+        "longest": manifest.lengths,
         "latent_mean": manifest.latent_mean,
         "latent_std": manifest.latent_std,
         "resolution": manifest.resolution,
         "modulus": manifest.modulus,
         "fit": manifest.fit,
         "sizes": [{"width": w, "height": h, "pictures": count} for (h, w), count in sizes],
-        "encoders": {name: dataclasses.asdict(getattr(manifest, name)) for name in ("vae", "text", "vision")},
+        "encoders": {name: dataclasses.asdict(each) for name, each in manifest.encoders.items()},
         "ema_step": weights.step,
         "weights": {"average": weights.folder, "digest": weights.digest, "from": weights.path.parent.name},
     }
@@ -116,12 +116,10 @@ def _manifest(raw: dict[str, Any], source: str) -> Manifest:
     whole = Manifest(
         name="export",
         **{name: raw[name] for name in ("resolution", "modulus", "fit", "latent_mean", "latent_std")},
-        vae=EncoderIdentity(**raw["encoders"]["vae"]),
-        text=EncoderIdentity(**raw["encoders"]["text"]),
-        vision=EncoderIdentity(**raw["encoders"]["vision"]),
+        encoders={name: EncoderIdentity(**identity) for name, identity in raw["encoders"].items()},
         buckets=tuple(sizes),
         latent_count=1,
-        text_tokens=raw["longest_caption"],
+        lengths=raw.get("longest") or {"text": raw["longest_caption"]},  # as an earlier version wrote it
         shards={"train": (Shard("export", "", 0, sum(held.values()), held),)},
     )
     return Manifest.from_json(whole.to_json(), source)  # checks it
@@ -133,8 +131,12 @@ def _config(raw: dict[str, Any], folder: Path) -> ConfigDict:
     config.data.text_tokens = raw["text_tokens"]
     for name in config.model:
         config.model[name] = raw["model"][name]
-    for name in ("shift", *DROPPED):
-        config.flow[name] = raw["flow"][name]
+    flow = raw["flow"]
+    config.flow.shift = flow["shift"]
+    if "drop" in flow:
+        config.flow.drop = flow["drop"]
+    else:  # as an earlier version wrote it
+        config.flow.drop = drop_of_shares(flow["drop_both"], flow["drop_text"], flow["drop_vision"])
     configuration.check(config)
     return config
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fluxdit_jax.dataset.records import BF16, Record
+from fluxdit_jax.dataset.fields import BF16
+from fluxdit_jax.dataset.records import Record
 from fluxdit_jax.model import dit
+from fluxdit_jax.model.conditions import Condition, given
 from fluxdit_jax.model.patches import unpatchify
 from fluxdit_jax.sampling import solvers
 from fluxdit_jax.train_step import valid_tokens
@@ -19,43 +21,49 @@ Conditions = dict[str, np.ndarray]
 
 
 def conditions(
-    text: list[np.ndarray],
-    vision: list[np.ndarray | None],
-    grids: list[tuple[int, int]],
-    vision_width: int,
+    kinds: Sequence[Condition], wanted: Sequence[Mapping[str, np.ndarray | None]], grids: list[tuple[int, int]]
 ) -> Conditions:
-    """Stacks what a picture is asked to be. No text is cut: T is the longest.
+    """Stacks what pictures are asked to be. No sequence is cut: T is the longest.
 
     Args:
-      text: per picture its text tokens bf16 [n, E]; empty means no caption.
-      vision: per picture its unit vector f32 [V], or None for no reference.
+      kinds: the conditions of the network.
+      wanted: per picture its conditions by name: sequences bf16 [n, E], unit vectors f32 [V]; one that is missing, None
+        or empty is not given.
       grids: per picture (rows, columns) of tokens.
 
     Returns:
-      text bf16 [B, T, E], text_length int32, vision f32 [B, V], keep_text bool, keep_vision bool, grid int32 [B, 2].
+      grid int32 [B, 2]; of each sequence NAME bf16 [B, T, E] and NAME_length int32 [B], of each vector f32 [B, V]; of
+      both keep_NAME bool [B].
     """
-    padded = np.zeros((len(text), max(1, *map(len, text)), text[0].shape[1]), BF16)
-    for row, tokens in enumerate(text):
-        padded[row, : len(tokens)] = tokens
-    zero = np.zeros(vision_width, np.float32)
-    return {
-        "text": padded,
-        "text_length": np.asarray([max(1, len(tokens)) for tokens in text], np.int32),
-        "vision": np.stack([zero if vector is None else vector for vector in vision]),
-        "keep_text": np.asarray([len(tokens) > 0 for tokens in text]),
-        "keep_vision": np.asarray([vector is not None for vector in vision]),
-        "grid": np.asarray(grids, np.int32),
-    }
+    stacked: Conditions = {"grid": np.asarray(grids, np.int32)}
+    for kind in kinds:
+        values = [one.get(kind.name) for one in wanted]
+        values = [None if value is None or not len(value) else value for value in values]
+        stacked[f"keep_{kind.name}"] = np.asarray([value is not None for value in values])
+        if kind.sequence:
+            lengths = [1 if value is None else len(value) for value in values]
+            stacked[f"{kind.name}_length"] = np.asarray(lengths, np.int32)
+            stacked[kind.name] = np.zeros((len(values), max(lengths), kind.width), BF16)
+        else:
+            stacked[kind.name] = np.zeros((len(values), kind.width), np.float32)
+        for row, value in enumerate(values):
+            if value is not None:
+                stacked[kind.name][(row, slice(len(value))) if kind.sequence else row] = value
+    return stacked
 
 
-def record_conditions(records: list[Record], patch: int, text_limit: int | None) -> Conditions:
+def grid_of(record: Record, patch: int) -> tuple[int, int]:
+    """(rows, columns) of the tokens of a record's latent."""
+    _, h, w = record.latent.shape
+    return h // patch, w // patch
+
+
+def record_conditions(
+    kinds: Sequence[Condition], records: list[Record], patch: int, text_limit: int | None
+) -> Conditions:
     """The conditions that describe stored records, their captions cut where training cuts them."""
-    return conditions(
-        [record.text[:text_limit] for record in records],
-        [record.vision for record in records],
-        [(record.latent.shape[1] // patch, record.latent.shape[2] // patch) for record in records],
-        len(records[0].vision),
-    )
+    wanted = [record.conditions | {"text": record.text[:text_limit]} for record in records]
+    return conditions(kinds, wanted, [grid_of(record, patch) for record in records])
 
 
 class Generator:
@@ -69,7 +77,7 @@ class Generator:
         config: dit.ModelConfig,
         *,
         tokens: int,
-        text_tokens: int,
+        lengths: dict[str, int],
         shift: float,
         statistics: tuple[np.ndarray, np.ndarray],
         steps: int,
@@ -80,19 +88,25 @@ class Generator:
         """
         Args:
           tokens: sequence length; the largest rows * columns that will be asked for.
-          text_tokens: text tokens that a caption is padded to in training. A longer text is padded to twice as
-            many, four times as many and so on: each of these lengths is a program of its own.
+          lengths: tokens that each sequence is padded to in training. A longer one is padded to twice as many, four
+            times as many and so on: each of these lengths is a program of its own.
           statistics: `train_step.patch_statistics` of the training data set.
-          steps, method: see `sampler.integrate`.
+          steps, method: see `solvers.integrate`.
           batch_size: pictures computed at once.
-          graph: of another network with the same interface; None: `model.build(config)`'s.
+          graph: of another network with the same interface; None: `dit.build(config)`'s.
         """
         graph = dit.build(config)[0] if graph is None else graph
         self._config = config
-        self._tokens, self._text_tokens = tokens, text_tokens
+        self._tokens, self._lengths = tokens, lengths
         self._batch_size = batch_size
         self._statistics = statistics
-        self._run = jax.jit(_make_sampler(graph, shift, steps, method), static_argnames="plain")
+        sampler = _make_sampler(graph, config.conditions, shift, steps, method)
+        self._run = jax.jit(sampler, static_argnames="guided")
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """What the network is given."""
+        return self._config.conditions
 
     def cast(self, ema: Any) -> Any:
         """EMA weights f32 -> the compute dtype, on the device."""
@@ -120,14 +134,17 @@ class Generator:
           guidance: other scales need no new compilation.
         """
         mean_P, std_P = self._statistics
+        given_at_all = tuple(c.name for c in self._config.conditions if wanted[f"keep_{c.name}"].any())
+        guided = () if guidance.plain else given_at_all
+        scales = np.array([guidance.of(name) for name in guided], np.float32)
         result: dict[int, np.ndarray] = {}
-        for rows, text_tokens in self._batches(wanted["text_length"]):
+        for rows, lengths in self._batches(wanted):
             done = len(rows)
             rows = rows[np.arange(self._batch_size).clip(max=done - 1)]  # the last batch is filled up
             part = {name: array[rows] for name, array in wanted.items()}
-            part["text"] = _padded(part["text"], text_tokens)
-            scales = np.array([guidance.text, guidance.vision, guidance.rescale], np.float32)
-            tokens = np.asarray(self._run(params, part, noise_BxNxP[rows], scales, plain=guidance.plain))
+            part |= {name: _padded(part[name], length) for name, length in lengths.items()}
+            rescale = np.float32(guidance.rescale)
+            tokens = np.asarray(self._run(params, part, noise_BxNxP[rows], scales, rescale, guided=guided))
             tokens = tokens * std_P + mean_P
             for row in range(done):
                 height, width = part["grid"][row].tolist()
@@ -136,66 +153,65 @@ class Generator:
                 progress(done)
         return [result[row] for row in range(len(noise_BxNxP))]
 
-    def _batches(self, text_length_B: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
-        """Rows of a batch and the text tokens that all of them are padded to.
+    def _batches(self, wanted: Conditions) -> Iterator[tuple[np.ndarray, dict[str, int]]]:
+        """Rows of a batch and the tokens that their sequences are padded to, by name.
 
-        A long text never shares its batch with a short one: padding may round differently, and a picture must not
+        A long sequence never shares its batch with a short one: padding may round differently, and a picture must not
         depend on what is drawn beside it.
         """
-        times = np.maximum(1, -(-text_length_B // self._text_tokens))
-        lengths = self._text_tokens * 2 ** np.ceil(np.log2(times)).astype(int)
-        for length in np.unique(lengths):
-            rows = np.flatnonzero(lengths == length)
+        names = [c.name for c in self._config.sequences]
+        padded = []
+        for name in names:
+            usual = self._lengths[name]
+            times = np.maximum(1, -(-wanted[f"{name}_length"] // usual))
+            padded.append(usual * 2 ** np.ceil(np.log2(times)).astype(int))
+        lengths = np.stack(padded, axis=1)
+        for each in np.unique(lengths, axis=0):
+            rows = np.flatnonzero((lengths == each).all(axis=1))
             for start in range(0, len(rows), self._batch_size):
-                yield rows[start : start + self._batch_size], int(length)
+                yield rows[start : start + self._batch_size], dict(zip(names, each.tolist(), strict=True))
 
 
-def _padded(text_BxTxE: np.ndarray, length: int) -> np.ndarray:
-    """[B, length, E]: zeros after the text, or without the padding beyond `length`."""
-    missing = max(0, length - text_BxTxE.shape[1])
-    return np.pad(text_BxTxE[:, :length], ((0, 0), (0, missing), (0, 0)))
+def _padded(tokens_BxTxE: np.ndarray, length: int) -> np.ndarray:
+    """[B, length, E]: zeros after the tokens, or without the padding beyond `length`."""
+    missing = max(0, length - tokens_BxTxE.shape[1])
+    return np.pad(tokens_BxTxE[:, :length], ((0, 0), (0, missing), (0, 0)))
 
 
-def _make_sampler(graph: Any, shift: float, steps: int, method: str) -> Callable[..., jax.Array]:
+def _make_sampler(
+    graph: Any, kinds: Sequence[Condition], shift: float, steps: int, method: str
+) -> Callable[..., jax.Array]:
     def run(
-        params: Any, wanted: dict[str, jax.Array], noise: jax.Array, scales_3: jax.Array, *, plain: bool
+        params: Any,
+        wanted: dict[str, jax.Array],
+        noise: jax.Array,
+        scales: jax.Array,
+        rescale: jax.Array,
+        *,
+        guided: tuple[str, ...],
     ) -> jax.Array:
-        valid = valid_tokens(wanted["grid"], noise.shape[1])[..., None]
+        """With `guided` empty the model itself; else guided, the conditions added one by one in this order."""
+        times = 1 + len(guided)
 
-        def evaluate(
-            x: jax.Array, t: jax.Array, keep_text: jax.Array, keep_vision: jax.Array, repeats: int = 1
-        ) -> jax.Array:
-            def repeat(array: jax.Array) -> jax.Array:
-                return jnp.concatenate([array] * repeats)
+        def repeated(array: jax.Array) -> jax.Array:
+            return jnp.concatenate([array] * times)
 
-            v = dit.apply(
-                graph,
-                params,
-                repeat(x),
-                jnp.full((x.shape[0] * repeats,), t),
-                repeat(wanted["grid"]),
-                repeat(wanted["text"]),
-                repeat(wanted["text_length"]),
-                repeat(wanted["vision"]),
-                keep_text,
-                keep_vision,
-            )
-            return jnp.where(repeat(valid), v, 0.0)
+        asked = {name: repeated(array) for name, array in wanted.items()}
+        valid = valid_tokens(asked["grid"], noise.shape[1])[..., None]
+        keep = {}
+        for kind in kinds:
+            kept = wanted[f"keep_{kind.name}"]
+            since = guided.index(kind.name) + 1 if kind.name in guided else 0
+            keep[kind.name] = jnp.concatenate([jnp.zeros_like(kept)] * since + [kept] * (times - since))
+        given_conditions = given(kinds, asked, keep)
 
         def velocity(x: jax.Array, t: jax.Array) -> jax.Array:
-            keep_text, keep_vision = wanted["keep_text"], wanted["keep_vision"]
-            if plain:
-                return evaluate(x, t, keep_text, keep_vision)
-            off = jnp.zeros_like(keep_text)
-            v = evaluate(
-                x,
-                t,
-                jnp.concatenate([off, keep_text, keep_text]),
-                jnp.concatenate([off, off, keep_vision]),
-                repeats=3,
-            )
-            return solvers.guide(*jnp.split(v, 3), *scales_3)
+            times_B = jnp.full((x.shape[0] * times,), t)
+            v = dit.apply(graph, params, repeated(x), times_B, asked["grid"], given_conditions)
+            v = jnp.where(valid, v, 0.0)
+            return solvers.guide(jnp.split(v, times), scales, rescale) if guided else v
 
-        return solvers.integrate(velocity, jnp.where(valid, noise, 0.0), steps, shift, method)
+        first = jnp.where(valid[: noise.shape[0]], noise, 0.0)
+        return solvers.integrate(velocity, first, steps, shift, method)
 
     return run

@@ -17,6 +17,7 @@ from fluxdit_jax.dataset.manifest import Manifest
 from fluxdit_jax.dataset.records import Record
 from fluxdit_jax.loader import reader
 from fluxdit_jax.loader.reader import RecordSource
+from fluxdit_jax.model import dit
 from fluxdit_jax.sampling import image_grid, solvers
 from fluxdit_jax.sampling.pipeline import Generator, record_conditions
 from fluxdit_jax.vae.decoder import load_decoder
@@ -33,7 +34,7 @@ class Preview:
         records: list[Record],
         generator: Generator,
         decoder: image_grid.Decoder,
-        patch: int,
+        model: dit.ModelConfig,
         text_limit: int | None,
         guidance: float = 1.0,
         caption_alone: bool = False,
@@ -42,17 +43,18 @@ class Preview:
         Args:
           text_limit: text tokens that longer captions are cut to, as in training.
           guidance: text scale of all pictures.
-          caption_alone: also draws each caption without a vision vector.
+          caption_alone: also draws each caption without the other conditions.
         """
-        self._guidance = solvers.Guidance(text=guidance)
+        self._guidance = solvers.Guidance({"text": guidance})
         self._records = records
         self._generator = generator
         self._decoder = decoder
-        described = record_conditions(records, patch, text_limit)
+        described = record_conditions(model.conditions, records, model.patch, text_limit)
         self._columns = {"EMA": described}
         if caption_alone:
-            no_vector = np.zeros(len(records), bool)
-            self._columns["EMA, caption alone"] = described | {"keep_vision": no_vector}
+            absent = np.zeros(len(records), bool)
+            others = {f"keep_{c.name}": absent for c in model.conditions if c.name != "text"}
+            self._columns["EMA, caption alone"] = described | others
         self._noise = generator.noise(list(range(len(records))))
         self._truth = image_grid.decode_all(decoder, [record.latent for record in records])
 
@@ -87,7 +89,7 @@ def make_preview(
       count: pictures; 0 for no preview. steps: of the solver. guidance: text scale.
       vae: directory or id of the decoder, or None for the one the data set names. If that one cannot be
         found the run goes on without pictures, with a warning.
-      on_corrupt: see `data.RecordSource`.
+      on_corrupt: see `RecordSource`.
     """
     if count == 0:
         return None
@@ -103,12 +105,13 @@ def make_preview(
     generator = Generator(
         settings.model,
         tokens=settings.tokens,
-        text_tokens=settings.text_tokens,
+        lengths=settings.batch.lengths,
         shift=settings.flow.shift,
         statistics=statistics,
         steps=steps,
         batch_size=count,
     )
     records = [record for _, record in source.iter_valid(reader.spread(len(source), count))]
-    trained = settings.flow.drop_vision > 0  # without a vector; otherwise such a picture means nothing
-    return Preview(records, generator, decoder, settings.model.patch, settings.text_limit, guidance, trained)
+    others = [c.name for c in settings.model.conditions if c.name != "text"]
+    trained = settings.flow.dropped(others) > 0  # on captions alone; otherwise such a picture means nothing
+    return Preview(records, generator, decoder, settings.model, settings.text_limit, guidance, trained)

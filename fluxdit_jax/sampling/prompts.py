@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fluxdit_jax.dataset.fields import field_named
 from fluxdit_jax.dataset.manifest import EncoderIdentity, Manifest
 
 _MAX_PROMPTS = 10_000_000  # bytes of a file of prompts
@@ -100,6 +101,21 @@ def read_reference(path: Path, manifest: Manifest) -> tuple[np.ndarray, str]:
     except (OSError, images.Rejected) as error:
         raise SampleError(f"--reference {path}: {error}") from error
     return pixels, sha256
+
+
+def read_condition(name: str, path: Path, manifest: Manifest) -> np.ndarray:
+    """A further condition of the dataset from a `.npy` file, as `build` reads it; raises `SampleError`."""
+    from preprocess.decoding.images import Rejected
+    from preprocess.input.precomputed import MAX_BYTES, parse
+
+    if name not in manifest.further():
+        known = ", ".join(manifest.further()) or "none"
+        raise SampleError(f"--condition {name}={path}: the dataset's further conditions are: {known}")
+    try:
+        with path.open("rb") as file:
+            return parse(file.read(MAX_BYTES + 1), field_named(name), manifest.encoders[name].width)
+    except (OSError, Rejected) as error:
+        raise SampleError(f"--condition {name}={path}: {error}") from error
 
 
 def encode_reference(pixels: np.ndarray, manifest: Manifest, spec: str | None) -> np.ndarray:

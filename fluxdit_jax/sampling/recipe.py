@@ -10,7 +10,6 @@ import base64
 import binascii
 import dataclasses
 import json
-import math
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from PIL import Image, PngImagePlugin
 
 import fluxdit_jax
 from fluxdit_jax.config import Settings
+from fluxdit_jax.dataset.fields import field_named, name_fault
 from fluxdit_jax.dataset.manifest import Manifest
 from fluxdit_jax.sampling.prompts import SampleError
 from fluxdit_jax.shared.cli import explain
@@ -61,6 +61,12 @@ def _table(value: Any) -> bool:
     return isinstance(value, dict)
 
 
+def _scales(value: Any) -> bool:
+    return (
+        isinstance(value, dict) and len(value) <= 100 and all(map(_text, value)) and all(map(_number, value.values()))
+    )
+
+
 def _optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or check(value)
 
@@ -75,6 +81,7 @@ ARGUMENTS: dict[str, Callable[[Any], bool]] = {
     "method": _text,
     "guidance_text": _number,
     "guidance_vision": _number,
+    "guidance": _scales,
     "rescale": _number,
     "sweep_text": _optional(_list_of(_number, 1000)),
     "sweep_vision": _optional(_list_of(_number, 1000)),
@@ -87,6 +94,9 @@ ARGUMENTS: dict[str, Callable[[Any], bool]] = {
 }
 
 
+_SINCE = ("model", "guidance")  # an older version's recipe has none
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Recipe:
     """All that decides a picture or a sheet.
@@ -96,7 +106,7 @@ class Recipe:
       digest: `tree_digest` of the EMA weights; "" where an older version wrote none.
       weights_path: where they were read, for people.
       batch_size: pictures computed at once: another number may round differently. 0: not known.
-      vector: the reference's vision vector f32 [V]; None: no reference.
+      given: the conditions besides the prompt, by name: "vision", the reference's vector, and those of --condition.
       reference: its file's name and sha256, for people; or None.
       circumstances: what else decides bits: encoders, precision, device, versions.
     """
@@ -105,7 +115,7 @@ class Recipe:
     digest: str = ""
     weights_path: str = ""
     batch_size: int = 0
-    vector: np.ndarray | None = None
+    given: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     reference: dict[str, str] | None = None
     circumstances: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -128,8 +138,8 @@ class Recipe:
             if value is not None:
                 info.add_itxt(name, str(value).encode("utf-8", "replace").decode())
         whole = dataclasses.asdict(self) | {"format": FORMAT}
-        if self.vector is not None:
-            whole["vector"] = base64.b64encode(self.vector.astype("<f4").tobytes()).decode()
+        values = {name: _written(value) for name, value in whole.pop("given").items()}
+        whole |= {"vector": values.pop("vision", None)} | ({"conditions": values} if values else {})
         info.add_itxt(KEY, json.dumps(whole, ensure_ascii=True))
         return info
 
@@ -166,7 +176,11 @@ def _parsed(text: str) -> Recipe:
     arguments = raw.get("arguments")
     if not isinstance(arguments, dict):
         raise ValueError("its recipe has no arguments")
-    arguments, vector = _checked(arguments), _vector(raw.get("vector"))
+    arguments, values = _checked(arguments), raw.get("conditions", {})
+    if not isinstance(values, dict):
+        raise ValueError(f"conditions of its recipe is {values!r:.80}, which cannot be")
+    values |= {} if raw.get("vector") is None else {"vision": raw["vector"]}
+    given = {name: _read(name, value) for name, value in values.items()}
     for name, fits in (
         ("digest", _text),
         ("batch_size", _integer(1, 4096)),
@@ -179,14 +193,14 @@ def _parsed(text: str) -> Recipe:
         arguments,
         raw["digest"],
         batch_size=raw["batch_size"],
-        vector=vector,
+        given=given,
         reference=raw.get("reference"),
         circumstances=raw["circumstances"],
     )
 
 
 def _checked(arguments: dict[str, Any]) -> dict[str, Any]:
-    missing = [name for name in ARGUMENTS if name not in arguments and name != "model"]  # an older version's has none
+    missing = [name for name in ARGUMENTS if name not in arguments and name not in _SINCE]
     if missing:
         raise ValueError(f"its recipe lacks {', '.join(missing)}")
     for name, fits in ARGUMENTS.items():
@@ -200,22 +214,31 @@ def _checked(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: arguments[name] for name in ARGUMENTS if name in arguments} | {"method": method}
 
 
-def _vector(text: Any) -> np.ndarray | None:
-    if text is None:
-        return None
+def _written(array: np.ndarray) -> Any:
+    """A vector as base64 of f32; a sequence as its shape and that."""
+    text = base64.b64encode(array.astype("<f4").tobytes()).decode()
+    return text if array.ndim == 1 else [list(array.shape), text]
+
+
+def _read(name: str, written: Any) -> np.ndarray:
+    if name_fault(name):
+        raise ValueError(f"conditions of its recipe has the name {name[:40]!r}, which cannot be")
+    shape, text = written if isinstance(written, list) and len(written) == 2 else ([-1], written)
+    field = field_named(name)
     try:
-        vector = np.frombuffer(base64.b64decode(text, validate=True), "<f4").astype(np.float32)
-    except binascii.Error as error:
-        raise ValueError(f"vector of its recipe is not base64: {error}") from error
-    if not np.isfinite(vector).all() or not math.isclose(float(np.linalg.norm(vector)), 1.0, rel_tol=1e-3):
-        raise ValueError("vector of its recipe is no unit vector")
-    return vector
+        values = np.frombuffer(base64.b64decode(text, validate=True), "<f4").reshape(shape).astype(field.dtype)
+    except (binascii.Error, TypeError, ValueError) as error:
+        raise ValueError(f"{name} of its recipe is not base64 of numbers: {error}") from error
+    if fault := field.fault(values):
+        raise ValueError(f"{name} of its recipe {fault}")
+    return values
 
 
 def _of_old(texts: dict[str, str], size: str) -> Recipe:
     """Of the separate texts that an older version wrote; its picture's size is that of the PNG."""
     workdir, weights, step = texts["weights"].rsplit("/", 2)
     arguments: dict[str, Any] = dict.fromkeys(ARGUMENTS) | {
+        "guidance": {},
         "prompt": [texts["prompt"]],
         "count": 1,
         "size": size,
@@ -259,10 +282,8 @@ def circumstances(settings: Settings, manifest: Manifest, vae: str | None) -> di
         "attention": settings.model.attention,
         "time_shift": settings.flow.shift,
         "text_tokens": settings.text_tokens,
-        "vae": f"{manifest.vae.id} {manifest.vae.sha256}",
         "vae_given": hash_files(weight_files(find_directory(manifest.vae, vae))) if vae else "",
-        "text": f"{manifest.text.id} {manifest.text.sha256}",
-        "vision": f"{manifest.vision.id} {manifest.vision.sha256}",
+        **{name: f"{encoder.id} {encoder.sha256}" for name, encoder in manifest.encoders.items()},
     }
 
 

@@ -1,9 +1,10 @@
-"""From noise to a latent: ODE solvers over the learned velocity, and guidance with two scales."""
+"""From noise to a latent: ODE solvers over the learned velocity, and guidance with a scale for each condition."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +17,22 @@ METHODS = ("euler", "heun", "rk3")
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-    """Scales of `guide`. Both at 1 is the model itself and costs one network evaluation instead of three."""
+    """Scales of `guide`. All at 1 is the model itself and costs one evaluation of the network.
 
-    text: float = 1.0
-    vision: float = 1.0
+    Attributes:
+      scales: by condition; 1 for those that are not named.
+      rescale: see `guide`.
+    """
+
+    scales: Mapping[str, float] = dataclasses.field(default_factory=dict)
     rescale: float = 0.0
 
     @property
     def plain(self) -> bool:
-        return self.text == 1.0 and self.vision == 1.0
+        return all(scale == 1.0 for scale in self.scales.values())
+
+    def of(self, name: str) -> float:
+        return self.scales.get(name, 1.0)
 
 
 def time_grid(steps: int, shift: float) -> jax.Array:
@@ -65,24 +73,20 @@ def integrate(velocity: Velocity, noise: jax.Array, steps: int, shift: float, me
     return x
 
 
-def guide(
-    none: jax.Array,
-    text: jax.Array,
-    both: jax.Array,
-    text_scale: float | jax.Array,
-    vision_scale: float | jax.Array,
-    rescale: float | jax.Array = 0.0,
-) -> jax.Array:
+def guide(velocities: Sequence[jax.Array], scales: jax.Array, rescale: float | jax.Array = 0.0) -> jax.Array:
     """Guidance with one scale per condition (arXiv:2211.09800, equation 3).
 
-    none + text_scale (text - none) + vision_scale (both - text); both scales at 1 give `both` itself.
+    v_0 + s_1 (v_1 - v_0) + s_2 (v_2 - v_1) + ...; all scales at 1 give the last of them.
 
     Args:
-      none, text, both: velocities [B, N, P] without conditions, with the caption, with caption and vector.
-      rescale: share by which each sample's standard deviation is pulled back to that of `both`
+      velocities: [B, N, P] each: without conditions, with the first, with the first and the second, and so on.
+      scales: of each condition, f32, one less than velocities.
+      rescale: share by which each sample's standard deviation is pulled back to that of the last velocity
         (arXiv:2305.08891, section 3.4); strong guidance otherwise over-saturates.
     """
-    guided = none + text_scale * (text - none) + vision_scale * (both - text)
+    guided, last = velocities[0], velocities[-1]
+    for number, (before, after) in enumerate(itertools.pairwise(velocities)):
+        guided = guided + scales[number] * (after - before)
     axes = tuple(range(1, guided.ndim))
-    factor = jnp.std(both, axis=axes, keepdims=True) / (jnp.std(guided, axis=axes, keepdims=True) + 1e-8)
+    factor = jnp.std(last, axis=axes, keepdims=True) / (jnp.std(guided, axis=axes, keepdims=True) + 1e-8)
     return guided * (rescale * factor + 1 - rescale)

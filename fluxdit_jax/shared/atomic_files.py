@@ -32,12 +32,22 @@ def replacing(path: Path) -> Iterator[Path]:
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
+        sync_folder(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:  # a write does not know its file
             error.filename = str(path)
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def require_writable(folder: Path, longest: str = "") -> None:
@@ -81,7 +91,7 @@ class Appended:
     def __init__(self, path: Path, limit: int = 64 << 20):
         """
         Args:
-          limit: bytes that may wait; the latest lines beyond it are dropped, counted and told.
+          limit: bytes that may wait; the latest lines beyond it are dropped, counted and reported.
 
         Raises:
           OSError: the file cannot be opened.
@@ -94,7 +104,7 @@ class Appended:
         self._told_at: float | None = None
 
     def write(self, text: str) -> None:
-        """Appends whole lines. Never raises for the disk's sake: it is told, at first and every ten minutes."""
+        """Appends whole lines. A disk that fails raises nothing: it is logged, at first and every ten minutes."""
         if self._descriptor is None:
             raise ValueError(f"{self._path} is closed")
         line = text.encode("utf-8")

@@ -119,14 +119,14 @@ def thread_error(failed: threading.ExceptHookArgs) -> None:
 def without_closed_loops(unraisable: Any) -> None:
     """A `sys.unraisablehook`: where Orbax gives up, each part that TensorStore still handles finds no event loop.
 
-    Its threads say so hundreds of times, each with a traceback; what Orbax gave up for is told elsewhere.
+    Its threads say so hundreds of times, each with a traceback; why Orbax gave up is reported elsewhere.
     """
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
 
 def without_pages() -> None:
-    """What Orbax gives up for is told once, and not again by every array that it could not read or write."""
+    """Reports why Orbax gives up once, and not again for every array that it could not read or write."""
     sys.unraisablehook = without_closed_loops
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 

@@ -1,4 +1,4 @@
-"""Host memory: keeping what is freed, so that it need not be faulted in again for every record and step."""
+"""Host memory: keeps what is freed, so that it is not faulted in again for every record and step."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ _LARGEST_THRESHOLD = 32 * 2**20  # glibc takes no higher one
 def keep_freed_memory(large_too: bool) -> bool:
     """Tells glibc not to return freed memory to the kernel; False where there is no glibc.
 
-    By default glibc maps large blocks and unmaps them again. A record of 0.7 MB, which is such a block three times
-    while it is read, took 600 us of one thread, three quarters of it page faults; kept, 150 (`benchmarks.loader`).
+    By default glibc maps large blocks and unmaps them again, so that each record is paid for with page faults.
 
     Args:
-      large_too: also blocks above 32 MiB, as XLA's CPU backend allocates for the temporaries of each step: a step of
-        the demo spent 22 of 157 ms in page faults; kept, 3 of 134. Without it those go back at once, as the copy of
-        the state that a save makes should.
+      large_too: also blocks above 32 MiB, as XLA's CPU backend allocates for the temporaries of each step. Without it
+        those go back at once, as the copy of the state that a save makes should.
     """
     if sys.platform != "linux":
         return False

@@ -2,7 +2,7 @@
 
 Cutting the latent into tiles and decoding each by itself, as is usual, gives every tile its own group norm
 statistics: on latents with large-scale structure the tiles come out in visibly different colours, whatever their
-overlap (measured with random weights: errors of 25 to 100 % of the picture's standard deviation). Here every layer
+overlap. Here every layer
 runs over the whole picture before the next one starts, so the statistics are those of the whole picture and the
 result differs from the untiled one by rounding only. The price is the traffic of activations to and from the host.
 """

@@ -19,8 +19,8 @@ from preprocess.build.existing import Existing
 from preprocess.build.journal import Journal
 from preprocess.build.lock import locked
 from preprocess.build.options import Options
-from preprocess.build.plan import Fingerprints, NothingToBuild, Plan, make_plan
-from preprocess.build.publish import LOG_FILE, Identities, finish, publish, roll_forward, save_rejects
+from preprocess.build.plan import Fingerprints, Identities, NothingToBuild, Plan, make_plan
+from preprocess.build.publish import LOG_FILE, finish, publish, roll_forward, save_rejects
 from preprocess.build.summary import MANY_REJECTS, report_encoders, report_plan, report_result, too_many_rejects
 from preprocess.build.units import WORK, Rows, disk_errors
 from preprocess.encoders import (
@@ -32,8 +32,8 @@ from preprocess.encoders import (
     require_libraries,
 )
 from preprocess.input.findings import Reject, Scan, counted
+from preprocess.input.precomputed import Folder, folders
 from preprocess.input.scan import scan
-from preprocess.input.vectors import Vectors
 
 if TYPE_CHECKING:
     import torch
@@ -104,18 +104,18 @@ def plan_only(options: Options, forecast: Forecast, replace: bool = False) -> Pl
     options = options.checked()
     output = Path(options.output)
     journal = Journal(None)
-    listing, vectors = _list(options, output)
-    plan = _plan(options, listing, vectors, journal, keep=False)
+    listing, precomputed = _list(options, output)
+    plan = _plan(options, listing, precomputed, journal, keep=False)
     beyond = _beyond(options, listing)
     existing = Existing.load(output, set(), journal)
     interrupted = repeat.unfinished(output)
     before = repeat.published(output)
-    encoders = _load(options, vectors) if _are_here(options) else None
+    encoders = _load(options, precomputed) if _are_here(options) else None
     if encoders is None:
-        identities = _likely_identities(options, vectors, [interrupted, before])
+        identities = _likely_identities(options, precomputed, [interrupted, before])
     else:
-        identities = _identities(encoders)
-    prints = Fingerprints.of(options, identities.vae, identities.text, identities.vision)
+        identities = encoders.identities
+    prints = Fingerprints.of(options, identities)
     found = _compared(plan, prints, existing, before, beyond)
     comparison.tell(journal, found, plan)
     report_plan(journal, plan, listing, beyond)
@@ -150,11 +150,7 @@ def _are_here(options: Options) -> bool:
     return all(Path(spec).is_dir() for _, spec in _real(options))
 
 
-def _identities(encoders: Encoders) -> Identities:
-    return Identities(encoders.vae.identity, encoders.text.identity, encoders.vision_identity)
-
-
-def _likely_identities(options: Options, vectors: Vectors | None, earlier: list[repeat.Earlier | None]) -> Identities:
+def _likely_identities(options: Options, folders: list[Folder], earlier: list[repeat.Earlier | None]) -> Identities:
     """Of encoders that would have to be downloaded: those that were used under the same names, if they were."""
     check_arguments(options.dtype, options.latent)
     device = _torch_device(options)
@@ -167,14 +163,12 @@ def _likely_identities(options: Options, vectors: Vectors | None, earlier: list[
         found[part] = EncoderIdentity(spec, "", "not known", dtype, 0)
         for before in earlier:
             if before and before.identities and before.values.get(option) == spec:
-                identity = getattr(before.identities, part)
+                identity = before.identities[part]
                 found[part] = dataclasses.replace(
                     identity, dtype=identity.dtype if spec.startswith("builtin:") else dtype
                 )
                 break
-    if vectors is not None:
-        found["vision"] = vectors.identity
-    return Identities(**found)
+    return found | {folder.field.encoder: folder.identity for folder in folders}
 
 
 def _beyond(options: Options, listing: Scan) -> Set[str]:
@@ -188,21 +182,20 @@ def _compared(
     old = None
     if before and before.identities:
         options = dataclasses.replace(plan.options, fit=before.values.get("fit", plan.options.fit))
-        old = Fingerprints.of(options, before.identities.vae, before.identities.text, before.identities.vision)
+        old = Fingerprints.of(options, before.identities)
     return comparison.compare(plan, prints, existing, old, beyond)
 
 
-def _list(options: Options, output: Path) -> tuple[Scan, Vectors | None]:
+def _list(options: Options, output: Path) -> tuple[Scan, list[Folder]]:
     listing = scan(options.input, options.caption_field, output, options.allow_outside)
-    if not options.vision_embeddings:
-        return listing, None
-    return listing, Vectors(options.vision_embeddings, (f.key for f in listing.found), options.vision_encoder)
+    keys = [found.key for found in listing.found]
+    return listing, folders(options.condition, options.vision_embeddings, keys, options.vision_encoder)
 
 
-def _plan(options: Options, listing: Scan, vectors: Vectors | None, journal: Journal, keep: bool = True) -> Plan:
+def _plan(options: Options, listing: Scan, precomputed: list[Folder], journal: Journal, keep: bool = True) -> Plan:
     with journal.bar(len(listing.found[: options.limit or None]), "plan") as bar:
         try:
-            plan = make_plan(listing, options, vectors, bar.update)
+            plan = make_plan(listing, options, precomputed, bar.update)
         except NothingToBuild as error:
             kept = _keep(Path(options.output), error.rejects) if keep else ""
             raise PreprocessError(f"{error}{kept}") from error
@@ -243,17 +236,17 @@ def _build(
     replace = repeat.permitted(options, replace, interrupted)
     differences = {} if replace or before is None else repeat.require_same(options, before, str(output))
     start = time.perf_counter()
-    listing, vectors = _list(options, output)
+    listing, precomputed = _list(options, output)
     seconds["list"] = time.perf_counter() - start
     start = time.perf_counter()
-    encoders = _load(options, vectors)
-    identities = _identities(encoders)
-    prints = Fingerprints.of(options, identities.vae, identities.text, identities.vision)
+    encoders = _load(options, precomputed)
+    identities = encoders.identities
+    prints = Fingerprints.of(options, identities)
     seconds["load encoders"] = time.perf_counter() - start
 
     # ---- 3. The plan: every file is read once.
     start = time.perf_counter()
-    plan = _plan(options, listing, vectors, journal)
+    plan = _plan(options, listing, precomputed, journal)
     beyond = _beyond(options, listing)
     seconds["plan"] = time.perf_counter() - start
 
@@ -293,17 +286,17 @@ def _build(
     return Result(manifest, status, encoding.counts, seconds, changed)
 
 
-def _load(options: Options, vectors: Vectors | None) -> Encoders:
+def _load(options: Options, precomputed: list[Folder]) -> Encoders:
     # What an encoder on a CPU allocates for each picture would else be faulted in anew: 1.4 to 1.8 times the images/s.
     keep_freed_memory(large_too=not _real(options) or _torch_device(options).type == "cpu")
-    vae, text, vision = load_all(
-        lambda: load_vae(options.vae, options.device, options.dtype, options.latent, options.seed),
-        lambda: load_text_encoder(options.text_encoder, options.device, options.dtype, options.max_tokens),
-        lambda: (
-            None if vectors is not None else load_vision_encoder(options.vision_encoder, options.device, options.dtype)
-        ),
-    )
-    encoders = Encoders(vae=vae, text=text, vision=vision, vectors=vectors)
+    loaders = {
+        "latent": lambda: load_vae(options.vae, options.device, options.dtype, options.latent, options.seed),
+        "text": lambda: load_text_encoder(options.text_encoder, options.device, options.dtype, options.max_tokens),
+        "vision": lambda: load_vision_encoder(options.vision_encoder, options.device, options.dtype),
+    }
+    by_name = {folder.field.name: folder for folder in precomputed}
+    loaders = {name: load for name, load in loaders.items() if name not in by_name}
+    encoders = Encoders(dict(zip(loaders, load_all(*loaders.values()), strict=True)), by_name)
     if options.modulus % encoders.vae.factor:
         raise PreprocessError(
             f"--modulus {options.modulus} is not a multiple of the VAE's factor {encoders.vae.factor}"
@@ -321,7 +314,7 @@ class _Progress:
     def __call__(self, images: int) -> None:
         seconds = self._encoding.watch.seconds
         total = sum(seconds.values()) or 1.0
-        shares = {what: f"{seconds.get(what, 0.0) / total:.0%}" for what in ("text", "vae", "vision")}
+        shares = {what: f"{seconds.get(what, 0.0) / total:.0%}" for what in sorted(self._encoding.encoders)}
         rejects = self._rejects + self._encoding.counts.rejected
         self._bar.set_postfix(shares | {"rejects": rejects}, refresh=False)
         self._bar.update(images)

@@ -8,15 +8,21 @@ from typing import Any
 
 import pyarrow as pa
 
+from fluxdit_jax.dataset.fields import CAPTION, IMAGE, LATENT, field_named
 from fluxdit_jax.shared.sanitize import shown
 from preprocess import PreprocessError
 from preprocess.build.existing import Existing
 from preprocess.build.journal import Journal
 from preprocess.build.plan import Fingerprints, Item, Plan
+from preprocess.build.units import id_columns
 
 _FEW, _FEW_SHARE = 3, 0.01  # records that a build may drop or encode again without being asked to
 _GONE = "no longer in the input"
-_EDITED = ("caption changed", "vector changed")  # what the user did on purpose, and costs no picture
+_EDITED = (
+    "caption changed",
+    "vector changed",
+    "condition added or changed",
+)  # what the user did on purpose, and costs no picture
 
 
 class WouldLose(PreprocessError):
@@ -98,15 +104,17 @@ def compare(
                 reason = f"beyond --limit {plan.options.limit}"
             result.dropped.setdefault(reason, []).append(key)
     for item in plan.items:
-        latent, text, vision = (name in known for name in prints.ids(item))
-        picture = not latent or not (vision or item.vector)
+        missing = [name for name, own in zip(prints.names, prints.ids(item), strict=True) if own not in known]
+        from_files = {name for name, _ in item.files}
+        made = {field_named(name).made_from for name in missing if name not in from_files}
+        picture, text = IMAGE in made, CAPTION in made
         result.pictures += picture
-        result.captions += not text
+        result.captions += text
         if item.key in had:
             continue
         if item.content in gone_contents:
             result.moved += 1
-        elif picture or not text or item.content in had_contents:  # a copy needs no encoding
+        elif picture or text or item.content in had_contents:  # a copy needs no encoding
             result.new += 1
         else:
             result.unfinished += 1
@@ -124,7 +132,7 @@ def _known(existing: Existing) -> set[str]:
     names: set[str] = set()
     tables = [(existing.index.table, existing.damaged), *((rows.table, ()) for rows in existing.work)]
     for table, damaged in tables:
-        for column in ("latent_id", "text_id", "vision_id") if table.num_rows else ():
+        for column in id_columns(table) if table.num_rows else ():
             values = table[column].to_pylist()
             names.update(value for row, value in enumerate(values) if row not in damaged)
     return names
@@ -134,25 +142,28 @@ def _change(
     item: Item, old: dict[str, Any], prints: Fingerprints, before: Fingerprints | None, contents: set[str]
 ) -> str:
     """Why a record must be made again, the weightiest reason; "" if it stays."""
-    latent, text, vision = prints.ids(item)
-    same_text = text == old["text_id"]
-    if (latent, vision) == (old["latent_id"], old["vision_id"]) and same_text:
-        return ""
+    ids = dict(zip(prints.names, prints.ids(item), strict=True))
+    changed = [name for name, own in ids.items() if own != old.get(f"{name}_id")]
+    gone = [column for column, value in old.items() if column.endswith("_id") and value and column[:-3] not in ids]
+    if not changed:
+        return "without a condition that it had" if gone else ""
     if item.content != old["content_hash"] and old["content_hash"] not in contents:
         return "image changed"
     if item.bucket != (old["bucket_height"], old["bucket_width"]):
         return "encoded at another size"
-    if latent != old["latent_id"]:
+
+    def by_another(name: str) -> bool:
+        return before is None or prints.prints[name] != before.prints.get(name)
+
+    if LATENT.name in changed:
         if item.content != old["content_hash"]:
             return "image changed places with another"
-        other = before is None or prints.latent != before.latent
-        return "encoded by another VAE or --fit" if other else "read in another way by this version"
-    if not same_text and (before is None or prints.text != before.text):
+        return "encoded by another VAE or --fit" if by_another(LATENT.name) else "read in another way by this version"
+    if "text" in changed and by_another("text"):
         return "encoded by another text encoder"
-    if vision != old["vision_id"]:
-        same_encoder = before is not None and prints.vision == before.vision
-        return "vector changed" if same_encoder else "encoded by another vision encoder"
-    return "caption changed"
+    if "vision" in changed:
+        return "encoded by another vision encoder" if by_another("vision") else "vector changed"
+    return "caption changed" if "text" in changed else "condition added or changed"
 
 
 def tell(journal: Journal, found: Comparison, plan: Plan) -> None:
@@ -190,13 +201,13 @@ def require_kept(found: Comparison, output: str, differences: dict[str, str], re
 
     Args:
       differences: options that select other inputs or encoders than the dataset's, each with a line of words; then
-        nothing may go, but in a folder that was only moved captions may have been edited.
+        nothing may go, but in a folder that was only moved captions may have been edited, and conditions may be added.
       repairing: what is encoded again is meant to be.
 
     Raises:
       WouldLose: more than a few records would be dropped or encoded again; it says how many, and why.
     """
-    allowed = tuple(found.changed) if repairing else () if set(differences) - {"input"} else _EDITED
+    allowed = tuple(found.changed) if repairing else () if set(differences) - {"input", "condition"} else _EDITED
     going = found.going(allowed)
     count = sum(map(len, going.values()))
     few = 0 if differences else max(_FEW, int(_FEW_SHARE * found.records))

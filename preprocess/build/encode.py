@@ -20,49 +20,59 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fluxdit_jax.dataset.manifest import EncoderIdentity
+from fluxdit_jax.dataset.fields import CAPTION, IMAGE, LATENT, SEQUENCE, Layout, field_named
 from fluxdit_jax.dataset.records import Record
 from preprocess.buckets import Size
 from preprocess.build.options import Options
-from preprocess.build.plan import MAX_FILE_BYTES, Fingerprints, Item, Unit
-from preprocess.build.units import Archive, UnitInfo, write_unit
+from preprocess.build.plan import MAX_FILE_BYTES, Fingerprints, Identities, Item, Unit
+from preprocess.build.units import Archive, UnitInfo, index_row, write_unit
 from preprocess.decoding.images import Rejected, decode
-from preprocess.encoders import TextEncoder, Vae, VisionEncoder
+from preprocess.encoders import TextEncoder, Vae
 from preprocess.input.findings import Reject
-from preprocess.input.vectors import Vectors
+from preprocess.input.precomputed import Folder
 
 _AHEAD = 3  # batches of pixels that may wait for the encoders, at least
 
 
 @dataclasses.dataclass
 class Encoders:
-    """The three encoders; `vision` is None if the vectors are precomputed."""
+    """What makes the fields of a record.
 
-    vae: Vae
-    text: TextEncoder
-    vision: VisionEncoder | None
-    vectors: Vectors | None = None
+    Attributes:
+      by_field: encoders of images and of captions, by name of the field.
+      folders: of precomputed conditions, by name of the field.
+    """
 
-    @property
-    def precomputed(self) -> Vectors:
-        """The vectors that stand in for a vision encoder."""
-        assert self.vectors is not None
-        return self.vectors
+    by_field: dict[str, Any]
+    folders: dict[str, Folder] = dataclasses.field(default_factory=dict)
 
     @property
-    def vision_identity(self) -> EncoderIdentity:
-        return self.precomputed.identity if self.vision is None else self.vision.identity
+    def vae(self) -> Vae:
+        return self.by_field[LATENT.name]
 
-    def prepare(self, pixels: np.ndarray) -> np.ndarray:
-        """The picture as the vision encoder wants it, made in the loading threads if it can be."""
-        prepare = getattr(self.vision, "prepare", None)
+    @property
+    def text(self) -> TextEncoder:
+        return self.by_field["text"]
+
+    @property
+    def identities(self) -> Identities:
+        """Of all of them."""
+        return {field_named(name).encoder: maker.identity for name, maker in (self.by_field | self.folders).items()}
+
+    def of_images(self, names: Iterable[str]) -> list[str]:
+        """Those of these fields that an encoder makes from the picture."""
+        return [name for name in names if name in self.by_field and field_named(name).made_from == IMAGE]
+
+    def prepared(self, name: str, pixels: np.ndarray) -> np.ndarray:
+        """The picture as the field's encoder wants it, made in the loading threads if it can be."""
+        prepare = getattr(self.by_field[name], "prepare", None)
         return prepare(pixels) if prepare else pixels
 
 
@@ -83,12 +93,10 @@ class Stopwatch:
 
 @dataclasses.dataclass
 class Counts:
-    """What was done: images decoded, tensors encoded by kind, tensors taken over from before, and so on."""
+    """What was done: images decoded, tensors made by field, tensors taken over from before, and so on."""
 
     pictures: int = 0
-    latents: int = 0
-    texts: int = 0
-    visions: int = 0
+    made: dict[str, int] = dataclasses.field(default_factory=dict)
     reused: int = 0
     rejected: int = 0
     truncated: int = 0
@@ -100,31 +108,32 @@ class _Job:
     """A unit being made.
 
     Attributes:
-      tensors: of each item [latent, texts, vision], None where still to be made; the texts are a tuple with those
-        of all its captions.
+      tensors: of each item by field, those that there are; what is made from captions is a tuple, of all of them.
     """
 
     unit: Unit
     uid: str
-    ids: list[tuple[str, str, str]]
-    tensors: list[list[Any]]
+    ids: list[tuple[str, ...]]
+    tensors: list[dict[str, Any]]
     batches: list[list[int]]
     rejects: dict[int, Rejected] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
 class _Loaded:
-    pixels: np.ndarray | None
-    prepared: np.ndarray | None
+    """A picture, as each encoder wants it; None if no encoder needs it."""
+
+    pixels: dict[str, np.ndarray] | None
     profile_ignored: bool
 
 
-def _batches(unit: Unit, tensors: list[list[Any]], size: int) -> list[list[int]]:
-    """Items whose picture is needed, in batches of one bucket and one kind of need."""
-    groups: dict[tuple[Size, bool, bool], list[int]] = collections.defaultdict(list)
-    for index, (item, (latent, _, vision)) in enumerate(zip(unit.items, tensors)):
-        if latent is None or vision is None:
-            groups[item.bucket, latent is None, vision is None].append(index)
+def _batches(unit: Unit, tensors: list[dict[str, Any]], names: Sequence[str], size: int) -> list[list[int]]:
+    """Items that need more than captions, in batches of one bucket and one kind of need; `names` of those fields."""
+    groups: dict[tuple[Size, tuple[bool, ...]], list[int]] = collections.defaultdict(list)
+    for index, (item, there) in enumerate(zip(unit.items, tensors)):
+        needs = tuple(name not in there for name in names)
+        if any(needs):
+            groups[item.bucket, needs].append(index)
     return [
         members[start : start + size] for _, members in sorted(groups.items()) for start in range(0, len(members), size)
     ]
@@ -153,8 +162,20 @@ class Encoding:
     ) -> None:
         self._encoders, self._options, self._prints = encoders, options, prints
         self._archive, self._folder, self._report = archive, folder, report
+        self._of_captions = [name for name in prints.names if field_named(name).made_from == CAPTION]
+        self._others = [name for name in prints.names if name not in self._of_captions]
+        self._layout: Layout = {
+            name: encoders.identities[field_named(name).encoder].width if field_named(name).kind == SEQUENCE else None
+            for name in prints.names
+            if name != LATENT.name
+        }
         self._stop = threading.Event()
         self.watch, self.counts = Stopwatch(), Counts()
+
+    @property
+    def encoders(self) -> list[str]:
+        """Their names, which are those of their times in `watch`."""
+        return [field_named(name).encoder for name in self._encoders.by_field]
 
     def run(self, units: list[tuple[str, Unit]], progress: Callable[[int], None]) -> Iterator[UnitInfo]:
         """Makes units (uid, unit) in order and yields what is known of each when it is on disk.
@@ -174,7 +195,7 @@ class Encoding:
             while (entry := self._next(feed)) is not None:
                 kind, job, payload = entry
                 if kind == "begin":
-                    self._encode_texts(job)
+                    self._encode_captions(job)
                     progress(len(job.unit.items) - sum(len(batch) for batch in job.batches))
                 elif kind == "batch":
                     before = len(job.rejects)
@@ -206,14 +227,15 @@ class Encoding:
         try:
             for uid, unit in units:
                 ids = [self._prints.ids(item) for item in unit.items]
-                tensors = self._archive.fetch(ids)
-                job = _Job(unit, uid, ids, tensors, _batches(unit, tensors, self._options.batch_size))
+                tensors = self._archive.fetch(self._prints.names, ids)
+                batches = _batches(unit, tensors, self._others, self._options.batch_size)
+                job = _Job(unit, uid, ids, tensors, batches)
                 if not self._put(feed, ("begin", job, None)):
                     return
                 for batch in job.batches:
                     if self._stop.is_set():
                         return
-                    loads = [pool.submit(self._load, unit.items[i], *self._needs(job, i)) for i in batch]
+                    loads = [pool.submit(self._load, unit.items[i], self._needs(job, i)) for i in batch]
                     if not self._put(feed, ("batch", job, (batch, loads))):
                         return
                 if not self._put(feed, ("end", job, None)):
@@ -236,23 +258,26 @@ class Encoding:
             raise entry
         return entry
 
-    @staticmethod
-    def _needs(job: _Job, index: int) -> tuple[bool, bool]:
-        latent, _, vision = job.tensors[index]
-        return latent is None, vision is None
+    def _needs(self, job: _Job, index: int) -> list[str]:
+        """Fields of an item that are to be made, besides those of captions."""
+        return [name for name in self._others if name not in job.tensors[index]]
+
+    def _made(self, name: str, count: int) -> None:
+        self.counts.made[name] = self.counts.made.get(name, 0) + count
 
     # ------------------------------------------------------------------------------------ loading threads
 
-    def _load(self, item: Item, latent: bool, vision: bool) -> _Loaded | Rejected:
+    def _load(self, item: Item, needs: list[str]) -> _Loaded | Rejected:
         try:
             data = item.image.read(MAX_FILE_BYTES)
             if hashlib.sha256(data).hexdigest() != item.content:
                 raise Rejected("changed during the build", "give the same command again", transient=True)
-            if vision and self._encoders.vectors and not latent:
-                return _Loaded(None, None, False)
+            names = self._encoders.of_images(needs)
+            if not names:
+                return _Loaded(None, False)
             picture = decode(data, item.header, item.bucket, self._options.fit, item.content)
-            prepared = self._encoders.prepare(picture.pixels) if vision and self._encoders.vision else None
-            return _Loaded(picture.pixels, prepared, picture.profile_ignored)
+            pixels = {name: self._encoders.prepared(name, picture.pixels) for name in names}
+            return _Loaded(pixels, picture.profile_ignored)
         except Rejected as rejected:
             return rejected
         except MemoryError:
@@ -260,21 +285,23 @@ class Encoding:
 
     # ----------------------------------------------------------------------------------- caller's thread
 
-    def _encode_texts(self, job: _Job) -> None:
-        missing = [i for i, (_, texts, _) in enumerate(job.tensors) if texts is None]
-        for latent, texts, vision in job.tensors:
-            self.counts.reused += (latent is not None) + len(texts or ()) + (vision is not None)
-        if not missing:
-            return
-        before = self._encoders.text.truncated
-        captions = [caption for i in missing for caption in job.unit.items[i].captions]
-        with self.watch("text"):
-            encoded = iter(self._encoders.text.encode(captions))
-        self.counts.truncated += self._encoders.text.truncated - before
-        self.counts.texts += len(captions)
-        for index in missing:
-            texts = tuple(itertools.islice(encoded, len(job.unit.items[index].captions)))
-            self._take(job, index, 1, texts, "text encoder")
+    def _encode_captions(self, job: _Job) -> None:
+        for there in job.tensors:
+            self.counts.reused += sum(len(there[name]) if name in self._of_captions else 1 for name in there)
+        for name in self._of_captions:
+            missing = [i for i, there in enumerate(job.tensors) if name not in there]
+            if not missing:
+                continue
+            encoder, field = self._encoders.by_field[name], field_named(name)
+            before = encoder.truncated
+            captions = [caption for i in missing for caption in job.unit.items[i].captions]
+            with self.watch(field.encoder):
+                encoded = iter(encoder.encode(captions))
+            self.counts.truncated += encoder.truncated - before
+            self._made(name, len(captions))
+            for index in missing:
+                made = tuple(itertools.islice(encoded, len(job.unit.items[index].captions)))
+                self._take(job, index, name, made)
 
     def _encode_batch(self, job: _Job, batch: list[int], loads: list[Future[_Loaded | Rejected]]) -> None:
         with self.watch("waiting for pictures"):
@@ -292,50 +319,47 @@ class Encoding:
         if not good:
             return
         indices = [index for index, _ in good]
-        need_latent, need_vision = self._needs(job, indices[0])
-        if need_latent:
-            with self.watch("vae"):
-                pixels = [result.pixels for _, result in good if result.pixels is not None]
-                latents = self._encoders.vae.encode(np.stack(pixels))
-            self.counts.latents += len(good)
-            for index, latent in zip(indices, latents, strict=True):
-                self._take(job, index, 0, latent, "VAE")
-        if need_vision and self._encoders.vision:
-            with self.watch("vision"):
-                prepared = [result.prepared for _, result in good if result.prepared is not None]
-                vectors = self._encoders.vision.encode(np.stack(prepared))
-            self.counts.visions += len(good)
-            for index, vector in zip(indices, vectors, strict=True):
-                self._take(job, index, 2, vector, "vision encoder")
-        elif need_vision:
-            for index in indices:
-                self._take_vector(job, index)
+        needs = self._needs(job, indices[0])
+        for name in self._encoders.of_images(needs):
+            with self.watch(field_named(name).encoder):
+                pixels = [result.pixels[name] for _, result in good if result.pixels is not None]
+                made = self._encoders.by_field[name].encode(np.stack(pixels))
+            self._made(name, len(good))
+            for index, tensor in zip(indices, made, strict=True):
+                self._take(job, index, name, tensor)
+        for name in needs:
+            if folder := self._encoders.folders.get(name):
+                for index in indices:
+                    self._take_file(job, index, folder)
 
-    def _take_vector(self, job: _Job, index: int) -> None:
-        item = job.unit.items[index]
+    def _take_file(self, job: _Job, index: int, folder: Folder) -> None:
+        item, name = job.unit.items[index], folder.field.name
         try:
-            data, vector = self._encoders.precomputed.read(item.key)
-            if hashlib.sha256(data).hexdigest() != item.vector:
-                raise Rejected("changed during the build", "its vector", transient=True)
-            job.tensors[index][2] = vector
+            data, array = folder.read(item.key)
+            if hashlib.sha256(data).hexdigest() != dict(item.files)[name]:
+                raise Rejected("changed during the build", f"its {name} file", transient=True)
+            job.tensors[index][name] = array
         except Rejected as rejected:
             job.rejects[index] = rejected
 
     @staticmethod
-    def _take(job: _Job, index: int, kind: int, made: np.ndarray | tuple[np.ndarray, ...], name: str) -> None:
+    def _take(job: _Job, index: int, name: str, made: np.ndarray | tuple[np.ndarray, ...]) -> None:
         parts = made if isinstance(made, tuple) else (made,)
         if all(np.isfinite(part).all() for part in parts):
-            job.tensors[index][kind] = made
+            job.tensors[index][name] = made
         elif index not in job.rejects:
             count, size = sum(int((~np.isfinite(p)).sum()) for p in parts), sum(p.size for p in parts)
-            job.rejects[index] = Rejected(f"the {name} returned NaN", f"{count} of {size} values")
+            job.rejects[index] = Rejected(f"the {field_named(name).maker} returned NaN", f"{count} of {size} values")
 
     # ------------------------------------------------------------------------------------- writer thread
 
     def _write(self, job: _Job) -> UnitInfo:
         kept = [i for i in range(len(job.unit.items)) if i not in job.rejects]
-        rows = [_row(job.unit.items[i], job.ids[i], job.tensors[i][1]) for i in kept]
-        members = (_record(job.unit.items[i], *job.tensors[i]) for i in kept)
+        members = [self._record(job.unit.items[i], job.tensors[i]) for i in kept]
+        rows = [
+            index_row(member, dict(zip(self._prints.names, job.ids[i], strict=True)), _source(job.unit.items[i]))
+            for i, member in zip(kept, members, strict=True)
+        ]
         rejects = tuple(
             Reject.of(job.unit.items[i].key, job.unit.items[i].image.path, why)
             for i, why in sorted(job.rejects.items())
@@ -346,41 +370,30 @@ class Encoding:
             split=job.unit.split,
             members=members,
             rows=rows,
-            text_width=self._encoders.text.identity.width,
+            layout=self._layout,
             rejects=rejects,
         )
         for reject in rejects:
             self._report("reject", key=reject.key, reason=reject.reason, detail=reject.detail)
         return info
 
+    def _record(self, item: Item, tensors: dict[str, Any]) -> Record:
+        of_captions = {name: tensors[name] for name in self._of_captions}
+        conditions = {name: of_captions[name][0] if name in of_captions else tensors[name] for name in self._layout}
+        several = len(item.captions) > 1
+        return Record(
+            key=item.key,
+            caption=item.caption,
+            latent=tensors[LATENT.name],
+            conditions=conditions,
+            original_size=(item.header.height, item.header.width),
+            encoded_size=item.bucket,
+            content_hash=item.content,
+            other_captions=item.captions[1:],
+            other_conditions={name: made[1:] for name, made in of_captions.items()} if several else {},
+        )
 
-def _record(item: Item, latent: np.ndarray, texts: tuple[np.ndarray, ...], vision: np.ndarray) -> Record:
-    return Record(
-        key=item.key,
-        caption=item.caption,
-        latent=latent,
-        text=texts[0],
-        vision=vision,
-        original_size=(item.header.height, item.header.width),
-        encoded_size=item.bucket,
-        content_hash=item.content,
-        other_captions=item.captions[1:],
-        other_texts=texts[1:],
-    )
 
-
-def _row(item: Item, ids: tuple[str, str, str], texts: tuple[np.ndarray, ...]) -> dict[str, Any]:
-    return {
-        "key": item.key,
-        "caption": item.caption,
-        "bucket_height": item.bucket[0],
-        "bucket_width": item.bucket[1],
-        "height": item.header.height,
-        "width": item.header.width,
-        "tokens": max(map(len, texts)),
-        "content_hash": item.content,
-        "source": item.key if item.image.size < 0 else item.image.path.rpartition("/")[2],
-        "latent_id": ids[0],
-        "text_id": ids[1],
-        "vision_id": ids[2],
-    }
+def _source(item: Item) -> str:
+    """The name of the file that an image came from."""
+    return item.key if item.image.size < 0 else item.image.path.rpartition("/")[2]

@@ -27,6 +27,7 @@ class Options:
     text_encoder: str = encoders.DEFAULT_TEXT
     vision_encoder: str = encoders.DEFAULT_VISION
     vision_embeddings: str = ""
+    condition: tuple[str, ...] = ()  # NAME=DIR each
     resolution: int = 1024
     modulus: int = 0  # 0: `buckets.default_modulus`
     fit: str = "resize"
@@ -98,6 +99,8 @@ class Options:
         raw = dataclasses.asdict(self)
         for name in ("input", "output", "vision_embeddings"):
             raw[name] = str(Path(raw[name]).resolve()) if raw[name] else ""
+        named = [(name, directory) for name, _, directory in (text.partition("=") for text in self.condition)]
+        raw["condition"] = [f"{name}={Path(directory).resolve()}" for name, directory in sorted(named)]
         for name in ("vae", "text_encoder", "vision_encoder"):
             if Path(raw[name]).is_dir():
                 raw[name] = str(Path(raw[name]).resolve())
@@ -107,7 +110,7 @@ class Options:
     def from_dict(cls, raw: Any, source: str) -> Options:
         """The inverse of `to_dict`; raises `PreprocessError` naming `source`."""
         try:
-            return cls(**raw).checked()
+            return cls(**(raw | {"condition": tuple(raw.get("condition", ()))})).checked()
         except TypeError as error:
             raise PreprocessError(f"{source}: not the options of a build: {error}") from error
 

@@ -13,10 +13,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from fluxdit_jax.dataset.fields import CAPTION, FILE, IMAGE, LATENT, field_named, ordered
 from fluxdit_jax.dataset.manifest import SPLITS, EncoderIdentity, json_checksum
 from fluxdit_jax.dataset.records import WRITER_OPTIONS
 from preprocess import PreprocessError
@@ -27,10 +28,11 @@ from preprocess.decoding.images import Header, Rejected, read_header
 from preprocess.input import captions
 from preprocess.input.byte_source import ByteSource
 from preprocess.input.findings import InputImage, Reject, Scan
-from preprocess.input.vectors import Vectors
+from preprocess.input.precomputed import Folder
 
 MAX_FILE_BYTES = 512_000_000
 PIXELS_VERSION = 1  # raised when `images.decode` gives other pixels for all files; for some, `Header.version`
+Identities = dict[str, EncoderIdentity]  # by `Field.encoder`
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
 
@@ -44,7 +46,7 @@ class Item:
       content: sha256 of the image file, hex.
       header: size of the upright picture.
       bucket: (height, width), pixels.
-      vector: sha256 of its precomputed vector's file, or "".
+      files: (field, sha256 of its file) of each precomputed condition.
     """
 
     key: str
@@ -53,7 +55,7 @@ class Item:
     content: str
     header: Header
     bucket: Size
-    vector: str = ""
+    files: tuple[tuple[str, str], ...] = ()
 
     @property
     def caption(self) -> str:
@@ -63,34 +65,50 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprints:
-    """What the three tensors of a record depend on, beside the image and the captions; short hashes."""
+    """What the tensors of a record depend on, beside the image, the captions and the files; short hashes.
 
-    latent: str
-    text: str
-    vision: str
+    `prints` has one for each field, by name, in the order of the table.
+    """
+
+    prints: dict[str, str]
 
     @classmethod
-    def of(cls, options: Options, vae: EncoderIdentity, text: EncoderIdentity, vision: EncoderIdentity) -> Fingerprints:
+    def of(cls, options: Options, identities: Identities) -> Fingerprints:
         pixels = [PIXELS_VERSION, options.fit]
+        fields = [LATENT, *map(field_named, ordered(identities.keys() - {LATENT.encoder}))]
         return cls(
-            latent=digest("latent", pixels, _weights(vae)),
-            text=digest("text", _weights(text)),
-            vision=digest("vision", pixels, _weights(vision)),
+            {
+                field.name: digest(
+                    field.name, *([pixels] if field.made_from == IMAGE else []), _weights(identities[field.encoder])
+                )
+                for field in fields
+            }
         )
 
-    def ids(self, item: Item) -> tuple[str, str, str]:
-        """Names of the latent, the texts and the vision vector of an item, by what they are made from."""
-        return self.ids_of(item.content, item.bucket, item.captions, item.vector, item.header.version)
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the fields."""
+        return tuple(self.prints)
+
+    def ids(self, item: Item) -> tuple[str, ...]:
+        """Names of the tensors of an item, by what they are made from, one for each field."""
+        return self.ids_of(item.content, item.bucket, item.captions, item.files, item.header.version)
 
     def ids_of(
-        self, content: str, bucket: Size, captions: tuple[str, ...], vector: str = "", version: int = 1
-    ) -> tuple[str, str, str]:
+        self,
+        content: str,
+        bucket: Size,
+        captions: tuple[str, ...],
+        files: tuple[tuple[str, str], ...] = (),
+        version: int = 1,
+    ) -> tuple[str, ...]:
         """The same of a record; `version` is its header's, so that only files of a new reading get new names."""
         pixels = [content, bucket] if version == 1 else [content, bucket, version]
-        return (
-            digest(self.latent, *pixels),
-            digest(self.text, *captions),
-            digest(self.vision, *([vector] if vector else pixels)),
+        sources = {IMAGE: pixels, CAPTION: list(captions), FILE: [""]}
+        file_of = dict(files)
+        return tuple(
+            digest(own, *([file_of[name]] if name in file_of else sources[field_named(name).made_from]))
+            for name, own in self.prints.items()
         )
 
 
@@ -154,7 +172,7 @@ class Plan:
 def make_plan(
     scan: Scan,
     options: Options,
-    vectors: Vectors | None = None,
+    folders: Sequence[Folder] = (),
     progress: Callable[[int], None] = lambda n: None,
 ) -> Plan:
     """Reads and judges every input found.
@@ -162,7 +180,7 @@ def make_plan(
     Args:
       scan: what there is.
       options: checked ones.
-      vectors: precomputed vision vectors, if any.
+      folders: of precomputed conditions.
       progress: called with the number of inputs done since the last call.
 
     Raises:
@@ -173,7 +191,7 @@ def make_plan(
     rejects = list(scan.rejects)
     passed_over = scan.passed_over.copy()
     size = 0
-    for result in _in_threads(lambda f: _examine(f, options, vectors), found, options.workers):
+    for result in _in_threads(lambda f: _examine(f, options, folders), found, options.workers):
         if isinstance(result, Reject):
             rejects.append(result)
         else:
@@ -198,13 +216,13 @@ def make_plan(
 
 
 def _examine(
-    found: InputImage, options: Options, vectors: Vectors | None
+    found: InputImage, options: Options, folders: Sequence[Folder]
 ) -> tuple[Item, int, collections.Counter[str]] | Reject:
     try:
         texts, passed_over = captions.choose(found.captions, captions.fields(options.caption_field))
         data = found.image.read(MAX_FILE_BYTES)
         header = read_header(data, options.limits())
-        vector = hashlib.sha256(vectors.read(found.key)[0]).hexdigest() if vectors else ""
+        files = tuple((each.field.name, hashlib.sha256(each.read(found.key)[0]).hexdigest()) for each in folders)
         item = Item(
             key=found.key,
             image=found.image,
@@ -212,7 +230,7 @@ def _examine(
             content=hashlib.sha256(data).hexdigest(),
             header=header,
             bucket=nearest(options.buckets(), header.height, header.width),
-            vector=vector,
+            files=files,
         )
     except Rejected as rejected:
         return Reject.of(found.key, found.image.path, rejected)

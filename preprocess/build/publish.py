@@ -22,7 +22,6 @@ from fluxdit_jax.dataset.manifest import (
     MANIFEST,
     REJECTS,
     SPLITS,
-    EncoderIdentity,
     Manifest,
     Shard,
     json_checksum,
@@ -30,26 +29,26 @@ from fluxdit_jax.dataset.manifest import (
     sha256_file,
     shard_name,
 )
+from fluxdit_jax.shared.atomic_files import sync_folder, write_whole
 from fluxdit_jax.shared.sanitize import plain_name
 from preprocess import PreprocessError
 from preprocess.build.options import Options
-from preprocess.build.plan import Plan, Unit
+from preprocess.build.plan import Fingerprints, Identities, Plan, Unit
 from preprocess.build.statistics import Moments
 from preprocess.build.units import (
-    INDEX_SCHEMA,
     SHARD_SUFFIX,
     WORK,
     Rows,
     UnitInfo,
     bucket_histogram,
     disk_errors,
-    replacing,
-    sync_folder,
+    rows_schema,
 )
 from preprocess.input.findings import Reject, counted
 
 OPTIONS_FILE = "build.json"
 LOG_FILE = "build_log.jsonl"
+_STORED = ("VAE latents", "T5 tokens", "DINO vectors")
 _NEXT, _COMMIT = "next", "commit.json"
 
 
@@ -57,20 +56,6 @@ def dataset_name(directory: Path) -> str:
     """The TFDS name of a dataset: its folder's name in lower case, other characters than a-z, 0-9 as _."""
     name = re.sub(r"[^a-z0-9]+", "_", directory.resolve().name.lower()).strip("_")
     return name if name[:1].isalpha() else f"dataset_{name}".rstrip("_")
-
-
-@dataclasses.dataclass(frozen=True)
-class Identities:
-    """The three encoders' identities."""
-
-    vae: EncoderIdentity
-    text: EncoderIdentity
-    vision: EncoderIdentity
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, dict[str, Any]]) -> Identities:
-        """The inverse of `dataclasses.asdict`; raises `TypeError` if it is none."""
-        return cls(**{name: EncoderIdentity(**identity) for name, identity in raw.items()})
 
 
 def publish(
@@ -99,10 +84,11 @@ def publish(
     with disk_errors(next_folder):
         save_rejects(next_folder / REJECTS, rejects)
         rejects_sha256 = sha256_file(next_folder / REJECTS)
-        index = pa.concat_tables([_index_part(info, table) for info, table, _ in placed]).cast(INDEX_SCHEMA)
+        schema = rows_schema(Fingerprints.of(plan.options, identities).names, placed=True)
+        index = pa.concat_tables([_index_part(info, table) for info, table, _ in placed]).cast(schema)
         Rows(index, [info for info, _, _ in placed], rejects_sha256).save(next_folder / INDEX)
         save_options(next_folder / OPTIONS_FILE, plan.options)
-        _save_text(next_folder / MANIFEST, manifest.to_json())
+        write_whole(next_folder / MANIFEST, manifest.to_json())
     moves = [(info.uid, old, info.file) for info, _, old in placed if info.records]
     if all(old == new for _, old, new in moves) and _same(directory, next_folder):
         finish(directory)
@@ -110,7 +96,7 @@ def publish(
     with disk_errors(work / _COMMIT):
         keep = {old: uid for uid, old, _ in moves if old}
         commit = {"phase": 1, "keep": keep, "place": {uid: new for uid, _, new in moves}}
-        _save_text(work / _COMMIT, _to_json(commit))
+        write_whole(work / _COMMIT, _to_json(commit))
     roll_forward(directory)
     return manifest, True
 
@@ -165,17 +151,25 @@ def _manifest(name: str, plan: Plan, placed: list[tuple[UnitInfo, pa.Table, str]
         resolution=options.resolution,
         modulus=options.modulus,
         fit=options.fit,
-        vae=identities.vae,
-        text=identities.text,
-        vision=identities.vision,
+        encoders=identities,
         buckets=options.buckets(),
         latent_mean=tuple(moments.mean.tolist()),
         latent_std=tuple(moments.std.tolist()),
         latent_count=moments.count,
-        text_tokens=max(max(table["tokens"].to_pylist()) for info, table, _ in placed if info.records),
+        lengths=_lengths(placed),
         shards={split: tuple(of_split) for split, of_split in shards.items()},
         rejects=counted(plan.rejects) + sum(len(info.rejects) for info, _, _ in placed),
     )
+
+
+def _lengths(placed: list[tuple[UnitInfo, pa.Table, str]]) -> dict[str, int]:
+    """Tokens of the longest of each sequence."""
+    tables = [table for info, table, _ in placed if info.records]
+    lengths = {"text": max(max(table["tokens"].to_pylist()) for table in tables)}
+    for info, _, _ in placed:
+        for name, longest in info.lengths.items():
+            lengths[name] = max(longest, lengths.get(name, 0))
+    return lengths
 
 
 def save_rejects(path: Path, rejects: list[Reject]) -> None:
@@ -185,16 +179,11 @@ def save_rejects(path: Path, rejects: list[Reject]) -> None:
         raw = reject.to_dict()
         del raw["transient"]
         lines.append(json.dumps(raw, ensure_ascii=False) + "\n")
-    _save_text(path, "".join(lines))
+    write_whole(path, "".join(lines))
 
 
 def _to_json(raw: Any) -> str:
     return json.dumps(raw, indent=1, sort_keys=True) + "\n"
-
-
-def _save_text(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def _same(directory: Path, next_folder: Path) -> bool:
@@ -247,7 +236,7 @@ def roll_forward(directory: Path) -> bool:
             sync_folder(work)
             sync_folder(directory)
             commit["phase"] = 2
-            _save_text(work / _COMMIT, _to_json(commit))
+            write_whole(work / _COMMIT, _to_json(commit))
         for uid, file in commit["place"].items():
             if (work / (uid + SHARD_SUFFIX)).exists():
                 (work / (uid + SHARD_SUFFIX)).replace(directory / file)
@@ -296,20 +285,21 @@ def write_tfds_metadata(directory: Path, manifest: Manifest) -> None:
     ]
     tfds.folder_dataset.write_metadata(
         data_dir=directory,
-        features=records.tfds_features(manifest.vae.width, manifest.text.width, manifest.vision.width),
+        features=records.tfds_features(manifest),
         split_infos=splits,
         filename_template=template,
         version="1.0.0",
         check_data=False,
-        description="Images encoded for fluxdit_jax: VAE latents, T5 tokens, DINO vectors.",
+        description=f"Images encoded for fluxdit_jax: {', '.join([*_STORED, *manifest.further()])}.",
     )
 
 
 def save_options(path: Path, options: Options, **more: Any) -> None:
     """Writes the file that `load_options` reads; `more` stands beside the options."""
-    raw = options.to_dict()  # `verify --repair` would encode with what a flipped bit makes of them
+    raw = {name: value for name, value in options.to_dict().items() if value != []}
+    # With a checksum, as `verify --repair` would encode with what a flipped bit makes of them.
     with disk_errors(path):
-        _save_text(path, _to_json({"options": raw, "checksum": json_checksum(raw)} | more))
+        write_whole(path, _to_json({"options": raw, "checksum": json_checksum(raw)} | more))
 
 
 def load_options(directory: Path) -> Options:

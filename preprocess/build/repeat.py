@@ -5,21 +5,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
-from fluxdit_jax.dataset.manifest import DatasetError, Manifest, load_manifest
+from fluxdit_jax.dataset.manifest import DatasetError, EncoderIdentity, Manifest, load_manifest
 from preprocess import PreprocessError
 from preprocess.buckets import default_modulus
 from preprocess.build.options import Options
-from preprocess.build.publish import OPTIONS_FILE, Identities, load_options, save_options
+from preprocess.build.plan import Identities
+from preprocess.build.publish import OPTIONS_FILE, load_options, save_options
 from preprocess.build.units import WORK
 
 # They say where something is, or which inputs are taken: judged by what would become of the records. A dataset that
 # grows by them loses nothing. The others decide what every record is.
 _SELECTING = (
-    "input", "limit", "vae", "text_encoder", "vision_encoder", "vision_embeddings", "caption_field", "allow_outside",
-    "min_side", "max_pixels",
+    "input", "limit", "vae", "text_encoder", "vision_encoder", "vision_embeddings", "condition", "caption_field",
+    "allow_outside", "min_side", "max_pixels",
 )  # fmt: skip
 _DECISIVE = (
     "resolution",
@@ -60,7 +62,7 @@ def published(output: Path) -> Earlier | None:
     identities: Identities | None = None
     with contextlib.suppress(DatasetError):
         manifest = load_manifest(output)
-        identities = Identities(manifest.vae, manifest.text, manifest.vision)
+        identities = manifest.encoders
     try:
         return Earlier(load_options(output).to_dict(), identities)
     except PreprocessError:
@@ -73,16 +75,17 @@ def unfinished(output: Path) -> Earlier | None:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         options = load_options(path.parent)
-        identities = Identities.from_dict(raw["identities"])
+        identities = {name: EncoderIdentity(**identity) for name, identity in raw["identities"].items()}
         return Earlier(options.to_dict(), identities, raw["replace"] is True)
-    except (OSError, ValueError, KeyError, TypeError, PreprocessError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, PreprocessError):
         return None
 
 
 def begin(output: Path, options: Options, identities: Identities, replace: bool) -> None:
     """Notes what is being built, so that it can be continued by `--output` alone, and planned without encoders."""
     path = output / WORK / OPTIONS_FILE
-    more = {"identities": dataclasses.asdict(identities), "replace": replace}
+    known = {name: dataclasses.asdict(identity) for name, identity in identities.items()}
+    more = {"identities": known, "replace": replace}
     save_options(path, options, **more)
 
 
@@ -123,9 +126,10 @@ def complete(given: dict[str, Any]) -> tuple[Options, list[str]]:
     taken = [
         _flag(name, value)
         for name, value in values.items()
-        if name not in given and value != getattr(Options, name, None)
+        if name not in given and value not in (getattr(Options, name, None), [])
     ]
     values |= given
+    values["condition"] = tuple(values.get("condition", ()))
     if "input" not in values:
         where = "holds no dataset" if earlier is None else f"does not say what it was built from ({OPTIONS_FILE})"
         raise PreprocessError(f"--input is needed: --output {output} {where}")
@@ -136,6 +140,8 @@ def _flag(name: str, value: Any) -> str:
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--{flag}" if value else f"--no-{flag}"
+    if isinstance(value, (list, tuple)):
+        return " ".join(f"--{flag} {shlex.quote(each)}" for each in value) or f"no --{flag}"
     if name == "limit" and not value:
         return "--limit 0 (all)"
     return f"--{flag} {value!r}" if value == "" or " " in str(value) else f"--{flag} {value}"

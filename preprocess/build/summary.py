@@ -6,20 +6,20 @@ import collections
 import dataclasses
 import math
 import shlex
-from collections.abc import Sequence, Set
+from collections.abc import Set
 from pathlib import Path
 
 import pyarrow as pa
 
 from fluxdit_jax.dataset import records
-from fluxdit_jax.dataset.manifest import REJECTS, EncoderIdentity, Manifest
+from fluxdit_jax.dataset.manifest import REJECTS, Manifest
 from fluxdit_jax.shared.sanitize import shown
 from preprocess.buckets import TOKEN_SIDE
 from preprocess.build import advice
 from preprocess.build.encode import Counts
 from preprocess.build.journal import Journal
-from preprocess.build.plan import Plan, Unit
-from preprocess.build.publish import LOG_FILE, Identities
+from preprocess.build.plan import Identities, Plan, Unit
+from preprocess.build.publish import LOG_FILE
 from preprocess.build.units import UnitInfo
 from preprocess.input.findings import Scan, counted
 
@@ -72,10 +72,10 @@ def report_plan(journal: Journal, plan: Plan, listing: Scan, beyond: Set[str] = 
 
 
 def report_encoders(journal: Journal, identities: Identities) -> None:
-    for name, identity in dataclasses.asdict(identities).items():
+    for name, identity in identities.items():
         journal.say(
-            f"  {name:6} {identity['id']} ({identity['dtype']}, width {identity['width']}, "
-            f"sha256 {identity['sha256'][:12] or 'none'})"
+            f"  {name:6} {identity.id} ({identity.dtype}, width {identity.width}, "
+            f"sha256 {identity.sha256[:12] or 'none'})"
         )
 
 
@@ -95,10 +95,11 @@ def report_result(
     listed = collections.Counter(reject.reason for reject in plan.rejects if not reject.counted)
     reasons.update(reject.reason for _, info, _ in finished for reject in info.rejects)
     journal.say(f"\n{'Done' if changed else 'Up to date'}: {total:,} records ({splits}) in {output}")
-    journal.say(
-        f"  encoded {counts.latents:,} latents, {counts.texts:,} captions, {counts.visions:,} vision vectors; "
-        f"{counts.reused:,} tensors taken over from before"
-    )
+    names = {"latent": "latents", "text": "captions", "vision": "vision vectors"}
+    made = ", ".join(f"{counts.made.get(name, 0):,} {what}" for name, what in names.items())
+    journal.say(f"  encoded {made}; {counts.reused:,} tensors taken over from before")
+    if further := manifest.further():
+        journal.say(f"  with the conditions {', '.join(f'{n} [{manifest.encoders[n].width}]' for n in further)}")
     if several := sum(info.several for _, info, _ in finished):
         captions = total + sum(info.others for _, info, _ in finished)
         journal.say(f"  {several:,} records have several captions; {captions:,} captions in all")
@@ -116,7 +117,7 @@ def report_result(
     if listed:
         told = ", ".join(f"{reason} {count:,}" for reason, count in listed.most_common())
         journal.say(f"  listed there too, and not counted, as no picture is missing for it: {told}")
-    busy = sum(seconds.get(f"encode: {what}", 0.0) for what in ("text", "vae", "vision"))
+    busy = sum(seconds.get(f"encode: {what}", 0.0) for what in manifest.encoders)
     parts = ", ".join(f"{what.removeprefix('encode: ')} {value:.1f} s" for what, value in seconds.items())
     journal.say(f"  time: {parts}")
     if counts.pictures:
@@ -162,13 +163,12 @@ def next_steps(output: Path, manifest: Manifest) -> list[str]:
     images = sum(manifest.records(split) for split in manifest.shards)
     lines = [f"Look at it:  python -m preprocess inspect {data}"]
     few = " --allow-fewer" if images < 200 else ""
-    encoders = (manifest.vae, manifest.text, manifest.vision)
-    if any(encoder.id.startswith("builtin:") for encoder in encoders):
-        return [*lines, f"Train on it: {train_command('demo', data, run, encoders)}"]
+    if any(encoder.id.startswith("builtin:") for encoder in manifest.encoders.values()):
+        return [*lines, f"Train on it: {train_command('demo', data, run)}"]
     if images <= _GATE_SET and "holdout" not in manifest.shards:
         return [
             *lines,
-            f"Train on it: {train_command('nano', data, run, encoders)}",
+            f"Train on it: {train_command('nano', data, run)}",
             f"Then:        python -m fluxdit_jax.validate --workdir={run}",
         ]
     gate = whole.with_name(f"{name}-gate")
@@ -178,29 +178,16 @@ def next_steps(output: Path, manifest: Manifest) -> list[str]:
         *lines,
         f"First the gate, which ends with its own commands: python -m preprocess subset --input {data} --output "
         f"{shlex.quote(str(gate))} --count {count} --resolution {side} --square{few}",
-        f"Then train on it: {train_command('prod', data, run, encoders)} --config.gate.report={report}",
+        f"Then train on it: {train_command('prod', data, run)} --config.gate.report={report}",
     ]
 
 
-_WIDTHS = {"channels": 16, "text_width": 1024, "vision_width": 1024}  # those that the configurations have
-
-
-def train_command(config: str, data: str, run: str, encoders: Sequence[EncoderIdentity] = ()) -> str:
-    """A command line that trains `configs/<config>.py`.
-
-    Args:
-      data, run: quoted for a shell.
-      encoders: VAE, text and vision, if they are known: their widths are given where the configuration has others.
-    """
-    widths = [
-        f" --config.model.{key}={encoder.width}"
-        for (key, usual), encoder in zip(_WIDTHS.items(), encoders)
-        if encoder.width != usual
-    ]
+def train_command(config: str, data: str, run: str) -> str:
+    """A command line that trains `configs/<config>.py`; `data` and `run` are quoted for a shell."""
     path = Path("configs") / f"{config}.py"
     if not path.is_file():  # not in the project's folder
         path = Path(records.__file__).parents[1] / path
     return (
         f"python -m fluxdit_jax.train --config={shlex.quote(str(path))} --config.data.path={data} "
-        f"--config.workdir={run}{''.join(widths)}"
+        f"--config.workdir={run}"
     )

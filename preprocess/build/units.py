@@ -14,8 +14,7 @@ import dataclasses
 import errno
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,10 @@ import pyarrow.parquet as pq
 from array_record.python import array_record_module
 
 from fluxdit_jax.dataset import records
+from fluxdit_jax.dataset.fields import CAPTION, LATENT, Layout, field_named
 from fluxdit_jax.dataset.manifest import DatasetError, sha256_file
 from fluxdit_jax.dataset.records import Record
+from fluxdit_jax.shared.atomic_files import replacing
 from preprocess import PreprocessError
 from preprocess.build.statistics import Moments
 from preprocess.input.findings import Reject
@@ -34,24 +35,46 @@ from preprocess.input.findings import Reject
 WORK = ".build"
 SHARD_SUFFIX = ".array_record"
 _UNITS, _UNITS_SHA256 = b"fluxdit.units", b"fluxdit.units_sha256"
-_PLACED = ("split", "shard", "row")
-ROWS = pa.schema(
-    [
-        ("key", pa.string()),
-        ("caption", pa.string()),
-        ("bucket_height", pa.int32()),
-        ("bucket_width", pa.int32()),
-        ("height", pa.int32()),
-        ("width", pa.int32()),
-        ("tokens", pa.int32()),
-        ("content_hash", pa.string()),
-        ("source", pa.string()),
-        ("latent_id", pa.string()),
-        ("text_id", pa.string()),
-        ("vision_id", pa.string()),
-    ]
-)
-INDEX_SCHEMA = pa.schema([("split", pa.string()), ("shard", pa.string()), ("row", pa.int32()), *ROWS])
+_ROWS = [
+    ("key", pa.string()),
+    ("caption", pa.string()),
+    ("bucket_height", pa.int32()),
+    ("bucket_width", pa.int32()),
+    ("height", pa.int32()),
+    ("width", pa.int32()),
+    ("tokens", pa.int32()),
+    ("content_hash", pa.string()),
+    ("source", pa.string()),
+]
+_PLACE = [("split", pa.string()), ("shard", pa.string()), ("row", pa.int32())]
+
+
+def rows_schema(fields: Iterable[str], placed: bool = False) -> pa.Schema:
+    """Of the rows of a unit whose records have these fields; `placed`: of a dataset's index."""
+    return pa.schema([*(_PLACE if placed else ()), *_ROWS, *((f"{name}_id", pa.string()) for name in fields)])
+
+
+def id_columns(table: pa.Table) -> list[str]:
+    """The columns that name the tensors of a record."""
+    return [name for name in table.column_names if name.endswith("_id")]
+
+
+def index_row(record: Record, ids: Mapping[str, str], source: str) -> dict[str, Any]:
+    """The row of a record; `ids` of its tensors by field."""
+    return {
+        "key": record.key,
+        "caption": record.caption,
+        "bucket_height": record.encoded_size[0],
+        "bucket_width": record.encoded_size[1],
+        "height": record.original_size[0],
+        "width": record.original_size[1],
+        "tokens": max(map(len, record.texts)),
+        "content_hash": record.content_hash,
+        "source": source,
+    } | {f"{name}_id": value for name, value in ids.items()}
+
+
+_USUAL = ("text", "vision")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +85,8 @@ class UnitInfo:
       uid: `plan.Unit.uid`.
       split: of its records.
       sha256, bytes, records: of its shard; "" and 0 if every image of the unit was rejected.
-      text_width: needed to read its records.
+      layout: of its records' conditions.
+      lengths: tokens of the longest of each further sequence; that of the captions is in the rows.
       moments: of its latents, None without records.
       rejects: images of the unit that failed after planning.
       file: name of the shard in the dataset; "" while it is in `.build`.
@@ -75,12 +99,13 @@ class UnitInfo:
     sha256: str
     bytes: int
     records: int
-    text_width: int
+    layout: Layout
     moments: Moments | None
     rejects: tuple[Reject, ...]
     file: str = ""
     several: int = 0
     others: int = 0
+    lengths: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def final(self) -> bool:
@@ -89,18 +114,23 @@ class UnitInfo:
 
     def to_dict(self) -> dict[str, Any]:
         raw = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        raw = {"text_width" if name == "layout" else name: value for name, value in raw.items()}
         raw["moments"] = self.moments.to_dict() if self.moments else None
         raw["rejects"] = [reject.to_dict() for reject in self.rejects]
         if not self.several:  # an index without such records says nothing of them
             del raw["several"], raw["others"]
-        return raw
+        raw["text_width"] = self.layout["text"]
+        further = {name: width for name, width in self.layout.items() if name not in _USUAL}
+        lengths = raw.pop("lengths")
+        return raw | ({"conditions": further, "lengths": lengths} if further else {})
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> UnitInfo:
         raw = dict(raw)
         raw["moments"] = Moments.from_dict(raw["moments"]) if raw["moments"] else None
         raw["rejects"] = tuple(Reject(**reject) for reject in raw["rejects"])
-        return cls(**raw)
+        layout: Layout = {"text": raw.pop("text_width"), "vision": None} | raw.pop("conditions", {})
+        return cls(**raw, layout=layout)
 
 
 @dataclasses.dataclass
@@ -136,34 +166,11 @@ class Rows:
             if table.num_rows != sum(unit.records for unit in units):
                 raise ValueError(f"{table.num_rows} rows, not one for each record of its units")
             table = table.replace_schema_metadata(None)
-            table = table.cast(INDEX_SCHEMA if len(table.schema) == len(INDEX_SCHEMA) else ROWS)
+            fields = [name.removesuffix("_id") for name in id_columns(table)]
+            table = table.cast(rows_schema(fields, placed="shard" in table.column_names))
             return cls(table, units, about["rejects_sha256"])
         except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DatasetError(f"{path} is damaged or was not written by this program: {error}") from error
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path; what was written there replaces `path` for good when the block ends well."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -189,7 +196,7 @@ def write_unit(
     split: str,
     members: Iterable[Record],
     rows: list[dict[str, Any]],
-    text_width: int,
+    layout: Layout,
     rejects: tuple[Reject, ...],
 ) -> UnitInfo:
     """Writes the shard and then the rows of one unit.
@@ -197,13 +204,15 @@ def write_unit(
     Args:
       folder: the `.build` folder.
       members: the records, in the order of `rows`.
-      rows: one dict a record, the columns of `ROWS`.
+      rows: of `index_row`, one a record.
+      layout: of their conditions.
 
     Raises:
       PreprocessError: the disk is full or cannot be written.
     """
     shard = folder / (uid + SHARD_SUFFIX)
     moments, others = [], []
+    lengths = {name: 0 for name, width in layout.items() if width is not None and name not in _USUAL}
     digest, size = "", 0
     with disk_errors(shard):
         if rows:
@@ -214,6 +223,8 @@ def write_unit(
                         writer.write(records.encode_record(record))
                         moments.append(Moments.of(record.latent))
                         others.append(len(record.other_captions))
+                        for name, longest in lengths.items():
+                            lengths[name] = max(longest, *map(len, record.of_all_captions(name)))
                 finally:
                     writer.close()
                 digest, size = sha256_file(temporary), temporary.stat().st_size
@@ -223,13 +234,15 @@ def write_unit(
             sha256=digest,
             bytes=size,
             records=len(rows),
-            text_width=text_width,
+            layout=layout,
             moments=Moments.merged(moments),
             rejects=rejects,
             several=sum(map(bool, others)),
             others=sum(others),
+            lengths=lengths,
         )
-        Rows(pa.Table.from_pylist(rows, ROWS), [info]).save(folder / f"{uid}.parquet")
+        schema = rows_schema(["latent", *layout])
+        Rows(pa.Table.from_pylist(rows, schema), [info]).save(folder / f"{uid}.parquet")
     return info
 
 
@@ -253,6 +266,13 @@ def bucket_histogram(table: pa.Table) -> dict[str, int]:
     return {f"{h}x{w}": n for (h, w), n in sorted(collections.Counter(sizes).items())}
 
 
+def tensor_of(record: Record, name: str) -> Any:
+    """A field of a record; what is made from captions as a tuple, of all of them."""
+    if name == LATENT.name:
+        return record.latent
+    return record.of_all_captions(name) if field_named(name).made_from == CAPTION else record.conditions[name]
+
+
 class Archive:
     """Tensors that were encoded before, by their ids, read from the shards that hold them.
 
@@ -265,7 +285,7 @@ class Archive:
         self._wanted = wanted
         self._values = pa.array(sorted(wanted), pa.string())
         self._damaged = damaged
-        self._where: dict[str, tuple[Path, int, int]] = {}
+        self._where: dict[str, tuple[Path, int, UnitInfo]] = {}
 
     def add(
         self, rows: Rows, shard_of: Callable[[UnitInfo], Path], distrusted: frozenset[tuple[str, int]] = frozenset()
@@ -282,35 +302,35 @@ class Archive:
             part = rows.table.slice(start, info.records)
             start += info.records
             path = shard_of(info)
-            for column in ("latent_id", "text_id", "vision_id"):
+            for column in id_columns(part):
                 hits = pc.indices_nonzero(pc.is_in(part[column], value_set=self._values)).to_pylist()
                 names = part[column]
                 for row in hits:
                     if (path.name, row) not in distrusted:
-                        self._where.setdefault(names[row].as_py(), (path, row, info.text_width))
+                        self._where.setdefault(names[row].as_py(), (path, row, info))
 
-    def fetch(self, names: list[tuple[str, str, str]]) -> list[list[Any]]:
-        """For each (latent, text, vision) id the latent, the texts of all captions and the vector; None: not known."""
-        found: list[list[Any]] = [[None, None, None] for _ in names]
-        wanted: dict[tuple[Path, int], dict[int, list[tuple[int, int]]]] = {}
-        for index, triple in enumerate(names):
-            for kind, name in enumerate(triple):
-                if name in self._where:
-                    path, row, width = self._where[name]
-                    wanted.setdefault((path, width), {}).setdefault(row, []).append((index, kind))
-        for (path, width), by_row in wanted.items():
-            for row, record in self._read(path, sorted(by_row), width):
-                tensors = (record.latent, record.texts, record.vision)
-                for index, kind in by_row[row]:
-                    found[index][kind] = tensors[kind]
+    def fetch(self, names: tuple[str, ...], ids: list[tuple[str, ...]]) -> list[dict[str, Any]]:
+        """For each item's ids its tensors by field, those of all captions as a tuple; a field that is not known is
+        missing."""
+        found: list[dict[str, Any]] = [{} for _ in ids]
+        wanted: dict[Path, tuple[UnitInfo, dict[int, list[tuple[int, str]]]]] = {}
+        for index, of_item in enumerate(ids):
+            for name, id_ in zip(names, of_item, strict=True):
+                if id_ in self._where:
+                    path, row, info = self._where[id_]
+                    wanted.setdefault(path, (info, {}))[1].setdefault(row, []).append((index, name))
+        for path, (info, by_row) in wanted.items():
+            for row, record in self._read(path, sorted(by_row), info.layout):
+                for index, name in by_row[row]:
+                    found[index][name] = tensor_of(record, name)
         return found
 
-    def _read(self, path: Path, rows: list[int], width: int) -> Iterator[tuple[int, Record]]:
+    def _read(self, path: Path, rows: list[int], layout: Layout) -> Iterator[tuple[int, Record]]:
         for row, data in read_rows(path, rows):
             try:
                 if isinstance(data, DatasetError):
                     raise data
-                record = records.decode_record(data, width)
+                record = records.decode_record(data, layout)
                 records.check_record(record)
                 yield row, record
             except DatasetError as error:

@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
-from fluxdit_jax.dataset import records
+from fluxdit_jax.dataset import captions, records
+from fluxdit_jax.dataset.fields import Layout
 from fluxdit_jax.dataset.manifest import SPLITS, DatasetError, load_manifest
 from fluxdit_jax.dataset.records import Record
+from fluxdit_jax.shared.atomic_files import replacing
 from preprocess import PreprocessError
 from preprocess.build.journal import Journal
-from preprocess.build.units import disk_errors, read_rows, replacing
+from preprocess.build.units import disk_errors, read_rows
 
 FORMATS = ("webdataset",)
 
@@ -23,8 +25,8 @@ FORMATS = ("webdataset",)
 def export(directory: str | Path, output: str | Path, format: str = "webdataset") -> list[Path]:  # noqa: A002
     """Writes one tar for every shard.
 
-    A sample is `NNNNNNNNN.json` (key, caption, sizes, content hash) and `NNNNNNNNN.safetensors` (latent and text
-    in bfloat16, vision in float32: .npy has no bfloat16). The number counts the records of a split, so a
+    A sample is `NNNNNNNNN.json` (key, caption, sizes, content hash) and `NNNNNNNNN.safetensors` (latent and
+    sequences in bfloat16, vectors in float32: .npy has no bfloat16). The number counts the records of a split, so a
     member's name never comes from the data. A record with several captions has `other_captions` in the .json, and
     `other_text` (bfloat16 [sum of n, width]) and `other_lengths` (int64, n of each) in the .safetensors.
 
@@ -46,7 +48,7 @@ def export(directory: str | Path, output: str | Path, format: str = "webdataset"
                 path = output / f"{manifest.name}-{split}-{index:06d}.tar"
                 with disk_errors(path), replacing(path) as temporary, tarfile.open(temporary, "w") as archive:
                     for row, data in read_rows(directory / shard.file, list(range(shard.records))):
-                        record = _record(directory / shard.file, row, data, manifest.text.width)
+                        record = _record(directory / shard.file, row, data, manifest.layout)
                         for suffix, content in _members(record):
                             _add(archive, f"{number:09d}.{suffix}", content)
                         number += 1
@@ -55,16 +57,17 @@ def export(directory: str | Path, output: str | Path, format: str = "webdataset"
     return written
 
 
-def _record(shard: Path, row: int, data: bytes | DatasetError, text_width: int) -> Record:
+def _record(shard: Path, row: int, data: bytes | DatasetError, layout: Layout) -> Record:
     try:
         if isinstance(data, DatasetError):
             raise data
-        return records.decode_record(data, text_width)
+        return records.decode_record(data, layout)
     except DatasetError as error:
         raise DatasetError(f"{shard} row {row}: {error}; see `python -m preprocess verify`") from error
 
 
 def _members(record: Record) -> list[tuple[str, bytes]]:
+    layout = record.layout()
     about = {
         "key": record.key,
         "caption": record.caption,
@@ -72,11 +75,13 @@ def _members(record: Record) -> list[tuple[str, bytes]]:
         "original_size": list(record.original_size),
         "encoded_size": list(record.encoded_size),
     }
-    tensors = {"latent": record.latent.copy(), "text": record.text.copy(), "vision": record.vision.copy()}
+    tensors = {name: array.copy() for name, array in ({"latent": record.latent} | record.conditions).items()}
     if record.other_captions:
         about["other_captions"] = list(record.other_captions)
-        tensors["other_text"] = np.concatenate(record.other_texts)
-        tensors["other_lengths"] = np.array([len(text) for text in record.other_texts], np.int64)
+        for name, others in record.other_conditions.items():
+            tensors[captions.feature(name)] = np.concatenate(others)
+            if layout[name] is not None:
+                tensors[captions.lengths_feature(name)] = np.array([len(other) for other in others], np.int64)
     return [("json", json.dumps(about, ensure_ascii=False).encode()), ("safetensors", save(tensors))]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fluxdit_jax.dataset.fields import CAPTION, field_named
 from fluxdit_jax.shared.cli import duration
 from fluxdit_jax.shared.sanitize import shown
 from preprocess import PreprocessError, buckets
@@ -185,9 +186,9 @@ def _trial(plan: Plan, encoders: Encoders) -> float:
         for _ in range(2):
             start = time.perf_counter()
             encoders.vae.encode(picture)
-            if encoders.vision is not None:
-                encoders.vision.encode(picture)
-            encoders.text.encode(captions)
+            for name, encoder in encoders.by_field.items():
+                if name != "latent":
+                    encoder.encode(captions if field_named(name).made_from == CAPTION else picture)
             seconds = time.perf_counter() - start
     except ValueError as error:
         raise PreprocessError(f"the encoders cannot take a picture of {width}x{height}: {error}") from error

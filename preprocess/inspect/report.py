@@ -53,7 +53,7 @@ class Dataset:
         try:
             if isinstance(data, DatasetError):
                 raise data
-            return records.decode_record(data, self.manifest.text.width)
+            return records.decode_record(data, self.manifest.layout)
         except DatasetError as error:
             raise DatasetError(f"{self.directory / shard} row {row}: {error}") from error
 
@@ -102,8 +102,7 @@ def _overview(dataset: Dataset) -> list[str]:
             f"({byte_size(size / manifest.records(split))} a record)"
         )
     lines.append(f"  {manifest.resolution} px, modulus {manifest.modulus}, fit {manifest.fit}")
-    for name in ("vae", "text", "vision"):
-        identity = getattr(manifest, name)
+    for name, identity in manifest.encoders.items():
         revision = f"@{identity.revision[:12]}" if identity.revision else ""
         lines.append(
             f"  {name:6} {identity.id}{revision}, {identity.dtype}, width {identity.width}, "

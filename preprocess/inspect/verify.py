@@ -34,7 +34,7 @@ from preprocess.build.options import Options
 from preprocess.build.plan import Fingerprints, digest
 from preprocess.build.publish import load_options, write_tfds_metadata
 from preprocess.build.statistics import Moments
-from preprocess.build.units import INDEX_SCHEMA, Rows, UnitInfo, bucket_histogram, read_rows
+from preprocess.build.units import Rows, UnitInfo, bucket_histogram, index_row, read_rows, rows_schema
 
 WHOLE = -1  # the row of a finding about a whole shard
 _UNLISTED = "is not in the manifest"
@@ -160,12 +160,12 @@ def _check_shard(
         whole(f"{count} records, the manifest says {shard.records}")
     rows = None
     if index is not None:
-        of_shard = index.get(shard.file, INDEX_SCHEMA.empty_table())
-        rows = of_shard.to_pylist()
+        of_shard = index.get(shard.file)
+        rows = of_shard.to_pylist() if of_shard is not None else []
         if len(rows) != shard.records or any((r["split"], r["shard"]) != (split, shard.file) for r in rows):
             whole(f"{len(rows)} rows in {INDEX}, {shard.records} records in the manifest")
             rows = None
-        elif bucket_histogram(of_shard) != shard.buckets:
+        elif of_shard is not None and bucket_histogram(of_shard) != shard.buckets:
             whole(f"the buckets in {INDEX} are not those in the manifest")
     keys, moments = [], None
     for row, data in read_rows(path, list(range(count))):
@@ -174,7 +174,7 @@ def _check_shard(
         try:
             if isinstance(data, DatasetError):
                 raise data
-            record = records.decode_record(data, manifest.text.width)
+            record = records.decode_record(data, manifest.layout)
             records.check_record(record)
             _compare(record, rows[row] if rows and row < len(rows) else None, manifest)
             part = Moments.of(record.latent)
@@ -189,20 +189,9 @@ def _check_shard(
 def _compare(record: records.Record, row: dict[str, Any] | None, manifest: Manifest) -> None:
     """Raises `DatasetError` if a record does not fit the manifest or its row of the index."""
     records.check_fit(record, manifest)
-    height, width = record.encoded_size
     if row is None:
         return
-    pairs = {
-        "key": record.key,
-        "caption": record.caption,
-        "content_hash": record.content_hash,
-        "tokens": max(map(len, record.texts)),
-        "bucket_height": height,
-        "bucket_width": width,
-        "height": record.original_size[0],
-        "width": record.original_size[1],
-    }
-    for name, value in pairs.items():
+    for name, value in index_row(record, {}, row["source"]).items():
         if row[name] != value:
             raise DatasetError(f"{name} is {value!r}, {INDEX} says {row[name]!r}")
 
@@ -262,21 +251,26 @@ def salvage_index(directory: Path, options: Options) -> None:
       DatasetError: the manifest is damaged as well.
     """
     manifest = load_manifest(directory)
-    prints = Fingerprints.of(options, manifest.vae, manifest.text, manifest.vision)
+    prints = Fingerprints.of(options, manifest.encoders)
+    further = [name for name in manifest.lengths if name != "text"]
     tables, infos = [], []
     for split, shards in manifest.shards.items():
         for shard in shards:
             rows, moments, others = [], [], []
+            lengths = dict.fromkeys(further, 0)
             for row, data in read_rows(directory / shard.file, list(range(shard.records))):
                 with contextlib.suppress(DatasetError):
                     if isinstance(data, DatasetError):
                         raise data
-                    record = records.decode_record(data, manifest.text.width)
+                    record = records.decode_record(data, manifest.layout)
                     moments.append(Moments.of(record.latent))
                     others.append(len(record.other_captions))
-                    rows.append({"split": split, "shard": shard.file, "row": row, **_index_row(record, prints)})
+                    lengths = {name: max(n, *map(len, record.of_all_captions(name))) for name, n in lengths.items()}
+                    ids = prints.ids_of(record.content_hash, record.encoded_size, record.captions)
+                    place = {"split": split, "shard": shard.file, "row": row}
+                    rows.append(place | index_row(record, dict(zip(prints.names, ids, strict=True)), record.key))
             # Rows of unreadable records are missing, so the unit's name fits no plan and it is made again.
-            whole = [[r["key"], r["content_hash"], r["latent_id"], r["text_id"], r["vision_id"]] for r in rows]
+            whole = [[r["key"], r["content_hash"], *(r[f"{name}_id"] for name in prints.names)] for r in rows]
             infos.append(
                 UnitInfo(
                     uid=digest(records.WRITER_OPTIONS, split, whole),
@@ -284,36 +278,19 @@ def salvage_index(directory: Path, options: Options) -> None:
                     sha256=shard.sha256,
                     bytes=shard.bytes,
                     records=len(rows),
-                    text_width=manifest.text.width,
+                    layout=manifest.layout,
                     moments=Moments.merged(moments),
                     rejects=(),
                     file=shard.file,
                     several=sum(map(bool, others)),
                     others=sum(others),
+                    lengths=lengths,
                 )
             )
-            tables.append(pa.Table.from_pylist(rows, INDEX_SCHEMA))
+            tables.append(pa.Table.from_pylist(rows, rows_schema(prints.names, placed=True)))
     rejects = directory / REJECTS
     digest_of_rejects = sha256_file(rejects) if rejects.is_file() else ""
     Rows(pa.concat_tables(tables), infos, digest_of_rejects).save(directory / INDEX)
-
-
-def _index_row(record: records.Record, prints: Fingerprints) -> dict[str, Any]:
-    latent, text, vision = prints.ids_of(record.content_hash, record.encoded_size, record.captions)
-    return {
-        "key": record.key,
-        "caption": record.caption,
-        "bucket_height": record.encoded_size[0],
-        "bucket_width": record.encoded_size[1],
-        "height": record.original_size[0],
-        "width": record.original_size[1],
-        "tokens": max(map(len, record.texts)),
-        "content_hash": record.content_hash,
-        "source": record.key,
-        "latent_id": latent,
-        "text_id": text,
-        "vision_id": vision,
-    }
 
 
 def report(findings: list[Finding], directory: str) -> int:

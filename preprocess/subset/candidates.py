@@ -20,6 +20,7 @@ from PIL import Image
 
 from fluxdit_jax.dataset import records
 from fluxdit_jax.dataset.manifest import MANIFEST, DatasetError, EncoderIdentity
+from fluxdit_jax.shared.atomic_files import replacing
 from fluxdit_jax.shared.edit_rules import DEFAULT_RULES, EditError, Rule
 from preprocess import PreprocessError
 from preprocess.buckets import TOKEN_SIDE, Size
@@ -27,7 +28,7 @@ from preprocess.build.journal import Journal
 from preprocess.build.options import Options
 from preprocess.build.plan import MAX_FILE_BYTES, Item, digest, make_plan
 from preprocess.build.publish import load_options
-from preprocess.build.units import read_rows, replacing
+from preprocess.build.units import read_rows
 from preprocess.decoding.images import Rejected, decode
 from preprocess.encoders import load_all, load_text_encoder, load_vision_encoder
 from preprocess.input.findings import InputImage, Reject, Scan
@@ -166,7 +167,7 @@ def _of_dataset(options: SubsetOptions, directory: Path, journal: Journal) -> Po
         )
     left_out = [_left_out(key, root / key, "not in the input folder any more") for key in sorted(chosen - set(by_key))]
     with journal.bar(len(by_key), "read") as bar:
-        plan = make_plan(Scan(root, list(by_key.values())), build, None, bar.update)
+        plan = make_plan(Scan(root, list(by_key.values())), build, (), bar.update)
     left_out += plan.rejects
     positions = {key: position for position, key in enumerate(keys) if key in chosen}
     hashes = dataset.index["content_hash"]
@@ -215,7 +216,7 @@ def _of_folder(options: SubsetOptions, cache: Path, journal: Journal) -> Pool:
     )
     listing = scan(options.input, options.caption_field, Path(options.output), options.allow_outside)
     with journal.bar(len(listing.found), "read") as bar:
-        plan = make_plan(listing, build, None, bar.update)
+        plan = make_plan(listing, build, (), bar.update)
     chosen = _sample([item.key for item in plan.items], [item.caption for item in plan.items], options)
     by_key = {found.key: found for found in listing.found if found.key in chosen}
 
@@ -268,7 +269,7 @@ def _read_records(dataset: Dataset, positions: list[int], journal: Journal) -> d
                 try:
                     if isinstance(data, DatasetError):
                         raise data
-                    record = records.decode_record(data, dataset.manifest.text.width)
+                    record = records.decode_record(data, dataset.manifest.layout)
                     records.check_record(record)
                     if record.key != key:
                         raise DatasetError(f"it is of {record.key!r}")

@@ -18,7 +18,8 @@ from typing import Any
 
 from PIL import Image
 
-from fluxdit_jax.dataset.manifest import MANIFEST, EncoderIdentity, load_manifest, sha256_file
+from fluxdit_jax.dataset.manifest import MANIFEST, sha256_file
+from fluxdit_jax.shared.atomic_files import replacing, sync_folder
 from fluxdit_jax.shared.sanitize import shown
 from preprocess import PreprocessError
 from preprocess.buckets import distortion, enlargement
@@ -27,16 +28,18 @@ from preprocess.build.journal import Journal
 from preprocess.build.lock import locked
 from preprocess.build.plan import Item
 from preprocess.build.summary import train_command
-from preprocess.build.units import disk_errors, replacing, sync_folder
+from preprocess.build.units import disk_errors
 from preprocess.decoding.images import Rejected
 from preprocess.input import captions
 from preprocess.input.findings import InputImage
+from preprocess.input.precomputed import folders, parse_option
 from preprocess.inspect.sheet import Chosen, draw_sheet
 from preprocess.subset.candidates import Pool, SubsetOptions, gather, read_pixels
 from preprocess.subset.choice import Choice, choose, distinct, figures
 
 ABOUT = ".subset/subset.json"
 SHEET = ".subset/subset.png"
+CONDITIONS = ".subset/conditions"
 _BENT, _ENLARGED = 1 + VISIBLE, 1.5  # from where on it is worth a warning
 
 
@@ -208,9 +211,25 @@ def _write(
                 files[written.relative_to(folder).as_posix()] = sha256_file(written)
             pictures.append(picture)
             bar.update()
-    (folder / SHEET).parent.mkdir(parents=True)
+    files |= _write_conditions(folder, pool, chosen)
+    (folder / SHEET).parent.mkdir(parents=True, exist_ok=True)
     draw_sheet(pictures, chosen, about).save(folder / SHEET, "PNG", compress_level=6)
     files[SHEET] = sha256_file(folder / SHEET)
+    return files
+
+
+def _write_conditions(folder: Path, pool: Pool, chosen: list[Chosen]) -> dict[str, str]:
+    """The files of the dataset's further conditions under the names of the chosen pictures; returns as `_write`."""
+    files: dict[str, str] = {}
+    for each in folders(pool.build.condition, "", list(pool.found), ""):
+        for one in chosen:
+            path = folder / CONDITIONS / each.field.name / f"{one.name}.npy"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                path.write_bytes(each.read(one.item.key)[0])
+            except Rejected as rejected:
+                raise PreprocessError(f"{each.directory}: {one.item.key}: {rejected}") from rejected
+            files[path.relative_to(folder).as_posix()] = sha256_file(path)
     return files
 
 
@@ -347,14 +366,12 @@ def commands(options: SubsetOptions, pool: Pool, output: Path) -> list[str]:
         build += ["--vae", pool.build.vae]
         if pool.build.max_aspect != 4.0 and not options.square:
             build += ["--max-aspect", f"{pool.build.max_aspect:g}"]
+    for name, _ in map(parse_option, pool.build.condition):
+        build += ["--condition", f"{name}={output / CONDITIONS / name}"]
     for flag, value in encoders:
         if pool.dataset or not value.startswith("builtin:"):
             build += [flag, value]
     words = [build[0], *(shlex.quote(word) for word in build[1:])]
-    known: tuple[EncoderIdentity, ...] = ()
-    if pool.dataset:
-        manifest = load_manifest(options.input)
-        known = (manifest.vae, manifest.text, manifest.vision)
     run = f"--workdir={shlex.quote('runs/' + output.name)}"
     edits = "".join(f" --edit {shlex.quote(text)}" for text in options.edit)
     note = (
@@ -364,6 +381,6 @@ def commands(options: SubsetOptions, pool: Pool, output: Path) -> list[str]:
     )
     return [
         " ".join(words) + note,
-        f"{train_command('nano', shlex.quote(str(dataset)), run.removeprefix('--workdir='), known)} && "
+        f"{train_command('nano', shlex.quote(str(dataset)), run.removeprefix('--workdir='))} && "
         f"python -m fluxdit_jax.validate {run}{edits}",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 
@@ -20,6 +21,12 @@ from fluxdit_jax.dataset.manifest import (
     shard_name,
 )
 
+VAE = EncoderIdentity("vae/id", "abc", "12", "bfloat16", 2, {"factor": 8, "mode": "mean"})
+TEXT = EncoderIdentity("t5", "", "34", "bfloat16", 8)
+VISION = EncoderIdentity("dino", "", "56", "bfloat16", 6)
+POSE = EncoderIdentity("precomputed", "", "", "float32", 34, {"precomputed": True})
+ENCODERS = {"vae": VAE, "text": TEXT, "vision": VISION}
+
 
 def a_manifest(**changes) -> Manifest:
     values: dict[str, object] = dict(  # noqa: C408
@@ -27,14 +34,12 @@ def a_manifest(**changes) -> Manifest:
         resolution=256,
         modulus=64,
         fit="crop",
-        vae=EncoderIdentity("vae/id", "abc", "12", "bfloat16", 2, {"factor": 8, "mode": "mean"}),
-        text=EncoderIdentity("t5", "", "34", "bfloat16", 8),
-        vision=EncoderIdentity("dino", "", "56", "bfloat16", 6),
+        encoders=ENCODERS,
         buckets=((256, 256), (192, 320)),
         latent_mean=(0.1, -0.2),
         latent_std=(1 / 3, 2.0),
         latent_count=1234567890123,
-        text_tokens=77,
+        lengths={"text": 77},
         shards={
             "train": (
                 Shard("faces-train-0", "aa", 10, 3, {"256x256": 3}),
@@ -60,6 +65,16 @@ def test_the_helper_makes_the_checksum_of_the_module():
 
 
 REMOVE = object()
+
+
+def test_further_conditions_stand_beside_what_every_manifest_has():
+    usual, further = a_manifest(), a_manifest(encoders=ENCODERS | {"pose": POSE})
+    assert Manifest.from_json(further.to_json()) == further
+    assert further.further() == ["pose"] and usual.further() == []
+    assert further.layout == {"text": 8, "vision": None, "pose": None} == usual.layout | {"pose": None}
+    raw = json.loads(further.to_json())
+    assert raw.pop("conditions") == {"pose": {"encoder": dataclasses.asdict(POSE)}}
+    assert json.loads(checked(raw)) == json.loads(usual.to_json())
 
 
 @pytest.mark.parametrize(
@@ -123,10 +138,22 @@ REMOVE = object()
         (("text_tokens",), "many", ["text_tokens"]),
         (("resolution",), "256", ["resolution"]),
         (("name",), REMOVE, ["missing or unknown: name"]),
+        (("conditions",), [], ["conditions is []"]),
+        (("conditions", "pose"), None, ["conditions.pose is None"]),
+        (("conditions", "pose", "encoder"), REMOVE, ["conditions.pose.encoder"]),
+        (("conditions", "pose", "encoder"), 5, ["conditions.pose.encoder is 5"]),
+        (("conditions", "pose", "encoder", "width"), 0, ["pose.width", "0"]),
+        (("conditions", "pose", "encoder", "width"), 2**16 + 1, ["pose.width", "65537"]),
+        (("conditions", "pose", "encoder", "id"), "a\nb", ["encoder", "a\\nb"]),
+        (("conditions", "pose", "length"), 5, ["conditions.pose", "sequence", "vector"]),
+        (("conditions", "pose", "surprise"), 5, ["conditions.pose.surprise"]),
+        (("conditions", "text"), {"encoder": dataclasses.asdict(POSE)}, ["conditions", "'text'"]),
+        (("conditions", "latent"), {"encoder": dataclasses.asdict(POSE)}, ["conditions", "'latent'", "reserved"]),
+        (("conditions", "../pose"), {"encoder": dataclasses.asdict(POSE)}, ["conditions", "'../pose'"]),
     ],
 )
 def test_manifest_refusals_name_file_and_field(path, value, words):
-    raw = json.loads(a_manifest().to_json())
+    raw = json.loads(a_manifest(encoders=ENCODERS | {"pose": POSE}).to_json())
     place = raw
     for key in path[:-1]:
         place = place[key]
@@ -143,13 +170,15 @@ def test_manifest_refusals_name_file_and_field(path, value, words):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"text": EncoderIdentity("t5", "", "34", "bfloat16", 1), "text_tokens": 1},
-        {"text": EncoderIdentity("t5", "", "34", "bfloat16", 2**16), "text_tokens": 2**16},
-        {"vision": EncoderIdentity("dino", "", "56", "bfloat16", 1)},
-        {"vision": EncoderIdentity("dino", "", "56", "bfloat16", 2**16)},
+        {"encoders": ENCODERS | {"text": dataclasses.replace(TEXT, width=1)}, "lengths": {"text": 1}},
+        {"encoders": ENCODERS | {"text": dataclasses.replace(TEXT, width=2**16)}, "lengths": {"text": 2**16}},
+        {"encoders": ENCODERS | {"vision": dataclasses.replace(VISION, width=1)}},
+        {"encoders": ENCODERS | {"vision": dataclasses.replace(VISION, width=2**16)}},
         {"buckets": ((8, 2**16), (2**16, 8))},
-        {"vae": EncoderIdentity("vae", "", "12", "bfloat16", 2, {"factor": 1}), "buckets": ((1, 3),)},
+        {"encoders": ENCODERS | {"vae": dataclasses.replace(VAE, options={"factor": 1})}, "buckets": ((1, 3),)},
         {"shards": {"train": (Shard("a" * 255, "", 1, 1, {}),)}},
+        {"encoders": ENCODERS | {"p" * 31: dataclasses.replace(POSE, width=1)}},
+        {"encoders": ENCODERS | {"p": dataclasses.replace(POSE, width=2**16), "q": POSE}},
     ],
 )
 def test_the_smallest_and_the_largest_numbers_are_accepted(changes):
@@ -175,7 +204,7 @@ json_values = st.recursive(
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_a_mutilated_manifest_gives_a_manifest_or_dataset_error(draw):
-    raw = json.loads(a_manifest().to_json())
+    raw = json.loads(a_manifest(encoders=ENCODERS | {"pose": POSE}).to_json())
     for _ in range(draw.draw(st.integers(1, 2))):
         place = raw
         while True:
@@ -197,7 +226,8 @@ def test_a_mutilated_manifest_gives_a_manifest_or_dataset_error(draw):
         return
     # what is accepted can be used
     assert manifest.latent_sizes() and manifest.records("train") >= 0
-    assert all(isinstance(w, int) and w > 0 for w in (manifest.vae.width, manifest.text.width))
+    assert all(isinstance(encoder.width, int) and encoder.width > 0 for encoder in manifest.encoders.values())
+    assert manifest.layout.keys() | {"vae"} == manifest.encoders.keys()
 
 
 def test_load_manifest_names_the_path_and_what_to_do(tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from training_helpers import (
     UNEVEN_SIZES,
+    batch_layout,
     joined,
     make_record,
     read_batches,
@@ -142,7 +143,7 @@ def test_captions_do_not_depend_on_split_threads_processes_or_where_one_starts(s
     assert tree_equal(read(source, 5, batch_size=24, threads=4, prefetch=8, caption_weights=weights), expected)
     parts = [
         batches(
-            source, seed=3, start=0, batch_size=24, patch=2, tokens=4, text_tokens=5, threads=1, prefetch=1,
+            source, seed=3, start=0, batch_size=24, layout=batch_layout(), threads=1, prefetch=1,
             caption_weights=weights, process=process, processes=3,
         )
         for process in range(3)

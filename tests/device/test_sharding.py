@@ -127,7 +127,7 @@ dataset, scratch = Path(sys.argv[1]), Path(sys.argv[2])
 layouts = [tuple(map(int, name.split("x"))) for name in sys.argv[3:]]
 assert len(jax.devices()) == 4
 config = tiny_config(dataset, scratch)
-config.model.width, config.flow.drop_text = 64, 0.2
+config.model.width, config.flow.drop = 64, 'all 0.1, text 0.2, vision 0.3'
 config.data.micro_batch_size, config.optim.global_batch_size = 8, 16
 manifest = load_manifest(dataset)
 settings = resolve(config, manifest)

@@ -72,7 +72,7 @@ def test_a_case_is_a_record_and_a_rule_and_all_its_pictures_have_the_records_vec
         assert (caption, plan.plain[k].key) == (new[k], album.wanted(i, i, i).key)
         assert plan.edited[k].key == album.wanted(i, i, i, caption=new[k], text=texts[new[k]]).key
         for one in (plan.plain[k], plan.edited[k], plan.unrelated[k]):
-            assert one is None or (one.text == texts[one.caption]).all()
+            assert one is None or (one.conditions["text"] == texts[one.caption]).all()
     assert [one and one.caption for one in plan.unrelated] == [*changed[:2], None, changed[2]]
     assert [one and one.seed for one in plan.unrelated] == [50, 52, None, 53]
     wanted = [one.key for one in plan.wanted()]

@@ -426,7 +426,7 @@ def test_a_set_whose_captions_name_one_picture_each_is_told_so():
     swapped = Swap.plan(distinct, 60).measure(CaptionIsAll(distinct))
     assert not swapped.passed and swapped.numbers["tone_of_b"] < 0.1 and swapped.numbers["shared_captions"] == 0
     advised = advise(remembered, swapped, verdicts(Oracle(ALBUM))["text_edit"], FLAT)[1]
-    assert "flow.drop_text" in dict(zip(advised.causes, advised.advice, strict=True))["the set"]
+    assert "text in flow.drop" in dict(zip(advised.causes, advised.advice, strict=True))["the set"]
 
 
 def test_without_known_answers_the_verdict_stands_and_says_less():

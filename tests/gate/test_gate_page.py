@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from gate_scenes import Oracle, album
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training_helpers import conditions
 
 from fluxdit_jax.dataset.manifest import EncoderIdentity, Manifest
 from fluxdit_jax.gate import charts, page, report
@@ -22,15 +23,18 @@ from fluxdit_jax.shared.edit_rules import DEFAULT_RULES
 from preprocess.encoders.builtin import HashText
 
 MODEL = ModelConfig(
-    width=48, depth=2, heads=3, patch=2, channels=16, text_width=1024, vision_width=1024, dtype="float32", remat="none",
+    width=48, depth=2, heads=3, patch=2, channels=16, conditions=conditions(1024, 1024), dtype="float32", remat="none",
     attention="xla",
 )  # fmt: skip
 MANIFEST = Manifest(
     name="scenes", resolution=64, modulus=16, fit="resize",
-    vae=EncoderIdentity("builtin:dct", "1", "aa", "float32", 16, {}),
-    text=EncoderIdentity("builtin:hash", "1", "bb", "float32", 1024),
-    vision=EncoderIdentity("builtin:tone", "1", "cc", "float32", 1024), buckets=((64, 64),), latent_mean=(0.0,) * 16,
-    latent_std=(1.0,) * 16, latent_count=1, text_tokens=9, shards={},
+    encoders={
+        "vae": EncoderIdentity("builtin:dct", "1", "aa", "float32", 16, {}),
+        "text": EncoderIdentity("builtin:hash", "1", "bb", "float32", 1024),
+        "vision": EncoderIdentity("builtin:tone", "1", "cc", "float32", 1024),
+    },
+    buckets=((64, 64),), latent_mean=(0.0,) * 16, latent_std=(1.0,) * 16, latent_count=1, lengths={"text": 9},
+    shards={},
 )  # fmt: skip
 CIRCUMSTANCES = report.Circumstances(
     "/runs/<b>bold</b>",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from training_helpers import TEXT_WIDTH, VISION_WIDTH, lively, tiny_model
 
-from fluxdit_jax.dataset.records import BF16
+from fluxdit_jax.dataset.fields import BF16
 from fluxdit_jax.gate.painter import Painter, Wanted
 from fluxdit_jax.model import dit
 from fluxdit_jax.sampling.pipeline import Generator
@@ -24,14 +24,15 @@ def wanted(number: int, seed: int, grid: tuple[int, int] = (2, 2)) -> Wanted:
     rng = np.random.default_rng(number)
     vision = rng.normal(size=VISION_WIDTH).astype(np.float32)
     text = rng.normal(size=(3, TEXT_WIDTH)).astype(BF16)
-    return Wanted(f"caption {number}", text, vision / np.linalg.norm(vision), grid, seed)
+    conditions = {"text": text, "vision": vision / np.linalg.norm(vision)}
+    return Wanted(f"caption {number}", conditions, grid, seed)
 
 
 def test_each_picture_is_drawn_once_in_full_batches_and_is_the_same_alone() -> None:
     config = tiny_model(depth=1, width=16)
     statistics = patch_statistics((0.0,) * config.channels, (1.0,) * config.channels, config.patch)
     generator = Generator(
-        config, tokens=4, text_tokens=4, shift=1.0, statistics=statistics, steps=1, method="euler", batch_size=2
+        config, tokens=4, lengths={"text": 4}, shift=1.0, statistics=statistics, steps=1, method="euler", batch_size=2
     )
     params, done = generator.cast(lively(dit.build(config)[1])), list[int]()
     asked = [wanted(0, 0), wanted(1, 1), wanted(0, 0), wanted(0, 2), wanted(2, 0, (1, 3)), wanted(2, 0)]

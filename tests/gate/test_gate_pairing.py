@@ -130,8 +130,8 @@ def test_the_demonstration_sets_keys_are_recognised(key):
 
 def test_what_is_wanted_comes_from_the_right_records():
     one = ALBUM.wanted(3, 11, 20)
-    assert one.caption == ALBUM.caption(3) and one.text is ALBUM.records[3].text
-    assert one.vision is ALBUM.records[11].vision and one.grid == ALBUM.grid(20) and one.seed == 20
+    assert one.caption == ALBUM.caption(3) and one.conditions["text"] is ALBUM.records[3].text
+    assert one.conditions["vision"] is ALBUM.records[11].vision and one.grid == ALBUM.grid(20) and one.seed == 20
     assert one.key == ALBUM.wanted(3, 11, 20).key
     others = [ALBUM.wanted(13, 11, 20), ALBUM.wanted(3, 12, 20), ALBUM.wanted(3, 11, 21)]
     assert len({one.key, *(other.key for other in others)}) == 4
@@ -140,7 +140,8 @@ def test_what_is_wanted_comes_from_the_right_records():
 def test_what_is_wanted_instead():
     tokens, vector = np.zeros((2, 2)), np.ones(3, np.float32)
     one = ALBUM.wanted(3, 11, 20, caption="new words", text=tokens, vision=vector, seed=7)
-    assert one.caption == "new words" and one.text is tokens and one.vision is vector and one.seed == 7
+    assert one.caption == "new words" and one.seed == 7
+    assert one.conditions["text"] is tokens and one.conditions["vision"] is vector
     assert one.grid == ALBUM.grid(20)
 
 

@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+from training_helpers import conditions
 from wording import lines_naming, naming
 
 from fluxdit_jax.dataset.manifest import EncoderIdentity, Manifest, Shard
@@ -15,29 +16,36 @@ from fluxdit_jax.model.dit import ModelConfig
 pytest_plugins = ("training_fixtures",)
 
 NANO = ModelConfig(
-    width=48, depth=2, heads=3, patch=2, channels=16, text_width=64, vision_width=32, dtype="float32", remat="none",
+    width=48, depth=2, heads=3, patch=2, channels=16, conditions=conditions(64, 32), dtype="float32", remat="none",
     attention="xla",
 )  # fmt: skip
 LARGE = dataclasses.replace(NANO, width=128, depth=5, heads=4, dtype="bfloat16", remat="block")
 
 
-def manifest(**changes) -> Manifest:
+ENCODERS = {
+    "vae": EncoderIdentity("flux", "1", "aa" * 32, "bfloat16", 16, {"factor": 8}),
+    "text": EncoderIdentity("t5", "2", "bb" * 32, "bfloat16", 64),
+    "vision": EncoderIdentity("dino", "3", "cc" * 32, "bfloat16", 32),
+}
+
+
+def manifest(version: int = 1, name: str = "set", shards: dict | None = None, **encoders: EncoderIdentity) -> Manifest:
+    """Of a dataset with these encoders besides, or instead of, `ENCODERS`."""
     values = {
-        "name": "set",
+        "name": name,
         "resolution": 128,
         "modulus": 16,
         "fit": "resize",
-        "vae": EncoderIdentity("flux", "1", "aa" * 32, "bfloat16", 16, {"factor": 8}),
-        "text": EncoderIdentity("t5", "2", "bb" * 32, "bfloat16", 64),
-        "vision": EncoderIdentity("dino", "3", "cc" * 32, "bfloat16", 32),
+        "encoders": ENCODERS | encoders,
         "buckets": ((128, 128),),
         "latent_mean": (0.0,) * 16,
         "latent_std": (1.0,) * 16,
         "latent_count": 10,
-        "text_tokens": 8,
-        "shards": {},
+        "lengths": {"text": 8},
+        "shards": shards or {},
+        "version": version,
     }
-    return Manifest(**(values | changes))
+    return Manifest(**values)
 
 
 class Passed:
@@ -75,7 +83,7 @@ def test_moved_encoders_with_the_same_weights_are_the_same(tmp_path):
     ("config", "of", "words"),
     [
         ({"patch": 1}, {}, ["model.patch", "2", "1"]),
-        ({"text_width": 128}, {}, ["model.text_width"]),
+        ({"conditions": conditions(128, 32)}, {}, ["model.text_width", "64", "128"]),
         (
             {},
             {"vae": EncoderIdentity("sdxl", "", "dd" * 32, "float32", 16, {"factor": 8})},
@@ -87,6 +95,7 @@ def test_moved_encoders_with_the_same_weights_are_the_same(tmp_path):
             ["text encoder", "eeeeeeeeeeee"],
         ),
         ({}, {"vision": EncoderIdentity("dino", "3", "cc" * 32, "bfloat16", 48)}, ["vision", "width 48"]),
+        ({}, {"pose": EncoderIdentity("given", "", "", "float32", 3)}, ["encoders", "text, vae, vision", "pose"]),
         ({}, {"version": 2}, ["data format", "version 1", "2"]),
     ],
 )

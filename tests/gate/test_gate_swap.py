@@ -37,10 +37,11 @@ def test_what_is_drawn():
     assert plan.pairs == swap_pairs(album, 60) and len(plan.pairs) == 60
     assert [one.key for one in plan.swapped] == [album.wanted(a, b, a).key for a, b in plan.pairs]
     assert [one.key for one in plan.own] == [album.wanted(b, b, a).key for a, b in plan.pairs[:30]]
-    assert len(plan.random) == 30 and len({one.vision.tobytes() for one in plan.random}) == 30
+    assert len(plan.random) == 30 and len({one.conditions["vision"].tobytes() for one in plan.random}) == 30
     for one, (a, _) in zip(plan.random, plan.pairs):
         assert (one.caption, one.grid, one.seed) == (album.caption(a), album.grid(a), album.seed_of(a))
-        assert one.vision.dtype == np.float32 and np.linalg.norm(one.vision) == pytest.approx(1)
+        vision = one.conditions["vision"]
+        assert vision.dtype == np.float32 and np.linalg.norm(vision) == pytest.approx(1)
     assert plan.wanted() == plan.swapped + plan.own + plan.random
     shuffled = {one.key for one in Memorisation.plan(album).shuffled}
     drawn = [one.key in shuffled for one in plan.own]  # for test 1 anyway

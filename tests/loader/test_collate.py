@@ -13,15 +13,16 @@ from training_helpers import (
     TEXT_WIDTH,
     UNEVEN_SIZES,
     VISION_WIDTH,
+    batch_layout,
     make_record,
     tree_equal,
 )
 
 from fluxdit_jax.dataset.captions import draw
+from fluxdit_jax.dataset.fields import BF16
 from fluxdit_jax.dataset.manifest import DatasetError
-from fluxdit_jax.dataset.records import BF16
 from fluxdit_jax.loader.batch_memory import BatchMemory
-from fluxdit_jax.loader.reader import batch_shapes, collate, with_drawn_caption
+from fluxdit_jax.loader.reader import collate, with_drawn_caption
 from fluxdit_jax.model.patches import patchify, unpatchify
 
 
@@ -47,7 +48,7 @@ def test_the_layout_of_a_patch():
 
 def test_collate_pads_with_zeros_and_cuts_the_text():
     records = [make_record(i, UNEVEN_SIZES[i % 3]) for i in range(5)]  # texts of 1, 2, 3, 4, 5 tokens
-    batch = collate(records, [7, 8, 9, 10, 11], patch=2, tokens=6, text_tokens=3)
+    batch = collate(records, [7, 8, 9, 10, 11], batch_layout(6, 3))
     assert {name: (array.dtype, array.shape) for name, array in batch.items()} == {
         "latent": (BF16, (5, 6, 4 * CHANNELS)),
         "grid": (np.int32, (5, 2)),
@@ -72,7 +73,7 @@ def test_collate_pads_with_zeros_and_cuts_the_text():
 @pytest.mark.parametrize(("size", "tokens"), [((3, 4), 4), ((4, 3), 4), ((4, 6), 4)])
 def test_a_latent_that_does_not_fit_is_named(size, tokens):
     with pytest.raises(DatasetError) as refusal:
-        collate([make_record(3, size)], [0], patch=2, tokens=tokens, text_tokens=4)
+        collate([make_record(3, size)], [0], batch_layout(tokens, 4))
     for word in ("image_003.png", f"{size[1]}x{size[0]}", "side 2"):
         assert word in str(refusal.value)
 
@@ -80,7 +81,7 @@ def test_a_latent_that_does_not_fit_is_named(size, tokens):
 @pytest.mark.parametrize("patch", [1, 3])
 def test_patches_of_any_side_hold_its_square_of_values_of_each_channel(patch):
     record = make_record(2, (6, 3))
-    batch = collate([record], [0], patch, 18, 5)
+    batch = collate([record], [0], batch_layout(18, 5, patch))
     tokens = 18 // patch**2
     assert batch["latent"].shape == (1, 18, CHANNELS * patch**2)
     assert batch["grid"].tolist() == [[6 // patch, 3 // patch]]
@@ -103,16 +104,16 @@ def test_a_sample_has_the_one_caption_that_is_drawn_for_it():
 
 def test_memory_used_again_is_padded_with_zeros_and_cannot_be_written():
     sizes = ((4, 4), (2, 2))
-    memory = BatchMemory(2, batch_shapes(2, 4 * CHANNELS, 6, 5, TEXT_WIDTH, VISION_WIDTH))
+    memory = BatchMemory(2, batch_layout(6, 5).shapes(2), 2)
     for numbers in ((4, 3), (0, 1), (3, 0), (1, 4)):  # long texts and short ones, in either row
         records = [make_record(i, sizes[i % 2]) for i in numbers]
-        batch = collate(records, [0, 1], 2, 6, 5, memory=memory)
-        assert tree_equal(batch, collate(records, [0, 1], 2, 6, 5))
+        batch = collate(records, [0, 1], batch_layout(6, 5), memory=memory)
+        assert tree_equal(batch, collate(records, [0, 1], batch_layout(6, 5)))
         for array in batch.values():
             with pytest.raises(ValueError, match="read-only"):
                 array[0] = 0
         with pytest.raises(DatasetError, match="8x8"):
-            collate([records[0], make_record(9, (8, 8))], [0, 1], 2, 6, 5, memory=memory)
+            collate([records[0], make_record(9, (8, 8))], [0, 1], batch_layout(6, 5), memory=memory)
         del batch, array
 
 
@@ -127,15 +128,15 @@ def test_memory_used_again_is_padded_with_zeros_and_cannot_be_written():
 )
 @pytest.mark.parametrize("fails", [False, True])
 def test_padding_is_zero_whatever_was_there(uses, fails):
-    memory = BatchMemory(2, batch_shapes(2, 4 * CHANNELS, 6, 5, TEXT_WIDTH, VISION_WIDTH))
+    memory = BatchMemory(2, batch_layout(6, 5).shapes(2), 2)
     addresses = set()
     for number, size in uses:
         records = [make_record(number, size), make_record(0, (2, 2))]
-        batch = collate(records, [0, 1], 2, 6, 5, memory=memory)
+        batch = collate(records, [0, 1], batch_layout(6, 5), memory=memory)
         addresses.add(batch["latent"].ctypes.data)
-        assert tree_equal(batch, collate(records, [0, 1], 2, 6, 5))
+        assert tree_equal(batch, collate(records, [0, 1], batch_layout(6, 5)))
         del batch
         if fails:  # after its first row is full
             with contextlib.suppress(DatasetError):
-                collate([make_record(4, (4, 6)), make_record(9, (8, 8))], [0, 1], 2, 6, 5, memory=memory)
+                collate([make_record(4, (4, 6)), make_record(9, (8, 8))], [0, 1], batch_layout(6, 5), memory=memory)
     assert len(addresses) == 1  # one memory for all

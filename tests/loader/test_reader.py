@@ -17,6 +17,7 @@ from training_helpers import (
     CHANNELS,
     TEXT_WIDTH,
     UNEVEN_SIZES,
+    batch_layout,
     make_record,
     tree_equal,
     write_dataset,
@@ -26,8 +27,9 @@ from training_helpers import joined as whole
 from training_helpers import read_batches as read
 from wording import naming
 
+from fluxdit_jax.dataset.fields import BF16
 from fluxdit_jax.dataset.manifest import DatasetError, load_manifest
-from fluxdit_jax.dataset.records import BF16, encode_record, serialize_unchecked
+from fluxdit_jax.dataset.records import encode_record, serialize_unchecked
 from fluxdit_jax.dataset.shards import Shards
 from fluxdit_jax.loader.reader import RecordSource, batches, collate, with_drawn_caption
 
@@ -170,7 +172,8 @@ def test_damage_that_comes_after_the_first_read_is_found(dataset):
 
 def test_a_record_of_another_text_width_is_named(dataset):
     directory, manifest = dataset
-    other = dataclasses.replace(manifest, text=dataclasses.replace(manifest.text, width=TEXT_WIDTH + 3))
+    wider = manifest.encoders | {"text": dataclasses.replace(manifest.text, width=TEXT_WIDTH + 3)}
+    other = dataclasses.replace(manifest, encoders=wider)
     with pytest.raises(DatasetError, match=r"row 0 \(record 0\).*\b11\b"):
         RecordSource(directory, other, "train")[0]
 
@@ -292,20 +295,24 @@ def nan(array):
     return changed
 
 
+def conditions(record, **changed):
+    return {"conditions": record.conditions | changed}
+
+
 UNFIT = {
     "latent.*finite": lambda r: {"latent": nan(r.latent)},
-    "text.*finite": lambda r: {"text": nan(r.text)},
-    "vision.*finite": lambda r: {"vision": r.vision * np.float32("inf")},
-    r"vision.*norm.*\b0\.0": lambda r: {"vision": r.vision * 0},
-    r"vision.*norm.*\b2\.0": lambda r: {"vision": r.vision * 2},
-    r"vision.*\b1\b": lambda r: {"vision": np.ones(1, np.float32)},
+    "text.*finite": lambda r: conditions(r, text=nan(r.text)),
+    "vision.*finite": lambda r: conditions(r, vision=r.vision * np.float32("inf")),
+    r"vision.*norm.*\b0\.0": lambda r: conditions(r, vision=r.vision * 0),
+    r"vision.*norm.*\b2\.0": lambda r: conditions(r, vision=r.vision * 2),
+    r"vision.*\b1\b": lambda r: conditions(r, vision=np.ones(1, np.float32)),
     "64x64.*bucket": lambda r: {
         "latent": np.ones((CHANNELS, 8, 8), BF16),
         "encoded_size": (64, 64),
     },
     "latent.*2, 2.*32x32": lambda r: {"latent": np.ones((CHANNELS, 2, 2), BF16)},
     "latent.*5, 4, 4": lambda r: {"latent": np.ones((5, 4, 4), BF16)},
-    r"text.*\b6\b.*\b5\b|\b6\b.*text.*\b5\b": lambda r: {"text": np.ones((6, TEXT_WIDTH), BF16)},
+    r"text.*\b6\b.*\b5\b|\b6\b.*text.*\b5\b": lambda r: conditions(r, text=np.ones((6, TEXT_WIDTH), BF16)),
 }
 
 
@@ -371,11 +378,11 @@ def test_batches_do_not_depend_on_threads_and_prefetch(source, threads, prefetch
 
 @pytest.mark.parametrize("patch", [1, 2])
 def test_batches_are_the_records_of_the_order(source, patch):
-    batch = whole(read(source, 4, batch_size=6, patch=patch, tokens=16))
+    batch = whole(read(source, 4, batch_size=6, layout=batch_layout(16, 5, patch)))
     numbers = {make_record(i).vision.tobytes(): i for i in range(TRAIN)}
     for row, name in enumerate(identity(batch)):
         number = numbers[name]
-        expected = collate([make_record(number, UNEVEN_SIZES[number % 3])], [row], patch, 16, 5)
+        expected = collate([make_record(number, UNEVEN_SIZES[number % 3])], [row], batch_layout(16, 5, patch))
         for field, array in expected.items():
             assert array[0].tobytes() == batch[field][row].tobytes(), field
 
@@ -403,7 +410,7 @@ def test_processes_read_disjoint_parts_of_the_same_batch(source):
 
 
 def test_memory_is_used_again_only_when_nothing_refers_to_it(source):
-    stream = batches(source, seed=0, start=0, batch_size=4, patch=2, tokens=4, text_tokens=5, threads=1, prefetch=1)
+    stream = batches(source, seed=0, start=0, batch_size=4, layout=batch_layout(), threads=1, prefetch=1)
     held = [next(stream) for _ in range(6)]
     for first, second in itertools.combinations(held, 2):
         assert not any(np.shares_memory(first[name], second[name]) for name in first)

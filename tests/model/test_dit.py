@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from training_helpers import (
+    arguments,
+    dropping,
     jitted,
     lively,
     make_batch,
@@ -33,8 +35,6 @@ PROD = dit.ModelConfig(
     heads=16,
     patch=2,
     channels=16,
-    text_width=1024,
-    vision_width=1024,
     dtype="bfloat16",
     remat="block",
     attention="xla",
@@ -51,7 +51,7 @@ class Network:
         self.run = jax.jit(lambda params, *inputs: dit.apply(self.graph, params, *inputs))
 
     def __call__(self, inputs, params=None):
-        return np.asarray(self.run(self.params if params is None else params, *inputs.values()))
+        return np.asarray(self.run(self.params if params is None else params, *arguments(inputs)))
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +71,11 @@ def test_a_new_network_predicts_zero_and_its_blocks_are_the_identity():
     graph, _ = dit.build(config)
     params = dit.initialize(config, jax.random.key(1))
     inputs = network_inputs(config)
-    assert not np.asarray(dit.apply(graph, params, *inputs.values())).any()
+    assert not np.asarray(dit.apply(graph, params, *arguments(inputs))).any()
     params["out"]["kernel"] = jnp.ones_like(params["out"]["kernel"])
     without_blocks = jax.tree.map(jnp.zeros_like, params["blocks"])
-    a = dit.apply(graph, params, *inputs.values())
-    b = dit.apply(graph, params | {"blocks": without_blocks}, *inputs.values())
+    a = dit.apply(graph, params, *arguments(inputs))
+    b = dit.apply(graph, params | {"blocks": without_blocks}, *arguments(inputs))
     assert np.asarray(a).any()
     np.testing.assert_array_equal(a, b)
 
@@ -96,7 +96,7 @@ def test_scan_equals_a_loop_over_the_blocks(network, monkeypatch):
 
     def value_and_grad():
         def loss(params):
-            out = dit.apply(network.graph, params, *inputs.values())
+            out = dit.apply(network.graph, params, *arguments(inputs))
             return jnp.sum(out * weight), out
 
         (_, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(network.params)
@@ -127,7 +127,7 @@ def test_remat_policies_compute_the_same_and_keep_ever_less():
         graph, shapes = dit.build(tiny_model(remat=policy))
 
         def loss(params, graph=graph):
-            return jnp.mean(jnp.square(dit.apply(graph, params, *inputs.values())))
+            return jnp.mean(jnp.square(dit.apply(graph, params, *arguments(inputs))))
 
         params = lively(shapes)
         results[policy] = jax.jit(jax.value_and_grad(loss))(params)
@@ -154,7 +154,7 @@ def test_attention_that_is_kept_is_not_computed_again(monkeypatch):
         graph, shapes = dit.build(tiny_model(remat=policy))
 
         def loss(params):
-            return jnp.sum(dit.apply(graph, params, *inputs.values()))
+            return jnp.sum(dit.apply(graph, params, *arguments(inputs)))
 
         return str(jax.make_jaxpr(jax.grad(loss))(lively(shapes))).count("= exp ")
 
@@ -255,9 +255,9 @@ def two_steps(quick_compile):
     step = jitted(
         make_train_step(
             graph,
-            "float32",
+            config,
             optimizer,
-            tiny_flow(drop_text=0.2, drop_vision=0.2, drop_both=0.2),
+            tiny_flow(drop=dropping(0.2, 0.2, 0.2)),
             patch_statistics((0.5,) * 4, (2.0,) * 4, 2),
             seed=0,
             global_batch_size=16,
@@ -273,10 +273,10 @@ def test_conditions_reach_the_output_after_two_steps(two_steps):
     graph, state, _ = two_steps
     inputs = network_inputs(tiny_model())
     run = jax.jit(lambda *inputs: dit.apply(graph, state.params, *inputs))
-    out = np.asarray(run(*inputs.values()))
+    out = np.asarray(run(*arguments(inputs)))
     for name in ("t", "text", "vision", "keep_text", "keep_vision"):
         value = ~inputs[name] if inputs[name].dtype == bool else inputs[name][::-1]
-        moved = np.abs(np.asarray(run(*(inputs | {name: value}).values())) - out).max()
+        moved = np.abs(np.asarray(run(*arguments(inputs | {name: value}))) - out).max()
         assert moved > 1e-7, name
 
 

@@ -11,9 +11,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flops import product_flops
-from training_helpers import TEXT_WIDTH, VISION_WIDTH, lively, network_inputs, tiny_model
+from training_helpers import TEXT_WIDTH, VISION_WIDTH, arguments, conditions, lively, network_inputs, tiny_model
 
 from fluxdit_jax.model import dit
+from fluxdit_jax.model.conditions import Condition, given, joined
 from fluxdit_jax.optimizer import path_name
 
 pytest_plugins = ("training_fixtures",)
@@ -97,25 +98,31 @@ def attended(q, k, v):
     return np.einsum("hnm,mhd->nhd", weights / weights.sum(axis=-1, keepdims=True), v).reshape(len(q), -1)
 
 
-def predicted(params, config, x, t, grid, text, vision):
-    """The velocity [N, P] of one sample's own tokens; text or vision None: that condition is dropped."""
+def predicted(params, config, x, t, grid, text, vision, more=()):
+    """The velocity [N, P] of one sample's own tokens; text or vision None: that condition is dropped.
+
+    `more`: (name, array or None) of further conditions, by rank a sequence or a vector.
+    """
 
     def heads(y):
         return y.reshape(len(y), config.heads, -1)
 
     x = dense(params["patch_embed"], x)
     rows, columns = np.divmod(np.arange(len(x)), grid[1])
-    if text is None:
-        text = params["null_text"][None]
-    else:
-        text = dense(params["text_embed"], normed(text, params["text_scale"]))
-    if vision is None:
-        vision = params["null_vision"]
-    else:
-        vision = dense(params["vision_embed"], vision * math.sqrt(config.vision_width))
+    sequences, vectors = [], []
+    for name, values in (("text", text), ("vision", vision), *more):
+        is_sequence = f"{name}_scale" in params
+        if values is None:
+            embedded = params[f"null_{name}"][None] if is_sequence else params[f"null_{name}"]
+        elif is_sequence:
+            embedded = dense(params[f"{name}_embed"], normed(values, params[f"{name}_scale"]))
+        else:
+            embedded = dense(params[f"{name}_embed"], values * math.sqrt(len(values)))
+        (sequences if is_sequence else vectors).append(embedded)
+    text = np.concatenate(sequences)
     angles = 1000.0 * t * 10_000.0 ** (-np.arange(128) / 128)
     time = dense(params["time_out"], silu(dense(params["time_in"], np.concatenate([np.cos(angles), np.sin(angles)]))))
-    modulation = dense(params["modulation"], silu(time + vision)).reshape(9, config.width)
+    modulation = dense(params["modulation"], silu(time + sum(vectors))).reshape(9, config.width)
     for number in range(config.depth):
         block = jax.tree.map(lambda leaf, layer=number: leaf[layer], params["blocks"])
         shift1, scale1, gate1, gate_cross, shift2, scale2, gate2 = modulation[:7] + block["table"]
@@ -139,7 +146,7 @@ def test_the_forward_pass_in_closed_form():
     params = lively(shapes)
     inputs = network_inputs(config, grids=((2, 3), (3, 1), (1, 5), (2, 2)), tokens=6)
     inputs["keep_text"][2:], inputs["keep_vision"][1::2] = False, False
-    out = np.asarray(jax.jit(lambda *inputs: dit.apply(graph, params, *inputs))(*inputs.values()))
+    out = np.asarray(jax.jit(lambda *inputs: dit.apply(graph, params, *inputs))(*arguments(inputs)))
     wide = jax.tree.map(lambda leaf: leaf.astype(np.float64), params)
     for row, grid in enumerate(inputs["grid"]):
         text = inputs["text"][row, : inputs["text_length"][row]].astype(np.float64) if row < 2 else None
@@ -189,7 +196,7 @@ def test_the_parameters_of_a_network():
 
 
 def test_initial_weights():
-    config = tiny_model(width=128, depth=3, text_width=64)
+    config = tiny_model(width=128, depth=3, conditions=conditions(text=64))
     params = jax.jit(lambda key: dit.initialize(config, key))(jax.random.key(0))
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name, leaf = path_name(path), np.asarray(leaf)
@@ -221,20 +228,68 @@ def test_initial_weights():
 @pytest.mark.parametrize("policy", dit.REMAT_POLICIES)
 def test_every_policy_but_none_computes_blocks_again(policy):
     graph, shapes = dit.build(tiny_model(remat=policy))
-    program = jax.make_jaxpr(lambda params: dit.apply(graph, params, *network_inputs(tiny_model()).values()))(shapes)
+    program = jax.make_jaxpr(lambda params: dit.apply(graph, params, *arguments(network_inputs(tiny_model()))))(shapes)
     assert ("remat" in str(program)) == (policy != "none")
+
+
+def test_two_sequences_and_two_vectors_in_closed_form():
+    """Every combination of dropped conditions; the sequences of a sample have lengths of their own."""
+    kinds = (*conditions(), Condition("depth", 7, sequence=True), Condition("pose", 3))
+    config = tiny_model(width=24, heads=3, depth=2, conditions=kinds)
+    graph, shapes = dit.build(config)
+    params = lively(shapes)
+    grids = [(2, 2), (1, 3), (3, 1), (1, 1)] * 4
+    inputs, rng = network_inputs(config, grids=grids), np.random.default_rng(3)
+    pose = rng.normal(size=(16, 3))
+    extra = {
+        "depth": rng.normal(size=(16, 6, 7)).astype(np.float32),
+        "depth_length": (1 + np.arange(16) % 6).astype(np.int32),
+        "pose": (pose / np.linalg.norm(pose, axis=1, keepdims=True)).astype(np.float32),
+    }
+    for row, length in enumerate(extra["depth_length"]):
+        extra["depth"][row, length:] = 50  # what stands in the padding has no meaning
+    batch = inputs | extra
+    names = [kind.name for kind in kinds]
+    keep = {name: np.arange(16) // 2**bit % 2 == 0 for bit, name in enumerate(names)}
+    run = jax.jit(lambda *inputs: dit.apply(graph, params, *inputs))
+    out = np.asarray(run(inputs["x"], inputs["t"], inputs["grid"], given(kinds, batch, keep)))
+    wide = jax.tree.map(lambda leaf: leaf.astype(np.float64), params)
+    for row, grid in enumerate(inputs["grid"]):
+        values = [
+            batch[kind.name][row, : batch[f"{kind.name}_length"][row] if kind.sequence else None].astype(np.float64)
+            for kind in kinds
+        ]
+        values = [value if keep[name][row] else None for name, value in zip(names, values, strict=True)]
+        own = grid.prod()
+        x = inputs["x"][row, :own].astype(np.float64)
+        more = list(zip(names[2:], values[2:], strict=True))
+        expected = predicted(wide, config, x, inputs["t"][row], grid, *values[:2], more)
+        np.testing.assert_allclose(out[row, :own], expected, rtol=2e-3, atol=2e-3, err_msg=str(row))
+
+
+def test_sequences_are_joined_without_gaps():
+    rng = np.random.default_rng(0)
+    first, second, third = (rng.normal(size=(5, length, 2)).astype(np.float32) for length in (3, 2, 4))
+    lengths = np.array([[1, 1, 1], [3, 2, 4], [2, 1, 4], [3, 1, 1], [1, 2, 3]], np.int32)
+    tokens, length = joined([(part, lengths[:, k]) for k, part in enumerate((first, second, third))])
+    assert tokens.shape == (5, 9, 2) and length.tolist() == lengths.sum(1).tolist()
+    for row, counts in enumerate(lengths):
+        own = [part[row, :count] for part, count in zip((first, second, third), counts, strict=True)]
+        np.testing.assert_array_equal(tokens[row, : counts.sum()], np.concatenate(own))
+    ((alone, same),) = [joined([(first, lengths[:, 0])])]
+    assert alone is first and same.tolist() == lengths[:, 0].tolist()
 
 
 @pytest.mark.parametrize("depth", [1, 3])
 def test_flops_against_the_program_and_against_xla(depth):
-    config = tiny_model(width=192, depth=depth, heads=3, text_width=128, vision_width=96, channels=16)
+    config = tiny_model(width=192, depth=depth, heads=3, conditions=conditions(128, 96), channels=16)
     graph, shapes = dit.build(config)
     tokens, text_tokens = 48, 24
     inputs = network_inputs(config, grids=((6, 8),), tokens=tokens, text_tokens=text_tokens)
-    by_hand = dit.flops_per_sample(config, tokens, text_tokens)
+    by_hand = dit.flops_per_sample(config, tokens, {"text": text_tokens})
 
     def run(params):
-        return dit.apply(graph, params, *inputs.values())
+        return dit.apply(graph, params, *arguments(inputs))
 
     assert by_hand == product_flops(jax.make_jaxpr(run)(shapes).jaxpr)
     if depth == 1:  # XLA counts the body of a scan once, and also norms, rotations, softmax and gates

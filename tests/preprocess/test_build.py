@@ -21,6 +21,7 @@ from build_fixtures import (
     contents,
     index,
     killed_before,
+    made,
     options,
     read,
     write_image,
@@ -82,7 +83,7 @@ def test_manifest_index_and_statistics(photos: Path, tmp_path: Path) -> None:
     for row in rows:
         record = found[row["key"]]
         ((_, data),) = read_rows(directory / row["shard"], [row["row"]])
-        assert records.decode_record(data, 1024).key == row["key"]
+        assert records.decode_record(data, {"text": 1024, "vision": None}).key == row["key"]
         assert row["split"] in row["shard"] and row["source"] == row["key"]
         assert (row["bucket_height"], row["bucket_width"]) == record.encoded_size
         assert (row["height"], row["width"]) == record.original_size
@@ -168,7 +169,7 @@ def test_nothing_changed_means_nothing_done(photos: Path, tmp_path: Path) -> Non
     build(options(photos, tmp_path / "data"))
     before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in (tmp_path / "data").iterdir()}
     result = build(options(photos, tmp_path / "data"))
-    assert not result.changed and result.counts.pictures == result.counts.texts == 0
+    assert not result.changed and result.counts.pictures == made(result.counts)[1] == 0
     for path, (stamp, data) in before.items():
         if path.name != "build_log.jsonl":
             assert (path.stat().st_mtime_ns, path.read_bytes()) == (stamp, data)
@@ -180,7 +181,7 @@ def test_one_more_image_is_one_image_encoded(photos: Path, tmp_path: Path, draw_
     write_image(photos / "set0" / "another.png", 99, "one more dog", draw_photo)
     result = build(options(photos, tmp_path / "data"))
     counts = result.counts
-    assert (counts.pictures, counts.latents, counts.texts, counts.visions) == (1, 1, 1, 1)
+    assert (counts.pictures, *made(counts)) == (1, 1, 1, 1)
     after = {p.name: p.stat().st_ino for p in (tmp_path / "data").glob("*array_record*")}
     assert len(set(untouched.values()) - set(after.values())) == 1, "one shard was written again, the others kept"
     assert_as_fresh(photos, tmp_path / "data", tmp_path)
@@ -191,7 +192,7 @@ def test_one_image_less(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     (photos / "set0" / "p04.png").unlink()
     (photos / "set0" / "p04.json").unlink()
     result = build(options(photos, tmp_path / "data"))
-    assert result.counts.pictures == result.counts.texts == 0
+    assert result.counts.pictures == made(result.counts)[1] == 0
     assert lines_naming(capsys.readouterr().out, 1, 24, "set0/p04.png")
     assert_as_fresh(photos, tmp_path / "data", tmp_path)
 
@@ -203,7 +204,7 @@ def test_an_edited_caption_is_one_caption_encoded(photos: Path, tmp_path: Path) 
     path.write_text(path.read_text().replace("dog", "cat"))  # as long as before
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # nor does the time tell
     counts = build(options(photos, tmp_path / "data")).counts
-    assert (counts.pictures, counts.latents, counts.texts, counts.visions) == (0, 0, 1, 0)
+    assert (counts.pictures, *made(counts)) == (0, 0, 1, 0)
     assert read(tmp_path / "data")["set1/p03.png"].caption == "photo number 3 of a cat"
     assert_as_fresh(photos, tmp_path / "data", tmp_path)
 
@@ -212,7 +213,7 @@ def test_an_edited_image_is_one_image_encoded(photos: Path, tmp_path: Path, draw
     build(options(photos, tmp_path / "data"))
     write_image(photos / "set1" / "p03.png", 103, None, draw_photo)
     counts = build(options(photos, tmp_path / "data")).counts
-    assert (counts.pictures, counts.latents, counts.texts, counts.visions) == (1, 1, 0, 1)
+    assert (counts.pictures, *made(counts)) == (1, 1, 0, 1)
     assert_as_fresh(photos, tmp_path / "data", tmp_path)
 
 
@@ -221,14 +222,14 @@ def test_a_renamed_image_is_not_encoded_again(photos: Path, tmp_path: Path) -> N
     (photos / "set1" / "p03.png").rename(photos / "renamed.png")
     (photos / "set1" / "p03.json").rename(photos / "renamed.json")
     counts = build(options(photos, tmp_path / "data")).counts
-    assert (counts.pictures, counts.latents, counts.texts, counts.visions) == (0, 0, 0, 0)
+    assert (counts.pictures, *made(counts)) == (0, 0, 0, 0)
     assert_as_fresh(photos, tmp_path / "data", tmp_path)
 
 
 def test_another_resolution_keeps_the_captions(photos: Path, tmp_path: Path) -> None:
     build(options(photos, tmp_path / "data"))
     counts = build(options(photos, tmp_path / "data", resolution=96), replace=True).counts
-    assert (counts.latents, counts.texts, counts.visions) == (24, 0, 24)
+    assert made(counts) == (24, 0, 24)
     assert_as_fresh(photos, tmp_path / "data", tmp_path, resolution=96)
 
 
@@ -243,14 +244,14 @@ def test_other_weights_are_noticed_by_content(photos: Path, tmp_path: Path, tiny
     model.rename(moved)
     text["text_encoder"] = str(moved)
     counts = build(options(photos, tmp_path / "data", **text)).counts
-    assert (counts.latents, counts.texts, counts.visions) == (0, 0, 0)
+    assert made(counts) == (0, 0, 0)
     tensors = load_file(moved / "model.safetensors")
     tensors["shared.weight"] = tensors["shared.weight"] * 1.5
     save_file(tensors, moved / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(WouldLose, match=naming(6, "text encoder", "set0/p00.png")):
         build(options(photos, tmp_path / "data", **text))
     counts = build(options(photos, tmp_path / "data", **text), replace=True).counts
-    assert (counts.latents, counts.texts, counts.visions) == (0, 6, 0)
+    assert made(counts) == (0, 6, 0)
 
 
 def test_an_image_never_changes_its_split(photos: Path, tmp_path: Path, draw_photo) -> None:
@@ -279,7 +280,7 @@ def test_a_damaged_record_is_not_taken_over(photos: Path, tmp_path: Path) -> Non
     other = next(r for r in index(tmp_path / "data") if r["shard"] == shard.name and r["key"] != row["key"])
     (photos / other["key"]).with_suffix(".json").write_text('{"caption": "edited, so the shard is made again"}')
     counts = build(options(photos, tmp_path / "data")).counts
-    assert (counts.latents, counts.texts) == (1, 2)
+    assert made(counts)[:2] == (1, 2)
     assert_as_fresh(photos, tmp_path / "data", tmp_path)
 
 
@@ -347,7 +348,7 @@ def test_a_file_that_changes_between_plan_and_encoding(
     assert (line["key"], line["reason"]) == (key, "changed during the build")
     assert result.counts.rejected == 1 and key not in read(tmp_path / "data")
     assert lines_naming(capsys.readouterr().out, 1, str(tmp_path / "data" / REJECTS))
-    assert build(options(photos, tmp_path / "data", max_rejects=0.5)).counts.latents == 1
+    assert build(options(photos, tmp_path / "data", max_rejects=0.5)).counts.made["latent"] == 1
     assert_as_fresh(photos, tmp_path / "data", tmp_path, max_rejects=0.5)
 
 
@@ -607,7 +608,7 @@ def test_precomputed_vectors(photos: Path, tmp_path: Path) -> None:
         np.save(folder / f"{key}.npy", vector.astype(np.float32))
     more = {"vision_embeddings": str(folder), "vision_encoder": "owner/dino"}
     result = build(options(photos, tmp_path / "data", **more))
-    assert result.counts.visions == 0 and result.manifest.vision.id == "precomputed:owner/dino"
+    assert made(result.counts)[2] == 0 and result.manifest.vision.id == "precomputed:owner/dino"
     for key, record in read(tmp_path / "data").items():
         expected = vectors[key].astype(np.float32)
         np.testing.assert_allclose(record.vision, expected / np.linalg.norm(expected), atol=1e-6)
@@ -616,7 +617,7 @@ def test_precomputed_vectors(photos: Path, tmp_path: Path) -> None:
     (folder / f"{sorted(vectors)[4]}.npy").unlink()
     np.save(folder / f"{sorted(vectors)[5]}.npy", np.full(1024, np.nan, np.float32))
     result = build(options(photos, tmp_path / "data", max_rejects=0.5, **more))
-    assert result.counts.latents == result.counts.texts == 0
+    assert made(result.counts)[:2] == (0, 0)
     found = read(tmp_path / "data")
     assert len(found) == 22 and found[changed].vision @ vectors[changed] < 0
     lines = [json.loads(line) for line in (tmp_path / "data" / REJECTS).read_text().splitlines()]

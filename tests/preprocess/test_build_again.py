@@ -115,8 +115,8 @@ def test_other_pictures_under_the_same_names(scene: Scene, draw_photo) -> None:
     for number, path in enumerate(sorted(scene.photos.rglob("*.png"))):
         write_image(path, number + 300, None, draw_photo)
     assert lines_naming(scene.refused(), COUNT, "image", "set0/p00.png")
-    counts = scene.ended("--replace")["counts"]
-    assert (counts["latents"], counts["texts"]) == (COUNT, 0)
+    made = scene.ended("--replace")["counts"]["made"]
+    assert (made["latent"], made.get("text", 0)) == (COUNT, 0)
 
 
 def test_all_captions_may_be_written_anew(scene: Scene) -> None:
@@ -124,8 +124,8 @@ def test_all_captions_may_be_written_anew(scene: Scene) -> None:
         path.write_text(json.dumps({"caption": f"another caption of {path.name}"}))
     said = scene.build("--dry-run")
     assert re.search(numbers(0, 0, COUNT, 0), said) and lines_naming(said, COUNT, "caption", "set0/p00.png")
-    counts = scene.ended()["counts"]
-    assert (counts["latents"], counts["texts"]) == (0, COUNT)
+    made = scene.ended()["counts"]["made"]
+    assert (made.get("latent", 0), made["text"]) == (0, COUNT)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from fluxdit_jax.dataset.fields import VISION
 from fluxdit_jax.dataset.manifest import EncoderIdentity
 from preprocess.build.options import Options
 from preprocess.build.plan import (
@@ -32,7 +33,7 @@ from preprocess.decoding.images import Header, Rejected
 from preprocess.input.byte_source import ByteSource
 from preprocess.input.captions import Source
 from preprocess.input.findings import InputImage, Reject, Scan
-from preprocess.input.vectors import Vectors
+from preprocess.input.precomputed import Folder
 
 IDENTITY = EncoderIdentity("owner/model", "abc", "f" * 64, "bfloat16", 16, {"factor": 8})
 OPTIONS = Options("in", "out")
@@ -46,7 +47,7 @@ def item(number: int) -> Item:
 
 
 def prints(options: Options = OPTIONS, **changed: EncoderIdentity) -> Fingerprints:
-    return Fingerprints.of(options, *({"vae": IDENTITY, "text": IDENTITY, "vision": IDENTITY} | changed).values())
+    return Fingerprints.of(options, {"vae": IDENTITY, "text": IDENTITY, "vision": IDENTITY} | changed)
 
 
 @given(st.sets(st.integers(0, 10**6), min_size=1, max_size=300), st.integers(1, 40), st.floats(0, 0.9))
@@ -106,7 +107,7 @@ def test_what_each_name_depends_on() -> None:
     assert differs(prints(text=other(dtype="float32")).ids(one)) == [False, True, False]
     assert differs(prints(vision=other(options={})).ids(one)) == [False, False, True]
     assert differs(prints(vae=other(id="moved", revision="")).ids(one)) == [False, False, False]
-    vector = dataclasses.replace(one, vector="v")
+    vector = dataclasses.replace(one, files=(("vision", "v"),))
     assert differs(prints().ids(vector)) == [False, False, True]
     assert prints().ids(dataclasses.replace(vector, content="x"))[2] == prints().ids(vector)[2]
 
@@ -115,7 +116,7 @@ def test_the_captions_of_an_image_name_its_texts_together() -> None:
     def text(*captions: str) -> str:
         return prints().ids(dataclasses.replace(item(1), captions=captions))[1]
 
-    assert text("a") == digest(prints().text, "a")  # the name that datasets of one caption have
+    assert text("a") == digest(prints().prints["text"], "a")  # the name that datasets of one caption have
     names = [text("a"), text("a", "b"), text("b", "a"), text("a", "b", "c"), text("a", "bc"), text("ab")]
     assert len(set(names)) == len(names)
     several = dataclasses.replace(item(1), captions=("a", "b"))
@@ -202,7 +203,7 @@ def test_everything_that_is_found_is_read_and_judged(folder: Path) -> None:
     assert [i.captions for i in plan.items[:2]] == [("caption a",), ("caption b", "b")]
     assert [(i.header.height, i.header.width) for i in plan.items[:2]] == [(70, 100), (128, 64)]
     assert [i.bucket for i in plan.items[:3]] == [(112, 144), (144, 112), (128, 128)]
-    assert {i.vector for i in plan.items} == {""}
+    assert {i.files for i in plan.items} == {()}
     assert plan.units == make_units(plan.items, 0.0, 3) and len(plan.units) > 1
 
     assert [(r.key, r.reason) for r in plan.rejects] == [
@@ -241,9 +242,10 @@ def test_all_threads_work_at_once_and_a_bounded_number_of_inputs_ahead() -> None
 def test_vectors_are_part_of_an_item_and_one_that_is_missing_rejects_it(folder: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "a.png.npy", np.ones(1024, np.float32))
     members = pictures(folder)[:2]
-    plan = make_plan(Scan(folder, members), SMALL, Vectors(str(tmp_path), [member.key for member in members]))
+    vectors = Folder(VISION, str(tmp_path), [member.key for member in members])
+    plan = make_plan(Scan(folder, members), SMALL, [vectors])
     vector = hashlib.sha256((tmp_path / "a.png.npy").read_bytes()).hexdigest()
-    assert [(i.key, i.vector) for i in plan.items] == [("a.png", vector)]
+    assert [(i.key, i.files) for i in plan.items] == [("a.png", (("vision", vector),))]
     assert [(r.key, r.reason) for r in plan.rejects] == [("b.png", "no vector")]
 
 

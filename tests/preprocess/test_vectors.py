@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fluxdit_jax.dataset.fields import VISION
 from preprocess import PreprocessError
 from preprocess.decoding.images import Rejected
-from preprocess.input.vectors import Vectors, parse
+from preprocess.input.precomputed import VISION_WIDTH, Folder, parse
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -29,7 +30,7 @@ GOOD = np.random.default_rng(0).normal(size=1024).astype(np.float32)
     "array", [GOOD, GOOD * 100, GOOD.astype(np.float64), GOOD[None], GOOD[:, None], GOOD.astype("f2")]
 )
 def test_good_vectors_get_unit_length(array: np.ndarray) -> None:
-    vector = parse(npy(array))
+    vector = parse(npy(array), VISION, VISION_WIDTH)
     assert vector.dtype == np.float32 and vector.shape == (1024,)
     np.testing.assert_allclose(vector, GOOD / np.linalg.norm(GOOD), atol=1e-4)
     assert abs(np.linalg.norm(vector.astype(np.float64)) - 1) < 1e-6
@@ -64,7 +65,7 @@ HUGE = b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, 'shape':
 )
 def test_bad_vectors(data: bytes, reason: str) -> None:
     with pytest.raises(Rejected) as caught:
-        parse(data)
+        parse(data, VISION, VISION_WIDTH)
     assert caught.value.reason == reason
 
 
@@ -74,7 +75,7 @@ def test_bad_vectors(data: bytes, reason: str) -> None:
 @settings(deadline=None, max_examples=300)
 def test_any_bytes(data: bytes) -> None:
     try:
-        vector = parse(data)
+        vector = parse(data, VISION, VISION_WIDTH)
     except Rejected:
         return
     assert np.isfinite(vector).all() and abs(np.linalg.norm(vector.astype(np.float64)) - 1) < 1e-5
@@ -84,7 +85,7 @@ def test_names(tmp_path: Path) -> None:
     for name in ("a.jpg.npy", "b.npy", "sub/c.npy"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(npy(GOOD))
-    vectors = Vectors(str(tmp_path), ["a.jpg", "a.png", "b.jpg", "sub/c.jpg", "sub/c.png", "d.png"])
+    vectors = Folder(VISION, str(tmp_path), ["a.jpg", "a.png", "b.jpg", "sub/c.jpg", "sub/c.png", "d.png"])
     for key in ("a.jpg", "b.jpg"):
         assert vectors.read(key)[1].shape == (1024,)
     for key, message in (
@@ -94,7 +95,7 @@ def test_names(tmp_path: Path) -> None:
         with pytest.raises(Rejected, match=message):
             vectors.read(key)
     with pytest.raises(PreprocessError, match=f"--vision-embeddings {tmp_path / 'nowhere'}"):
-        Vectors(str(tmp_path / "nowhere"), [])
+        Folder(VISION, str(tmp_path / "nowhere"), [])
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
@@ -103,5 +104,5 @@ def test_a_vector_whose_name_composes_accents_in_another_way(tmp_path: Path, for
     other = {"NFC": "NFD", "NFD": "NFC"}[form]
     np.save(tmp_path / (unicodedata.normalize(other, "Café") + suffix + ".npy"), GOOD)
     key = unicodedata.normalize(form, "Café") + ".jpg"
-    _, vector = Vectors(str(tmp_path), [key]).read(key)
+    _, vector = Folder(VISION, str(tmp_path), [key]).read(key)
     np.testing.assert_allclose(vector, GOOD / np.linalg.norm(GOOD), atol=1e-6)

@@ -192,7 +192,7 @@ def test_weights_that_are_due_and_missing_are_written_at_the_start(config, workd
 
 def test_another_data_set_that_was_accepted_stands_in_the_history(config, workdir, tmp_path):
     manifest = write_dataset(tmp_path / "other", seed=3)
-    same = dataclasses.replace(manifest, text_tokens=5)
+    same = dataclasses.replace(manifest, lengths={"text": 5})
     (tmp_path / "other" / MANIFEST).write_text(same.to_json())
     run(config, data__path=str(tmp_path / "other"), resume__allow_changes=True, data__threads=1)
     (change,) = starts(workdir)[-1]["changes"]

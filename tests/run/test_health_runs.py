@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training_helpers import jitted
+from training_helpers import conditions, dropping, jitted
 
 from fluxdit_jax import flow
 from fluxdit_jax.model import dit
@@ -17,13 +17,14 @@ from fluxdit_jax.train_step import make_train_step
 
 pytestmark = pytest.mark.slow  # each compiles a training step of its own
 
+TEXT_WIDTH, VISION_WIDTH = 16, 8
 SHAPE = dit.ModelConfig(
-    width=32, depth=2, heads=2, patch=1, channels=4, text_width=16, vision_width=8,
+    width=32, depth=2, heads=2, patch=1, channels=4, conditions=conditions(TEXT_WIDTH, VISION_WIDTH),
     dtype="float32", remat="none", attention="xla",
 )  # fmt: skip
 TIMES = flow.FlowConfig(
     mean=0.0, std=1.0, uniform_share=1.0, shift=1.0, stratified=True,
-    drop_text=0.1, drop_vision=0.1, drop_both=0.1,
+    drop=dropping(0.1, 0.1, 0.1),
 )  # fmt: skip
 RULE = OptimizerConfig(
     name="adamw", lr=3e-3, adam_lr=3e-3, schedule="constant", warmup_steps=20, total_steps=400,
@@ -35,11 +36,11 @@ BATCH, TOKENS = 16, 4
 def pictures(count: int) -> dict[str, np.ndarray]:
     """A few fixed samples that the conditions tell apart."""
     rng = np.random.default_rng(0)
-    vision = rng.normal(size=(count, SHAPE.vision_width)).astype(np.float32)
+    vision = rng.normal(size=(count, VISION_WIDTH)).astype(np.float32)
     return {
         "latent": rng.normal(size=(count, TOKENS, SHAPE.token_width)).astype(np.float32),
         "grid": np.full((count, 2), 2, np.int32),
-        "text": rng.normal(size=(count, 3, SHAPE.text_width)).astype(np.float32),
+        "text": rng.normal(size=(count, 3, TEXT_WIDTH)).astype(np.float32),
         "text_length": np.full((count,), 3, np.int32),
         "vision": vision / np.linalg.norm(vision, axis=1, keepdims=True),
         "replaced": np.zeros((count,), bool),
@@ -53,7 +54,7 @@ def diagnoses(rule: OptimizerConfig, *, steps: int, doctor=lambda params: params
     state = create_state(doctor(dit.initialize(SHAPE, jax.random.key(0))), optimizer)
     statistics = (np.zeros(SHAPE.token_width, np.float32), np.ones(SHAPE.token_width, np.float32))
     step = make_train_step(
-        graph, "float32", optimizer, TIMES, statistics, seed=0, global_batch_size=BATCH, ema_target=0.999
+        graph, SHAPE, optimizer, TIMES, statistics, seed=0, global_batch_size=BATCH, ema_target=0.999
     )
     if constant:  # the target velocity is zero: nothing is left to learn but silence
         zeros = dict(pictures(1), latent=np.zeros((1, TOKENS, SHAPE.token_width), np.float32))

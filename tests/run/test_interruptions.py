@@ -30,7 +30,7 @@ def config(tiny_dataset, tmp_path_factory):
     """20 steps of two micro-batches; a checkpoint after every one, so that kills strike while one is written."""
     c = tiny_config(tiny_dataset, tmp_path_factory.mktemp("runs") / "whole")
     c.train.steps, c.log.every = 20, 2
-    c.flow.drop_text, c.flow.drop_vision, c.flow.drop_both = 0.2, 0.2, 0.1
+    c.flow.drop = "all 0.1, text 0.2, vision 0.2"
     c.checkpoint.minutes, c.checkpoint.ema_every = 1e-9, 5
     return c
 

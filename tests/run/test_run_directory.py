@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,8 +17,9 @@ import pytest
 from training_helpers import REPOSITORY, tiny_config, write_dataset
 from wording import naming
 
-from fluxdit_jax.config import RENAMED, default_config
+from fluxdit_jax.config import default_config
 from fluxdit_jax.dataset.manifest import MANIFEST, DatasetError, Manifest, load_manifest
+from fluxdit_jax.renamed_keys import RENAMED
 from fluxdit_jax.run.run_directory import (
     SHAPE_KEYS,
     RunError,
@@ -75,7 +77,7 @@ def test_a_start_records_everything_and_a_second_one_resumes(config, manifest, w
         ("model.depth", 3),
         ("model.dtype", "bfloat16"),
         ("flow.shift", 2.0),
-        ("flow.drop_text", 0.2),
+        ("flow.drop", "all 0.1, text 0.2, vision 0.3"),
         ("flow.stratified", False),
         ("optim.name", "muon"),
         ("optim.lr", 1e-4),
@@ -134,18 +136,24 @@ def test_every_key_but_these_decides_the_mathematics():
 def test_a_run_of_before_keys_were_renamed_goes_on(config, manifest, workdir):
     """Its values count, under the new names."""
     config.data.micro_batch_size, config.optim.global_batch_size, config.mesh.process_id = 2, 8, 3
+    config.flow.drop = "all 0.05, text 0.2, vision 0.15"
     record_start(workdir, config, manifest)
     recorded = json.loads((workdir / "config.json").read_text())
     del recorded["checksum"]
     for old, new in RENAMED.items():
         (group, name), (new_group, new_name) = old.split("."), new.split(".")
         recorded[group][name] = recorded[new_group].pop(new_name)
+    del recorded["flow"]["drop"]
+    recorded["flow"] |= {"drop_both": 0.05, "drop_text": 0.2, "drop_vision": 0.15}
+    recorded["model"] |= {"channels": 4, "text_width": 8, "vision_width": 6}  # of the data set
     (workdir / "config.json").write_text(json.dumps(recorded))
     assert load_config(workdir).to_dict() == config.to_dict() | {"data": load_config(workdir).data.to_dict()}
     assert check_resume(workdir, config, manifest) is True
-    config.optim.global_batch_size = 16
-    with pytest.raises(RunError, match=naming("optim.global_batch_size", 8, 16)):
+    config.optim.global_batch_size, config.flow.drop = 16, "all 0.05, text 0.2, vision 0.3"
+    with pytest.raises(RunError) as refusal:
         check_resume(workdir, config, manifest)
+    for key, values in (("optim.global_batch_size", (8, 16)), ("flow.drop", ("vision 0.15", "vision 0.3"))):
+        assert re.search(naming(key, *values), str(refusal.value))
 
 
 def test_a_tuple_is_the_same_when_it_is_read_again(config, manifest, workdir):

@@ -19,8 +19,8 @@ from training_helpers import make_record, tiny_config, tree_equal, write_config,
 from wording import lines_naming, naming
 
 from fluxdit_jax.config import ConfigError, check
+from fluxdit_jax.dataset.fields import BF16
 from fluxdit_jax.dataset.manifest import MANIFEST
-from fluxdit_jax.dataset.records import BF16
 from fluxdit_jax.loader import reader
 from fluxdit_jax.optimizer import build_optimizer
 from fluxdit_jax.run.checkpoint import CheckpointError, Checkpoints, ema_steps, restore_ema

@@ -242,6 +242,21 @@ def test_the_hostile_recipes_are_changed_from_one_that_is_read(tmp_path: Path) -
     assert recipe.read(path).arguments == GOOD
 
 
+def test_a_recipe_keeps_every_condition_and_scale_that_is_given(tmp_path: Path) -> None:
+    arguments = GOOD | {"guidance": {"pose": 2.5}, "model": None}
+    given = {"vision": np.float32([0.6, 0.8]), "pose": np.float32([0.0, 1.0, 0.0])}
+    written = recipe.Recipe(arguments, "ab", batch_size=1, given=given)
+    Image.new("RGB", (8, 8)).save(tmp_path / "r.png", pnginfo=written.notes())
+    found = recipe.read(tmp_path / "r.png")
+    assert found.arguments == arguments and found.given.keys() == given.keys()
+    for name, values in given.items():
+        assert found.given[name].dtype == np.float32
+        np.testing.assert_array_equal(found.given[name], values)
+    with Image.open(tmp_path / "r.png") as picture:
+        raw = json.loads(picture.text["recipe"])
+    assert isinstance(raw["vector"], str) and raw["conditions"].keys() == {"pose"}, "as an earlier version reads it"
+
+
 def test_a_solver_that_was_renamed_is_known_by_its_old_name(tmp_path: Path) -> None:
     told = json.dumps(WHOLE | {"arguments": GOOD | {"method": "kutta3"}})
     path = with_text(Image.new("RGB", (8, 8)), tmp_path / "r.png", recipe=told)
@@ -257,13 +272,22 @@ def test_a_solver_that_was_renamed_is_known_by_its_old_name(tmp_path: Path) -> N
         (json.dumps(WHOLE | {"format": 2}), "format 2"),
         (json.dumps(WHOLE | {"digest": 7}), "digest"),
         (json.dumps(WHOLE | {"batch_size": 10**9}), "batch_size"),
-        (json.dumps(WHOLE | {"vector": "!"}), "vector"),
-        (json.dumps(WHOLE | {"vector": "AAAAAA=="}), "vector"),
+        (json.dumps(WHOLE | {"vector": "!"}), "vision"),
+        (json.dumps(WHOLE | {"vector": "AAAAAA=="}), "vision"),
+        (json.dumps(WHOLE | {"vector": 7}), "vision"),
+        (json.dumps(WHOLE | {"conditions": [1]}), "conditions"),
+        (json.dumps(WHOLE | {"conditions": {"a\x1b": "AACAPw=="}}), "conditions"),
+        (json.dumps(WHOLE | {"conditions": {"pose": "AAAAAA=="}}), "pose"),
+        (json.dumps(WHOLE | {"conditions": {"pose": None}}), "pose"),
+        (json.dumps(WHOLE | {"conditions": {"pose": [[1, 1], "AACAPw=="]}}), "pose"),
+        (json.dumps(WHOLE | {"conditions": {"text": [[10**30], "AACAPw=="]}}), "text"),
+        (json.dumps(WHOLE | {"conditions": {"text": [["1"], "AACAPw=="]}}), "text"),
         *(
             (json.dumps(WHOLE | {"arguments": GOOD | {name: value}}), name)
             for name, value in {
                 "prompt": [], "count": 10**8, "seed": True, "steps": 10**7, "guidance_text": float("nan"),
-                "sweep_text": ["1"], "workdir": "/run\x1b[31m", "step": -1, "size": 7, "vae": ["/etc"],
+                "sweep_text": ["1"], "guidance": {"pose": "1"}, "workdir": "/run\x1b[31m",
+                "step": -1, "size": 7, "vae": ["/etc"],
             }.items()
         ),
         (json.dumps(WHOLE | {"arguments": GOOD | {"prompt": ["\ud800"]}}), "prompt"),

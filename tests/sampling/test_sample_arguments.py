@@ -26,6 +26,11 @@ GIVEN = ["--workdir", "run", "--out", "x.png"]
         (["--prompt", "x", "--seed", str(10**30)], ["--seed", "2**31"]),
         (["--prompt", "x", "--count", "0"], ["--count", 1]),
         (["--prompt", "x", "--guidance-text", "nan"], ["guidance", "finite"]),
+        (["--prompt", "x", "--guidance", "pose=nan"], ["guidance", "finite"]),
+        (["--prompt", "x", "--guidance", "pose"], ["--guidance", "'pose'", "NAME=VALUE"]),
+        (["--prompt", "x", "--guidance", "pose=much"], ["--guidance", "pose=much"]),
+        (["--prompt", "x", "--condition", "=a.npy"], ["--condition", "=a.npy"]),
+        (["--prompt", "x", "--condition", "pose="], ["--condition", "pose="]),
         (["--prompt", "x", "--sweep-vision", "1,inf"], ["guidance", "finite"]),
         (["--prompt", "x", "--sweep-text", "1,,2"], ["--sweep-text", "1,,2"]),
         (["--prompt", "x", "--rescale", "nan"], ["--rescale", 0, 1]),
@@ -36,6 +41,14 @@ def test_refused_with_the_option(arguments: list[str], named: list, capsys: pyte
     with pytest.raises(SystemExit) as end:
         parse_arguments([*GIVEN, *arguments])
     assert end.value.code == 2 and re.search(naming(*named), capsys.readouterr().err.splitlines()[-1])
+
+
+def test_further_conditions_have_a_file_and_a_scale_by_name() -> None:
+    plain = parse_arguments([*GIVEN, "--prompt", "x"])
+    assert plain.condition == plain.guidance == {}
+    named = ["--condition", "pose=a=b.npy", "--condition", "hue=c.npy", "--guidance", "pose=2.5"]
+    found = parse_arguments([*GIVEN, "--prompt", "x", *named])
+    assert found.condition == {"pose": Path("a=b.npy"), "hue": Path("c.npy")} and found.guidance == {"pose": 2.5}
 
 
 def test_prompts_come_from_lines(tmp_path: Path) -> None:
@@ -55,7 +68,7 @@ def test_files_of_prompts_that_are_refused(tmp_path: Path, content: bytes, named
 @pytest.mark.parametrize(
     ("program", "options"),
     [
-        (lambda: parse_arguments(["--help"]), 22),
+        (lambda: parse_arguments(["--help"]), 24),
         (lambda: validate.parse_arguments(["--help"]), 15),
         (export.main, 4),
     ],

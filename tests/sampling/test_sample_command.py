@@ -13,12 +13,12 @@ import pytest
 from build_fixtures import options
 from drawing_helpers import config, pixels
 from PIL import Image, PngImagePlugin
-from training_helpers import lively, tiny_flow
+from training_helpers import dropping, lively, tiny_flow
 from wording import lines_naming, naming
 
 from fluxdit_jax import sample as command
-from fluxdit_jax.config import resolve
-from fluxdit_jax.dataset.manifest import Manifest, load_manifest
+from fluxdit_jax.config import Settings, resolve
+from fluxdit_jax.dataset.manifest import EncoderIdentity, Manifest, load_manifest
 from fluxdit_jax.export import export
 from fluxdit_jax.model import dit
 from fluxdit_jax.run.checkpoint import CheckpointError, Checkpoints
@@ -41,6 +41,7 @@ class Scene:
 
     root: Path
     manifest: Manifest
+    settings: Settings
     size: tuple[int, int]  # height and width, not square
     first: np.ndarray  # the picture in drawn.png
     told: str  # what was printed when it was drawn
@@ -79,7 +80,8 @@ def scene(tmp_path_factory, draw_photo, quick_compile) -> Scene:
     manifest = load_manifest(root / "ds")
     c = config(root / "ds", root / "run")
     c.model.width, c.model.depth = 16, 1
-    shapes = dit.build(resolve(c, manifest).model)[1]
+    settings = resolve(c, manifest)
+    shapes = dit.build(settings.model)[1]
     with Checkpoints(root / "run", keep=2) as checkpoints:
         for step in (4, 8):
             checkpoints.save_ema(step, lively(shapes, seed=step, scale=0.1))
@@ -87,7 +89,7 @@ def scene(tmp_path_factory, draw_photo, quick_compile) -> Scene:
     export(root / "run", root / "exported")
     (record,) = {size for shard in manifest.shards["train"] for size in shard.buckets}
     height, width = map(int, record.split("x"))
-    unfinished = Scene(root, manifest, (height, width), np.zeros(0), "")
+    unfinished = Scene(root, manifest, settings, (height, width), np.zeros(0), "")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", io.StringIO())
         (first,) = unfinished.draw(
@@ -255,26 +257,52 @@ def test_the_vector_is_the_references_or_the_recipes(scene: Scene) -> None:
     photo = scene.root / "photos" / "p1.png"
     given = scene.arguments("--prompt", "x", "--reference", str(photo))
     seen = read_reference(photo, scene.manifest)
-    vector, told = command._vector(given, seen, scene.manifest, None)
+    found, told = command._given(given, seen, scene.manifest, None)
+    assert found.keys() == {"vision"}
+    vector = found["vision"]
     np.testing.assert_array_equal(vector, encode_reference(seen[0], scene.manifest, None))
     assert told == {"path": str(photo), "sha256": seen[1]}
-    assert command._vector(given, None, scene.manifest, None) == (None, None)
+    assert command._given(given, None, scene.manifest, None) == ({}, None)
     own = {"path": "/photos/a.jpg", "sha256": "ab"}
-    again = Recipe({}, vector=vector, reference=own)
-    found = command._vector(given, None, scene.manifest, again)
-    assert found[0] is vector and found[1] == own
-    assert command._vector(given, None, scene.manifest, Recipe({})) == (None, None)
+    again = Recipe({}, given={"vision": vector}, reference=own)
+    found, told = command._given(given, None, scene.manifest, again)
+    assert found.keys() == {"vision"} and found["vision"] is vector and told == own
+    other, told = command._given(given, seen, scene.manifest, Recipe({}, given={"vision": -vector}, reference=own))
+    np.testing.assert_array_equal(other["vision"], vector)
+    assert told["sha256"] == seen[1]
+    assert command._given(given, None, scene.manifest, Recipe({})) == ({}, None)
     for recipe, named in (
         (Recipe({}, reference=own), "/photos/a.jpg"),
-        (Recipe({}, vector=vector[:3], reference=own), "3 numbers.*1024"),
+        (Recipe({}, given={"vision": vector[:3]}, reference=own), "3 numbers.*1024"),
+        (Recipe({}, given={"pose": vector[:3]}), "pose"),
     ):
         with pytest.raises(SampleError, match=named):
-            command._vector(given, None, scene.manifest, recipe)
+            command._given(given, None, scene.manifest, recipe)
+
+
+def test_a_further_condition_is_read_for_the_dataset_that_has_it(scene: Scene, tmp_path: Path) -> None:
+    pose = np.float32([0.6, 0.0, 0.8])
+    np.save(tmp_path / "pose.npy", pose)
+    identity = EncoderIdentity("given", "", "", "float32", 3)
+    manifest = dataclasses.replace(scene.manifest, encoders=scene.manifest.encoders | {"pose": identity})
+    named = ("--condition", f"pose={tmp_path / 'pose.npy'}")
+    given = scene.arguments("--prompt", "x", *named, "--guidance", "pose=2")
+    found, _ = command._given(given, None, manifest, Recipe({}, given={"pose": -pose}))
+    np.testing.assert_array_equal(found["pose"], pose)
+    # this run's dataset has none
+    for option in (named, ("--guidance", "pose=2")):
+        with pytest.raises(SampleError, match=f"{option[0]} pose=.*further conditions are: none"):
+            command._given(scene.arguments("--prompt", "x", *option), None, scene.manifest, None)
+    np.save(tmp_path / "pose.npy", pose[:2])
+    with pytest.raises(SampleError, match="--condition pose=.*pose.npy"):
+        command._given(given, None, manifest, None)
+    with pytest.raises(SampleError, match="--condition pose=.*none.npy"):
+        command._given(scene.arguments("--prompt", "x", "--condition", "pose=none.npy"), None, manifest, None)
 
 
 def test_only_an_encoder_that_is_asked_for_is_fetched(scene: Scene) -> None:
     text = dataclasses.replace(scene.manifest.text, id="org/model")
-    manifest = dataclasses.replace(scene.manifest, text=text)
+    manifest = dataclasses.replace(scene.manifest, encoders=scene.manifest.encoders | {"text": text})
     plain = scene.arguments("--prompt", "x")
     for spec in (None, "org/model", "builtin:hash", str(scene.root)):
         plain.text_encoder = spec
@@ -289,20 +317,21 @@ def test_only_an_encoder_that_is_asked_for_is_fetched(scene: Scene) -> None:
 @pytest.mark.parametrize(
     ("trained", "vector", "given", "notes"),
     [
-        ({}, False, (), ["without a vision vector"]),
+        ({}, False, (), ["without vision"]),
         ({}, True, (), []),
-        ({"drop_vision": 0.2}, False, (), []),
-        ({"drop_both": 0.2}, False, (), []),
-        ({"drop_vision": 0.2, "drop_both": 0.2}, False, (), []),
-        ({"drop_vision": 0.2}, True, ("--guidance-text", "3", "--guidance-vision", "3"), ["without conditions"]),
-        ({"drop_vision": 0.2}, True, ("--guidance-vision", "3"), ["without conditions"]),
-        ({"drop_vision": 0.2}, True, ("--sweep-text", "1,3"), ["without conditions"]),
-        ({"drop_vision": 0.2}, True, ("--sweep-vision", "1,3"), ["without conditions"]),
-        ({"drop_both": 0.2}, True, ("--guidance-text", "3"), []),
+        ({"vision": 0.2}, False, (), []),
+        ({"all": 0.2}, False, (), []),
+        ({"vision": 0.2, "all": 0.2}, False, (), []),
+        ({"vision": 0.2}, True, ("--guidance-text", "3", "--guidance-vision", "3"), ["without conditions"]),
+        ({"vision": 0.2}, True, ("--guidance-vision", "3"), ["without conditions"]),
+        ({"vision": 0.2}, True, ("--sweep-text", "1,3"), ["without conditions"]),
+        ({"vision": 0.2}, True, ("--sweep-vision", "1,3"), ["without conditions"]),
+        ({"all": 0.2}, True, ("--guidance-text", "3"), []),
     ],
 )
 def test_what_the_model_never_trained_is_told(scene: Scene, trained, vector, given, notes, capsys) -> None:
     arguments = scene.arguments("--prompt", "x", *given)
-    command._note_untrained(tiny_flow(**trained), arguments, np.ones(3) if vector else None)
+    settings = dataclasses.replace(scene.settings, flow=tiny_flow(drop=dropping(**trained)))
+    command._note_untrained(settings, arguments, {"vision": np.ones(3)} if vector else {})
     told = capsys.readouterr().out.splitlines()
     assert len(told) == len(notes) and all(note in line for note, line in zip(notes, told))

@@ -114,36 +114,52 @@ def velocities():
 
 
 def test_guidance_that_is_not_given_is_the_model_itself():
-    assert Guidance() == Guidance(1.0, 1.0, 0.0) and Guidance().plain
+    assert Guidance().plain and Guidance({"text": 1.0, "vision": 1.0}).plain
+    assert Guidance().rescale == 0.0 and Guidance({"text": 3.0}).of("vision") == 1.0
     assert Guidance(rescale=0.7).plain  # the deviation is that of the model already
     for text, vision in ((1.0, 2.0), (2.0, 1.0), (0.0, 1.0), (1.0, 0.0), (2.0, 2.0), (0.0, 0.0)):
-        assert not Guidance(text, vision).plain
+        assert not Guidance({"text": text, "vision": vision}).plain
+
+
+def guided(*velocities_and_scales, rescale=0.0):
+    """`guide` of three velocities and two scales."""
+    *velocities, text_scale, vision_scale = velocities_and_scales
+    return guide(velocities, np.float32([text_scale, vision_scale]), rescale)
 
 
 def test_guidance_identities(velocities):
     none, text, both = velocities
-    np.testing.assert_allclose(guide(none, text, both, 1.0, 1.0), both, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(guide(none, text, both, 1.0, 0.0), text, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(guide(none, text, both, 0.0, 0.0), none)
+    np.testing.assert_allclose(guided(*velocities, 1.0, 1.0), both, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(guided(*velocities, 1.0, 0.0), text, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(guided(*velocities, 0.0, 0.0), none)
     for scales in ((3.0, 2.0), (0.5, 7.0)):
-        np.testing.assert_allclose(guide(both, both, both, *scales), both, rtol=1e-6)
+        np.testing.assert_allclose(guided(both, both, both, *scales), both, rtol=1e-6)
     expected = none + 4 * (text - none) + 2.5 * (both - text)
-    np.testing.assert_allclose(guide(none, text, both, 4.0, 2.5), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(guided(*velocities, 4.0, 2.5), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_guidance_has_a_scale_for_each_condition(count):
+    """Each is of the step from the conditions before it to those with it."""
+    steps = [rand(3, 4, 5, seed=seed) for seed in range(count + 1)]
+    scales = np.array([4.0, 2.5, 0.5], np.float32)[:count]
+    expected = steps[0] + sum(scale * step for scale, step in zip(scales, steps[1:], strict=True))
+    np.testing.assert_allclose(guide(np.cumsum(steps, axis=0), scales), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_rescale_pulls_each_samples_deviation_back(velocities):
     none, text, both = velocities
     both = both * np.array([1, 2, 3], np.float32)[:, None, None]
-    plain = np.asarray(guide(none, text, both, 5.0, 3.0))
-    full = np.asarray(guide(none, text, both, 5.0, 3.0, 1.0))
+    plain = np.asarray(guided(none, text, both, 5.0, 3.0))
+    full = np.asarray(guided(none, text, both, 5.0, 3.0, rescale=1.0))
     for row in range(3):
         np.testing.assert_allclose(full[row].std(), both[row].std(), rtol=1e-4)
         np.testing.assert_allclose(full[row] / plain[row], (full / plain)[row, 0, 0], rtol=1e-4)
-    half = guide(none, text, both, 5.0, 3.0, 0.5)
+    half = guided(none, text, both, 5.0, 3.0, rescale=0.5)
     np.testing.assert_allclose(half, (full + plain) / 2, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(guide(none, text, both, 1.0, 1.0, 0.7), both, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(guided(none, text, both, 1.0, 1.0, rescale=0.7), both, rtol=1e-4, atol=1e-5)
 
 
 def test_rescale_of_nothing_is_finite():
     zero = np.zeros((2, 3, 4), np.float32)
-    assert np.isfinite(np.asarray(jax.jit(guide)(zero, zero, zero, 3.0, 2.0, 0.7))).all()
+    assert np.isfinite(np.asarray(jax.jit(guide)([zero, zero, zero], np.float32([3.0, 2.0]), 0.7))).all()

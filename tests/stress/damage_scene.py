@@ -19,7 +19,7 @@ from training_helpers import tiny_config, write_config
 
 from fluxdit_jax.config import resolve
 from fluxdit_jax.dataset.manifest import load_manifest
-from fluxdit_jax.gate.requirement import ENCODERS, encoder_summary, family
+from fluxdit_jax.gate.requirement import encoder_summary, family
 from fluxdit_jax.run.checkpoint import EMA, ema_digest
 from fluxdit_jax.train import train
 from preprocess.build.build import build
@@ -92,12 +92,8 @@ def _draw(folder: Path, numbers: range) -> None:
 
 
 def _config(data: Path, run: Path) -> ConfigDict:
-    manifest = load_manifest(data) if (data / "manifest.json").exists() else None
     c = tiny_config(data, run)
-    if manifest:
-        c.model.channels, c.model.text_width = manifest.vae.width, manifest.text.width
-        c.model.vision_width = manifest.vision.width
-    c.flow.drop_text, c.flow.drop_vision, c.flow.drop_both = 0.2, 0.2, 0.1
+    c.flow.drop = "all 0.1, text 0.2, vision 0.2"
     c.train.steps = STEPS
     c.checkpoint.minutes, c.checkpoint.ema_every = (
         1e-9,
@@ -115,7 +111,7 @@ def _report(scene: Scene) -> dict:
         "passed": True,
         "weights": {"ema_step": STEPS, "folder": EMA, "digest": ema_digest(scene.run, STEPS)},
         "model": {"family": family(network)},
-        "encoders": {name: encoder_summary(getattr(manifest, name)) for name in ENCODERS},
+        "encoders": {name: encoder_summary(encoder) for name, encoder in manifest.encoders.items()},
         "dataset": {"format_version": manifest.version},
         "metrics": {},
     }

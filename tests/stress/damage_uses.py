@@ -89,16 +89,15 @@ def _read(scene: Scene, folder: Path, on_corrupt: str) -> dict[str, Any]:
     settings = resolve(config, manifest)
     source = reader.RecordSource(folder, manifest, "train", on_corrupt)
     holdout = reader.RecordSource(folder, manifest, "holdout", on_corrupt)
-    batches = reader.batches(
-        source, seed=0, start=0, batch_size=8, patch=2, tokens=settings.tokens, text_tokens=settings.text_tokens,
-        threads=1, prefetch=2,
-    )  # fmt: skip
+    batches = reader.batches(source, seed=0, start=0, batch_size=8, layout=settings.batch, threads=1, prefetch=2)
     rows, replaced = [], []
     for batch in itertools.islice(batches, -(-len(source) // 8)):
         names = sorted(name for name in batch if name not in ("index", "replaced"))
         rows += [_digest([batch[name][row] for name in names]) for row in range(8)]
         replaced += batch["replaced"].tolist()
-    held = {number: _digest([r.latent, r.text, r.vision]) for number, r in holdout.iter_valid(range(len(holdout)))}
+    held = {
+        number: _digest([r.latent, *r.conditions.values()]) for number, r in holdout.iter_valid(range(len(holdout)))
+    }
     return {
         "rows": rows,
         "replaced": replaced,

@@ -19,7 +19,7 @@ import training_helpers as helpers
 from fuzz_inputs import damaged, json_text, odd_tree, written
 from hypothesis import strategies as st
 
-from fluxdit_jax.dataset import records
+from fluxdit_jax.dataset import fields, records
 from fluxdit_jax.dataset.manifest import MANIFEST, DatasetError, Manifest, json_checksum, load_manifest
 from fluxdit_jax.gate.requirement import GateError, encoder_summary, family, require_report
 from fluxdit_jax.run import metrics, run_directory
@@ -29,7 +29,7 @@ from preprocess import PreprocessError
 from preprocess.build import options, units
 from preprocess.decoding import images
 from preprocess.decoding.images import Rejected
-from preprocess.input import captions, scan, tables, vectors
+from preprocess.input import captions, precomputed, scan, tables
 
 SCRATCH = Path(tempfile.gettempdir()) / "unset"  # a folder of its own for each target, while it is fed
 
@@ -83,6 +83,9 @@ def manifest_tree() -> dict:
 TREE = manifest_tree()
 
 
+FURTHER = {"pose": {"encoder": TREE["vision"]}}  # a condition that is not among the declared ones
+
+
 def parse_manifest(tree: dict) -> None:
     """A manifest whose checksum is right: what a careless or hostile writer could make."""
     whole = dict(tree)
@@ -102,11 +105,11 @@ RECORD, SEVERAL = helpers.make_record(0), helpers.make_record(1, captions=4)
 
 
 def decode_record(data: bytes) -> None:
-    record = records.decode_record(data, helpers.TEXT_WIDTH)
+    record = records.decode_record(data, helpers.LAYOUT)
     held = record.latent.nbytes + sum(text.nbytes for text in record.texts) + record.vision.nbytes
     assert held <= len(data), "arrays larger than their bytes"
     records.check_record(record)
-    again = records.decode_record(records.encode_record(record), helpers.TEXT_WIDTH)
+    again = records.decode_record(records.encode_record(record), helpers.LAYOUT)
     assert again.key == record.key and np.array_equal(again.latent, record.latent)
     assert again.captions == record.captions and all(map(np.array_equal, again.texts, record.texts))
 
@@ -212,7 +215,7 @@ REPORT = {
     "passed": True,
     "metrics": {"memorisation": {"passed": True, "value": 1.0}},
     "model": {"family": family(helpers.tiny_model()), "width": 32},
-    "encoders": {name: encoder_summary(getattr(GATED, name)) for name in ("vae", "text", "vision")},
+    "encoders": {name: encoder_summary(encoder) for name, encoder in GATED.encoders.items()},
     "dataset": {"format_version": GATED.version},
 }
 
@@ -235,7 +238,13 @@ def read_run(content: bytes) -> None:
     run_directory.load_config(SCRATCH / "run").to_dict()
 
 
+# One of today, and one of before keys were renamed, which has no checksum.
 CONFIG = json.loads(json.dumps(helpers.tiny_config(Path("data"), Path("run")).to_dict()))
+EARLIER = CONFIG | {
+    "flow": {"drop_text": 0.1, "drop_vision": 0.3, "drop_both": 0.1},
+    "model": CONFIG["model"] | {"channels": 4, "text_width": 8, "vision_width": 6},
+    "optim": {"effective_batch": 8, "clip": 1.0},
+}
 VAE = {
     "_class_name": "AutoencoderKL",
     "latent_channels": 4,
@@ -270,8 +279,8 @@ def vector(array: np.ndarray) -> bytes:
 
 def index_bytes() -> bytes:
     with tempfile.TemporaryDirectory() as name:
-        info = units.UnitInfo("u" * 8, "train", "", 0, 0, 8, None, ())
-        units.Rows(units.ROWS.empty_table(), [info]).save(Path(name) / "index.parquet")
+        info = units.UnitInfo("u" * 8, "train", "", 0, 0, helpers.LAYOUT | {"pose": None}, None, ())
+        units.Rows(units.rows_schema(["latent", *info.layout]).empty_table(), [info]).save(Path(name) / "index.parquet")
         return (Path(name) / "index.parquet").read_bytes()
 
 
@@ -332,6 +341,10 @@ HOSTILE_MANIFESTS = (
     TREE | {"name": "../../x"},
     TREE | {"shards": {"train": [TREE["shards"]["train"][0] | {"file": ".."}]}},
     TREE | {"vae": TREE["vae"] | {"width": 2**40}},
+    TREE | {"conditions": {"pose": {"encoder": TREE["vision"], "length": 2**62}}},
+    TREE | {"conditions": {"pose": {"encoder": TREE["vision"] | {"width": 2**40}}}},
+    TREE | {"conditions": dict.fromkeys(("../../x", "text", "latent", "all", "keep_text", ""), FURTHER["pose"])},
+    TREE | {"conditions": [FURTHER]},
 )
 HOSTILE_CAPTIONS = (
     b"[" * 100_000,
@@ -347,12 +360,20 @@ HOSTILE_LOGS = (
     b"\xff\n\n",
 )
 HOSTILE_INDEXES = tuple(json.dumps({"weight_map": {"x": x}}).encode() for x in ("/etc/passwd", "../vae/a.safetensors"))
+HOSTILE_SHARES = (10**400, float("nan"), "0.1", [], {}, None, True)
 CAPTION_FILES = [b"a dog", "ein Hündchen".encode()]
 PROMPTS = [b"a dog\na cat\n", "\ufeffein Hund\r\n\r\n".encode()]
 VECTORS = [vector(np.ones(1024, np.float32)), vector(np.array([{}], object))]
 JSON_TOKENS = (b"NaN", b"[" * 3000, b"9" * 5000, b"\\ud800", b"\0", b"\n", b'"step"')
 CSV_TOKENS = (b'"', b",", b"\0", b"\r", b'"' * 5000)
 ENDLESS = (b"x" * 9_000_000, b"a,b\n" + b"," * 9_000_000)
+
+
+def read_vector(data: bytes) -> None:
+    vision = precomputed.parse(data, fields.VISION, precomputed.VISION_WIDTH)
+    assert vision.shape == (1024,) and fields.VISION.fault(vision) is None
+    pose = precomputed.parse(data, fields.field_named("pose"))  # of any width
+    assert np.array_equal(pose, vision)
 
 
 def from_json(data: bytes) -> None:
@@ -377,7 +398,7 @@ _TABLE: list[tuple] = [
     (
         "manifest",
         "manifests with a right checksum",
-        odd_tree(TREE),
+        odd_tree(TREE) | odd_tree(TREE | {"conditions": FURTHER}),
         parse_manifest,
         DatasetError,
         HOSTILE_MANIFESTS,
@@ -396,7 +417,7 @@ _TABLE: list[tuple] = [
         PreprocessError,
         (negative_size(), huge_name()),
     ),
-    ("vector", "vision vectors", damaged(VECTORS), vectors.parse, Rejected, ()),
+    ("vector", "vision vectors", damaged(VECTORS), read_vector, Rejected, ()),
     ("index", "index.parquet", damaged([index_bytes()]), load_index, DatasetError, ()),
     ("options", "build.json", json_text(OPTIONS), read_options, PreprocessError, ()),
     (
@@ -411,6 +432,14 @@ _TABLE: list[tuple] = [
     ("report", "validation reports", json_text(REPORT), read_report, GateError, ()),
     ("prompts", "prompt files", damaged(PROMPTS), read_prompts, prompts.SampleError, ()),
     ("run", "config.json and dataset.json of a run", json_text(CONFIG), read_run, run_directory.RunError, ()),
+    (
+        "run-earlier",
+        "config.json of an earlier run",
+        json_text(EARLIER),
+        read_run,
+        run_directory.RunError,
+        tuple(json.dumps(EARLIER | {"flow": EARLIER["flow"] | {"drop_both": x}}).encode() for x in HOSTILE_SHARES),
+    ),
     ("vae", "config.json of a VAE", json_text(VAE), read_vae, files.DecoderError, ()),
     (
         "vae-index",

@@ -55,7 +55,6 @@ CLOCKS = ("images_per_second", "tokens_per_second", "data_wait", "mfu", "device_
 def long_config(dataset: Path, steps: int) -> ConfigDict:
     """A tiny model that saves, draws and measures as often as a run of weeks does in all."""
     c = helpers.tiny_config(dataset, Path("unused"))
-    c.model.channels = 16
     c.train.steps = steps
     c.log.every = 5
     c.log.preview_every, c.log.preview_count, c.log.preview_steps = max(1, steps // 40), 2, 2

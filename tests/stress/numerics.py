@@ -25,8 +25,9 @@ import damage_scene  # noqa: E402
 from fault_table import Row, as_script  # noqa: E402
 from training_helpers import LATENT_SIZES, TEXT_WIDTH, make_record, tiny_config, write_dataset, write_shard  # noqa: E402
 
+from fluxdit_jax.dataset.fields import BF16  # noqa: E402
 from fluxdit_jax.dataset.manifest import MANIFEST, DatasetError, sha256_file  # noqa: E402
-from fluxdit_jax.dataset.records import BF16, Record, encode_record, serialize_unchecked  # noqa: E402
+from fluxdit_jax.dataset.records import Record, encode_record, serialize_unchecked  # noqa: E402
 from fluxdit_jax.run.metrics import read_metrics  # noqa: E402
 from fluxdit_jax.train import train  # noqa: E402
 
@@ -53,13 +54,20 @@ CASES = {
 RIGHT = {"an empty caption of one token", "a caption of 512 tokens", "a latent of one token"}
 
 
+def changed(record: Record, case: str) -> Record:
+    """The record with the case's fields."""
+    fields = CASES[case](record)
+    conditions = {name: fields.pop(name) for name in record.conditions if name in fields}
+    return dataclasses.replace(record.having(**conditions), **fields)
+
+
 def dataset(folder: Path, split: str, case: str) -> None:
     """A dataset whose record number `BAD` of the split is the case's."""
     manifest = write_dataset(folder, train=24, holdout=8, sizes=LATENT_SIZES, shards=1)
     first = 0 if split == "train" else 1000
     made = [make_record(first + i, LATENT_SIZES[i % len(LATENT_SIZES)]) for i in range(manifest.records(split))]
     base = dataclasses.replace(make_record(first + BAD), latent=make_record(first + BAD, (4, 4)).latent)
-    made[BAD] = dataclasses.replace(base, **CASES[case](base))
+    made[BAD] = changed(base, case)
     (shard,) = manifest.shards[split]
     path = folder / shard.file
     write_shard(path, [serialize_unchecked(record) for record in made])
@@ -68,7 +76,7 @@ def dataset(folder: Path, split: str, case: str) -> None:
         manifest,
         shards=manifest.shards | {split: (shard,)},
         buckets=(*manifest.buckets, (16, 16)),
-        text_tokens=512 if "512" in case else manifest.text_tokens,
+        lengths={"text": 512} if "512" in case else manifest.lengths,
     )
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
@@ -77,7 +85,7 @@ def writer(case: str) -> str:
     """What `encode_record` makes of it."""
     base: Record = make_record(BAD)
     try:
-        encode_record(dataclasses.replace(base, **CASES[case](base)))
+        encode_record(changed(base, case))
     except DatasetError:
         return "refused"
     return GOOD

@@ -20,7 +20,6 @@ from preprocess_kills import draw, wishes
 import fluxdit_jax.export
 import fluxdit_jax.sample
 import fluxdit_jax.validate  # noqa: F401  the forks run these
-from fluxdit_jax.dataset.manifest import load_manifest
 from fluxdit_jax.run.checkpoint import ema_steps, restore_ema
 from fluxdit_jax.run.digest import tree_digest
 from fluxdit_jax.run.metrics import read_metrics
@@ -120,11 +119,8 @@ def _prepare(root: Path, pictures: bool) -> str:
     draw(root / "photos", range(24))
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         build(wishes(root / "photos", root / "data"))
-    manifest = load_manifest(root / "data")
     c = training_helpers.tiny_config(root / "data", root / "unused")
-    c.model.channels, c.model.text_width = manifest.vae.width, manifest.text.width
-    c.model.vision_width = manifest.vision.width
-    c.flow.drop_text, c.flow.drop_vision, c.flow.drop_both = 0.2, 0.2, 0.1
+    c.flow.drop = "all 0.1, text 0.2, vision 0.2"
     c.train.steps = STEPS
     c.checkpoint.minutes, c.checkpoint.ema_every = 1e-9, 2  # a checkpoint after every step
     c.log.preview_every, c.log.preview_count, c.log.preview_steps = 2 * pictures, 2, 1

@@ -1,0 +1,106 @@
+"""What a record stores: every tensor, declared once.
+
+`DECLARED` is the table. The record and its checks, the shards' features, the index, the manifest, what a build makes
+again after a change, batches with their padding, and the network's conditions follow from it. Every field but the
+latent is a *condition*: what the network is given besides the noisy latent and the time.
+
+A name that is not in the table is that of a precomputed vector (`preprocess build --condition pose=DIR`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+
+import ml_dtypes
+import numpy as np
+
+BF16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
+# Kinds. A latent is [C, h, w], a sequence [n, E] with a length of its own, a vector [V] of unit L2 norm.
+GRID, SEQUENCE, VECTOR = "grid", "sequence", "vector"
+IMAGE, CAPTION, FILE = "image", "caption", "file"  # what a tensor is made from
+Layout = dict[str, "int | None"]  # of a shard's conditions: a sequence's width, None for a vector
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,30}")
+# Features and columns of a record, arrays of a batch, modules of the network, and `all` in the dropout.
+_RESERVED = re.compile(
+    r"all|bucket_height|bucket_width|caption|content_hash|encoded_size|grid|height|index|key|latent|original_size|patch|"
+    r"replaced|row|shard|source|split|t|tokens|vae|weight|width|(other|keep|null|drop)_.*|.*_(id|length)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """A stored tensor.
+
+    Attributes:
+      name: in records, batches and parameters.
+      kind: GRID (the latent), SEQUENCE or VECTOR; it decides rank, dtype and check.
+      made_from: IMAGE, CAPTION (of a picture with several captions there are several), or FILE: precomputed.
+      encoder: name of its encoder in the manifest.
+      maker: what makes it, in words.
+    """
+
+    name: str
+    kind: str
+    made_from: str
+    encoder: str
+    maker: str
+
+    @property
+    def dtype(self) -> np.dtype:
+        return F32 if self.kind == VECTOR else BF16
+
+    def fault(self, array: np.ndarray) -> str | None:
+        """What is wrong with an array of this field, None if nothing is."""
+        shape = {GRID: "[C, h, w]", SEQUENCE: "[n >= 1, width]", VECTOR: "[width]"}[self.kind]
+        if array.ndim != shape.count(",") + 1 or array.dtype != self.dtype or 0 in array.shape:
+            return f"must be {self.dtype} {shape}, got {array.dtype} {list(array.shape)}"
+        if self.kind != VECTOR:
+            return None if _all_finite(array) else "has a value that is not finite"
+        with np.errstate(all="ignore"):
+            if abs(float(np.dot(array, array)) - 1.0) < 1.9e-3:  # sure to be right; what is near is measured
+                return None
+        if not np.isfinite(array).all():
+            return "has a value that is not finite"
+        norm = float(np.linalg.norm(array.astype(np.float64)))
+        return None if abs(norm - 1.0) <= 1e-3 else f"must have unit L2 norm, got {norm:.6f}"
+
+
+LATENT = Field("latent", GRID, IMAGE, "vae", "VAE")
+TEXT = Field("text", SEQUENCE, CAPTION, "text", "text encoder")
+VISION = Field("vision", VECTOR, IMAGE, "vision", "vision encoder")
+DECLARED = {field.name: field for field in (LATENT, TEXT, VISION)}
+
+
+def field_named(name: str) -> Field:
+    """The declared field of this name, or the precomputed vector of an undeclared one."""
+    return DECLARED.get(name) or Field(name, VECTOR, FILE, name, f"--condition {name}")
+
+
+def name_fault(name: str) -> str | None:
+    """Why a further condition cannot have this name, None if it can."""
+    if not _NAME.fullmatch(name):
+        return "a name is at most 31 of a-z, 0-9 and _, and begins with a letter"
+    if _RESERVED.fullmatch(name):
+        return "the name is reserved"
+    return None
+
+
+def ordered(names: Iterable[str]) -> tuple[str, ...]:
+    """Names of fields in the order of the table, then the undeclared ones by name."""
+    names = set(names)
+    return (*(name for name in DECLARED if name in names), *sorted(names - DECLARED.keys()))
+
+
+def of_captions(layout: Layout) -> list[Field]:
+    """The conditions that are made from captions."""
+    return [field for field in map(field_named, ordered(layout)) if field.made_from == CAPTION]
+
+
+def _all_finite(array_bf16: np.ndarray) -> bool:
+    """Whether no exponent is all ones; on the bits, because bfloat16 has no fast `isfinite` in numpy.
+
+    Infinity and NaN are the largest of the negative numbers taken as uint16, and of the positive as int16.
+    """
+    return array_bf16.view(np.uint16).max() < 0xFF80 and array_bf16.view(np.int16).max() < 0x7F80
