@@ -34,11 +34,11 @@ from configs import demo
 from fluxdit_jax.config import Settings, resolve
 from fluxdit_jax.dataset.manifest import Manifest, load_manifest
 from fluxdit_jax.device import devices
-from fluxdit_jax.gate import edit, swap
+from fluxdit_jax.gate import edit
 from fluxdit_jax.gate.album import Album
 from fluxdit_jax.gate.displacement import displacement
 from fluxdit_jax.gate.edit import Edit
-from fluxdit_jax.gate.image_metrics import psnr
+from fluxdit_jax.gate.image_metrics import psnr, structures, tones
 from fluxdit_jax.gate.memorisation import Memorisation
 from fluxdit_jax.gate.painter import Painter
 from fluxdit_jax.gate.swap import Swap
@@ -151,7 +151,7 @@ class Gate:
 
 def _swapped(album: Album, drawn: list[np.ndarray], a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """bool per pair: keeps A's structure and takes B's tone, as `swap.Swap.measure` judges."""
-    structure, tone = swap.likeness.structures(drawn), swap.likeness.tones(drawn)
+    structure, tone = structures(drawn), tones(drawn)
     keeps = (structure * (album.structures[a] - album.structures[b])).sum(1) > 0
     to_a, to_b = (np.linalg.norm(tone - album.tones[other], axis=1) for other in (a, b))
     return keeps & (to_b < to_a)

@@ -21,6 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fluxdit_jax.config import ConfigError, Settings, resolve
+from fluxdit_jax.dataset.fields import field_named
 from fluxdit_jax.dataset.manifest import DatasetError, Manifest
 from fluxdit_jax.device import devices
 from fluxdit_jax.run.checkpoint import CheckpointError
@@ -227,7 +228,9 @@ def _given(
             f"{shown(str(told.get('path')))}; give it with --reference"
         )
     for name, values in given.items():
-        width = manifest.encoders[name].width if name in manifest.layout else 0
+        if name not in manifest.layout:
+            raise SampleError(f"--recipe {arguments.recipe}: it has the condition {name}, which this run has not")
+        width = manifest.encoders[field_named(name).encoder].width
         if values.shape[-1] != width:
             option = "--reference" if name == "vision" else f"--condition {name}=FILE.npy"
             raise SampleError(
@@ -252,7 +255,7 @@ def _text_encoder(arguments: argparse.Namespace, manifest: Manifest) -> str | No
 def _note_untrained(settings: Settings, arguments: argparse.Namespace, given: dict[str, np.ndarray]) -> None:
     names = [condition.name for condition in settings.model.conditions]
     absent = [name for name in names if name != "text" and name not in given]
-    if absent and not settings.flow.dropped(absent):
+    if absent and not any(share and set(absent) <= set(subset) for subset, share in settings.flow.drop):
         without = " and ".join("--reference" if name == "vision" else f"--condition {name}" for name in absent)
         print(f"note: this model never trained without {' and '.join(absent)}; without {without} expect little")
     scales = [arguments.guidance_text, arguments.guidance_vision, *arguments.guidance.values()]

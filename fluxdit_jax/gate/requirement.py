@@ -113,12 +113,12 @@ def _differences(report: dict[str, Any], config: ModelConfig, manifest: Manifest
     theirs = report["model"]["family"]
     for key, value in family(config).items():
         if theirs.get(key) != value:
-            what = "the network's structure" if key == "parameters" else f"model.{key}"
+            what = {"parameters": "the network's structure", "patch": "model.patch"}.get(key, key.replace("_", " "))
             problems.append(f"{what} was {theirs.get(key)!r} there, is {value!r} here")
     if report["encoders"].keys() != manifest.encoders.keys():
-        theirs, ours = sorted(report["encoders"]), sorted(manifest.encoders)
-        problems.append(f"the encoders were those of {', '.join(theirs)} there, are those of {', '.join(ours)} here")
-    for name in manifest.encoders.keys() & report["encoders"].keys():
+        theirs, ours = (", ".join(sorted(names)) for names in (report["encoders"], manifest.encoders))
+        problems.append(f"the encoders were those of {shown(theirs)} there, are those of {ours} here")
+    for name in (name for name in manifest.encoders if name in report["encoders"]):
         here, there = encoder_summary(manifest.encoders[name]), report["encoders"][name]
         if (here["sha256"], here["width"]) != (there["sha256"], there["width"]):
             problems.append(

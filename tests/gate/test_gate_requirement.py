@@ -83,7 +83,7 @@ def test_moved_encoders_with_the_same_weights_are_the_same(tmp_path):
     ("config", "of", "words"),
     [
         ({"patch": 1}, {}, ["model.patch", "2", "1"]),
-        ({"conditions": conditions(128, 32)}, {}, ["model.text_width", "64", "128"]),
+        ({"conditions": conditions(128, 32)}, {}, ["text width", "64", "128"]),
         (
             {},
             {"vae": EncoderIdentity("sdxl", "", "dd" * 32, "float32", 16, {"factor": 8})},
