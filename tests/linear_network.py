@@ -28,7 +28,7 @@ class Linear(nnx.Module):
 
 
 def build() -> tuple[Any, dict[str, jnp.ndarray]]:
-    """(graph, parameters), as of `model.build` and `model.initialize`."""
+    """(graph, parameters), as of `dit.build` and `dit.initialize`."""
     return nnx.split(Linear())[0], {name: jnp.float32(value) for name, value in START.items()}
 
 

@@ -14,7 +14,7 @@ from benchmarks import environment, plain_dit
 from fluxdit_jax.model import dit
 
 
-def test_the_plain_dit_answers_as_the_model_does_its_flops_are_counted_alike_and_all_of_it_learns():
+def test_plain_dit_has_the_models_interface_flops_and_gradients():
     config = tiny_model(width=48, depth=2, heads=3, remat="block")
     inputs = network_inputs(config, grids=((6, 8), (4, 8)), tokens=48, text_tokens=24)
     inputs["keep_text"], inputs["keep_vision"] = np.array([True, False]), np.array([False, True])

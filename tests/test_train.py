@@ -331,7 +331,7 @@ def test_a_damaged_newest_checkpoint_costs_steps_and_nothing_else(config, finish
 # ------------------------------------------------------------------------------------------------ refusals
 
 
-def test_a_changed_configuration_is_refused_and_a_failed_change_leaves_no_trace(config, finished):
+def test_a_refused_change_of_the_configuration_leaves_no_trace(config, finished):
     shutil.copytree(finished, config.workdir)
     recorded = (Path(config.workdir) / "config.json").read_text()
     config.model.width, config.optim.lr = 64, 1.0

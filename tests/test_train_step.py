@@ -301,7 +301,7 @@ def operand_types(jaxpr):
 
 
 def test_the_network_really_runs_in_bf16():
-    """Products take bf16; on a CPU they give f32, as `product.py` says."""
+    """Products take bf16; on a CPU they give f32, as `matmul.py` says."""
     state, step = programs(dtype="bfloat16")
     found = list(operand_types(jax.make_jaxpr(step.accumulate)(state, make_batch()).jaxpr))
     # not the gradients of the f32 logits of attention: six of 56

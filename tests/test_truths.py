@@ -496,7 +496,7 @@ def test_an_encoder_with_other_settings_is_refused_as_a_references(tmp_path: Pat
 # ------------------------------------------------------------------------------------------ order and splits
 
 
-def test_the_run_reads_train_in_the_order_of_its_seed_and_nothing_of_the_holdout(scene: Scene) -> None:
+def test_a_run_reads_the_train_split_in_the_order_of_its_seed(scene: Scene) -> None:
     def order(seed: int) -> list[bytes]:
         source = reader.RecordSource(scene.root / "ds", scene.manifest, "train")
         s = scene.settings

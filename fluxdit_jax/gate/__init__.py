@@ -6,7 +6,6 @@
     memorisation.py  1: each picture from its own caption and vector
     swap.py          2: the caption of one with the vector of another
     edit.py          3: an edited caption moves the subject
-    rules.py         which words are edited
     verdict.py       what a test found: value, threshold, controls, cases
     advice.py        where to look when one fails
     page.py          the report for people (charts.py and style.py are its drawings and its looks)

@@ -78,17 +78,17 @@ class Album:
 
     @functools.cached_property
     def thumbnails(self) -> np.ndarray:
-        """Of the truths, see `likeness.thumbnails`."""
+        """Of the truths, see `image_metrics.thumbnails`."""
         return image_metrics.thumbnails(self.truths)
 
     @functools.cached_property
     def structures(self) -> np.ndarray:
-        """Of the truths, see `likeness.structures`."""
+        """Of the truths, see `image_metrics.structures`."""
         return image_metrics.structures(self.truths)
 
     @functools.cached_property
     def tones(self) -> np.ndarray:
-        """Of the truths, see `likeness.tones`."""
+        """Of the truths, see `image_metrics.tones`."""
         return image_metrics.tones(self.truths)
 
     @functools.cached_property

@@ -1,7 +1,7 @@
 """How far the subject of a picture moved when the picture was changed: block matching where the two differ.
 
 Nothing is detected and nothing is known of the subject. Two pictures of the same scene and light are reduced to
-their structure (`likeness.structure_map`). Where their structures differ, something left or something arrived;
+their structure (`image_metrics.structure_map`). Where their structures differ, something left or something arrived;
 the shift at which what left one place is found again at another place that changed is the displacement. The
 background that is uncovered on one side and covered on the other has no counterpart and does not vote.
 

@@ -40,7 +40,7 @@ class MetricsWriter:
 
     A resumed run writes the steps after its checkpoint again, so what an interrupted run had logged beyond
     `step` is dropped first: each step stands once in both. A disk that is full does not stop a run for them:
-    see `files.Appended` and `SummaryWriter`.
+    see `atomic_files.Appended` and `SummaryWriter`.
     """
 
     def __init__(self, workdir: Path, step: int, enabled: bool = True):

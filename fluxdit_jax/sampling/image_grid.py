@@ -20,7 +20,7 @@ _TEXT_SIZE = 12
 
 
 class Decoder(Protocol):
-    """What `vae.load_decoder` returns."""
+    """What `vae.decoder.load_decoder` returns."""
 
     def decode(self, latents_BxCxHxW: np.ndarray) -> np.ndarray:
         """uint8 [B, H, W, 3]."""

@@ -58,7 +58,7 @@ class NetworkDecoder:
 
     Images go through one at a time, so one program is compiled per latent size (h, w) whatever the batch, and the batch
     does not change the memory needed. A Flux decoder needs 160 KiB per latent position in float32, 2.5 GiB for
-    1024 x 1024 pixels, when it decodes an image whole; in strips (`vae_strips`) it needs a fixed amount of
+    1024 x 1024 pixels, when it decodes an image whole; in strips (`strips`) it needs a fixed amount of
     device memory, has a program for each kind of layer and image size, and gives the same picture.
 
     Attributes:

@@ -3,7 +3,7 @@
 Attributes carry diffusers' names, so that a parameter's path in the module is its name in the safetensors
 file. Activations are [B, H, W, C] (diffusers: [B, C, H, W]): the layout in which XLA's convolutions are fast.
 Each network is cut in two: `head` works at the latent's resolution, `tail` enlarges; for large
-images `vae_strips` runs the layers of `tail` one by one.
+images `strips` runs the layers of `tail` one by one.
 
 Sources: Rombach et al. 2022 (arXiv:2112.10752), appendix E; github.com/madebyollin/taesd.
 """

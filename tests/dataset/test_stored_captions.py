@@ -136,7 +136,7 @@ def test_all_captions_are_met_over_the_epochs_as_often_as_the_weights_say(source
 
 
 @pytest.mark.parametrize("weights", [(), (1.0, 0.25)])
-def test_captions_do_not_depend_on_split_threads_processes_or_where_one_starts(source, weights):
+def test_captions_do_not_depend_on_split_threads_processes_or_start(source, weights):
     expected = read(source, 5, batch_size=24, caption_weights=weights)
     for size in (1, 3, 12):
         assert tree_equal(read(source, 120 // size, batch_size=size, caption_weights=weights), expected)

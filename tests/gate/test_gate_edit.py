@@ -56,7 +56,7 @@ def planned(album, rules=(TO_THE_RIGHT, TO_THE_LEFT), words=WORDS, limit=40):
     return Edit.plan(album, list(rules), words, limit, encode), asked
 
 
-def test_a_case_is_a_record_and_a_rule_and_all_its_pictures_have_the_records_vector():
+def test_an_edit_case_is_a_record_and_a_rule_with_the_records_vector():
     album = album_of([strip(0)] * 5, CAPTIONS, seed=50)
     plan, asked = planned(album)
     assert [(i, rule) for i, rule, _ in plan.cases] == [
@@ -79,7 +79,7 @@ def test_a_case_is_a_record_and_a_rule_and_all_its_pictures_have_the_records_vec
     assert len(wanted) == 4 + 4 + 3 + 8 and None not in wanted
 
 
-def test_other_noises_are_none_of_the_records_but_what_the_shuffle_draws_anyway():
+def test_other_seeds_reuse_what_the_shuffle_draws():
     album = album_of([strip(0)] * 5, CAPTIONS, seed=50)
     shuffled = {one.key for one in Memorisation.plan(album).shuffled}
     plan, _ = planned(album)
@@ -98,7 +98,7 @@ def test_cases_are_spread_over_the_rules_and_each_has_one(limit, cases):
     assert [i for i, _, _ in plan.cases] == cases
 
 
-def test_only_captions_that_no_record_has_are_encoded_and_each_needs_its_tokens():
+def test_only_captions_that_no_record_has_are_encoded():
     album = album_of([strip(0)] * 4, ["fox left", "fox right", "cat left", "cat right"])
     assert planned(album, words=("fox", "cat"))[1] == []
     with pytest.raises(ValueError, match="zip"):

@@ -23,7 +23,7 @@ def lightness(picture) -> float:
     return float(rgb2lab(picture)[0, 0, 0])
 
 
-def test_own_pictures_are_drawn_from_own_noise_and_the_shuffle_from_a_partners_conditions():
+def test_memorisation_plans_own_and_shuffled_conditions():
     album = album_of(GREYS[:5])
     plan = Memorisation.plan(album)
     assert [one.key for one in plan.own] == [album.wanted(i, i, i).key for i in range(5)]

@@ -50,7 +50,7 @@ def test_whole_words_are_replaced(caption, result):
     assert edited(caption, "looking left", "looking right") == result
 
 
-def test_an_edit_that_changes_nothing_is_none_and_new_words_are_taken_literally():
+def test_an_edit_takes_its_words_literally_and_may_change_nothing():
     assert edited("a cat", "cat", "cat") is None
     assert edited("a cat", "cat", r"\1 dog") == r"a \1 dog"
     assert edited("a c++ book", "c++", "rust") == "a rust book"

@@ -237,7 +237,7 @@ def test_a_damaged_record_gives_its_place_to_the_next_of_its_epoch(damaged, pack
     assert any(f"{second} row 30 (record 130)" in line for line in named)
 
 
-def test_what_stands_in_does_not_depend_on_split_threads_processes_or_where_one_starts(damaged):
+def test_replacements_do_not_depend_on_split_threads_processes_or_start(damaged):
     expected = whole(read(skipping(damaged), 30, batch_size=20))
     assert expected["replaced"].sum() == 6
     for size in (1, 4, 15):
@@ -252,7 +252,7 @@ def test_what_stands_in_does_not_depend_on_split_threads_processes_or_where_one_
                 assert array.tobytes() == expected[name][start : start + 5].tobytes(), name
 
 
-def test_the_last_of_an_epoch_gives_its_place_to_the_first_and_neighbours_to_the_one_behind(tmp_path):
+def test_damaged_records_at_an_epochs_end_and_side_by_side_are_replaced(tmp_path):
     write_dataset(tmp_path / "d", train=200, holdout=0)
     whole_epoch = identity(whole(read(RecordSource(tmp_path / "d", load_manifest(tmp_path / "d"), "train"), 50)))
     number = {make_record(i, UNEVEN_SIZES[i % 3]).vision.tobytes(): i for i in range(200)}

@@ -85,7 +85,7 @@ def test_the_longest_caption_and_the_largest_file() -> None:
         captions.from_text(b"a dog".ljust(4_000_001))
 
 
-def test_of_several_texts_in_a_field_the_unusable_are_counted_and_a_reject_names_the_fields() -> None:
+def test_unusable_texts_of_a_field_are_counted_and_a_reject_names_it() -> None:
     passed_over = collections.Counter(["x"])
     mapping = {"mine": [3], "caption": ["one", "", "two", 4]}
     assert captions.from_mapping(mapping, NAMES, passed_over) == ("one", "two") == captions.from_mapping(mapping, NAMES)

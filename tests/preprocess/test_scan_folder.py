@@ -115,7 +115,7 @@ def test_a_link_that_leads_to_itself(tmp_path: Path) -> None:
     assert keys(result) == ["a.png"] and reasons(result) == {"loop.png": "broken link"}
 
 
-def test_a_link_to_a_picture_has_the_captions_of_its_target_unless_it_has_its_own(tmp_path: Path) -> None:
+def test_a_linked_picture_has_its_own_captions_or_its_targets(tmp_path: Path) -> None:
     touch(tmp_path, "all/a.png", "all/a.txt", "all/b.png", "all/b.txt", "all/b.json", "all/c.png", "y.txt", "plain.png")
     for name, target in (("x.png", "a.png"), ("y.png", "b.png"), ("z.png", "b.png"), ("none.png", "c.png")):
         (tmp_path / name).symlink_to(tmp_path / "all" / target)

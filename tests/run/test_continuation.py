@@ -87,7 +87,7 @@ def write_report(workdir, step, digest=None):
     (workdir / "validation" / "report.json").write_text(text)
 
 
-def test_another_rate_from_an_earlier_step_leaves_nothing_of_the_abandoned_steps(config, workdir, finished):
+def test_going_back_with_another_rate_leaves_nothing_of_the_abandoned_steps(config, workdir, finished):
     go_back_to(workdir, 4)
     (workdir / "samples").mkdir()
     for step in (4, 6, 8):
@@ -232,7 +232,7 @@ def wait_for(process, path):
 
 
 @pytest.mark.slow
-def test_killed_between_two_checkpoints_the_weights_beyond_the_older_one_are_computed_again(
+def test_weights_beyond_the_last_checkpoint_are_computed_again(
     config, train_command, tmp_path
 ):
     config.checkpoint.minutes = 60.0
@@ -336,7 +336,7 @@ def damaged_history(workdir):
     ],
     ids=["missing", "empty", "history", "damaged", "before", "no config", "curves", "damaged history"],
 )
-def test_a_run_whose_checkpoints_are_gone_is_refused_before_anything_is_changed(config, workdir, damage, words):
+def test_a_run_without_its_checkpoints_is_refused_and_left_unchanged(config, workdir, damage, words):
     damage(workdir)
     before = contents(workdir)
     with pytest.raises(RunError) as refusal:

@@ -120,7 +120,7 @@ def test_a_loss_that_goes_back_is_named():
     assert "lost" in said[0][1].message and "optim.lr" in said[0][1].message
 
 
-def test_weights_thrown_in_the_first_steps_are_named_although_the_loss_never_fell():
+def test_weights_that_diverge_in_the_first_steps_are_named():
     """Afterwards the loss is that of predicting nothing: seen on a run at a hundred times its learning rate."""
     run = [changed(seen, loss=2.0, rms_ratio=3.0 if 4 <= seen.step <= 6 else 0.1) for seen in healthy(100)]
     said = watch(run)

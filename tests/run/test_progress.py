@@ -95,7 +95,7 @@ def described(config, package_log):
     return package_log
 
 
-def test_a_run_tells_its_pictures_epochs_and_time_and_warns_of_thousands_of_epochs(
+def test_a_run_logs_its_length_and_warns_of_thousands_of_epochs(
     tiny_dataset, tmp_path, package_log, monkeypatch
 ):
     config = tiny_config(tiny_dataset, tmp_path / "run")

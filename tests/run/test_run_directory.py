@@ -231,7 +231,7 @@ def test_a_key_that_is_new_or_gone_is_a_change(config, manifest, workdir):
         load_config(workdir)
 
 
-def test_a_changed_digit_a_missing_data_set_and_a_missing_configuration_are_named(config, manifest, workdir):
+def test_what_is_damaged_or_missing_in_a_run_directory_is_named(config, manifest, workdir):
     record_start(workdir, config, manifest)
     path = workdir / "config.json"
     whole = path.read_text()
@@ -314,7 +314,7 @@ def owner(workdir):
     return process
 
 
-def test_a_second_process_is_refused_naming_the_first_and_takes_over_when_it_is_dead(workdir):
+def test_a_second_process_is_refused_until_the_first_is_dead(workdir):
     process = owner(workdir)
     try:
         with pytest.raises(RunError) as refusal:

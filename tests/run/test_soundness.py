@@ -163,7 +163,7 @@ def test_a_rate_far_too_high_ends_the_run_at_its_first_step_and_saves_nothing(co
     assert not [entry for entry in entries if "heldout_loss" in entry]
 
 
-def test_a_good_run_that_is_thrown_keeps_its_checkpoints_and_goes_on_with_the_rate_put_right(config, finished):
+def test_a_diverged_run_keeps_its_checkpoints_and_resumes_at_a_lower_rate(config, finished):
     config.train.steps = 4
     assert train(config.copy_and_resolve_references()) == 0
     before = {p: p.read_bytes() for p in Path(config.workdir, "checkpoints").rglob("*") if p.is_file()}
@@ -197,7 +197,7 @@ def overflowing(tmp_path_factory):
 
 
 @pytest.mark.parametrize("batch_size", [4, 8])
-def test_a_run_without_any_finite_gradient_ends_and_does_not_blame_the_weights(config, overflowing, batch_size):
+def test_a_run_without_a_finite_gradient_ends_without_blaming_weights(config, overflowing, batch_size):
     config.data.path, config.data.micro_batch_size, config.log.heldout_every = str(overflowing), batch_size, 0
     config.health.max_skipped, config.train.steps = 40, 100
     with pytest.raises(BrokenRun, match=naming(40, "micro-batches")):
@@ -218,7 +218,7 @@ def test_a_run_does_not_end_well_where_nothing_is_finite(config, overflowing):
     assert steps_of(config.workdir) == [] and ema_steps(Path(config.workdir)) == []
 
 
-def test_a_signal_in_the_middle_of_nothing_but_nan_does_not_save_it_over_good_checkpoints(
+def test_a_signal_amid_nan_saves_nothing_over_good_checkpoints(
     config, finished, overflowing, monkeypatch
 ):
     shutil.copytree(finished, config.workdir)

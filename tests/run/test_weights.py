@@ -149,7 +149,7 @@ def test_one_average_of_a_checkpoint_is_read_and_checked_without_the_rest(tmp_pa
         assert tree_equal(weights.ema, jax.tree.map(np.asarray, average))
 
 
-def test_damaged_weights_of_a_checkpoint_are_refused_and_older_ones_drawn_with_a_note(tmp_path: Path) -> None:
+def test_damaged_weights_of_a_checkpoint_are_refused_and_older_ones_used(tmp_path: Path) -> None:
     saved(tmp_path, (1, 2))
     path = tmp_path / "checkpoints" / "2" / "meta" / "metadata"
     good = json.loads(path.read_text())

@@ -14,7 +14,7 @@ def flat(height: int, width: int, colour: tuple[int, int, int]) -> np.ndarray:
     return np.full((height, width, 3), colour, np.uint8)
 
 
-def test_a_sheet_has_its_rows_under_each_other_and_fits_each_picture_into_its_cell() -> None:
+def test_a_sheet_fits_each_picture_into_its_cell() -> None:
     wide = flat(10, 20, (200, 0, 0))
     wide[:, :10] = 0, 200, 0  # its left half
     rows = [[wide, flat(20, 20, (0, 0, 200))], [flat(20, 10, (90, 90, 0)), flat(80, 80, (0, 90, 90))]]

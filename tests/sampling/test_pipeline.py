@@ -129,7 +129,7 @@ def test_latents_by_hand(batch_size: int, guidance: Guidance) -> None:
         ((), {"text": 2.0}, 1),
     ],
 )
-def test_a_guided_picture_costs_an_evaluation_more_for_each_condition_that_is_given(
+def test_guidance_costs_one_evaluation_more_for_each_given_condition(
     kept: tuple[str, ...], scales: dict[str, float], evaluations: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, original = set(), linear_network.Linear.__call__
@@ -155,7 +155,7 @@ def test_noise_depends_on_its_seed_alone() -> None:
     assert (noise[0] != noise[1]).all() and abs(noise.mean()) < 0.3 and abs(noise.std() - 1) < 0.2
 
 
-def test_a_text_is_padded_to_that_of_training_and_longer_ones_to_twice_as_much_again() -> None:
+def test_text_is_padded_to_the_training_length_or_a_power_of_two_of_it() -> None:
     """A batch has texts of one padded length only."""
     lengths = np.array([1, 17, 4, 5, 8, 9, 16, 2])
     found = [(rows.tolist(), length) for rows, length in generator(2)._batches({"text_length": lengths})]

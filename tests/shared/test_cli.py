@@ -79,7 +79,7 @@ def test_a_signal_removes_what_is_half_written_and_exits_with_its_number(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_closed_event_loop_is_not_told_and_any_other_exception_in_a_callback_is():
+def test_only_a_closed_event_loop_is_not_reported():
     body = (
         "def fall(words):\n"
         "    class Falls:\n"
@@ -91,7 +91,7 @@ def test_a_closed_event_loop_is_not_told_and_any_other_exception_in_a_callback_i
     assert "something else" in err and "Event loop" not in err
 
 
-def test_a_thread_that_failed_is_told_in_one_line_with_or_without_its_exception(capsys):
+def test_a_failed_thread_is_reported_in_one_line(capsys):
     for value, words in ((ValueError("so it is"), "so it is"), (None, "ValueError")):
         thread_error(threading.ExceptHookArgs((ValueError, value, None, threading.current_thread())))
         assert capsys.readouterr().err == f"thread MainThread: {words}\n"
