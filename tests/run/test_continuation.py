@@ -232,9 +232,7 @@ def wait_for(process, path):
 
 
 @pytest.mark.slow
-def test_weights_beyond_the_last_checkpoint_are_computed_again(
-    config, train_command, tmp_path
-):
+def test_weights_beyond_the_last_checkpoint_are_computed_again(config, train_command, tmp_path):
     config.checkpoint.minutes = 60.0
     config.train.steps = 4
     file, workdir = tmp_path / "c.py", tmp_path / "run"

@@ -95,9 +95,7 @@ def described(config, package_log):
     return package_log
 
 
-def test_a_run_logs_its_length_and_warns_of_thousands_of_epochs(
-    tiny_dataset, tmp_path, package_log, monkeypatch
-):
+def test_a_run_logs_its_length_and_warns_of_thousands_of_epochs(tiny_dataset, tmp_path, package_log, monkeypatch):
     config = tiny_config(tiny_dataset, tmp_path / "run")
     config.train.steps, config.log.peak_tflops = 6000, 1e-6
     lines = described(config, package_log)

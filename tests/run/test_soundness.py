@@ -218,9 +218,7 @@ def test_a_run_does_not_end_well_where_nothing_is_finite(config, overflowing):
     assert steps_of(config.workdir) == [] and ema_steps(Path(config.workdir)) == []
 
 
-def test_a_signal_amid_nan_saves_nothing_over_good_checkpoints(
-    config, finished, overflowing, monkeypatch
-):
+def test_a_signal_amid_nan_saves_nothing_over_good_checkpoints(config, finished, overflowing, monkeypatch):
     shutil.copytree(finished, config.workdir)
     config.data.path, config.resume.allow_changes, config.log.heldout_every = str(overflowing), True, 0
     config.train.steps = 100

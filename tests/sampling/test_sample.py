@@ -88,9 +88,7 @@ def test_sizes_are_width_x_height_in_and_out(scene: Path, capsys: pytest.Capture
         draw(scene, "--prompt", SHORT, "--size", "8x16")
 
 
-def test_the_default_size_is_the_most_common_of_those_with_pictures(
-    scene: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_the_default_size_is_the_most_common_of_those_with_pictures(scene: Path, capsys: pytest.CaptureFixture) -> None:
     counts = pictures_by_size(load_manifest(scene / "ds"))
     common, (empty, *_) = next(iter(counts)), [size for size, count in counts.items() if not count]
     assert counts[common] == max(counts.values()) and sum(counts.values()) == 8
