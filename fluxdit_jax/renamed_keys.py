@@ -25,7 +25,7 @@ def gone(name: str) -> str:
 
 def drop_of_shares(both: float, text: float, vision: float) -> str:
     """`flow.drop` of the three keys that it replaces."""
-    return f"all {both:g}, text {text:g}, vision {vision:g}"
+    return ", ".join(f"{name} {share!r}" for name, share in (("all", both), ("text", text), ("vision", vision)))
 
 
 def converted(values: dict[str, Any]) -> dict[str, Any]:

@@ -166,7 +166,7 @@ class Rows:
             if table.num_rows != sum(unit.records for unit in units):
                 raise ValueError(f"{table.num_rows} rows, not one for each record of its units")
             table = table.replace_schema_metadata(None)
-            fields = [name.removesuffix("_id") for name in id_columns(table)]
+            fields = list(dict.fromkeys(("latent", *_USUAL, *(name.removesuffix("_id") for name in id_columns(table)))))
             table = table.cast(rows_schema(fields, placed="shard" in table.column_names))
             return cls(table, units, about["rejects_sha256"])
         except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -136,10 +136,12 @@ def parse(data: bytes, field: Field, width: int | None = None) -> np.ndarray:
     if dtype.kind != "f" or len(data) - file.tell() < count * dtype.itemsize:
         raise Rejected("wrong vector type", f"{dtype}, {len(data) - file.tell()} bytes; expected float32")
     values = np.frombuffer(data, dtype, count, file.tell()).astype(np.float64)
+    if field.kind == SEQUENCE:
+        values = values.reshape(shape, order="F" if fortran else "C").astype(field.dtype)
     if not np.isfinite(values).all():
         raise Rejected("vector is not finite", f"{int((~np.isfinite(values)).sum())} of {count} values")
     if field.kind == SEQUENCE:
-        return values.reshape(shape, order="F" if fortran else "C").astype(field.dtype)
+        return values
     norm = float(np.linalg.norm(values))
     if not 1e-12 < norm < 1e30:
         raise Rejected("vector without length", f"its norm is {norm:g}")
