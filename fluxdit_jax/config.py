@@ -17,7 +17,6 @@ from ml_collections.config_dict import placeholder
 
 from fluxdit_jax import flow, optimizer
 from fluxdit_jax.dataset.captions import MAX_CAPTIONS
-from fluxdit_jax.dataset.fields import field_named
 from fluxdit_jax.dataset.manifest import Manifest
 from fluxdit_jax.loader.reader import ON_CORRUPT, BatchLayout
 from fluxdit_jax.model import dit
@@ -62,7 +61,7 @@ class Key:
     """A key of the configuration.
 
     Attributes:
-      default: its value. A type: the key is optional, None until it is given.
+      default: a value; or a type, which makes the key optional: None until it is given.
       meaning: what it is, with its unit.
       path: a leading `~` is the home directory.
     """
@@ -130,7 +129,9 @@ KEYS = {
     "optim.lr": Key(_OPTIM.lr, "the highest learning rate", POSITIVE),
     "optim.adam_lr": Key(_OPTIM.adam_lr, "with muon: of everything but the matrices inside the blocks", POSITIVE),
     "optim.schedule": Key(_OPTIM.schedule, "constant, cosine", one_of(*optimizer.SCHEDULES)),
-    "optim.warmup_steps": Key(_OPTIM.warmup_steps, "steps in which the rate rises from 0", NOT_NEGATIVE),
+    "optim.warmup_steps": Key(
+        _OPTIM.warmup_steps, "steps of linear warm-up, from lr / warmup_steps to lr", NOT_NEGATIVE
+    ),
     "optim.final_fraction": Key(_OPTIM.final_fraction, "where the cosine ends, as a share of lr", SHARE),
     "optim.b1": Key(_OPTIM.b1, "decay of the first moment", DECAY),
     "optim.b2": Key(_OPTIM.b2, "decay of the second moment", DECAY),
@@ -139,7 +140,9 @@ KEYS = {
     "optim.grad_clip_norm": Key(_OPTIM.grad_clip_norm, "global gradient norm", POSITIVE),
     "optim.global_batch_size": Key(256, "samples per optimizer step; a multiple of data.micro_batch_size", POSITIVE),
     # ema, train, checkpoint
-    "ema.decay": Key(0.9999, "warmed up as min(decay, (1 + t) / (10 + t))", DECAY),
+    "ema.decay": Key(
+        0.9999, "of the weights' average, per step; warmed up as min(decay, (1 + step) / (10 + step))", DECAY
+    ),
     "ema.short_decay": Key(float, "of a second average, to see whether the first lags; None: none", DECAY),
     "train.steps": Key(100_000, "optimizer steps", POSITIVE),
     "checkpoint.minutes": Key(30.0, "between resumable checkpoints; the first comes after a tenth", POSITIVE),
@@ -243,7 +246,7 @@ def _require(condition: bool, name: str, value: object, expected: str) -> None:
 
 
 def _value(c: Any, name: str) -> Any:
-    """The value at a dotted name. A file of Python can put anything anywhere."""
+    """The value at a dotted name; raises `ConfigError` if a group or the key is missing."""
     above: list[str] = []
     for part in name.split("."):
         _require(isinstance(c, ConfigDict), ".".join(above), c, "a group of keys")
@@ -254,7 +257,7 @@ def _value(c: Any, name: str) -> Any:
 
 
 def _require_kind(name: str, value: Any, kind: type) -> None:
-    """Integers are counts of the device's int32."""
+    """Raises `ConfigError` unless the value has this type; integers must fit in int32."""
     if kind is tuple:
         counts = isinstance(value, tuple) and all(
             (isinstance(number, float) or type(number) is int) and 0 <= number <= 1e6 for number in value
@@ -272,7 +275,7 @@ def _require_kind(name: str, value: Any, kind: type) -> None:
 
 
 def check(c: ConfigDict) -> None:
-    """Expands `~` in the keys that are paths. Raises `ConfigError`, naming the key, for a value that cannot be."""
+    """Expands `~` in the keys that are paths; raises `ConfigError`, naming the key, for an invalid value."""
     for name in EARLIER:
         group, _, last = name.partition(".")
         if isinstance(c.get(group), ConfigDict) and last in c[group]:
@@ -300,7 +303,7 @@ def check(c: ConfigDict) -> None:
 
 
 def _check_together(c: ConfigDict) -> None:
-    """What keys must be beside others."""
+    """Constraints between keys."""
     if c.ema.short_decay is not None:
         below = f"below ema.decay ({c.ema.decay})"
         _require(c.ema.short_decay < c.ema.decay, "ema.short_decay", c.ema.short_decay, below)
@@ -336,10 +339,7 @@ def profile_steps(text: str) -> range:
 
 def conditions_of(manifest: Manifest) -> tuple[Condition, ...]:
     """What the network is given: the conditions that the dataset stores."""
-    return tuple(
-        Condition(name, manifest.encoders[field_named(name).encoder].width, name in manifest.lengths)
-        for name in manifest.layout
-    )
+    return tuple(Condition(name, manifest.encoders[name].width, name in manifest.lengths) for name in manifest.layout)
 
 
 def resolve(c: ConfigDict, manifest: Manifest) -> Settings:
@@ -394,6 +394,6 @@ def resolve(c: ConfigDict, manifest: Manifest) -> Settings:
 
 
 def _fill(kind: type[T], group: ConfigDict, **others: Any) -> T:
-    """A dataclass of the keys of its group that have the names of its fields; `others` go first."""
+    """Builds `kind` from the keys of the group that have its fields' names; `others` override."""
     names = {field.name for field in dataclasses.fields(kind)} - others.keys()  # type: ignore[arg-type]
     return kind(**{name: group[name] for name in names}, **others)

@@ -1,11 +1,12 @@
-"""Rectified flow: the path from image to noise, its velocity, the time density, and the training loss.
+"""Rectified flow: the path from image to noise, its velocity, the time density, condition dropout, and means of losses.
 
 x_t = (1 - t) x_0 + t noise, target velocity v = noise - x_0, t = 1 is noise (arXiv:2209.03003, 2403.03206).
 Everything here is f32: time in bf16 has 8 bits, which merges neighbouring noise levels near t = 1.
 
-Every random number of a sample is a function of (seed, index), where index counts the samples drawn since
-the start of the run. The draws of a step are therefore the same however the global batch is split into
-micro-batches or over devices, and no random state needs saving.
+Time, noise and dropped conditions of a sample are functions of (seed, index), and stratified times also of the global
+batch size. The index counts the samples drawn since the start of the run; the key is fold_in(fold_in(key(seed), index),
+purpose). So the draws of a step are the same however the global batch is split into micro-batches or over devices, and
+no random state needs saving.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class FlowConfig:
     drop: tuple[Drop, ...] = ((("text", "vision"), 0.1), (("text",), 0.1), (("vision",), 0.3))
 
     def dropped(self, names: Iterable[str]) -> float:
-        """Probability that a sample is trained without exactly these conditions."""
+        """Probability that exactly these conditions are dropped."""
         wanted = set(names)
         return sum(share for subset, share in self.drop if set(subset) == wanted)
 
@@ -112,8 +113,8 @@ def parse_drop(text: str, names: Sequence[str]) -> tuple[Drop, ...]:
 
     Args:
       text: subsets with their probabilities, as "all 0.1, text 0.1, vision+pose 0.2": `all` is every condition.
-        A condition of the dataset that no other subset names is dropped in `FURTHER_DROP` of the samples, whatever
-        else is dropped: each outcome but `all` is divided in two.
+        A condition other than text and vision that no subset but `all` names is dropped independently, with
+        probability `FURTHER_DROP`, in every outcome but `all`; NAME 0 turns this off.
       names: the conditions of the network.
 
     Raises:
@@ -131,12 +132,12 @@ def parse_drop(text: str, names: Sequence[str]) -> tuple[Drop, ...]:
         except ValueError:
             raise ValueError(f"{part!r} is not NAMES PROBABILITY") from None
         if not 0 <= share <= 1:
-            raise ValueError(f"{part!r} has no probability")
+            raise ValueError(f"{part!r}: the probability must be between 0 and 1")
         outcomes.append((subset, share))
         named.update(subset if words.strip() != "all" else ())
     rest = 1 - sum(share for _, share in outcomes)
     if rest < -1e-9:
-        raise ValueError(f"the probabilities are {1 - rest:g} in sum")
+        raise ValueError(f"the probabilities add up to {1 - rest:g}, more than 1")
     if unnamed := [name for name in names if name not in named and name not in ("text", "vision")]:
         outcomes.append(((), rest))
     for name in unnamed:

@@ -1,4 +1,4 @@
-"""The optimizer: schedule, AdamW or Muon on f32 masters, clipping, accumulation, and what it measured.
+"""The optimizer: schedule, AdamW or Muon on f32 master weights, clipping, gradient norms, and the decay of the EMA.
 
 `TrainState.params` are the f32 master weights that optax sees; the network gets a bf16 cast of them. bf16
 weights would not move: at a learning rate of 1e-4 the update of a weight of 0.5 is below half its last bit.
@@ -101,7 +101,7 @@ def group_norms(tree: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
 def record_norms() -> optax.GradientTransformation:
     """Passes gradients through and keeps their norms in its state.
 
-    It stands inside `MultiSteps`, where alone the accumulated gradient of a whole step can be seen.
+    It is the first of the chain, so that these are the norms before clipping.
     """
 
     def init(params: Any) -> NormsState:

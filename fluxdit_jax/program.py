@@ -82,15 +82,15 @@ class Program:
         """The programs of a step. The state is donated; metrics are packed, see `metrics.unpack`."""
         places = (self._placed, sharding.replicated(self._mesh))
 
-        def compiled(part: Callable[..., Any], name: str, *arguments: Any) -> jax.stages.Compiled:
+        def compiled(part: Callable[..., Any], name: str, *shapes: Any) -> jax.stages.Compiled:
             def packed(*arguments: Any) -> tuple[TrainState, jax.Array]:
                 state, metrics = part(*arguments)
                 self.metric_shapes[name] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), metrics)
                 return state, pack(metrics)
 
             packed.__name__ = name
-            with jax.set_mesh(self._mesh):  # `attention` asks for it
-                return jax.jit(packed, donate_argnums=0, out_shardings=places).lower(*arguments).compile()
+            with jax.set_mesh(self._mesh):  # which `attention` reads
+                return jax.jit(packed, donate_argnums=0, out_shardings=places).lower(*shapes).compile()
 
         return CompiledStep(
             compiled(self._step.accumulate, "accumulate", self.abstract, self.batch_shapes()),

@@ -131,7 +131,7 @@ def train(config: ConfigDict) -> int:
         reporter = closing.enter_context(
             reporting.Reporter(
                 writer=writer,
-                monitor=Monitor(config.optim.lr, config.optim.warmup_steps, _without_gradient(settings)),
+                monitor=Monitor(config.optim.lr, config.optim.warmup_steps, _untrained_nulls(settings)),
                 watchdog=Watchdog(config.health.max_skipped, dit.count_parameters(settings.model), config.optim.lr),
                 schedule=learning_rate(settings.optimizer, config.optim.lr),
                 metric_shapes=program.metric_shapes,
@@ -149,8 +149,8 @@ def train(config: ConfigDict) -> int:
 
         # ------------------------------------------------------------ the loop
         # The metrics of a program are read after the next one is dispatched, so that the device never waits for
-        # the host. Only where something is to be done with the state is the device waited for.
-        save_overdue, look_overdue = IntervalTimer(config.checkpoint.minutes), IntervalTimer(config.log.minutes)
+        # the host. The host waits for the device only when it needs the state.
+        save_timer, show_timer = IntervalTimer(config.checkpoint.minutes), IntervalTimer(config.log.minutes)
         for step in range(first + 1, config.train.steps + 1):
             trace.at(step - 1)
             for _ in range(settings.optimizer.grad_accum_steps):
@@ -167,25 +167,25 @@ def train(config: ConfigDict) -> int:
             last = step == config.train.steps
             troubled = reporter.trouble is not None and config.health.action == "stop"
             asked_to_stop = signals.received is not None or troubled
-            stopping, save_due, look_due = any_process(
-                [asked_to_stop, last or bool(save_overdue), last or bool(look_overdue)]
+            stopping, save_due, show_due = any_process(
+                [asked_to_stop, last or save_timer.due(), last or show_timer.due()]
             )
-            look_due = look_due and not (stopping and not last)
+            show_due = show_due and (last or not stopping)
             ema_due = last or step % config.checkpoint.ema_every == 0
-            preview_due = preview is not None and (look_due or step % config.log.preview_every == 0)
-            heldout_due = heldout is not None and (look_due or step % config.log.heldout_every == 0)
+            preview_due = preview is not None and (show_due or step % config.log.preview_every == 0)
+            heldout_due = heldout is not None and (show_due or step % config.log.heldout_every == 0)
             if not (stopping or save_due or ema_due or preview_due or heldout_due):
                 checkpoints.poll()
                 continue
             reporter.read()  # waits for the device
             if last:
                 reporter.end()
-            unchanged = reporter.suspect and not last
+            suspect = reporter.suspect and not last
             asked = time.monotonic()
             state_meta = {"samples": samples, "unfinished": reporter.unfinished()}
-            if unchanged and (stopping or save_due):
-                log.warning("the last micro-batches had no finite gradient: this state is not saved")
-            elif stopping:  # before all else: what asked to stop may not wait for pictures
+            if suspect and (stopping or save_due):
+                log.warning("no finite gradient in the last micro-batches: the state of step %d is not saved", step)
+            elif stopping:  # first: whoever sent the signal may not wait for pictures
                 checkpoints.save(step, state, state_meta)
             if heldout is not None and heldout_due:
                 with reporter.progress.doing("measuring the held-out loss"):
@@ -193,44 +193,47 @@ def train(config: ConfigDict) -> int:
             if preview is not None and preview_due:
                 with reporter.progress.doing("drawing pictures"):
                     _write_preview(preview, state.ema, step, workdir, writer)
-            if look_due:
-                look_overdue.done()
-            if ema_due and not unchanged:
+            if show_due:
+                show_timer.done()
+            if ema_due and not suspect:
                 checkpoints.save_averages(step, state)
-            if save_due and not stopping and not unchanged:
+            if save_due and not stopping and not suspect:
                 with reporter.progress.doing("saving"):
                     checkpoints.save(step, state, state_meta)
-                save_overdue.done()
+                save_timer.done()
             reporter.pause(time.monotonic() - asked)
             if stopping:
                 break
-            if not last and any_process([signals.received is not None])[0]:  # it came meanwhile
-                if not (save_due or unchanged):
+            if not last and any_process([signals.received is not None])[0]:  # it arrived meanwhile
+                if not (save_due or suspect):
                     checkpoints.save(step, state, state_meta)
                 break
 
-        # ------------------------------------------------------------ everything is written: say so
+        # ------------------------------------------------------------ the end
         checkpoints.poll(wait=True)
         reporter.close()
         if step >= config.train.steps:
             log.info("done: %d steps. EMA weights: %s; pictures: %s", step, workdir / "ema", workdir / "samples")
             log.info("next: python -m fluxdit_jax.sample --workdir=%s --prompt TEXT --out FILE.png", workdir)
             return 0 if checkpoints.failures == 0 else 1
-        why, code = "another process was told to stop", 128 + signal.SIGTERM
-        if signals.received is not None:
-            why, code = f"signal {signals.received}", 128 + signals.received
-        elif reporter.trouble is not None and config.health.action == "stop":
-            why, code = f"health: {reporter.trouble.kind}", 3
-        if checkpoints.latest_step() == step:
-            log.info("stopped at step %d (%s), state saved. The same command goes on from there.", step, why)
-        else:
-            log.error(
-                "stopped at step %d (%s); its state is not saved. The same command goes on from step %d.",
-                step,
-                why,
-                checkpoints.latest_step() or 0,
-            )
-        return code
+        trouble = reporter.trouble.kind if reporter.trouble is not None and config.health.action == "stop" else None
+        return _stopped(step, checkpoints, signals.received, trouble)
+
+
+def _stopped(step: int, checkpoints: Checkpoints, received: int | None, trouble: str | None) -> int:
+    """Logs why the run ends before its last step, and from where it can be resumed; returns the exit code."""
+    why, code = "another process was told to stop", 128 + signal.SIGTERM
+    if received is not None:
+        why, code = f"signal {received}", 128 + received
+    elif trouble is not None:
+        why, code = f"health: {trouble}", 3
+    saved = checkpoints.latest_step() or 0
+    if saved == step:
+        log.info("stopped at step %d (%s), state saved. The same command goes on from there.", step, why)
+    else:
+        words = "stopped at step %d (%s); its state is not saved. The same command goes on from step %d."
+        log.error(words, step, why, saved)
+    return code
 
 
 def _first_state(
@@ -258,18 +261,21 @@ def _first_state(
 
 
 def _whole_steps(state: TrainState, meta: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
-    """Without the micro-batches of a step that is not done, with which earlier versions saved; they are drawn again."""
+    """Drops a partly accumulated gradient, which only checkpoints of earlier versions hold.
+
+    Their meta has `batch_size`; `samples` is set back by it, so that those micro-batches are drawn again.
+    """
     done = int(state.opt_state.mini_step)
     if not done:
         return state, meta
-    log.info("the checkpoint is of within a step: its %d micro-batch(es) are drawn again", done)
+    log.info("the checkpoint was saved in the middle of a step: %d micro-batch(es) are drawn again", done)
     zeros = jax.tree.map(jnp.zeros_like, (state.opt_state.mini_step, state.opt_state.acc_grads))
     opt_state = state.opt_state._replace(mini_step=zeros[0], acc_grads=zeros[1])
     return state._replace(opt_state=opt_state), meta | {"samples": meta["samples"] - done * meta["batch_size"]}
 
 
-def _without_gradient(settings: Settings) -> frozenset[str]:
-    """The learned nulls that this run never trains, because it never drops their condition."""
+def _untrained_nulls(settings: Settings) -> frozenset[str]:
+    """Nulls of conditions that are never dropped: they get no gradient."""
     dropped = {name for subset, share in settings.flow.drop for name in subset if share}
     return frozenset(f"null_{each.name}" for each in settings.model.conditions if each.name not in dropped)
 
@@ -346,7 +352,7 @@ def main(argv: list[str]) -> None:
     except USER_ERRORS as error:
         print(f"error: {cli.explain(error)}", file=sys.stderr)
         code = 1
-    except BrokenRun:  # the reporter has told it
+    except BrokenRun:  # already logged by the reporter
         code = 1
     except KeyboardInterrupt:
         print("stopped at once; the same command goes on from the last checkpoint, if any", file=sys.stderr)

@@ -107,12 +107,12 @@ def make_train_step(
         return metrics["loss"], metrics
 
     def accumulate(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        """Adds a micro-batch to the mean gradient of the step; one whose gradient is not finite is only counted."""
+        """Adds a micro-batch to the running mean of the gradient. One that is not finite is left out and counted."""
         # The gradient is taken with respect to the compute-dtype weights, then accumulated in f32.
         compute = jax.tree.map(lambda p: p.astype(model.dtype), state.params)
         grads, metrics = jax.grad(loss_fn, has_aux=True)(compute, batch)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-        # Of the squares, not of the numbers: a gradient whose norm overflows would spoil the mean and the moments.
+        # Of the sum of squares: finite entries can still overflow the norm, and then clipping and the moments.
         finite = jnp.isfinite(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
         before = state.opt_state
         mean = jax.tree.map(
@@ -123,7 +123,7 @@ def make_train_step(
         return state._replace(opt_state=opt_state, skipped=state.skipped + skipped), metrics | {"skipped": skipped}
 
     def update(state: TrainState) -> tuple[TrainState, Metrics]:
-        """Updates weights and averages by the mean gradient; without a finite micro-batch only the step is counted."""
+        """Updates weights and averages by the mean gradient; if every micro-batch was skipped, only counts the step."""
         before = state.opt_state
         updates, inner = optimizer.inner_opt.update(before.acc_grads, before.inner_opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -56,7 +56,6 @@ from fluxdit_jax.vae.decoder import load_decoder
 from fluxdit_jax.vae.files import DecoderError
 from preprocess import PreprocessError
 
-EVALUATIONS = {"euler": 1, "heun": 2, "rk3": 3}  # of the network, for each solver step
 USER_ERRORS = (
     CheckpointError, ConfigError, DatasetError, DecoderError, EditError, LogError, PreprocessError, RunError,
     SampleError, OSError,
@@ -189,7 +188,7 @@ def validate(arguments: argparse.Namespace) -> bool:
         device=f"{jax.default_backend()}: {jax.devices()[0].device_kind}",
         made=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         seconds={name: round(value, 2) for name, value in seconds.items()},
-        networks=count * arguments.steps * EVALUATIONS[arguments.method],
+        networks=count * arguments.steps * solvers.EVALUATIONS[arguments.method],
         digest=weights.digest,
         weights=weights.path.parent.name,
         pictures=len(records),

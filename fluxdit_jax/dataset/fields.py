@@ -22,7 +22,8 @@ GRID, SEQUENCE, VECTOR = "grid", "sequence", "vector"
 IMAGE, CAPTION, FILE = "image", "caption", "file"  # what a tensor is made from
 Layout = dict[str, "int | None"]  # of a shard's conditions: a sequence's width, None for a vector
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,30}")
-# Features and columns of a record, arrays of a batch, modules of the network, and `all` in the dropout.
+# Not names of further conditions: features and columns of a record, arrays of a batch, modules of the network, and
+# `all` in the dropout.
 _RESERVED = re.compile(
     r"all|bucket_height|bucket_width|caption|content_hash|encoded_size|grid|height|index|key|latent|original_size|patch|"
     r"replaced|row|shard|source|split|t|tokens|vae|weight|width|(other|keep|null|drop)_.*|.*_(id|length)"
@@ -59,7 +60,7 @@ class Field:
         if self.kind != VECTOR:
             return None if _all_finite(array) else "has a value that is not finite"
         with np.errstate(all="ignore"):
-            if abs(float(np.dot(array, array)) - 1.0) < 1.9e-3:  # sure to be right; what is near is measured
+            if abs(float(np.dot(array, array)) - 1.0) < 1.9e-3:  # clear in f32; borderline norms are taken in f64
                 return None
         if not np.isfinite(array).all():
             return "has a value that is not finite"
@@ -101,6 +102,6 @@ def of_captions(layout: Layout) -> list[Field]:
 def _all_finite(array_bf16: np.ndarray) -> bool:
     """Whether no exponent is all ones; on the bits, because bfloat16 has no fast `isfinite` in numpy.
 
-    Infinity and NaN are the largest of the negative numbers taken as uint16, and of the positive as int16.
+    -inf and negative NaN are at least 0xFF80 as uint16; +inf and positive NaN are at least 0x7F80 as int16.
     """
     return array_bf16.view(np.uint16).max() < 0xFF80 and array_bf16.view(np.int16).max() < 0x7F80

@@ -3,14 +3,14 @@
 A DiT (Peebles & Xie 2023, arXiv:2212.09748) with the parts that later work kept:
 one shared adaLN network and a small table per block (PixArt-alpha, arXiv:2310.00426), cross-attention to
 the sequences among the conditions (the caption), QK-RMSNorm (arXiv:2302.05442), 2-D rotary positions
-(arXiv:2104.09864) computed from each sample's own height and width, and SwiGLU (arXiv:2002.05202: better
-loss than GELU at equal parameters and FLOPs; it is also what leaves no activation outlier to a bias, as the
-layers here have none).
+(arXiv:2104.09864) computed from each sample's own height and width, and SwiGLU (arXiv:2002.05202: lower
+loss than GELU at equal parameters and FLOPs). Layers inside the blocks have no biases.
 
 Flax NNX defines the modules; blocks are stacked once and scanned (`jax.lax.scan`), so that tracing and
 compiling do not grow with depth. Parameters are created in f32; callers cast them to the compute dtype.
 
-Shapes in names: B batch, N image tokens, T text tokens, D width, H heads, d head size.
+Shapes in names: B batch, N image tokens, P values of a patch, T tokens of all sequences, D width, E and V width of a
+stored sequence and vector, H heads, d head size.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class ModelConfig:
 
 
 class Dense(nnx.Module):
-    """Matrix product with optional bias; kernel ~ N(0, 1/fan_in) times `scale`."""
+    """Matrix product with optional bias; the kernel is normal with std scale / sqrt(fan_in), truncated at 3 std."""
 
     def __init__(self, fan_in: int, fan_out: int, *, rngs: nnx.Rngs, bias: bool = False, scale: float = 1.0):
         std = scale / math.sqrt(fan_in)

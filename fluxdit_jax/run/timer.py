@@ -8,19 +8,19 @@ FIRST = 0.1  # of the minutes, until the first time: a new run has something to 
 
 
 class IntervalTimer:
-    """A clock that asks for something every so many minutes, the first time after a tenth of them."""
+    """A timer that is due every so many minutes, the first time after a tenth of them."""
 
     def __init__(self, minutes: float):
         """
         Args:
-          minutes: 0 asks for nothing.
+          minutes: 0: never due.
         """
         self._seconds = 60 * minutes
         self._at = time.monotonic() + FIRST * self._seconds
 
-    def __bool__(self) -> bool:
+    def due(self) -> bool:
         return self._seconds > 0 and time.monotonic() > self._at
 
     def done(self) -> None:
-        """It was done now, for whatever reason."""
+        """Restarts the interval."""
         self._at = time.monotonic() + self._seconds

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from fluxdit_jax.flow import shift_time
 
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]  # (x, scalar t) -> dx/dt
-METHODS = ("euler", "heun", "rk3")
+EVALUATIONS = {"euler": 1, "heun": 2, "rk3": 3}  # of the network, for each solver step
+METHODS = tuple(EVALUATIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,7 @@ def integrate(velocity: Velocity, noise: jax.Array, steps: int, shift: float, me
         if method == "heun":
             k2 = velocity(x + h * k1, t_next)
             return x + h * (k1 + k2) / 2, None
+        assert method == "rk3"
         k2 = velocity(x + h * k1 / 2, t + h / 2)
         k3 = velocity(x + h * (2 * k2 - k1), t_next)
         return x + h * (k1 + 4 * k2 + k3) / 6, None

@@ -76,16 +76,16 @@ def test_a_log_that_would_be_silent_names_what_the_run_is_doing(package_log, mon
 def test_something_is_due_after_a_tenth_and_then_after_all_of_its_minutes(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(timer.time, "monotonic", lambda: now[0])
-    overdue, never = timer.IntervalTimer(minutes=30.0), timer.IntervalTimer(minutes=0.0)
+    interval, never = timer.IntervalTimer(minutes=30.0), timer.IntervalTimer(minutes=0.0)
     now[0] += 179
-    assert not overdue
+    assert not interval.due()
     now[0] += 2
-    assert overdue
-    overdue.done()
+    assert interval.due()
+    interval.done()
     now[0] += 30 * 60 - 1
-    assert not overdue
+    assert not interval.due()
     now[0] += 2
-    assert overdue and not never
+    assert interval.due() and not never.due()
 
 
 def described(config, package_log):
