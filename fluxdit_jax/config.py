@@ -17,6 +17,7 @@ from ml_collections.config_dict import placeholder
 
 from fluxdit_jax import flow, optimizer
 from fluxdit_jax.dataset.captions import MAX_CAPTIONS
+from fluxdit_jax.dataset.fields import of_captions
 from fluxdit_jax.dataset.manifest import Manifest
 from fluxdit_jax.loader.reader import ON_CORRUPT, BatchLayout
 from fluxdit_jax.model import dit
@@ -354,7 +355,7 @@ def resolve(c: ConfigDict, manifest: Manifest) -> Settings:
     lengths = {name: 8 * math.ceil(longest / 8) for name, longest in manifest.lengths.items()}
     lengths["text"] = text_tokens = c.data.text_tokens or lengths["text"]
     try:
-        drop = flow.parse_drop(c.flow.drop, list(manifest.layout))
+        drop = flow.parse_drop(c.flow.drop, list(manifest.layout), [f.name for f in of_captions(manifest.layout)])
     except ValueError as error:
         raise ConfigError(f"config.flow.drop is {c.flow.drop!r}: {error}") from error
     dtype = c.model.dtype

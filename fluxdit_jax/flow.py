@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Iterable, Sequence
 
 import jax
@@ -108,7 +109,7 @@ def draw_noise(seed: int, index_B: jax.Array, shape: tuple[int, ...]) -> jax.Arr
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, _NOISE), shape))(keys)
 
 
-def parse_drop(text: str, names: Sequence[str]) -> tuple[Drop, ...]:
+def parse_drop(text: str, names: Sequence[str], of_captions: Sequence[str] = ()) -> tuple[Drop, ...]:
     """The condition dropout of `FlowConfig`, from text.
 
     Args:
@@ -116,15 +117,18 @@ def parse_drop(text: str, names: Sequence[str]) -> tuple[Drop, ...]:
         A condition other than text and vision that no subset but `all` names is dropped independently, with
         probability `FURTHER_DROP`, in every outcome but `all`; NAME 0 turns this off.
       names: the conditions of the network.
+      of_captions: those that are made from the caption: one that the text does not name is dropped with "text".
 
     Raises:
       ValueError: it is malformed, a name is not there, or the probabilities do not fit.
     """
     outcomes: list[Drop] = []
     named: set[str] = set()
+    with_text = [name for name in of_captions if name != "text" and name not in re.split(r"[ ,+]+", text)]
     for part in filter(None, map(str.strip, text.split(","))):
         words, _, number = part.rpartition(" ")
         subset = tuple(names) if words.strip() == "all" else tuple(word.strip() for word in words.split("+"))
+        subset += tuple(with_text) if "text" in subset and words.strip() != "all" else ()
         if unknown := [name for name in subset if name not in names]:
             raise ValueError(f"{part!r} names {unknown[0]!r}; the conditions are {', '.join(names)}")
         try:
@@ -138,7 +142,7 @@ def parse_drop(text: str, names: Sequence[str]) -> tuple[Drop, ...]:
     rest = 1 - sum(share for _, share in outcomes)
     if rest < -1e-9:
         raise ValueError(f"the probabilities add up to {1 - rest:g}, more than 1")
-    if unnamed := [name for name in names if name not in named and name not in ("text", "vision")]:
+    if unnamed := [name for name in names if name not in {*named, *with_text, "text", "vision"}]:
         outcomes.append(((), rest))
     for name in unnamed:
         outcomes = [

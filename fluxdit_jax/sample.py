@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fluxdit_jax.config import ConfigError, Settings, resolve
-from fluxdit_jax.dataset.fields import field_named
+from fluxdit_jax.dataset.fields import CAPTION, field_named
 from fluxdit_jax.dataset.manifest import DatasetError, Manifest
 from fluxdit_jax.device import devices
 from fluxdit_jax.run.checkpoint import CheckpointError
@@ -168,7 +168,7 @@ def _draw(
     ema: Any,
     decoder: image_grid.Decoder,
     requests: list[Request],
-    texts: list[np.ndarray],
+    texts: list[dict[str, np.ndarray]],
     made: Recipe,
 ) -> dict[tuple[float, float], list[np.ndarray]]:
     """Pictures of all requests by (vision scale, text scale)."""
@@ -176,7 +176,7 @@ def _draw(
     height, width = requests[0].size
     wanted = conditions(
         settings.model.conditions,
-        [made.given | {"text": text} for text in texts for _ in range(arguments.count)],
+        [made.given | text for text in texts for _ in range(arguments.count)],
         [(height // patch_pixels, width // patch_pixels)] * len(requests),
     )
     generator = Generator(
@@ -196,7 +196,8 @@ def _draw(
     count = len(requests) * len(sweep_text) * len(sweep_vision)
     with tqdm(total=count, unit="image", disable=not sys.stderr.isatty()) as bar:
         for vision, text in itertools.product(sweep_vision, sweep_text):
-            guidance = solvers.Guidance({"text": text, "vision": vision} | arguments.guidance, arguments.rescale)
+            scales = dict.fromkeys(texts[0], text) | {"vision": vision} | arguments.guidance
+            guidance = solvers.Guidance(scales, arguments.rescale)
             latents = generator.latents(params, wanted, noise, bar.update, guidance)
             drawn[vision, text] = image_grid.decode_all(decoder, latents)
     return drawn
@@ -254,7 +255,7 @@ def _text_encoder(arguments: argparse.Namespace, manifest: Manifest) -> str | No
 
 def _note_untrained(settings: Settings, arguments: argparse.Namespace, given: dict[str, np.ndarray]) -> None:
     names = [condition.name for condition in settings.model.conditions]
-    absent = [name for name in names if name != "text" and name not in given]
+    absent = [name for name in names if field_named(name).made_from != CAPTION and name not in given]
     if absent and not any(share and set(absent) <= set(subset) for subset, share in settings.flow.drop):
         without = " and ".join("--reference" if name == "vision" else f"--condition {name}" for name in absent)
         print(f"note: this model never trained without {' and '.join(absent)}; without {without} expect little")

@@ -61,7 +61,7 @@ def draw(workdir: Path, shown: tuple[str, ...] = SHOWN, step: int | None = None)
     turned = encode_prompts([turn(record.caption) for record in own], manifest, None)
     plain = [record.conditions for record in own]
     relit = [mine | {"vision": record.vision} for mine, record in zip(plain, other, strict=True)]
-    edited = [mine | {"text": text} for mine, text in zip(plain, turned, strict=True)]
+    edited = [mine | made for mine, made in zip(plain, turned, strict=True)]
     wanted = conditions(settings.model.conditions, [*plain, *relit, *edited], grids * 3)
     generator = Generator(
         settings.model,

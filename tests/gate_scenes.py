@@ -122,3 +122,8 @@ class Oracle:
     def _record(self, one: Wanted) -> int | None:
         likeness = self._vectors @ one.conditions["vision"]
         return int(likeness.argmax()) if likeness.max() > 0.999 else None
+
+
+def encode_words(captions: list[str]) -> list[dict[str, np.ndarray]]:
+    """What the built-in encoder makes of captions, as `encode_prompts` returns it."""
+    return [{"text": tokens} for tokens in HashText().encode(captions)]

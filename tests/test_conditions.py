@@ -18,7 +18,14 @@ pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).resolve().parents[1]
 DECLARED = "DECLARED = {field.name: field for field in (LATENT, TEXT, VISION)}"
-WITH_DEPTH = DECLARED.replace("VISION)", 'VISION, Field("depth", SEQUENCE, FILE, "depth", "depth files"))')
+FIELDS = (
+    'Field("twin", SEQUENCE, CAPTION, "twin", "second text encoder")',
+    'Field("depth", SEQUENCE, FILE, "depth", "depth files")',
+)
+WITH_FURTHER = DECLARED.replace("VISION)", f"VISION, {', '.join(FIELDS)})")
+# The option that names the second encoder of captions.
+OPTION = ('"vision": "vision_encoder"}', '"vision": "vision_encoder", "twin": "second_text_encoder"}')
+DEFAULT = ("    vision_embeddings: str", '    second_text_encoder: str = "builtin:hash"\n    vision_embeddings: str')
 COUNT = 12
 
 # Every command of the road, in one process. Prints what each returned.
@@ -51,11 +58,13 @@ status["train"] = train.train(config)
 
 def draw(name, *options):
     from_run = [] if {"--model", "--recipe"} & set(options) else ["--workdir", f"{root}/run"]
-    prompt = [] if "--recipe" in options else ["--prompt", "waves", "--steps", "2", "--method", "euler"]
+    prompt = [] if {"--recipe", "--prompt"} & set(options) else ["--prompt", "waves"]
+    prompt += [] if "--recipe" in options else ["--steps", "2", "--method", "euler"]
     sample.sample(parse_arguments([*from_run, *prompt, *options, "--out", f"{root}/{name}.png"]))
 
 pose, depth = ["--condition", f"pose={root}/pose/00.npy"], ["--condition", f"depth={root}/depth/00.npy"]
 draw("plain")
+draw("other_words", "--prompt", "hills")
 draw("pose", *pose)
 draw("other_pose", "--condition", f"pose={root}/pose/01.npy")
 draw("depth", *depth)
@@ -72,15 +81,20 @@ print("STATUS " + json.dumps(status))
 
 @pytest.fixture(scope="module")
 def road(tmp_path_factory, draw_photo: Callable, xla_cache: Path) -> tuple[Path, dict[str, int], str]:
-    """(folder, what the commands returned, what they printed) of a copy of the program with one line changed."""
+    """(folder, what the commands returned, what they printed) of a copy of the program with three lines changed.
+
+    Two declared fields, one of files and one that a second encoder makes of captions, which also has an option.
+    """
     root = tmp_path_factory.mktemp("conditions")
     copy = root / "program"
     for name in ("fluxdit_jax", "preprocess", "configs"):
         shutil.copytree(REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    fields = copy / "fluxdit_jax" / "dataset" / "fields.py"
-    text = fields.read_text()
-    assert text.count(DECLARED) == 1
-    fields.write_text(text.replace(DECLARED, WITH_DEPTH))
+    options = copy / "preprocess" / "build" / "options.py"
+    edits = [(copy / "fluxdit_jax" / "dataset" / "fields.py", DECLARED, WITH_FURTHER), (options, *OPTION)]
+    for path, old, new in [*edits, (options, *DEFAULT)]:
+        text = path.read_text()
+        assert text.count(old) == 1, old
+        path.write_text(text.replace(old, new))
     for name in ("photos", "pose", "depth"):
         (root / name).mkdir()
     rng = np.random.default_rng(0)
@@ -123,6 +137,7 @@ def test_the_dataset_stores_them_as_they_were_given(road) -> None:
     (reject,) = map(json.loads, (root / "data" / "rejects.jsonl").read_text().splitlines())
     assert reject["key"] == "11.png" and "pose" in reject["reason"]
     assert manifest["rejects"] == 1
+    assert manifest["conditions"]["twin"]["encoder"]["id"] == "builtin:hash"
     import tensorflow_datasets as tfds
 
     found = {}
@@ -135,6 +150,7 @@ def test_the_dataset_stores_them_as_they_were_given(road) -> None:
                 found[example["key"].decode()] = example
     assert len(found) == COUNT - 1
     for key, example in found.items():
+        np.testing.assert_array_equal(example["twin"], example["text"])  # by the same encoder
         pose, depth = (np.load(root / name / key.replace(".png", ".npy")) for name in ("pose", "depth"))
         np.testing.assert_allclose(example["pose"], pose / np.linalg.norm(pose), rtol=1e-5)
         np.testing.assert_allclose(example["depth"].astype(np.float32), depth, rtol=1e-2)
@@ -159,7 +175,7 @@ def test_a_recipe_and_an_export_draw_the_same_picture(road) -> None:
     np.testing.assert_array_equal(picture(root, "again"), picture(root, "guided"))
     np.testing.assert_array_equal(picture(root, "exported"), picture(root, "both"))
     described = json.loads((root / "export" / "config.json").read_text())
-    assert described["encoders"].keys() == {"vae", "text", "vision", "depth", "pose"}
+    assert described["encoders"].keys() == {"vae", "text", "vision", "twin", "depth", "pose"}
     card = (root / "export" / "README.md").read_text()
     assert "| condition pose |" in card and "| condition depth |" in card
 
@@ -169,7 +185,14 @@ def test_the_nulls_of_all_conditions_are_trained(road) -> None:
     from safetensors.numpy import load_file
 
     tensors = load_file(root / "export" / "model.safetensors")
-    assert {"pose_embed.kernel", "null_pose", "depth_embed.kernel", "depth_scale", "null_depth"} <= tensors.keys()
+    assert {
+        "twin_embed.kernel",
+        "pose_embed.kernel",
+        "null_pose",
+        "depth_embed.kernel",
+        "depth_scale",
+        "null_depth",
+    } <= tensors.keys()
     lines = [json.loads(line) for line in (root / "run" / "metrics.jsonl").open()]
     gradients = {name for line in lines for name in line if name.startswith("gradient_norm_by_group/")}
     assert {"gradient_norm_by_group/null_pose", "gradient_norm_by_group/pose_embed"} <= gradients

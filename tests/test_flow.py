@@ -258,6 +258,17 @@ def test_the_dropout_is_read_from_its_text(text, names, expected):
     assert config.dropped(["text", "nothing"]) == 0
 
 
+def test_what_is_made_from_the_caption_is_dropped_with_the_text_unless_it_is_named():
+    names, of_captions = ("text", "twin", "vision"), ("text", "twin")
+
+    def found(text):
+        return dict(flow.parse_drop(text, names, of_captions))
+
+    assert found("all 0.1, text 0.2") == {names: 0.1, ("text", "twin"): 0.2}
+    assert found("vision+text 0.2") == {("vision", "text", "twin"): 0.2}
+    assert found("text 0.2, twin 0.1") == {("text",): 0.2, ("twin",): 0.1}
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

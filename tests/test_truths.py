@@ -477,8 +477,8 @@ def test_a_training_photograph_as_reference_is_its_stored_vector(
         assert seen.shape == (*record.encoded_size, 3) and sha256 == record.content_hash
         np.testing.assert_array_equal(vae.encode(seen[None])[0], record.latent)
         np.testing.assert_allclose(encode_reference(seen, manifest, None), record.vision, atol=2e-5)
-        (text,) = encode_prompts([record.caption], manifest, None)
-        np.testing.assert_allclose(text.astype(np.float32), record.text.astype(np.float32), atol=2e-2)
+        (made,) = encode_prompts([record.caption], manifest, None)
+        np.testing.assert_allclose(made["text"].astype(np.float32), record.text.astype(np.float32), atol=2e-2)
 
 
 def test_an_encoder_with_other_settings_is_refused_as_a_references(tmp_path: Path, draw_photo, tiny_dino_dir) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -54,7 +55,7 @@ class Album:
         vision_of: int,
         noise_of: int,
         caption: str | None = None,
-        text: np.ndarray | None = None,
+        made: Mapping[str, np.ndarray] | None = None,
         vision: np.ndarray | None = None,
         seed: int | None = None,
     ) -> Wanted:
@@ -63,15 +64,15 @@ class Album:
         Further conditions are those of the first record, with the caption.
 
         Args:
-          caption, text: instead of the first record's, together.
+          caption, made: instead of the first record's, together; `made` is what is made from the caption, by name.
           vision: instead of the second's.
           seed: instead of the third's.
         """
         conditions = self.records[caption_of].conditions | {"vision": self.records[vision_of].vision}
-        changed = {"text": text, "vision": vision}
+        changed = dict(made or {}) | ({} if vision is None else {"vision": vision})
         return Wanted(
             caption=self.caption(caption_of) if caption is None else caption,
-            conditions=conditions | {name: array for name, array in changed.items() if array is not None},
+            conditions=conditions | changed,
             grid=self.grid(noise_of),
             seed=self.seed_of(noise_of) if seed is None else seed,
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fluxdit_jax.dataset.fields import of_captions
 from fluxdit_jax.gate.album import Album
 from fluxdit_jax.gate.displacement import Displacement, displacement
 from fluxdit_jax.gate.image_metrics import structure
@@ -51,12 +52,12 @@ class Edit:
         rules: list[Rule],
         words: tuple[str, str],
         limit: int,
-        encode: Callable[[list[str]], list[np.ndarray]],
+        encode: Callable[[list[str]], list[dict[str, np.ndarray]]],
     ) -> Edit:
         """
         Args:
           limit: cases at most; spread evenly over the rules and the records.
-          encode: tokens bf16 [n, E] of captions; asked only for those that no record has.
+          encode: what is made from captions, by name; asked only for those that no record has.
         """
         by_rule = [
             [(i, rule, new) for i in range(len(album)) if (new := edited(album.caption(i), rule.old, rule.new))]
@@ -65,7 +66,10 @@ class Edit:
         share = max(1, limit // len(rules))
         cases = [cases[k] for cases in by_rule for k in spread(len(cases), share)]
         changed = [edited(album.caption(i), *words) for i, _, _ in cases]
-        texts = {record.caption: record.text for record in album.records}
+        texts = {
+            record.caption: {field.name: record.conditions[field.name] for field in of_captions(record.layout())}
+            for record in album.records
+        }
         unknown = sorted({c for c in [*(case[2] for case in cases), *changed] if c and c not in texts})
         texts.update(zip(unknown, encode(unknown) if unknown else [], strict=True))
 
@@ -73,7 +77,7 @@ class Edit:
         shuffled_with = np.argsort(next(derangements(album)))
 
         def draw_of(index: int, caption: str) -> Wanted:
-            return album.wanted(index, index, index, caption=caption, text=texts[caption])
+            return album.wanted(index, index, index, caption=caption, made=texts[caption])
 
         return cls(
             album,

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from fluxdit_jax.config import Settings
+from fluxdit_jax.dataset.fields import CAPTION, field_named
 from fluxdit_jax.dataset.manifest import Manifest
 from fluxdit_jax.dataset.records import Record
 from fluxdit_jax.loader import reader
@@ -45,7 +46,9 @@ class Preview:
           guidance: text scale of all pictures.
           caption_alone: also draws each caption without the other conditions.
         """
-        self._guidance = solvers.Guidance({"text": guidance})
+        others = _besides_captions(model)
+        of_captions = [c.name for c in model.conditions if c.name not in others]
+        self._guidance = solvers.Guidance(dict.fromkeys(of_captions, guidance))
         self._records = records
         self._generator = generator
         self._decoder = decoder
@@ -53,8 +56,7 @@ class Preview:
         self._columns = {"EMA": described}
         if caption_alone:
             absent = np.zeros(len(records), bool)
-            others = {f"keep_{c.name}": absent for c in model.conditions if c.name != "text"}
-            self._columns["EMA, caption alone"] = described | others
+            self._columns["EMA, caption alone"] = described | {f"keep_{name}": absent for name in others}
         self._noise = generator.noise(list(range(len(records))))
         self._truth = image_grid.decode_all(decoder, [record.latent for record in records])
 
@@ -69,6 +71,11 @@ class Preview:
             column_titles=("data set", *self._columns),
             row_titles=[record.caption for record in self._records],
         )
+
+
+def _besides_captions(model: dit.ModelConfig) -> list[str]:
+    """The conditions that are not made from the caption."""
+    return [c.name for c in model.conditions if field_named(c.name).made_from != CAPTION]
 
 
 def make_preview(
@@ -112,6 +119,7 @@ def make_preview(
         batch_size=count,
     )
     records = [record for _, record in source.iter_valid(reader.spread(len(source), count))]
-    others = [c.name for c in settings.model.conditions if c.name != "text"]
-    trained = settings.flow.dropped(others) > 0  # on captions alone; otherwise such a picture means nothing
+    trained = (
+        settings.flow.dropped(_besides_captions(settings.model)) > 0
+    )  # on captions alone; otherwise such a picture means nothing
     return Preview(records, generator, decoder, settings.model, settings.text_limit, guidance, trained)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fluxdit_jax.dataset.fields import field_named
+from fluxdit_jax.dataset.fields import CAPTION, TEXT, Field, field_named, of_captions
 from fluxdit_jax.dataset.manifest import EncoderIdentity, Manifest
 
 _MAX_PROMPTS = 10_000_000  # bytes of a file of prompts
@@ -49,31 +49,42 @@ def check_encoder(found: EncoderIdentity, trained: EncoderIdentity, option: str)
 
 def encode_prompts(
     prompts: list[str], manifest: Manifest, spec: str | None, limit: int | None = None
-) -> list[np.ndarray]:
-    """Text tokens bf16 [n, E] of each prompt, by the encoder of the training captions.
+) -> list[dict[str, np.ndarray]]:
+    """What is made from each prompt, by name of the condition, by the encoders of the training captions.
 
     Prints a note for each prompt that is cut, and for each that is longer than every caption of the training.
 
     Args:
-      spec: of the encoder; None: as the data set names it.
-      limit: `Settings.text_limit`: what training cuts captions to.
+      spec: of the encoder of "text"; None: as the data set names it.
+      limit: `Settings.text_limit`: what training cuts the tokens of "text" to.
     """
+    made = {
+        field.name: _encode(prompts, manifest, field, *((spec, limit) if field == TEXT else (None, None)))
+        for field in of_captions(manifest.layout)
+    }
+    return [dict(zip(made, parts, strict=True)) for parts in zip(*made.values(), strict=True)]
+
+
+def _encode(
+    prompts: list[str], manifest: Manifest, field: Field, spec: str | None, limit: int | None
+) -> list[np.ndarray]:
     from preprocess.encoders import load_text_encoder
 
-    most = manifest.text.options.get("max_tokens", 512)
-    encoder = load_text_encoder(spec or manifest.text.id, dtype=manifest.text.dtype, max_tokens=most)
-    check_encoder(encoder.identity, manifest.text, "--text-encoder")
+    trained, longest = manifest.encoders[field.encoder], manifest.lengths[field.name]
+    most = trained.options.get("max_tokens", 512)
+    encoder = load_text_encoder(spec or trained.id, dtype=trained.dtype, max_tokens=most)
+    check_encoder(encoder.identity, trained, "--text-encoder" if field == TEXT else f"the {field.maker}")
     texts = encoder.encode(prompts)
     for number, tokens in enumerate(encoder.count(prompts)):
-        kept, why = len(texts[number]), f"what the data set's text encoder takes (max_tokens={most})"
+        kept, why = len(texts[number]), f"what the data set's {field.maker} takes (max_tokens={most})"
         if limit is not None and kept > limit:
             kept, why = limit, f"what this run cuts its captions to (config.data.text_tokens={limit})"
         which = f"note: prompt {number + 1} has {tokens} tokens"
         if kept < tokens:
             print(f"{which}, of which {kept} are kept, {why}: {_short(prompts[number])}")
-        elif tokens > manifest.text_tokens:
+        elif tokens > longest:
             print(
-                f"{which}, more than any caption of the training (at most {manifest.text_tokens}); all are used: "
+                f"{which}, more than any caption of the training (at most {longest}); all are used: "
                 f"{_short(prompts[number])}"
             )
     return [text[:limit] for text in texts]
@@ -108,12 +119,15 @@ def read_condition(name: str, path: Path, manifest: Manifest) -> np.ndarray:
     from preprocess.decoding.images import Rejected
     from preprocess.input.precomputed import MAX_BYTES, parse
 
-    if name not in manifest.further():
-        known = ", ".join(manifest.further()) or "none"
+    further = [each for each in manifest.further() if field_named(each).made_from != CAPTION]
+    if name not in further:
+        known = ", ".join(further) or "none"
         raise SampleError(f"--condition {name}={path}: the dataset's further conditions are: {known}")
     try:
         with path.open("rb") as file:
-            return parse(file.read(MAX_BYTES + 1), field_named(name), manifest.encoders[name].width)
+            return parse(
+                file.read(MAX_BYTES + 1), field_named(name), manifest.encoders[field_named(name).encoder].width
+            )
     except (OSError, Rejected) as error:
         raise SampleError(f"--condition {name}={path}: {error}") from error
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Set
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from fluxdit_jax.dataset.fields import CAPTION, DECLARED, GRID, Field
 from fluxdit_jax.dataset.manifest import MANIFEST, REJECTS, EncoderIdentity, Manifest
 from fluxdit_jax.shared.host_memory import keep_freed_memory
 from preprocess import PreprocessError
@@ -18,7 +20,7 @@ from preprocess.build.encode import Counts, Encoders, Encoding
 from preprocess.build.existing import Existing
 from preprocess.build.journal import Journal
 from preprocess.build.lock import locked
-from preprocess.build.options import Options
+from preprocess.build.options import ENCODERS, Options
 from preprocess.build.plan import Fingerprints, Identities, NothingToBuild, Plan, make_plan
 from preprocess.build.publish import LOG_FILE, finish, publish, roll_forward, save_rejects
 from preprocess.build.summary import MANY_REJECTS, report_encoders, report_plan, report_result, too_many_rejects
@@ -133,9 +135,8 @@ def plan_only(options: Options, forecast: Forecast, replace: bool = False) -> Pl
 
 def _real(options: Options) -> list[tuple[str, str]]:
     """(option, spec) of the encoders that need PyTorch."""
-    specs = [("--vae", options.vae), ("--text-encoder", options.text_encoder)]
-    specs += [] if options.vision_embeddings else [("--vision-encoder", options.vision_encoder)]
-    return [(option, spec) for option, spec in specs if not spec.startswith("builtin:")]
+    flags = {name: "--" + option.replace("_", "-") for name, option in ENCODERS.items()}
+    return [(flags[name], spec) for name, spec in options.specs().items() if not spec.startswith("builtin:")]
 
 
 def _torch_device(options: Options) -> torch.device:
@@ -158,11 +159,10 @@ def _likely_identities(options: Options, folders: list[Folder], earlier: list[re
 
     dtype = dtype_name(choose_dtype(options.dtype, device))
     found = {}
-    for part, option in (("vae", "vae"), ("text", "text_encoder"), ("vision", "vision_encoder")):
-        spec = getattr(options, option)
+    for part, spec in options.specs().items():
         found[part] = EncoderIdentity(spec, "", "not known", dtype, 0)
         for before in earlier:
-            if before and before.identities and before.values.get(option) == spec:
+            if before and before.identities and before.values.get(ENCODERS[part]) == spec:
                 identity = before.identities[part]
                 found[part] = dataclasses.replace(
                     identity, dtype=identity.dtype if spec.startswith("builtin:") else dtype
@@ -289,19 +289,25 @@ def _build(
 def _load(options: Options, precomputed: list[Folder]) -> Encoders:
     # What an encoder on a CPU allocates for each picture would else be faulted in anew: 1.4 to 1.8 times the images/s.
     keep_freed_memory(large_too=not _real(options) or _torch_device(options).type == "cpu")
-    loaders = {
-        "latent": lambda: load_vae(options.vae, options.device, options.dtype, options.latent, options.seed),
-        "text": lambda: load_text_encoder(options.text_encoder, options.device, options.dtype, options.max_tokens),
-        "vision": lambda: load_vision_encoder(options.vision_encoder, options.device, options.dtype),
-    }
+    specs = options.specs()
+    fields = [field for field in DECLARED.values() if field.encoder in specs]
+    loaded = load_all(*(functools.partial(_encoder, field, specs[field.encoder], options) for field in fields))
     by_name = {folder.field.name: folder for folder in precomputed}
-    loaders = {name: load for name, load in loaders.items() if name not in by_name}
-    encoders = Encoders(dict(zip(loaders, load_all(*loaders.values()), strict=True)), by_name)
+    encoders = Encoders({field.name: made for field, made in zip(fields, loaded, strict=True)}, by_name)
     if options.modulus % encoders.vae.factor:
         raise PreprocessError(
             f"--modulus {options.modulus} is not a multiple of the VAE's factor {encoders.vae.factor}"
         )
     return encoders
+
+
+def _encoder(field: Field, spec: str, options: Options) -> Any:
+    """Loads what makes a field."""
+    if field.kind == GRID:
+        return load_vae(spec, options.device, options.dtype, options.latent, options.seed)
+    if field.made_from == CAPTION:
+        return load_text_encoder(spec, options.device, options.dtype, options.max_tokens)
+    return load_vision_encoder(spec, options.device, options.dtype)
 
 
 class _Progress:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # the command line's help needs the defaults above and not Pi
     from preprocess.decoding.images import Limits
 
 FITS = ("resize", "pad", "crop")
+# The option that names each encoder, by the encoder's name in the manifest; "": the field is not made.
+ENCODERS = {"vae": "vae", "text": "text_encoder", "vision": "vision_encoder"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +86,13 @@ class Options:
         result.buckets()
         return result
 
+    def specs(self) -> dict[str, str]:
+        """The encoders to load, by their names in the manifest."""
+        specs = {name: getattr(self, option) for name, option in ENCODERS.items()}
+        return {
+            name: spec for name, spec in specs.items() if spec and not (name == "vision" and self.vision_embeddings)
+        }
+
     def buckets(self) -> tuple[Size, ...]:
         """The bucket table."""
         return bucket_table(self.resolution, self.modulus, self.max_aspect)
@@ -101,8 +110,8 @@ class Options:
             raw[name] = str(Path(raw[name]).resolve()) if raw[name] else ""
         named = [(name, directory) for name, _, directory in (text.partition("=") for text in self.condition)]
         raw["condition"] = [f"{name}={Path(directory).resolve()}" for name, directory in sorted(named)]
-        for name in ("vae", "text_encoder", "vision_encoder"):
-            if Path(raw[name]).is_dir():
+        for name in ENCODERS.values():
+            if raw[name] and Path(raw[name]).is_dir():
                 raw[name] = str(Path(raw[name]).resolve())
         return raw
 

@@ -12,7 +12,7 @@ from typing import Any
 from fluxdit_jax.dataset.manifest import DatasetError, EncoderIdentity, Manifest, load_manifest
 from preprocess import PreprocessError
 from preprocess.buckets import default_modulus
-from preprocess.build.options import Options
+from preprocess.build.options import ENCODERS, Options
 from preprocess.build.plan import Identities
 from preprocess.build.publish import OPTIONS_FILE, load_options, save_options
 from preprocess.build.units import WORK
@@ -20,8 +20,8 @@ from preprocess.build.units import WORK
 # They say where something is, or which inputs are taken: judged by what would become of the records. A dataset that
 # grows by them loses nothing. The others decide what every record is.
 _SELECTING = (
-    "input", "limit", "vae", "text_encoder", "vision_encoder", "vision_embeddings", "condition", "caption_field",
-    "allow_outside", "min_side", "max_pixels",
+    "input", "limit", *ENCODERS.values(), "vision_embeddings", "condition", "caption_field", "allow_outside",
+    "min_side", "max_pixels",
 )  # fmt: skip
 _DECISIVE = (
     "resolution",
@@ -94,11 +94,10 @@ def _of_manifest(manifest: Manifest) -> dict[str, Any]:
         "resolution": manifest.resolution,
         "modulus": manifest.modulus,
         "fit": manifest.fit,
-        "vae": manifest.vae.id,
-        "text_encoder": manifest.text.id,
     }
-    if not manifest.vision.id.startswith("precomputed"):
-        values["vision_encoder"] = manifest.vision.id
+    for name, option in ENCODERS.items():
+        if name in manifest.encoders and not manifest.encoders[name].id.startswith("precomputed"):
+            values[option] = manifest.encoders[name].id
     if "max_tokens" in manifest.text.options:
         values["max_tokens"] = manifest.text.options["max_tokens"]
     return values
@@ -161,6 +160,8 @@ def require_same(options: Options, before: Earlier, output: str) -> dict[str, st
     differing = [name for name, value in before.values.items() if name in now and now[name] != value]
     if "seed" in differing and options.latent == before.values.get("latent") == "mean":
         differing.remove("seed")
+    # An encoder that is added takes nothing from what exists.
+    differing = [name for name in differing if before.values[name] or name not in ENCODERS.values()]
     lines = {
         name: f"  {_flag(name, now[name])} is given, the dataset was built with {_flag(name, before.values[name])}"
         for name in differing

@@ -51,7 +51,7 @@ def planned(album, rules=(TO_THE_RIGHT, TO_THE_LEFT), words=WORDS, limit=40):
 
     def encode(captions):
         asked.extend(captions)
-        return [np.full((1, 2), 100 + k) for k in range(len(captions))]
+        return [{"text": np.full((1, 2), 100 + k)} for k in range(len(captions))]
 
     return Edit.plan(album, list(rules), words, limit, encode), asked
 
@@ -65,14 +65,14 @@ def test_an_edit_case_is_a_record_and_a_rule_with_the_records_vector():
     new = ["photo of a fox, right", "photo of a cat, right", "a fox, left", "photo of a cat, left"]
     changed = ["picture of a fox, left", "picture of a cat, left", "picture of a cat, right"]
     assert asked == sorted([*new[::2], *changed])  # the two cats are captions of the set
-    texts = {record.caption: record.text for record in album.records} | {
-        caption: np.full((1, 2), 100 + k) for k, caption in enumerate(asked)
+    texts = {record.caption: {"text": record.text} for record in album.records} | {
+        caption: {"text": np.full((1, 2), 100 + k)} for k, caption in enumerate(asked)
     }
     for k, (i, _, caption) in enumerate(plan.cases):
         assert (caption, plan.plain[k].key) == (new[k], album.wanted(i, i, i).key)
-        assert plan.edited[k].key == album.wanted(i, i, i, caption=new[k], text=texts[new[k]]).key
+        assert plan.edited[k].key == album.wanted(i, i, i, caption=new[k], made=texts[new[k]]).key
         for one in (plan.plain[k], plan.edited[k], plan.unrelated[k]):
-            assert one is None or (one.conditions["text"] == texts[one.caption]).all()
+            assert one is None or (one.conditions["text"] == texts[one.caption]["text"]).all()
     assert [one and one.caption for one in plan.unrelated] == [*changed[:2], None, changed[2]]
     assert [one and one.seed for one in plan.unrelated] == [50, 52, None, 53]
     wanted = [one.key for one in plan.wanted()]

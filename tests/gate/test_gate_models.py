@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from gate_scenes import LIGHTS, Oracle, album
+from gate_scenes import LIGHTS, Oracle, album, encode_words
 from scipy.ndimage import gaussian_filter
 from wording import naming
 
@@ -17,7 +17,6 @@ from fluxdit_jax.gate.memorisation import Memorisation
 from fluxdit_jax.gate.painter import Wanted
 from fluxdit_jax.gate.swap import Swap
 from fluxdit_jax.shared.edit_rules import DEFAULT_RULES
-from preprocess.encoders.builtin import HashText
 
 ALBUM = album()
 FALLING = [{"step": step, "loss": 1 / (1 + step)} for step in range(100)]
@@ -33,7 +32,7 @@ def measured(draw, of=ALBUM):
     plans = (
         Memorisation.plan(of),
         Swap.plan(of, 60),
-        Edit.plan(of, list(DEFAULT_RULES), ("portrait of", "picture of"), 20, HashText().encode),
+        Edit.plan(of, list(DEFAULT_RULES), ("portrait of", "picture of"), 20, encode_words),
     )
     return [plan.measure(draw) for plan in plans]
 
@@ -443,7 +442,7 @@ def test_where_the_measure_itself_is_wrong_the_edit_cannot_pass():
     from fluxdit_jax.shared.edit_rules import Rule
 
     backwards = Rule("looking left", "looking right", "left")
-    plan = Edit.plan(ALBUM, [backwards], ("portrait of", "picture of"), 20, HashText().encode)
+    plan = Edit.plan(ALBUM, [backwards], ("portrait of", "picture of"), 20, encode_words)
     verdict = plan.measure(Oracle(ALBUM))
     assert not verdict.passed and verdict.value == 0
     assert any("itself" in reason for reason in verdict.reasons)

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from gate_scenes import Oracle, album
+from gate_scenes import Oracle, album, encode_words
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_helpers import conditions
 
@@ -20,7 +20,6 @@ from fluxdit_jax.gate.swap import Swap
 from fluxdit_jax.gate.verdict import Case, Verdict
 from fluxdit_jax.model.dit import ModelConfig
 from fluxdit_jax.shared.edit_rules import DEFAULT_RULES
-from preprocess.encoders.builtin import HashText
 
 MODEL = ModelConfig(
     width=48, depth=2, heads=3, patch=2, channels=16, conditions=conditions(1024, 1024), dtype="float32", remat="none",
@@ -93,7 +92,7 @@ def measured(draw_by):
     plans = (
         Memorisation.plan(scenes),
         Swap.plan(scenes, 60),
-        Edit.plan(scenes, list(DEFAULT_RULES), ("portrait of", "picture of"), 20, HashText().encode),
+        Edit.plan(scenes, list(DEFAULT_RULES), ("portrait of", "picture of"), 20, encode_words),
     )
     return advise(*(plan.measure(draw_by(scenes)) for plan in plans), LOG)
 

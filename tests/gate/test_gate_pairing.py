@@ -139,7 +139,7 @@ def test_what_is_wanted_comes_from_the_right_records():
 
 def test_what_is_wanted_instead():
     tokens, vector = np.zeros((2, 2)), np.ones(3, np.float32)
-    one = ALBUM.wanted(3, 11, 20, caption="new words", text=tokens, vision=vector, seed=7)
+    one = ALBUM.wanted(3, 11, 20, caption="new words", made={"text": tokens}, vision=vector, seed=7)
     assert one.caption == "new words" and one.seed == 7
     assert one.conditions["text"] is tokens and one.conditions["vision"] is vector
     assert one.grid == ALBUM.grid(20)

@@ -175,8 +175,8 @@ def test_an_edit_beyond_the_longest_caption_of_the_set_is_seen(untrained):
     scenes = album(("fox", "teapot"))
     long = scenes.caption(0) + " in a room" * 10
     texts = encode_prompts([f"{long} left", f"{long} right"], manifest, None, settings.text_limit)
-    assert all(len(text) > settings.text_tokens for text in texts)
+    assert all(len(made["text"]) > settings.text_tokens for made in texts)
     left, right, plain = painter(
-        [scenes.wanted(0, 0, 0, caption=c, text=t) for c, t in zip("lr", texts)] + [scenes.wanted(0, 0, 0)]
+        [scenes.wanted(0, 0, 0, caption=c, made=t) for c, t in zip("lr", texts)] + [scenes.wanted(0, 0, 0)]
     )
     assert (left != right).any() and (left != plain).any()
