@@ -97,9 +97,7 @@ KEYS = {
     ),
     "data.threads": Key(2, "reader threads", POSITIVE),
     "data.prefetch": Key(4, "micro-batches read ahead", POSITIVE),
-    "data.on_corrupt": Key(
-        "stop", "at a damaged record: stop, or skip: the next sound one stands in, up to 1 %", one_of(*ON_CORRUPT)
-    ),
+    "data.on_corrupt": Key("stop", "at a damaged record: stop, or skip up to 1 % of them", one_of(*ON_CORRUPT)),
     # model
     "model.width": Key(_MODEL.width, "features of a token", POSITIVE),
     "model.depth": Key(_MODEL.depth, "blocks", POSITIVE),
@@ -126,10 +124,10 @@ KEYS = {
     "flow.stratified": Key(_FLOW.stratified, "one t from each of global_batch_size quantiles"),
     "flow.drop": Key(flow.DROP, "conditions dropped in training, each subset with its probability, as vision+pose 0.2"),
     # optim
-    "optim.name": Key(_OPTIM.name, "adamw, muon", one_of(*optimizer.NAMES)),
+    "optim.name": Key(_OPTIM.name, ", ".join(optimizer.NAMES), one_of(*optimizer.NAMES)),
     "optim.lr": Key(_OPTIM.lr, "the highest learning rate", POSITIVE),
     "optim.adam_lr": Key(_OPTIM.adam_lr, "with muon: of everything but the matrices inside the blocks", POSITIVE),
-    "optim.schedule": Key(_OPTIM.schedule, "constant, cosine", one_of(*optimizer.SCHEDULES)),
+    "optim.schedule": Key(_OPTIM.schedule, ", ".join(optimizer.SCHEDULES), one_of(*optimizer.SCHEDULES)),
     "optim.warmup_steps": Key(
         _OPTIM.warmup_steps, "steps of linear warm-up, from lr / warmup_steps to lr", NOT_NEGATIVE
     ),

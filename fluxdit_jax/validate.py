@@ -113,7 +113,7 @@ def _add_arguments(add: Any) -> None:
     add("--steps", type=int, default=6, help="solver steps; 6 to 16 is usual; default: 6")
     add(
         "--method", choices=solvers.METHODS, default="rk3",
-        help="solver; rk3 costs three evaluations of the network a step, heun two, euler one; default: rk3",
+        help=f"solver; evaluations of the network for each step: {solvers.COSTS}; default: rk3",
     )  # fmt: skip
     add("--seed", type=int, default=0, help="of the noise and of who is paired with whom; default: 0")
     add("--batch-size", type=int, default=20, help="pictures computed at once; default: 20")

@@ -99,8 +99,8 @@ def _add_arguments(add: Any) -> None:
     add("--sweep-vision", type=_scales, metavar="A,B,...", help="a sheet over these vision scales instead; "
         "default: none")  # fmt: skip
     add("--steps", type=int, help=f"solver steps; 16 to 50 is usual; {default('steps')}")
-    add("--method", choices=solvers.METHODS, help=f"solver; an euler step costs one evaluation of the network, heun "
-        f"two, rk3 three; {default('method')}")  # fmt: skip
+    add("--method", choices=solvers.METHODS, help="solver; evaluations of the network for each step: "
+        f"{solvers.COSTS}; {default('method')}")  # fmt: skip
     add("--seed", type=int, help=f"seed of the first picture; the next ones count up; {default('seed')}")
     add("--count", type=int, help=f"pictures per prompt; {default('count')}")
     add(

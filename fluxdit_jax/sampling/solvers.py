@@ -14,6 +14,7 @@ from fluxdit_jax.flow import shift_time
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]  # (x, scalar t) -> dx/dt
 EVALUATIONS = {"euler": 1, "heun": 2, "rk3": 3}  # of the network, for each solver step
 METHODS = tuple(EVALUATIONS)
+COSTS = ", ".join(f"{method} {count}" for method, count in EVALUATIONS.items())  # in words, for help
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """Who may be in a small set: every usable picture of an input, with what is known of its pose and its light.
 
-Of a dataset the captions, text features and vision vectors come from its records, and the pictures from the
-folder that it was built from, as long as they are still those. Of a folder everything is computed.
-A picture with several captions is judged by its first.
+Of a dataset the captions, text features and vision vectors come from its records, and the pictures from the folder that
+it was built from. Of a folder everything is computed. A picture with several captions is judged by its first.
 """
 
 from __future__ import annotations
