@@ -100,15 +100,7 @@ class Gate:
         self._memorisation, self._swap = Memorisation.plan(album), Swap.plan(album, 60)
         rules, unrelated = choose_rules(captions, []), choose_unrelated(captions, None)
         self._edit = Edit.plan(album, rules, unrelated, 40, lambda texts: encode_prompts(texts, manifest, None))
-        self._generator = Generator(
-            settings.model,
-            tokens=settings.tokens,
-            lengths=settings.batch.lengths,
-            shift=settings.flow.shift,
-            statistics=patch_statistics(manifest.latent_mean, manifest.latent_std, settings.model.patch),
-            graph=graph,
-            **SAMPLER,
-        )
+        self._generator = Generator.of(settings, manifest, graph=graph, **SAMPLER)
 
     def painter(self, params: Any) -> Painter:
         cast = self._generator.cast(params)

@@ -123,12 +123,16 @@ def parse_drop(text: str, names: Sequence[str], of_captions: Sequence[str] = ())
       ValueError: it is malformed, a name is not there, or the probabilities do not fit.
     """
     outcomes: list[Drop] = []
-    named: set[str] = set()
-    with_text = [name for name in of_captions if name != "text" and name not in re.split(r"[ ,+]+", text)]
+    named = {"text", "vision"}
+    with_text = tuple(name for name in of_captions if name != "text" and name not in re.split(r"[ ,+]+", text))
     for part in filter(None, map(str.strip, text.split(","))):
         words, _, number = part.rpartition(" ")
-        subset = tuple(names) if words.strip() == "all" else tuple(word.strip() for word in words.split("+"))
-        subset += tuple(with_text) if "text" in subset and words.strip() != "all" else ()
+        subset = tuple(map(str.strip, words.split("+")))
+        if subset == ("all",):
+            subset = tuple(names)
+        else:
+            subset += with_text if "text" in subset else ()
+            named.update(subset)
         if unknown := [name for name in subset if name not in names]:
             raise ValueError(f"{part!r} names {unknown[0]!r}; the conditions are {', '.join(names)}")
         try:
@@ -138,23 +142,22 @@ def parse_drop(text: str, names: Sequence[str], of_captions: Sequence[str] = ())
         if not 0 <= share <= 1:
             raise ValueError(f"{part!r}: the probability must be between 0 and 1")
         outcomes.append((subset, share))
-        named.update(subset if words.strip() != "all" else ())
     rest = 1 - sum(share for _, share in outcomes)
     if rest < -1e-9:
         raise ValueError(f"the probabilities add up to {1 - rest:g}, more than 1")
-    if unnamed := [name for name in names if name not in {*named, *with_text, "text", "vision"}]:
+    if unnamed := [name for name in names if name not in named and name not in with_text]:
         outcomes.append(((), rest))
     for name in unnamed:
-        outcomes = [
-            outcome
-            for subset, share in outcomes
-            for outcome in (
-                [(subset, share)]
-                if name in subset
-                else [(subset, (1 - FURTHER_DROP) * share), ((*subset, name), FURTHER_DROP * share)]
-            )
-        ]
+        outcomes = [each for outcome in outcomes for each in _divided(outcome, name)]
     return tuple((subset, share) for subset, share in outcomes if subset)
+
+
+def _divided(outcome: Drop, name: str) -> list[Drop]:
+    """The outcome without and with one more condition dropped; as it is if that is dropped already."""
+    subset, share = outcome
+    if name in subset:
+        return [outcome]
+    return [(subset, (1 - FURTHER_DROP) * share), ((*subset, name), FURTHER_DROP * share)]
 
 
 def draw_kept_conditions(

@@ -23,13 +23,8 @@ def gone(name: str) -> str:
     return f"is now called config.{RENAMED.get(name, 'flow.drop')}"
 
 
-def drop_of_shares(both: float, text: float, vision: float) -> str:
-    """`flow.drop` of the three keys that it replaces."""
-    return ", ".join(f"{name} {share!r}" for name, share in (("all", both), ("text", text), ("vision", vision)))
-
-
 def converted(values: dict[str, Any]) -> dict[str, Any]:
-    """A recorded configuration with today's keys."""
+    """A recorded configuration, or some of its groups, with today's keys."""
     groups = {name: group for name, group in values.items() if isinstance(group, dict)}
 
     def taken(name: str) -> Any:
@@ -40,7 +35,8 @@ def converted(values: dict[str, Any]) -> dict[str, Any]:
         taken(name)
     shares = [taken(name) for name in _DROPPED]
     if None not in shares:
-        groups["flow"]["drop"] = drop_of_shares(*shares)
+        named = zip(("all", "text", "vision"), shares, strict=True)
+        groups["flow"]["drop"] = ", ".join(f"{name} {share!r}" for name, share in named)
     for name, successor in RENAMED.items():
         group, _, key = successor.partition(".")
         if (value := taken(name)) is not None:

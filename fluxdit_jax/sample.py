@@ -41,7 +41,6 @@ from fluxdit_jax.sampling.recipe import Recipe
 from fluxdit_jax.sampling.sizes import choose_size, in_words
 from fluxdit_jax.shared import atomic_files, cli
 from fluxdit_jax.shared.sanitize import shown
-from fluxdit_jax.train_step import patch_statistics
 from fluxdit_jax.vae.decoder import load_decoder
 from fluxdit_jax.vae.files import DecoderError
 from preprocess import PreprocessError
@@ -179,15 +178,8 @@ def _draw(
         [made.given | text for text in texts for _ in range(arguments.count)],
         [(height // patch_pixels, width // patch_pixels)] * len(requests),
     )
-    generator = Generator(
-        settings.model,
-        tokens=settings.tokens,
-        lengths=settings.batch.lengths,
-        shift=settings.flow.shift,
-        statistics=patch_statistics(manifest.latent_mean, manifest.latent_std, settings.model.patch),
-        steps=arguments.steps,
-        method=arguments.method,
-        batch_size=made.batch_size,
+    generator = Generator.of(
+        settings, manifest, steps=arguments.steps, batch_size=made.batch_size, method=arguments.method
     )
     params, noise = generator.cast(ema), generator.noise([request.seed for request in requests])
     sweep_text = arguments.sweep_text or [arguments.guidance_text]
@@ -231,7 +223,7 @@ def _given(
     for name, values in given.items():
         if name not in manifest.layout:
             raise SampleError(f"--recipe {arguments.recipe}: it has the condition {name}, which this run has not")
-        width = manifest.encoders[field_named(name).encoder].width
+        width = manifest.encoders[name].width
         if values.shape[-1] != width:
             option = "--reference" if name == "vision" else f"--condition {name}=FILE.npy"
             raise SampleError(

@@ -123,7 +123,7 @@ def train(config: ConfigDict) -> int:
         )
         batch = sharding.put_batch(mesh, next(batches))
         heldout = _make_heldout(config, settings, manifest, mesh, statistics)
-        preview = make_preview(config.data.path, manifest, settings, statistics, **_preview_options(config))
+        preview = make_preview(config.data.path, manifest, settings, **_preview_options(config))
         writer = MetricsWriter(workdir, step, enabled=primary)
         log.info("curves: tensorboard --logdir %s, best on its Custom Scalars page", workdir / "tensorboard")
         if step == 0:
@@ -185,7 +185,7 @@ def train(config: ConfigDict) -> int:
             state_meta = {"samples": samples, "unfinished": reporter.unfinished()}
             if suspect and (stopping or save_due):
                 log.warning("no finite gradient in the last micro-batches: the state of step %d is not saved", step)
-            elif stopping:  # first: whoever sent the signal may not wait for pictures
+            elif stopping:  # first, so that pictures do not delay the end
                 checkpoints.save(step, state, state_meta)
             if heldout is not None and heldout_due:
                 with reporter.progress.doing("measuring the held-out loss"):

@@ -51,7 +51,6 @@ from fluxdit_jax.shared import atomic_files
 from fluxdit_jax.shared import cli as programs
 from fluxdit_jax.shared.edit_rules import EditError, Rule, choose_rules, choose_unrelated
 from fluxdit_jax.shared.paths import expanded, given_path
-from fluxdit_jax.train_step import patch_statistics
 from fluxdit_jax.vae.decoder import load_decoder
 from fluxdit_jax.vae.files import DecoderError
 from preprocess import PreprocessError
@@ -219,15 +218,8 @@ def make_painter(
     decoder: image_grid.Decoder,
 ) -> Painter:
     """The run's model as a painter."""
-    generator = Generator(
-        settings.model,
-        tokens=settings.tokens,
-        lengths=settings.batch.lengths,
-        shift=settings.flow.shift,
-        statistics=patch_statistics(manifest.latent_mean, manifest.latent_std, settings.model.patch),
-        steps=arguments.steps,
-        method=arguments.method,
-        batch_size=arguments.batch_size,
+    generator = Generator.of(
+        settings, manifest, steps=arguments.steps, batch_size=arguments.batch_size, method=arguments.method
     )
     return Painter(generator, generator.cast(ema), decoder, arguments.batch_size)
 

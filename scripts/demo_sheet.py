@@ -21,7 +21,6 @@ from fluxdit_jax.sampling import image_grid
 from fluxdit_jax.sampling.pipeline import Generator, conditions
 from fluxdit_jax.sampling.prompts import encode_prompts
 from fluxdit_jax.shared.paths import given_path
-from fluxdit_jax.train_step import patch_statistics
 from fluxdit_jax.vae.decoder import load_decoder
 
 SHOWN = ("c00", "c04", "c07", "c09", "c12", "c15")  # compositions of the demonstration set
@@ -63,15 +62,7 @@ def draw(workdir: Path, shown: tuple[str, ...] = SHOWN, step: int | None = None)
     relit = [mine | {"vision": record.vision} for mine, record in zip(plain, other, strict=True)]
     edited = [mine | made for mine, made in zip(plain, turned, strict=True)]
     wanted = conditions(settings.model.conditions, [*plain, *relit, *edited], grids * 3)
-    generator = Generator(
-        settings.model,
-        tokens=settings.tokens,
-        lengths=settings.batch.lengths,
-        shift=settings.flow.shift,
-        statistics=patch_statistics(manifest.latent_mean, manifest.latent_std, patch),
-        steps=16,
-        batch_size=len(own),
-    )
+    generator = Generator.of(settings, manifest, steps=16, batch_size=len(own))
     _, ema = restore_ema(workdir, step)
     latents = generator.latents(generator.cast(ema), wanted, generator.noise(list(range(3 * len(own)))))
     images = image_grid.decode_all(load_decoder(manifest.vae), [record.latent for record in own] + latents)

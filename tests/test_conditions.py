@@ -19,8 +19,8 @@ pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).resolve().parents[1]
 DECLARED = "DECLARED = {field.name: field for field in (LATENT, TEXT, VISION)}"
 FIELDS = (
-    'Field("twin", SEQUENCE, CAPTION, "twin", "second text encoder")',
-    'Field("depth", SEQUENCE, FILE, "depth", "depth files")',
+    'Field("twin", SEQUENCE, CAPTION, "second text encoder")',
+    'Field("depth", SEQUENCE, FILE, "depth files")',
 )
 WITH_FURTHER = DECLARED.replace("VISION)", f"VISION, {', '.join(FIELDS)})")
 # The option that names the second encoder of captions.

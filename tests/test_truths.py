@@ -385,10 +385,7 @@ def test_a_run_that_cuts_its_captions_shows_and_measures_them_cut(scene: Scene, 
     c.data.text_tokens = 4
     settings = resolve(c, scene.manifest)
     assert settings.text_limit == 4
-    statistics = patch_statistics(scene.manifest.latent_mean, scene.manifest.latent_std, 2)
-    preview = make_preview(
-        scene.root / "ds", scene.manifest, settings, statistics, count=2, steps=1, guidance=1.0, vae=None
-    )  # fmt: skip
+    preview = make_preview(scene.root / "ds", scene.manifest, settings, count=2, steps=1, guidance=1.0, vae=None)
     assert all((column["text_length"] == 4).all() for column in preview._columns.values())
 
     record_start(tmp_path, c, scene.manifest)

@@ -38,15 +38,18 @@ class Field:
       name: in records, batches and parameters.
       kind: GRID (the latent), SEQUENCE or VECTOR; it decides rank, dtype and check.
       made_from: IMAGE, CAPTION (of a picture with several captions there are several), or FILE: precomputed.
-      encoder: name of its encoder in the manifest.
       maker: what makes it, in words.
     """
 
     name: str
     kind: str
     made_from: str
-    encoder: str
     maker: str
+
+    @property
+    def encoder(self) -> str:
+        """Name of its encoder in the manifest: a condition's is its own."""
+        return "vae" if self.kind == GRID else self.name
 
     @property
     def dtype(self) -> np.dtype:
@@ -68,15 +71,16 @@ class Field:
         return None if abs(norm - 1.0) <= 1e-3 else f"must have unit L2 norm, got {norm:.6f}"
 
 
-LATENT = Field("latent", GRID, IMAGE, "vae", "VAE")
-TEXT = Field("text", SEQUENCE, CAPTION, "text", "text encoder")
-VISION = Field("vision", VECTOR, IMAGE, "vision", "vision encoder")
+LATENT = Field("latent", GRID, IMAGE, "VAE")
+TEXT = Field("text", SEQUENCE, CAPTION, "text encoder")
+VISION = Field("vision", VECTOR, IMAGE, "vision encoder")
+USUAL = (TEXT.name, VISION.name)  # the conditions that every dataset has
 DECLARED = {field.name: field for field in (LATENT, TEXT, VISION)}
 
 
 def field_named(name: str) -> Field:
     """The declared field of this name, or the precomputed vector of an undeclared one."""
-    return DECLARED.get(name) or Field(name, VECTOR, FILE, name, f"--condition {name}")
+    return DECLARED.get(name) or Field(name, VECTOR, FILE, f"--condition {name}")
 
 
 def name_fault(name: str) -> str | None:

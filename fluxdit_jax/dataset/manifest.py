@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fluxdit_jax.dataset.fields import SEQUENCE, VECTOR, Layout, field_named, name_fault, ordered
+from fluxdit_jax.dataset.fields import LATENT, SEQUENCE, USUAL, VECTOR, Layout, field_named, name_fault, ordered
 from fluxdit_jax.shared.sanitize import plain_name
 
 FORMAT_VERSION = 1
@@ -60,7 +60,7 @@ class Shard:
 
 
 # Of the fields that every dataset has, by their encoders' names. Further conditions stand under "conditions".
-_ENCODERS, _LENGTHS = ("vae", "text", "vision"), {"text": "text_tokens"}
+_ENCODERS, _LENGTHS = (LATENT.encoder, *USUAL), {"text": "text_tokens"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Manifest:
 
     def further(self) -> list[str]:
         """The conditions besides the caption and the vision vector."""
-        return [name for name in self.layout if name not in _ENCODERS]
+        return [name for name in self.layout if name not in USUAL]
 
     def records(self, split: str) -> int:
         """Number of records in a split."""

@@ -25,7 +25,7 @@ import numpy as np
 from tensorflow_datasets.proto import tf_example_pb2
 
 from fluxdit_jax.dataset import captions, tf_example
-from fluxdit_jax.dataset.fields import BF16, CAPTION, LATENT, SEQUENCE, Layout, field_named, of_captions, ordered
+from fluxdit_jax.dataset.fields import BF16, CAPTION, LATENT, SEQUENCE, USUAL, Layout, field_named, of_captions, ordered
 from fluxdit_jax.dataset.manifest import DatasetError, Manifest
 
 WRITER_OPTIONS = "group_size:1,uncompressed"  # 3x faster random reads than zstd for 22 % more disk
@@ -115,7 +115,7 @@ def check_record(record: Record) -> None:
     count, most = len(record.other_captions), captions.MAX_CAPTIONS
     if count >= most:
         fail(f"{count + 1} captions; at most {most}")
-    if missing := {"text", "vision"} - record.conditions.keys():
+    if missing := set(USUAL) - record.conditions.keys():
         fail(f"has no {' and no '.join(sorted(missing))}")
     for name, array in record.conditions.items():
         field = field_named(name)
@@ -149,7 +149,7 @@ def check_fit(record: Record, manifest: Manifest) -> None:
     if record.conditions.keys() != manifest.layout.keys():
         fail(f"conditions {sorted(record.conditions)}, the manifest says {sorted(manifest.layout)}")
     for name, array in record.conditions.items():
-        if array.shape[-1] != (width := manifest.encoders[field_named(name).encoder].width):
+        if array.shape[-1] != (width := manifest.encoders[name].width):
             fail(f"{name} of width {array.shape[-1]}, the manifest says {width}")
         most = manifest.lengths.get(name)
         if most is not None and (longest := max(map(len, record.of_all_captions(name)))) > most:
@@ -359,6 +359,6 @@ def tfds_features(manifest: Manifest) -> Any:
         "encoded_size": features.Tensor(shape=(2,), dtype=np.int64),
     }
     for name in ordered(manifest.layout):
-        field, width = field_named(name), manifest.encoders[field_named(name).encoder].width
+        field, width = field_named(name), manifest.encoders[name].width
         declared[name] = tensor((None, width) if field.kind == SEQUENCE else (width,), field.dtype)
     return features.FeaturesDict(declared)

@@ -21,7 +21,7 @@ from fluxdit_jax import config as configuration
 from fluxdit_jax.config import ConfigError, Settings
 from fluxdit_jax.dataset.manifest import DatasetError, EncoderIdentity, Manifest, Shard
 from fluxdit_jax.model import dit
-from fluxdit_jax.renamed_keys import drop_of_shares
+from fluxdit_jax.renamed_keys import converted
 from fluxdit_jax.run.checkpoint import EMA, SHORT_EMA
 from fluxdit_jax.run.digest import tree_digest
 from fluxdit_jax.run.soundness import weights_fault
@@ -131,12 +131,8 @@ def _config(raw: dict[str, Any], folder: Path) -> ConfigDict:
     config.data.text_tokens = raw["text_tokens"]
     for name in config.model:
         config.model[name] = raw["model"][name]
-    flow = raw["flow"]
-    config.flow.shift = flow["shift"]
-    if "drop" in flow:
-        config.flow.drop = flow["drop"]
-    else:  # as an earlier version wrote it
-        config.flow.drop = drop_of_shares(flow["drop_both"], flow["drop_text"], flow["drop_vision"])
+    flow = converted({"flow": dict(raw["flow"])})["flow"]
+    config.flow.shift, config.flow.drop = flow["shift"], flow["drop"]
     configuration.check(config)
     return config
 

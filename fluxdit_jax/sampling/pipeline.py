@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fluxdit_jax.config import Settings
 from fluxdit_jax.dataset.fields import BF16
+from fluxdit_jax.dataset.manifest import Manifest
 from fluxdit_jax.dataset.records import Record
 from fluxdit_jax.model import dit
 from fluxdit_jax.model.conditions import Condition, given
 from fluxdit_jax.model.patches import unpatchify
 from fluxdit_jax.sampling import solvers
-from fluxdit_jax.train_step import valid_tokens
+from fluxdit_jax.train_step import patch_statistics, valid_tokens
 
 Conditions = dict[str, np.ndarray]
 
@@ -102,6 +104,18 @@ class Generator:
         self._statistics = statistics
         sampler = _make_sampler(graph, config.conditions, shift, steps, method)
         self._run = jax.jit(sampler, static_argnames="guided")
+
+    @classmethod
+    def of(cls, settings: Settings, manifest: Manifest, **how: Any) -> Generator:
+        """What a run's or an export's weights are drawn with; `how` are steps, method, batch_size, graph."""
+        return cls(
+            settings.model,
+            tokens=settings.tokens,
+            lengths=settings.batch.lengths,
+            shift=settings.flow.shift,
+            statistics=patch_statistics(manifest.latent_mean, manifest.latent_std, settings.model.patch),
+            **how,
+        )
 
     @property
     def conditions(self) -> tuple[Condition, ...]:

@@ -82,7 +82,6 @@ def make_preview(
     path: str | Path,
     manifest: Manifest,
     settings: Settings,
-    statistics: tuple[np.ndarray, np.ndarray],
     *,
     count: int,
     steps: int,
@@ -109,17 +108,8 @@ def make_preview(
         return None
     split = "holdout" if manifest.records("holdout") else "train"
     source = RecordSource(path, manifest, split, on_corrupt)
-    generator = Generator(
-        settings.model,
-        tokens=settings.tokens,
-        lengths=settings.batch.lengths,
-        shift=settings.flow.shift,
-        statistics=statistics,
-        steps=steps,
-        batch_size=count,
-    )
+    generator = Generator.of(settings, manifest, steps=steps, batch_size=count)
     records = [record for _, record in source.iter_valid(reader.spread(len(source), count))]
-    trained = (
-        settings.flow.dropped(_besides_captions(settings.model)) > 0
-    )  # on captions alone; otherwise such a picture means nothing
+    # Otherwise a picture of the caption alone means nothing.
+    trained = settings.flow.dropped(_besides_captions(settings.model)) > 0
     return Preview(records, generator, decoder, settings.model, settings.text_limit, guidance, trained)

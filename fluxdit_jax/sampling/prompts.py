@@ -125,9 +125,7 @@ def read_condition(name: str, path: Path, manifest: Manifest) -> np.ndarray:
         raise SampleError(f"--condition {name}={path}: the dataset's further conditions are: {known}")
     try:
         with path.open("rb") as file:
-            return parse(
-                file.read(MAX_BYTES + 1), field_named(name), manifest.encoders[field_named(name).encoder].width
-            )
+            return parse(file.read(MAX_BYTES + 1), field_named(name), manifest.encoders[name].width)
     except (OSError, Rejected) as error:
         raise SampleError(f"--condition {name}={path}: {error}") from error
 

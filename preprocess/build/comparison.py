@@ -18,11 +18,8 @@ from preprocess.build.units import id_columns
 
 _FEW, _FEW_SHARE = 3, 0.01  # records that a build may drop or encode again without being asked to
 _GONE = "no longer in the input"
-_EDITED = (
-    "caption changed",
-    "vector changed",
-    "condition added or changed",
-)  # what the user did on purpose, and costs no picture
+# What the user did on purpose, and costs no picture.
+_EDITED = ("caption changed", "vector changed", "condition added or changed")
 
 
 class WouldLose(PreprocessError):
@@ -144,9 +141,9 @@ def _change(
     """Why a record must be made again, the weightiest reason; "" if it stays."""
     ids = dict(zip(prints.names, prints.ids(item), strict=True))
     changed = [name for name, own in ids.items() if own != old.get(f"{name}_id")]
-    gone = [column for column, value in old.items() if column.endswith("_id") and value and column[:-3] not in ids]
     if not changed:
-        return "without a condition that it had" if gone else ""
+        had = {column.removesuffix("_id") for column, value in old.items() if column.endswith("_id") and value}
+        return "without a condition that it had" if had - ids.keys() else ""
     if item.content != old["content_hash"] and old["content_hash"] not in contents:
         return "image changed"
     if item.bucket != (old["bucket_height"], old["bucket_width"]):

@@ -34,7 +34,7 @@ from preprocess.build.options import Options
 from preprocess.build.plan import MAX_FILE_BYTES, Fingerprints, Identities, Item, Unit
 from preprocess.build.units import Archive, UnitInfo, index_row, write_unit
 from preprocess.decoding.images import Rejected, decode
-from preprocess.encoders import TextEncoder, Vae
+from preprocess.encoders import Vae
 from preprocess.input.findings import Reject
 from preprocess.input.precomputed import Folder
 
@@ -56,10 +56,6 @@ class Encoders:
     @property
     def vae(self) -> Vae:
         return self.by_field[LATENT.name]
-
-    @property
-    def text(self) -> TextEncoder:
-        return self.by_field["text"]
 
     @property
     def identities(self) -> Identities:

@@ -33,7 +33,7 @@ from fluxdit_jax.shared.atomic_files import sync_folder, write_whole
 from fluxdit_jax.shared.sanitize import plain_name
 from preprocess import PreprocessError
 from preprocess.build.options import Options
-from preprocess.build.plan import Fingerprints, Identities, Plan, Unit
+from preprocess.build.plan import Identities, Plan, Unit
 from preprocess.build.statistics import Moments
 from preprocess.build.units import (
     SHARD_SUFFIX,
@@ -84,7 +84,7 @@ def publish(
     with disk_errors(next_folder):
         save_rejects(next_folder / REJECTS, rejects)
         rejects_sha256 = sha256_file(next_folder / REJECTS)
-        schema = rows_schema(Fingerprints.of(plan.options, identities).names, placed=True)
+        schema = rows_schema(["latent", *manifest.layout], placed=True)
         index = pa.concat_tables([_index_part(info, table) for info, table, _ in placed]).cast(schema)
         Rows(index, [info for info, _, _ in placed], rejects_sha256).save(next_folder / INDEX)
         save_options(next_folder / OPTIONS_FILE, plan.options)

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from array_record.python import array_record_module
 
 from fluxdit_jax.dataset import records
-from fluxdit_jax.dataset.fields import CAPTION, LATENT, Layout, field_named
+from fluxdit_jax.dataset.fields import CAPTION, LATENT, USUAL, Layout, field_named
 from fluxdit_jax.dataset.manifest import DatasetError, sha256_file
 from fluxdit_jax.dataset.records import Record
 from fluxdit_jax.shared.atomic_files import replacing
@@ -74,9 +74,6 @@ def index_row(record: Record, ids: Mapping[str, str], source: str) -> dict[str, 
     } | {f"{name}_id": value for name, value in ids.items()}
 
 
-_USUAL = ("text", "vision")
-
-
 @dataclasses.dataclass(frozen=True)
 class UnitInfo:
     """What is known of a finished unit beside its rows.
@@ -120,7 +117,7 @@ class UnitInfo:
         if not self.several:  # an index without such records says nothing of them
             del raw["several"], raw["others"]
         raw["text_width"] = self.layout["text"]
-        further = {name: width for name, width in self.layout.items() if name not in _USUAL}
+        further = {name: width for name, width in self.layout.items() if name not in USUAL}
         lengths = raw.pop("lengths")
         return raw | ({"conditions": further, "lengths": lengths} if further else {})
 
@@ -166,7 +163,7 @@ class Rows:
             if table.num_rows != sum(unit.records for unit in units):
                 raise ValueError(f"{table.num_rows} rows, not one for each record of its units")
             table = table.replace_schema_metadata(None)
-            fields = list(dict.fromkeys(("latent", *_USUAL, *(name.removesuffix("_id") for name in id_columns(table)))))
+            fields = list(dict.fromkeys(("latent", *USUAL, *(name.removesuffix("_id") for name in id_columns(table)))))
             table = table.cast(rows_schema(fields, placed="shard" in table.column_names))
             return cls(table, units, about["rejects_sha256"])
         except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -212,7 +209,7 @@ def write_unit(
     """
     shard = folder / (uid + SHARD_SUFFIX)
     moments, others = [], []
-    lengths = {name: 0 for name, width in layout.items() if width is not None and name not in _USUAL}
+    lengths = {name: 0 for name, width in layout.items() if width is not None and name not in USUAL}
     digest, size = "", 0
     with disk_errors(shard):
         if rows:
