@@ -17,9 +17,9 @@ FLOPs are counted by hand: three forward passes a training step, no recomputatio
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,15 +32,14 @@ from benchmarks import plain_dit
 from benchmarks.environment import RESULTS, describe, table, write
 from configs import demo
 from fluxdit_jax.config import Settings, resolve
+from fluxdit_jax.dataset.grid import GRID_FILE, read_grid
 from fluxdit_jax.dataset.manifest import Manifest, load_manifest
 from fluxdit_jax.device import devices
-from fluxdit_jax.gate import edit
-from fluxdit_jax.gate.album import Album
-from fluxdit_jax.gate.displacement import displacement
-from fluxdit_jax.gate.edit import Edit
-from fluxdit_jax.gate.image_metrics import psnr, structures, tones
+from fluxdit_jax.gate.edit import TextEdit
+from fluxdit_jax.gate.eval_set import EvalSet
 from fluxdit_jax.gate.memorisation import Memorisation
-from fluxdit_jax.gate.painter import Painter
+from fluxdit_jax.gate.retrieval import Library
+from fluxdit_jax.gate.sampler import Sampler
 from fluxdit_jax.gate.swap import Swap
 from fluxdit_jax.loader import reader
 from fluxdit_jax.model import dit
@@ -48,7 +47,6 @@ from fluxdit_jax.optimizer import build_optimizer
 from fluxdit_jax.sampling import image_grid
 from fluxdit_jax.sampling.pipeline import Generator
 from fluxdit_jax.sampling.prompts import encode_prompts
-from fluxdit_jax.shared.edit_rules import choose_rules, choose_unrelated
 from fluxdit_jax.shared.host_memory import keep_freed_memory
 from fluxdit_jax.shared.paths import expanded
 from fluxdit_jax.state import create_state
@@ -93,43 +91,38 @@ class Gate:
     def __init__(self, directory: str, manifest: Manifest, settings: Settings, graph: Any):
         source = reader.RecordSource(directory, manifest, "train")
         records = [source[index] for index in range(len(source))]
-        captions = [record.caption for record in records]
         self._decoder = load_decoder(manifest.vae, None)
         truths = image_grid.decode_all(self._decoder, [record.latent for record in records])
-        album = Album(tuple(records), tuple(truths), settings.model.patch)
-        self._memorisation, self._swap = Memorisation.plan(album), Swap.plan(album, 60)
-        rules, unrelated = choose_rules(captions, []), choose_unrelated(captions, None)
-        self._edit = Edit.plan(album, rules, unrelated, 40, lambda texts: encode_prompts(texts, manifest, None))
+        grid = read_grid(Path(directory) / GRID_FILE)
+        self._set = EvalSet(tuple(records), tuple(truths), settings.model.patch, grid)
+        self._library = Library(self._set)
+        self._memorisation, self._swap = Memorisation.plan(self._set), Swap.plan(self._set, 60)
+        self._edit = TextEdit.plan(self._set, 40, None, lambda texts: encode_prompts(texts, manifest, None))
         self._generator = Generator.of(settings, manifest, graph=graph, **SAMPLER)
 
-    def painter(self, params: Any) -> Painter:
+    def sampler(self, params: Any) -> Sampler:
         cast = self._generator.cast(params)
-        return Painter(self._generator, cast, self._decoder, SAMPLER["batch_size"])
+        return Sampler(self._generator, cast, self._decoder, SAMPLER["batch_size"])
 
-    def part(self, painter: Painter) -> dict[str, float]:
+    def part(self, sampler: Sampler) -> dict[str, float]:
         """Shares that pass in a part of each test, and the median PSNR in dB."""
-        memorisation, swapping, editing = self._memorisation, self._swap, self._edit
-        album, rows = memorisation.album, np.arange(0, len(memorisation.own), 3)
-        own = painter([memorisation.own[i] for i in rows])
-        few = dataclasses.replace(
-            swapping,
-            pairs=swapping.pairs[::3],
-            swapped=swapping.swapped[::3],
-            own=[],
-            random=[],
-        )
-        a, b = np.array(few.pairs).T
-        drawn = painter(few.swapped)
+        own = range(0, len(self._set), 3)
+        pairs, cases = range(0, len(self._swap.pairs), 3), range(0, len(self._edit.cases), 2)
+        memorised = self._library.retrieve(sampler([self._memorisation.own[i] for i in own]), own)
+        answers = [self._swap.pairs[k].answer for k in pairs]
+        swapped = self._library.retrieve(sampler([self._swap.swapped[k] for k in pairs]), answers)
+        answers = [self._edit.cases[k][1] for k in cases]
+        edited = self._library.retrieve(sampler([self._edit.edited[k] for k in cases]), answers)
         return {
-            "memorised": float((album.nearest(own) == rows).mean()),
-            "psnr_db": float(np.median([psnr(album.truths[i], image) for i, image in zip(rows, own)])),
-            "swapped": float(_swapped(album, drawn, a, b).mean()),
-            "turned": float(np.mean(_turned(editing, painter, range(0, len(editing.cases), 2)))),
+            "memorised": memorised.share,
+            "psnr_db": float(np.median(memorised.psnr)),
+            "swapped": swapped.share,
+            "turned": edited.share,
         }
 
-    def whole(self, painter: Painter) -> dict[str, Any]:
+    def whole(self, sampler: Sampler) -> dict[str, Any]:
         """The gate's verdict: each test's share, the controls that failed, and the numbers people ask for."""
-        verdicts = [test.measure(painter) for test in (self._memorisation, self._swap, self._edit)]
+        verdicts = [test.measure(sampler, self._library) for test in (self._memorisation, self._swap, self._edit)]
         memorised, swapped, turned = verdicts
         return {
             "passed": all(verdict.passed for verdict in verdicts),
@@ -139,27 +132,6 @@ class Gate:
             "turned": turned.value,
             "reasons": [reason for verdict in verdicts for reason in verdict.reasons],
         }
-
-
-def _swapped(album: Album, drawn: list[np.ndarray], a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """bool per pair: keeps A's structure and takes B's tone, as `swap.Swap.measure` judges."""
-    structure, tone = structures(drawn), tones(drawn)
-    keeps = (structure * (album.structures[a] - album.structures[b])).sum(1) > 0
-    to_a, to_b = (np.linalg.norm(tone - album.tones[other], axis=1) for other in (a, b))
-    return keeps & (to_b < to_a)
-
-
-def _turned(editing: Edit, painter: Painter, chosen: range) -> list[bool]:
-    """Per case: the subject moves the way the word says, as `edit.Edit.measure` judges."""
-    plain = painter([editing.plain[k] for k in chosen])
-    changed = painter([editing.edited[k] for k in chosen])
-    result = []
-    for k, before, after in zip(chosen, plain, changed):
-        index, rule, _ = editing.cases[k]
-        alike = float(edit.structure(before) @ editing.album.structures[index])
-        shift = displacement(before, after, rule.axis).along(rule.sign)
-        result.append(alike >= edit.MIN_STRUCTURE and shift is not None and shift > edit.MOVED)
-    return result
 
 
 def measure(name: str, directory: str, seed: int, averages: bool, probe: int, limit: int | None) -> dict[str, Any]:
@@ -207,17 +179,17 @@ def measure(name: str, directory: str, seed: int, averages: bool, probe: int, li
                 continue
             loss = float(values["loss"])
             training += time.monotonic() - begun
-            painter = gate.painter(state.ema)
-            part = gate.part(painter)
+            sampler = gate.sampler(state.ema)
+            part = gate.part(sampler)
             curve.append({"step": number, "loss": round(loss, 4), **_rounded(part)})
             bar.set_postfix_str(" ".join(f"{key} {value}" for key, value in curve[-1].items() if key != "step"))
             if kept and number % (3 * probe) == 0:
                 weights = {"raw": state.params, **{str(decay): tree for decay, tree in kept.items()}}
-                seen = {label: gate.part(gate.painter(tree)) for label, tree in weights.items()}
+                seen = {label: gate.part(gate.sampler(tree)) for label, tree in weights.items()}
                 seen["warmed up"] = part
                 others.append({"step": number} | {label: _rounded(one) for label, one in seen.items()})
             if number == total or all(part[key] >= bound for key, bound in NEAR.items()):
-                verdict = gate.whole(painter)
+                verdict = gate.whole(sampler)
                 curve[-1]["whole"] = _rounded(verdict)
                 if verdict["passed"]:
                     break

@@ -1,6 +1,6 @@
 """The gate's model (part B): a nano DiT that overfits 100 images at 512 px before weeks are spent.
 
-    python -m preprocess subset --input MY_DATASET --output gate-images --count 100 --resolution 512 --square
+    python -m preprocess subset --input MY_DATASET --output gate-images
     python -m preprocess build --input gate-images --output data/gate --resolution 512 --holdout 0
     python -m fluxdit_jax.train --config=configs/nano.py --config.data.path=data/gate --config.workdir=runs/gate
     python -m fluxdit_jax.validate --workdir=runs/gate

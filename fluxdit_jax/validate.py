@@ -1,22 +1,23 @@
 """The gate: `python -m fluxdit_jax.validate --workdir=RUN` measures whether a trained run does what it must.
 
 Three tests with their controls, on the run's own training pictures, drawn by its EMA weights. Of a picture with
-several captions the first is asked for.
+several captions the first is asked for. The right answer to each is a picture of the set, and the measure is whether
+the drawn one is nearest to it among all of them.
 
-1. memorisation: every picture again from its own caption and vector;
-2. vision swap: the caption of one with the vector of another gives the one's composition in the other's light;
-3. text edit: changing a word of the caption moves the subject the way the word says.
+1. memorisation: every picture from its own caption and vector;
+2. vision swap: the caption of a photograph with the vector of another gives the first in the light of the second;
+3. text edit: the caption of a photograph's other view gives that view, in the same light.
 
-It draws without guidance (scales of 1), as the network was trained; there is no option for it.
+The second and third take a gate set, a grid of photographs, views and lights (`python -m preprocess subset`, or
+`demo`). It draws without guidance, as the network was trained, and the swap with guidance as well, as a curve.
 
-Writes RUN/validation/report.json and report.html. Exit status: 0 passed, 1 failed, 2 could not be measured.
+Writes RUN/validation/report.json and report.html. Exit status: 0 passed, 1 failed, 2 could not be measured or judged.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import re
 import sys
 import time
 from pathlib import Path
@@ -27,18 +28,21 @@ from absl import logging as absl_logging
 from tqdm import tqdm
 
 from fluxdit_jax.config import ConfigError, Settings, resolve
+from fluxdit_jax.dataset.grid import GRID_FILE, read_grid
 from fluxdit_jax.dataset.manifest import DatasetError, Manifest
 from fluxdit_jax.dataset.records import Record
 from fluxdit_jax.device import devices
 from fluxdit_jax.gate.advice import advise, by_cause
-from fluxdit_jax.gate.album import DEMO_KEYS, Album
-from fluxdit_jax.gate.edit import Edit
+from fluxdit_jax.gate.edit import EditError, TextEdit
+from fluxdit_jax.gate.eval_set import EvalSet
 from fluxdit_jax.gate.memorisation import Memorisation
 from fluxdit_jax.gate.page import write_page
-from fluxdit_jax.gate.painter import Painter, Wanted
 from fluxdit_jax.gate.report import FOLDER, Circumstances, build_report, write_json, write_tensorboard
+from fluxdit_jax.gate.retrieval import Library
+from fluxdit_jax.gate.sampler import Request, Sampler
+from fluxdit_jax.gate.sheet import draw_sheet
 from fluxdit_jax.gate.swap import Swap
-from fluxdit_jax.gate.verdict import Verdict
+from fluxdit_jax.gate.verdict import Verdict, grade
 from fluxdit_jax.loader.reader import RecordSource, spread
 from fluxdit_jax.run.checkpoint import CheckpointError
 from fluxdit_jax.run.metrics import LogError, read_metrics
@@ -49,7 +53,6 @@ from fluxdit_jax.sampling.pipeline import Generator
 from fluxdit_jax.sampling.prompts import SampleError, encode_prompts
 from fluxdit_jax.shared import atomic_files
 from fluxdit_jax.shared import cli as programs
-from fluxdit_jax.shared.edit_rules import EditError, Rule, choose_rules, choose_unrelated
 from fluxdit_jax.shared.paths import expanded, given_path
 from fluxdit_jax.vae.decoder import load_decoder
 from fluxdit_jax.vae.files import DecoderError
@@ -66,6 +69,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         prog="python -m fluxdit_jax.validate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     _add_arguments(parser.add_argument)
     arguments = parser.parse_args(argv)
@@ -74,12 +78,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if arguments.seed < 0:
         parser.error("--seed must be at least 0")
-    try:
-        groups = re.compile(arguments.keys).groupindex
-    except re.error as error:
-        parser.error(f"--keys {arguments.keys!r} is not a regular expression: {error}")
-    if not {"composition", "lighting"} <= groups.keys():
-        parser.error(f"--keys {arguments.keys!r} must have the groups (?P<composition>...) and (?P<lighting>...)")
     return arguments
 
 
@@ -94,20 +92,10 @@ def _add_arguments(add: Any) -> None:
         default=60,
         help="pairs of the vision swap; at least 50 are needed to pass; default: 60",
     )
-    add(
-        "--edit", action="append", default=[], metavar="OLD=>NEW:DIRECTION",
-        help="words to change and where the subject must then move: right, left, up or down; may be given several "
-        "times; default: 'looking left=>looking right:right' and back",
-    )  # fmt: skip
-    add("--edits", type=int, default=40, help="captions edited at most; default: 40")
+    add("--edits", type=int, default=40, help="captions edited at most; at least 10 are needed to pass; default: 40")
     add(
         "--unrelated", metavar="OLD=>NEW",
         help="harmless words to change as a control; default: found in the captions",
-    )  # fmt: skip
-    add(
-        "--keys", default=DEMO_KEYS, metavar="REGEX",
-        help="regular expression with groups named composition and lighting for record keys whose place in a grid of "
-        f"known answers is known; default: that of the demonstration set, {DEMO_KEYS}",
     )  # fmt: skip
     add("--steps", type=int, default=6, help="solver steps; 6 to 16 is usual; default: 6")
     add(
@@ -124,8 +112,8 @@ def _add_arguments(add: Any) -> None:
     add("--text-encoder", type=expanded, help="directory or id of the text encoder; default: the data set's")
 
 
-def validate(arguments: argparse.Namespace) -> bool:
-    """Measures, writes the report, and tells; True if all three tests passed."""
+def validate(arguments: argparse.Namespace) -> int:
+    """Measures, writes the report, and tells; returns the exit status."""
     started = time.monotonic()
     seconds: dict[str, float] = {}
 
@@ -142,37 +130,39 @@ def validate(arguments: argparse.Namespace) -> bool:
         record.having(text=record.text[: settings.text_limit])  # as in training
         for _, record in source.iter_valid(spread(len(source), arguments.limit))
     ]
-    captions = [record.caption for record in records]
-    rules = choose_rules(captions, [Rule.parse(text) for text in arguments.edit])
-    unrelated = choose_unrelated(captions, arguments.unrelated)
+    grid = read_grid(directory / GRID_FILE)
     print(f"weights: {weights}\npictures: {len(records)} of the {len(source)} of {directory}")
 
     # ------------------------------------------------------------ the true pictures
     decoder = load_decoder(manifest.vae, arguments.vae or config.log.vae)
     truths = image_grid.decode_all(decoder, [record.latent for record in records])
-    album = Album(tuple(records), tuple(truths), settings.model.patch, arguments.seed, arguments.keys)
+    eval_set = EvalSet(tuple(records), tuple(truths), settings.model.patch, grid, arguments.seed)
+    library = Library(eval_set)
     seconds["load"] = time.monotonic() - started
 
     # ------------------------------------------------------------ what is to be drawn for the three tests
-    memorisation, swap = Memorisation.plan(album), Swap.plan(album, arguments.pairs)
-    edit = Edit.plan(
-        album,
-        rules,
-        unrelated,
-        arguments.edits,
-        lambda captions: encode_prompts(captions, manifest, arguments.text_encoder, settings.text_limit),
+    tests = (
+        Memorisation.plan(eval_set),
+        Swap.plan(eval_set, arguments.pairs),
+        TextEdit.plan(
+            eval_set,
+            arguments.edits,
+            arguments.unrelated,
+            lambda captions: encode_prompts(captions, manifest, arguments.text_encoder, settings.text_limit),
+        ),
     )
 
     # ------------------------------------------------------------ drawing, all of it in one go
     drawing = time.monotonic()
-    painter = make_painter(arguments, settings, manifest, weights.ema, decoder)
-    count = paint(painter, [*memorisation.wanted(), *swap.wanted(), *edit.wanted()])
+    sampler = make_sampler(arguments, settings, manifest, weights.ema, decoder)
+    requests = [request for test in tests for request in test.requests()]
+    evaluations = draw(sampler, requests)
     seconds["draw"] = time.monotonic() - drawing
 
     # ------------------------------------------------------------ measuring
     measuring = time.monotonic()
-    measured = memorisation.measure(painter), swap.measure(painter), edit.measure(painter)
-    verdicts = advise(*measured, log, weights.step, config.train.steps)
+    measured = [test.measure(sampler, library) for test in tests]
+    verdicts = advise(measured, log, weights.step, config.train.steps)
     seconds["measure"] = time.monotonic() - measuring
     seconds["total"] = time.monotonic() - started
 
@@ -187,7 +177,7 @@ def validate(arguments: argparse.Namespace) -> bool:
         device=f"{jax.default_backend()}: {jax.devices()[0].device_kind}",
         made=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         seconds={name: round(value, 2) for name, value in seconds.items()},
-        networks=count * arguments.steps * solvers.EVALUATIONS[arguments.method],
+        networks=evaluations * arguments.steps * solvers.EVALUATIONS[arguments.method],
         digest=weights.digest,
         weights=weights.path.parent.name,
         pictures=len(records),
@@ -195,42 +185,45 @@ def validate(arguments: argparse.Namespace) -> bool:
     )
     report = build_report(verdicts, circumstances, settings.model, manifest)
     folder = arguments.workdir / FOLDER
-    write_page(verdicts, report, log, folder / "report.html")
+    sheet = draw_sheet(eval_set, verdicts)
+    write_page(verdicts, report, log, sheet, folder / "report.html")
     write_json(report, folder / "report.json")
-    write_tensorboard(verdicts, weights.step, arguments.workdir / "tensorboard")
+    write_tensorboard(verdicts, weights.step, sheet, arguments.workdir / "tensorboard")
     tell(verdicts, report, folder)
-    return report["passed"]
+    if report["passed"]:
+        return 0
+    return 1 if any(verdict.judged and not verdict.passed for verdict in verdicts) else 2
 
 
 def count_drawn(records: list[Record]) -> int:
-    """How many of the records are drawn portraits of `preprocess demo`, by key and caption."""
+    """How many of the records are drawn portraits of `preprocess demo`, by caption."""
     from preprocess.demo.cast import COMPOSITIONS
 
     captions = {composition.caption for composition in COMPOSITIONS}
-    return sum(bool(re.fullmatch(DEMO_KEYS, record.key)) and record.caption in captions for record in records)
+    return sum(record.caption in captions for record in records)
 
 
-def make_painter(
+def make_sampler(
     arguments: argparse.Namespace,
     settings: Settings,
     manifest: Manifest,
     ema: dict[str, Any],
     decoder: image_grid.Decoder,
-) -> Painter:
-    """The run's model as a painter."""
+) -> Sampler:
+    """The run's model."""
     generator = Generator.of(
         settings, manifest, steps=arguments.steps, batch_size=arguments.batch_size, method=arguments.method
     )
-    return Painter(generator, generator.cast(ema), decoder, arguments.batch_size)
+    return Sampler(generator, generator.cast(ema), decoder, arguments.batch_size)
 
 
-def paint(painter: Painter, wanted: list[Wanted]) -> int:
-    """Draws everything with a progress bar; returns the number of pictures."""
-    count = len(painter.missing(wanted))
+def draw(sampler: Sampler, requests: list[Request]) -> int:
+    """Draws everything with a progress bar; returns the evaluations of the network for each solver stage."""
+    missing = sampler.missing(requests)
     every = 1.0 if sys.stderr.isatty() else 30.0  # seconds: a log gets a line now and then
-    with tqdm(total=count, desc="drawing", unit="image", mininterval=every) as bar:
-        painter.paint(wanted, bar.update)
-    return count
+    with tqdm(total=len(missing), desc="drawing", unit="image", mininterval=every) as bar:
+        sampler.draw(missing, bar.update)
+    return sum(1 if one.guidance == 1 else 1 + len(one.conditions) for one in missing)
 
 
 def read_log(workdir: Path) -> list[dict[str, Any]]:
@@ -242,13 +235,15 @@ def read_log(workdir: Path) -> list[dict[str, Any]]:
 def tell(verdicts: list[Verdict], report: dict[str, Any], folder: Path) -> None:
     """The verdict on the terminal."""
     for verdict in verdicts:
-        print(f"{'pass' if verdict.passed else 'FAIL'}  {verdict.title}: {verdict.statement}")
+        print(f"{grade(verdict):4}  {verdict.title}: {verdict.statement}")
         for control in verdict.controls:
             sign = "at most" if control.at_most else "at least"
             mark = "ok  " if control.passed else "FAIL"
             print(f"      {mark} {control.name}: {control.value:.1%} ({sign} {control.bound:.1%})")
         for line in verdict.reasons:
             print(f"      why: {line}")
+        if curve := verdict.numbers.get("guidance"):
+            print(f"      with guidance {', '.join(f'{scale:g}: {share:.0%}' for scale, share in curve.items())}")
     for cause in by_cause(verdicts):
         print(f"look first: {cause.name} ({', '.join(cause.tests)})")
         for line in cause.lines:
@@ -257,7 +252,7 @@ def tell(verdicts: list[Verdict], report: dict[str, Any], folder: Path) -> None:
 
 
 def command(argv: list[str]) -> int:
-    """The exit status: 0 passed, 1 failed, 2 could not be measured."""
+    """The exit status: 0 passed, 1 failed, 2 could not be measured or judged."""
     try:
         return _locked(parse_arguments(argv))
     except USER_ERRORS as error:
@@ -271,7 +266,7 @@ def _locked(arguments: argparse.Namespace) -> int:
     atomic_files.require_writable(arguments.workdir / FOLDER)
     lock = RunLock(arguments.workdir, ".validation.lock", temporary=True, option="--workdir")
     try:
-        return 0 if validate(arguments) else 1
+        return validate(arguments)
     finally:
         lock.release()
 

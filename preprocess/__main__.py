@@ -156,13 +156,13 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="draw the demonstration pictures with their captions")
     demo.add_argument("--output", type=expanded, required=True, help="folder to write them to")
     demo.set_defaults(run=_demo)
-    _add_subset(commands.add_parser("subset", help="choose the pictures that the gate overfits", description=_SUBSET))
+    _add_subset(commands.add_parser("subset", help="make the set that the gate overfits", description=_SUBSET))
     return parser
 
 
 _SUBSET = (
-    "Chooses pictures for the gate's run: different poses, one light as far as there are enough of it, no picture "
-    "twice, captions in pairs that the gate's edit turns into each other. Writes them as a folder to build from."
+    "Makes the set that the gate's run memorises: chooses photographs and writes each under several light changes and "
+    "mirrored, as a folder to build from. COUNT x LIGHTS x 2 pictures: 10 x 5 x 2 = 100 by default."
 )
 
 
@@ -175,36 +175,37 @@ def _add_subset(parser: argparse.ArgumentParser) -> None:
         help="a dataset made by build, or a folder of images with captions",
     )
     add("--output", type=expanded, required=True, help="the new folder of PNG files with .json captions")
-    add("--count", type=int, default=100, help="pictures to choose (default: 100)")
+    add("--count", type=int, default=10, help="photographs to choose (default: 10)")
+    add("--lights", type=int, default=5, help="light changes of each, the first one none (default: 5)")
+    add(
+        "--mirror",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write each mirrored as well, for the text edit (default: yes)",
+    )
     add("--resolution", type=int, default=512, help="side of the square with the pixel budget (default: 512)")
     add("--square", action="store_true", help="resize to exactly RESOLUTION x RESOLUTION, without cropping")
     add("--images", type=expanded, default="", help="where the dataset's pictures are, if they have moved")
     add(
-        "--text-encoder",
-        type=expanded,
-        default="builtin:hash",
-        help="for a folder: id, directory (default: builtin:hash)",
-    )
-    add(
         "--vision-encoder",
         type=expanded,
-        default="builtin:tone",
-        help="for a folder: id, directory (default: builtin:tone)",
+        default="",
+        help="id or directory: tells whether it sees the lights (default: the dataset's; for a folder builtin:tone)",
     )
     add(
         "--edit",
         action="append",
         default=[],
-        metavar="OLD=>NEW:DIRECTION",
-        help="as validate will be given it",
+        metavar="OLD=>NEW",
+        help="words that are exchanged in the mirrored picture's caption, besides left and right; to a caption "
+        "without such words those of the first are added; may be given several times (default: 'looking left=>looking "
+        "right')",
     )
-    add("--light-share", type=float, default=0.25, help="part of the candidates that counts as one light: lower is "
-        "more alike in light, 1 is any light (default: 0.25; never less than 1.25 times --count)")  # fmt: skip
     add("--candidates", type=int, default=4000, help="look at this many pictures at most (default: 4000)")
     add("--allow-fewer", action="store_true", help="take what there is if it is less than --count")
     add("--caption-field", default="", help="for a folder: field looked for before 'caption' and 'text'")
     add("--allow-outside", action="store_true", help="for a folder: as of build")
-    add("--device", default="auto", help="for the encoders: auto, cpu, cuda, mps (default: auto)")
+    add("--device", default="auto", help="for the encoder: auto, cpu, cuda, mps (default: auto)")
     add("--workers", type=int, default=0, help="threads that decode images (default: one a core)")
     parser.set_defaults(run=_subset)
 

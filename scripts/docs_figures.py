@@ -73,7 +73,7 @@ def train(work: Path) -> None:
                 "fluxdit_jax.train", "--config=configs/demo.py", f"--config.data.path={work / 'data'}",
                 f"--config.workdir={workdir}", *(f"--config.{change}" for change in (*COMMON, *changes)),
             )  # fmt: skip
-            limits = ("--limit", "40", "--pairs", "20", "--edits", "10", "--steps", "4")
+            limits = ("--pairs", "20", "--edits", "10", "--steps", "4")
             run("fluxdit_jax.validate", "--workdir", str(workdir), *limits)
             (workdir / "done").touch()
 

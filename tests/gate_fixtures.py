@@ -8,22 +8,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
+from gate_pictures import set_of
 from ml_collections import ConfigDict
 from PIL import Image
 
 from fluxdit_jax import validate
 from fluxdit_jax.config import default_config
+from fluxdit_jax.dataset.grid import GRID_FILE, Place, write_grid
 from fluxdit_jax.dataset.manifest import MANIFEST, Manifest, Shard, sha256_file, shard_name
 from fluxdit_jax.dataset.records import WRITER_OPTIONS, encode_record
-from fluxdit_jax.gate.album import Album
+from fluxdit_jax.gate.eval_set import EvalSet
 from preprocess.demo import COMPOSITIONS, LIGHTS, compose
 from preprocess.encoders.builtin import DctVae, HashText, ToneVision
 
 
 @pytest.fixture(scope="session")
-def demo_pictures() -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-    """The demonstration set as the quickstart's codec keeps it: 100 pictures, and composition and light of each."""
-    vae, images = DctVae(), []
+def demo_set() -> EvalSet:
+    """The demonstration set as the quickstart's codec keeps it: 100 pictures at their places."""
+    vae, images, places = DctVae(), [], []
     for composition in COMPOSITIONS:
         drawing = compose(composition)
         for light in LIGHTS:
@@ -31,27 +33,21 @@ def demo_pictures() -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
             size = tuple(side // 4 for side in picture.size)
             small = np.asarray(picture.resize(size, Image.Resampling.LANCZOS))
             images.append(vae.decode(vae.encode(small[None]))[0])
-    numbers = np.arange(len(images))
-    return images, numbers // len(LIGHTS), numbers % len(LIGHTS)
+            places.append(Place(composition.character.name, composition.looking, light.name))
+    return set_of(images, [composition.caption for composition in COMPOSITIONS for _ in LIGHTS], places)
 
 
-@pytest.fixture(scope="session")
-def demo_looking() -> list[str]:
-    """Where the person of each picture looks: "left", "right" or "front"."""
-    return [composition.looking for composition in COMPOSITIONS for _ in LIGHTS]
-
-
-def write_dataset(album: Album, directory: Path) -> Manifest:
-    """The records of an album as a dataset directory that training reads."""
+def write_dataset(of: EvalSet, directory: Path) -> Manifest:
+    """The records and the grid of a set as a dataset directory that training and the gate read."""
     directory.mkdir(parents=True)
     file = directory / shard_name("scenes", "train", 0, 1)
     writer = ArrayRecordWriter(str(file), WRITER_OPTIONS)
-    for record in album.records:
+    for record in of.records:
         writer.write(encode_record(record))
     writer.close()
-    values = np.concatenate([r.latent.astype(np.float64).reshape(16, -1) for r in album.records], axis=1)
-    sizes = sorted({record.encoded_size for record in album.records})
-    buckets = {f"{h}x{w}": sum(r.encoded_size == (h, w) for r in album.records) for h, w in sizes}
+    values = np.concatenate([r.latent.astype(np.float64).reshape(16, -1) for r in of.records], axis=1)
+    sizes = sorted({record.encoded_size for record in of.records})
+    buckets = {f"{h}x{w}": sum(r.encoded_size == (h, w) for r in of.records) for h, w in sizes}
     manifest = Manifest(
         name="scenes",
         resolution=max(max(size) for size in sizes),
@@ -62,15 +58,16 @@ def write_dataset(album: Album, directory: Path) -> Manifest:
         latent_mean=tuple(values.mean(1)),
         latent_std=tuple(values.std(1)),
         latent_count=values.shape[1],
-        lengths={"text": max(len(record.text) for record in album.records)},
-        shards={"train": (Shard(file.name, sha256_file(file), file.stat().st_size, len(album.records), buckets),)},
+        lengths={"text": max(len(record.text) for record in of.records)},
+        shards={"train": (Shard(file.name, sha256_file(file), file.stat().st_size, len(of.records), buckets),)},
     )
     (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    write_grid(directory / GRID_FILE, of.grid)
     return manifest
 
 
 def scene_config(dataset: Path, workdir: Path) -> ConfigDict:
-    """A run that learns the album of `gate_scenes` well enough for the gate, in about a minute on two cores."""
+    """A run that learns the scenes of `gate_scenes` well enough for the gate, in about a minute on two cores."""
     c = default_config()
     c.workdir, c.data.path = str(workdir), str(dataset)
     c.model.width, c.model.depth, c.model.heads = 128, 3, 4

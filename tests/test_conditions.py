@@ -33,6 +33,7 @@ ROAD = """
 import json, sys
 from pathlib import Path
 from fluxdit_jax import export, sample, train, validate
+from fluxdit_jax.dataset.grid import Place, write_grid
 from fluxdit_jax.sampling.arguments import parse_arguments
 from preprocess.__main__ import main as preprocess
 from configs import demo
@@ -73,6 +74,8 @@ draw("guided", *pose, *depth, "--guidance", "pose=3", "--guidance", "depth=2", "
 draw("again", "--recipe", f"{root}/guided.png")
 export.export(root / "run", root / "export")
 draw("exported", "--model", f"{root}/export", *pose, *depth)
+views = {f"{n:02}.png": Place(str(n // 6), str(n % 6), "day") for n in range(12)}  # so that edits are asked for
+write_grid(root / "data" / "grid.json", views)
 few = ["--limit", "6", "--steps", "1", "--method", "euler", "--unrelated", "waves=>hills"]
 status["validate"] = validate.command(["--workdir", f"{root}/run", *few])
 print("STATUS " + json.dumps(status))
@@ -121,10 +124,12 @@ def picture(root: Path, name: str) -> np.ndarray:
 
 
 def test_every_command_takes_the_conditions(road) -> None:
-    _, status, printed = road
+    root, status, printed = road
     assert status["refused"] == 1 and "--condition depth=DIR" in printed  # declared, and not given
     assert (status["build"], status["again"], status["verify"], status["train"]) == (0, 0, 0, 0)
-    assert status["validate"] in (0, 1)  # it could be measured
+    report = json.loads((root / "run" / "validation" / "report.json").read_text())
+    assert status["validate"] == 1 and report["metrics"]["text_edit"]["judged"]  # with both encoders of captions
+    assert "'waves' becomes 'hills'" in printed
 
 
 def test_the_dataset_stores_them_as_they_were_given(road) -> None:

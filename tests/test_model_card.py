@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shutil
@@ -18,6 +17,7 @@ from fluxdit_jax.dataset.manifest import load_manifest
 from fluxdit_jax.export import ExportError, export
 from fluxdit_jax.gate.report import Circumstances, build_report, write_json
 from fluxdit_jax.gate.requirement import GateError, is_of, require_report
+from fluxdit_jax.gate.verdict import Verdict
 from fluxdit_jax.model import dit
 from fluxdit_jax.optimizer import build_optimizer
 from fluxdit_jax.run.checkpoint import EMA, SHORT_EMA, Checkpoints, ema_digest
@@ -29,21 +29,8 @@ from fluxdit_jax.state import create_state
 pytest_plugins = ("training_fixtures",)
 
 
-@dataclasses.dataclass
-class Verdict:
-    """What `build_report` reads of a verdict."""
-
-    name: str
-    passed: bool = True
-    advice: tuple = ()
-    causes: tuple = ()
-
-    @property
-    def title(self):
-        return self.name
-
-    def to_json(self):
-        return {"passed": self.passed, "value": 1.0}
+def verdict(passed: bool) -> Verdict:
+    return Verdict("memorisation", "Memorisation", "?", 1.0, 0.99, "", {}, (), () if passed else ("why",), ())
 
 
 @pytest.fixture
@@ -80,7 +67,7 @@ def write_report(scene, step, passed=True, digest=True):
         str(workdir), "data", step, 6, "rk3", 0, "cpu", "2026-11-24", {"total": 1.0}, 1, known
     )
     path = workdir / "validation" / "report.json"
-    write_json(build_report([Verdict("memorisation", passed)], circumstances, settings.model, manifest), path)
+    write_json(build_report([verdict(passed)], circumstances, settings.model, manifest), path)
     return path
 
 

@@ -28,11 +28,12 @@ from wording import naming
 import fluxdit_jax.train
 from fluxdit_jax import flow, validate
 from fluxdit_jax.config import Settings, resolve
+from fluxdit_jax.dataset.grid import GRID_FILE, Place, write_grid
 from fluxdit_jax.dataset.manifest import Manifest, load_manifest
 from fluxdit_jax.dataset.records import Record
 from fluxdit_jax.device.sharding import make_mesh
 from fluxdit_jax.export import export
-from fluxdit_jax.gate.album import Album
+from fluxdit_jax.gate.eval_set import EvalSet
 from fluxdit_jax.loader import reader
 from fluxdit_jax.model import dit
 from fluxdit_jax.model.conditions import Given
@@ -258,14 +259,14 @@ def test_the_command_the_gate_and_the_export_draw_one_picture(scene: Scene) -> N
     """Of a picture that is not square, at a time shift that is not 1."""
     record = next(r for r in scene.records("train") if r.encoded_size[0] != r.encoded_size[1])
     arguments = validate.parse_arguments(["--workdir", str(scene.run), "--steps", "2"])
-    painter = validate.make_painter(
+    sampler = validate.make_sampler(
         arguments, scene.settings, scene.manifest, restore_ema(scene.run)[1], load_decoder(scene.manifest.vae)
     )
-    wanted = Album((record,), (), 2, seed=9).wanted(0, 0, 0)
+    request = EvalSet((record,), (), 2, seed=9).request(0, 0)
     how = ("--steps", "2", "--method", "rk3")
     drawn = scene.drawn_as(record, 9, *how)
     assert drawn.shape == (*record.encoded_size, 3)
-    assert_alike(painter([wanted])[0], drawn)
+    assert_alike(sampler([request])[0], drawn)
     told = dict(Image.open(scene.root / "x.png").text)
 
     export(scene.run, scene.root / "exported")
@@ -340,7 +341,7 @@ def test_an_export_of_an_earlier_version_is_the_same(scene: Scene) -> None:
 
 
 def test_the_gate_measures_the_weights_that_are_exported(scene: Scene) -> None:
-    quick = ["--limit=4", "--pairs=2", "--edits=2", "--steps=1", "--method=euler", "--edit=dog=>cat:up"]
+    quick = ["--limit=4", "--pairs=2", "--edits=2", "--steps=1", "--method=euler"]
     assert validate.command(["--workdir", str(scene.run), *quick]) == 1
     report = json.loads((scene.run / "validation" / "report.json").read_text())
     export(scene.run, scene.root / "gated")
@@ -390,16 +391,22 @@ def test_a_run_that_cuts_its_captions_shows_and_measures_them_cut(scene: Scene, 
 
     record_start(tmp_path, c, scene.manifest)
     shutil.copytree(scene.run / "ema", tmp_path / "ema")
-    lengths, paint = set(), validate.paint
+    shutil.copytree(scene.root / "ds", tmp_path / "ds")
+    records = scene.records("train")  # two and two are called the views of a photograph, so that edits are asked for
+    write_grid(
+        tmp_path / "ds" / GRID_FILE, {r.key: Place(str(k // 2), "ab"[k % 2], "l") for k, r in enumerate(records)}
+    )
+    lengths, captions, draw = set(), set(), validate.draw
 
-    def listen(painter, wanted) -> int:
-        lengths.update(len(one.conditions["text"]) for one in wanted)
-        return paint(painter, wanted)
+    def listen(sampler, requests) -> int:
+        lengths.update(len(one.conditions["text"]) for one in requests if "text" in one.conditions)
+        captions.update(one.caption for one in requests)
+        return draw(sampler, requests)
 
-    monkeypatch.setattr(validate, "paint", listen)
-    quick = ["--limit=4", "--pairs=2", "--edits=2", "--steps=1", "--method=euler", "--edit=number=>cat:up"]
-    assert validate.command(["--workdir", str(tmp_path), "--data", str(scene.root / "ds"), *quick]) == 1
-    assert lengths == {4}
+    monkeypatch.setattr(validate, "draw", listen)
+    quick = ["--edits=4", "--unrelated=dog=>cat", "--steps=1", "--method=euler"]
+    assert validate.command(["--workdir", str(tmp_path), "--data", str(tmp_path / "ds"), *quick]) == 1
+    assert lengths == {4} and any("cat" in caption for caption in captions)
 
 
 # ----------------------------------------------------------------------------------------------- conditions

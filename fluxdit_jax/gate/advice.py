@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fluxdit_jax.gate.training import LEARNED, Training, read_training
@@ -10,14 +12,20 @@ from fluxdit_jax.gate.verdict import Verdict, percent
 
 Advice = list[tuple[str, str]]  # (cause, what was seen)
 
+STRANGE = 0.5  # distance to the nearest picture, against that of two of the set, from which on it is none of them
+BLURRED_DB = 22.0  # median PSNR below which the pictures are blurred to the eye
+CLEAR = 0.85  # share of a test's pictures that have the right photograph, or light, where that path works
+
 # What to look at, once for each cause, after what was seen.
 LOOK = {
     "text path": "Look at the text path: the gate of the cross-attention, the text length mask (is padding attended "
     "to?), the RMSNorm on the text, depth, data.text_tokens (is the word within them?); raise vision in flow.drop, so "
     "that the caption must be enough alone.",
     "vision path": "Look at the vision path: vision_embed, the adaLN modulation and its gates (do they receive "
-    "gradient?), vision in flow.drop; do the vectors of equal captions differ (`python -m preprocess inspect`)?",
+    "gradient?), vision in flow.drop; does the vision encoder see the lights (`python -m preprocess inspect`)?",
     "the noise decides": "Are the conditions used at all, and are the seeds of sampling those of training?",
+    "the set": "A gate set is a grid of photographs, lights and views: `python -m preprocess subset --input IMAGES "
+    "--output DIR`, then build, train and validate with the commands that it prints.",
 }
 
 
@@ -35,23 +43,24 @@ class Cause:
 
 
 def advise(
-    memorisation: Verdict,
-    swap: Verdict,
-    edit: Verdict,
+    verdicts: Sequence[Verdict],
     log: list[dict[str, Any]],
     step: int | None = None,
     planned: int | None = None,
 ) -> list[Verdict]:
-    """The verdicts with advice for those that failed; `by_cause` is the same for people.
+    """The verdicts with advice for those that did not pass; `by_cause` is the same for people.
 
     Args:
+      verdicts: of the three tests, in order.
       log, step, planned: see `read_training`.
     """
+    memorisation, swap, edit = verdicts
     training = read_training(log, step, planned)
     general = _condition(memorisation, training)
     told = []
-    for verdict, own in ((memorisation, _memorisation), (swap, _swap), (edit, _edit)):
-        found = [] if verdict.passed else [*training.findings, *(general or own(verdict))]
+    edited = functools.partial(_edit, remembered=memorisation.numbers["retrieved"])
+    for verdict, own in ((memorisation, _memorisation), (swap, _swap), (edit, edited)):
+        found = _found(verdict, training, general, own)
         causes = list(dict.fromkeys(cause for cause, _ in found))
         lines = [(cause, line) for name in causes for cause, line in found if cause == name]
         for name in causes:
@@ -61,6 +70,16 @@ def advise(
         advice, names = tuple(line for _, line in lines), tuple(cause for cause, _ in lines)
         told.append(dataclasses.replace(verdict, advice=advice, causes=names))
     return told
+
+
+def _found(
+    verdict: Verdict, training: Training, general: Advice, own: Callable[[Verdict], Advice]
+) -> list[tuple[str, str]]:
+    if verdict.passed:
+        return []
+    if not verdict.judged:
+        return [("the set", f"The {verdict.title.lower()} cannot be judged on this set.")]
+    return [*training.findings, *(general or own(verdict))]
 
 
 def by_cause(verdicts: list[Verdict]) -> list[Cause]:
@@ -92,7 +111,7 @@ def _condition(memorisation: Verdict, training: Training) -> Advice:
             "latent_std (undone once, not twice?), and at the learning rate: too high a rate dies this way."
         )
         return [("plain pictures", seen)] + ([] if training.explains else [("plain pictures", look)])
-    if numbers["structure_of_the_nearest"] < 0.3:
+    if numbers["distance_to_the_nearest"] > STRANGE * numbers["usual_distance"]:
         what = "noise" if numbers["roughness"] > 1.5 else "something, but no picture of this set"
         seen = f"The model draws {what}: it is untrained, or its weights are not what the sampler expects."
         return [("pictures of nothing", seen), *_where_the_loss_points(training)]
@@ -121,17 +140,18 @@ def _memorisation(verdict: Verdict) -> Advice:
     numbers = verdict.numbers
     advice: Advice = []
     missed = 1 - numbers["retrieved"]
-    other_light = numbers["right_caption"] - numbers["retrieved"]
-    if other_light > 0.7 * missed:
-        seen = "Nearly all misses are pictures of the right caption in another light: the vector does not get through."
-        advice.append(("vision path", seen))
-    elif missed > 0.1 and numbers["tone_difference"] < 8:
-        seen = "The light is right and the composition is not: the caption does not get through."
-        advice.append(("text path", seen))
-    if not all(control.passed for control in verdict.controls):
-        seen = "Shuffled conditions still give the old picture: it comes from the noise."
+    if numbers["right_row"] is not None and missed > 0:
+        if numbers["right_row"] - numbers["retrieved"] > 0.7 * missed:
+            seen = "Nearly all misses are the right photograph in another light: the vector does not get through."
+            advice.append(("vision path", seen))
+        elif missed > 0.1 and numbers["right_light"] - numbers["retrieved"] > 0.7 * missed:
+            seen = "The light is right and the photograph is not: the caption does not get through."
+            advice.append(("text path", seen))
+    kept, moved = verdict.controls
+    if not kept.passed or moved.value < moved.bound * numbers["retrieved"]:
+        seen = "Another noise gives another picture: it comes from the noise."
         advice.append(("the noise decides", seen))
-    if numbers["psnr_median_db"] < 22:
+    if numbers["psnr_median_db"] is not None and numbers["psnr_median_db"] < BLURRED_DB:
         seen = (
             f"The pictures are blurred or unfinished ({numbers['psnr_median_db']:.1f} dB): more steps, more depth or "
             "width, or more solver steps (--steps); is the loss at small t (loss_by_time) still high?"
@@ -146,75 +166,63 @@ def _memorisation(verdict: Verdict) -> Advice:
 
 def _swap(verdict: Verdict) -> Advice:
     numbers = verdict.numbers
-    if numbers["pairs"] == 0:
-        return [("the set", "Choose a set with pictures of clearly different light, or a larger --limit.")]
     advice: Advice = []
-    if numbers["structure_of_a"] < 0.85:
+    if numbers["right_row"] < CLEAR:
         seen = (
-            "The composition follows the vector: the vision path dominates, or the text is not read. Where the vector "
+            "The photograph is not the caption's: the vision path dominates, or the text is not read. Where the vector "
             "identifies each picture, the model need not read."
         )
         advice.append(("text path", seen))
-    if numbers["tone_of_b"] < 0.85:
-        seen = "The light stays A's: the vector is not used, or the caption decides. Do the captions name the light?"
+    if numbers["right_light"] < CLEAR:
+        seen = "The light is not B's: the vector is not used, or it does not tell the lights apart."
         advice.append(("vision path", seen))
-        if numbers["shared_captions"] < 0.5:
-            seen = (
-                "Most captions of this set belong to one picture each: the caption says all, and nothing taught the "
-                "model to look at the vector. Raise text in flow.drop, or take a set with several pictures of a "
-                "caption in different light."
-            )
-            advice.append(("the set", seen))
-    if not advice and numbers["passing"] < verdict.threshold:
+    if not advice and numbers["retrieved"] < verdict.threshold:
         seen = (
-            "Composition and light are each right in most pairs, but not together: the two conditions are tied to each "
+            "Photograph and light are each right in most pairs, but not together: the two conditions are tied to each "
             "other. Condition dropout (flow.drop) and more steps loosen them."
         )
         advice.append(("conditions tied together", seen))
-    own, random = verdict.controls
-    if not own.passed:
-        advice.append(
-            (
-                "text path",
-                "With B's own caption the structure is not B's: the noise or the vector decides it.",
-            )
-        )
-    if not random.passed:
+    if not all(control.passed for control in verdict.controls):
         seen = "A random vector brings B's light as well as B's vector does: the vector carries no light."
         advice.append(("vision path", seen))
-    return advice or [("the set", "More pictures: this set has too few pairs of different caption and light.")]
+    return advice or [("conditions tied together", "More pairs are needed to judge (--pairs).")]
 
 
-def _edit(verdict: Verdict) -> Advice:
+def _edit(verdict: Verdict, remembered: float) -> Advice:
+    """remembered: share of the pictures that come from their own captions and vectors: no control can have more."""
     numbers = verdict.numbers
     advice: Advice = []
-    if numbers["not_measurable"] > 0.2:
+    if numbers["stayed"] > 1 - CLEAR:
+        seen = "The picture stays what it was: the words are not read, or the vector, which may hold the view, wins."
+        advice.append(("text path", seen))
+    elif numbers["right_row"] < CLEAR:
         seen = (
-            "Many pictures are not the scene they should be: the model is unstable, above all under a caption that it "
-            "did not see with this vector. Look at the QK-norm and the gate of the cross-attention; train longer, with "
+            "Many pictures are neither view of their photograph: the model is unstable under a caption that it did not "
+            "see with this vector. Look at the QK-norm and the gate of the cross-attention; train longer, with "
             "condition dropout."
         )
         advice.append(("unstable pictures", seen))
-    if numbers["wrong_way"] > 0.2:
+    if numbers["right_light"] < CLEAR:
+        seen = "The edited picture is in another light: the vector does not decide the light."
+        advice.append(("vision path", seen))
+    noise, unrelated = verdict.controls
+    if noise.value < noise.bound * remembered:
         seen = (
-            "The subject moves the wrong way: check the direction given with --edit, and whether latents or rotary "
-            "positions are mirrored (a grid is rows, columns)."
-        )
-        advice.append(("directions", seen))
-    if numbers["right_way"] < verdict.threshold and not advice:
-        seen = "The subject stays where it is: the word is not read, or the vector, which may hold the pose, wins."
-        advice.append(("text path", seen))
-    seeds, unrelated = verdict.controls
-    if numbers["seeds_not_recognised"] > 0.1 or (not seeds.passed and seeds.value > 0.02):
-        seen = (
-            "Other noise moves the subject as the words do: the conditions do not yet determine the picture. Train "
-            "longer; look at the loss at large t (loss_by_time)."
+            "Another noise changes the picture as the words do: the conditions do not yet determine it. Train longer; "
+            "look at the loss at large t (loss_by_time)."
         )
         advice.append(("the noise decides", seen))
-    if not unrelated.passed:
+    if unrelated.value < unrelated.bound * noise.value:
         seen = (
             "A word that says nothing of the picture changes it: the caption is taken as a whole. More captions that "
             "differ in single words cure that, and a text encoder that knows words; look at the RMSNorm on the text."
         )
-        advice.append(("the set", seen))
-    return advice or [("the set", "More captions that can be edited.")]
+        advice.append(("captions taken as a whole", seen))
+    if not advice and numbers["retrieved"] < verdict.threshold:
+        advice.append(
+            (
+                "conditions tied together",
+                "View and light are each right in most cases, but not together: condition dropout and more steps.",
+            )
+        )
+    return advice or [("conditions tied together", "More edited captions are needed to judge (--edits).")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from fluxdit_jax.gate.verdict import Chart
 
@@ -71,6 +71,16 @@ def curve(points: Sequence[tuple[float, float]], x_title: str, y_title: str) -> 
         path = " ".join(f"{place_x(x):.1f},{place_y(y):.1f}" for x, y in line)
         parts.append(f'<polyline class="{name}" points="{path}"/>')
     return _svg(parts, y_title)
+
+
+def shares(points: Mapping[float, float], needed: float, x_title: str) -> str:
+    """A line through shares of 0 to 1 over a scale, with the one that is needed dashed."""
+    place_x, place_y = _axes(*_padded(list(points)), -0.02, 1.02)
+    marks = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    parts = [_frame(list(points), marks, place_x, place_y, x_title, "share", lambda v: f"{v:.0%}")]
+    parts.append(_line("limit", _LEFT, place_y(needed), _WIDTH - _RIGHT, place_y(needed)))
+    path = " ".join(f"{place_x(x):.1f},{place_y(y):.1f}" for x, y in points.items())
+    return _svg([*parts, f'<polyline class="mean" points="{path}"/>'], f"share over {x_title}")
 
 
 def _padded(values: Sequence[float]) -> tuple[float, float]:

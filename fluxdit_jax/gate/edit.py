@@ -1,267 +1,198 @@
-"""Test 3, text edit: changing a word of the caption moves the subject the way the word says, and nothing else does."""
+"""Test 3, text edit: the caption of the photograph's other view with A's vector gives the other view in A's light."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 from fluxdit_jax.dataset.fields import of_captions
-from fluxdit_jax.gate.album import Album
-from fluxdit_jax.gate.displacement import Displacement, displacement
-from fluxdit_jax.gate.image_metrics import structure
-from fluxdit_jax.gate.painter import Draw, Wanted
-from fluxdit_jax.gate.pairing import derangements
-from fluxdit_jax.gate.verdict import Case, Chart, Control, Verdict, failed_controls, percent
+from fluxdit_jax.gate.eval_set import EvalSet
+from fluxdit_jax.gate.memorisation import from_other_noise
+from fluxdit_jax.gate.retrieval import Library
+from fluxdit_jax.gate.sampler import Draw, Request
+from fluxdit_jax.gate.verdict import Case, Control, Verdict, failed_controls, not_judged, percent
 from fluxdit_jax.loader.reader import spread
-from fluxdit_jax.shared.edit_rules import Rule, edited
 
-RIGHT = 0.90  # share of the cases in which the subject must move the right way
+RIGHT = 0.90  # share of the cases that must give the other view
 MIN_CASES = 10  # cases
-MOVED = 0.02  # share of the side; less is no movement (the structure map has 64 pixels)
-MIN_STRUCTURE = 0.35  # structure of the unedited picture against its original; unrelated pictures stay below 0.3
-UNMOVED = 0.10  # share of the cases that an unrelated word may move
+UNCHANGED = 0.90  # share of the cases that must stay what they are where nothing was said of them
+TITLE = ("text_edit", "Text edit")
+QUESTION = "Does changing a few words of the caption give the photograph that they describe, in the same light?"
+# Tried in this order: words that say nothing of what the picture shows.
+UNRELATED = (
+    ("portrait of", "picture of"),
+    ("photo of", "picture of"),
+    ("photograph of", "picture of"),
+    ("image of", "picture of"),
+    ("picture of", "image of"),
+    ("in front of", "before"),
+    ("there is", "we see"),
+    ("with", "having"),
+    ("a", "one"),
+)
+
+Encode = Callable[[list[str]], list[dict[str, np.ndarray]]]
+
+
+class EditError(Exception):
+    """The words to change are not of the form OLD=>NEW, or no caption has them."""
+
+
+def edited(caption: str, old: str, new: str) -> str | None:
+    """The caption with the whole words `old` replaced by `new`, whatever their case; None if it has none."""
+    before = r"(?<!\w)" if re.match(r"\w", old) else ""
+    after = r"(?!\w)" if re.search(r"\w$", old) else ""
+    result = re.sub(before + re.escape(old) + after, lambda _: new, caption, flags=re.IGNORECASE)
+    return result if result != caption else None
+
+
+def choose_unrelated(captions: list[str], given: str | None) -> tuple[str, str]:
+    """(old, new) words that say nothing of what the picture shows: the given "OLD=>NEW", or from `UNRELATED`.
+
+    Raises:
+      EditError: the given one is not of that form or in no caption, or there is none that most captions have.
+    """
+    if given is not None:
+        old, _, new = (part.strip() for part in given.partition("=>"))
+        if not (old and new) or not any(edited(caption, old, new) for caption in captions):
+            raise EditError(f"--unrelated {given!r} must be 'OLD=>NEW' with words that captions have")
+        return old, new
+    for old, new in UNRELATED:
+        if sum(edited(caption, old, new) is not None for caption in captions) >= len(captions) / 2:
+            return old, new
+    raise EditError("no harmless word is common to the captions: give one to change, --unrelated 'OLD=>NEW'")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Edit:
-    """The plan. Case k is a record and a rule; all pictures of a case have the record's vector and size.
+class TextEdit:
+    """The plan. Case k is (a record, the record that is right once its caption is edited).
 
     Attributes:
-      cases: (record, rule, edited caption).
-      plain, edited: the unedited and the edited caption, from the record's noise.
-      unrelated: the caption with another word changed, from the same noise; None where the caption lacks it.
-      seeds: the unedited caption from other noises.
+      edited: the answer's caption with the record's vector.
+      unrelated: the record's own caption with another word changed; None where the caption lacks it.
+      moved: the record's own caption from another noise.
       words: what `unrelated` changes.
     """
 
-    album: Album
-    cases: list[tuple[int, Rule, str]]
-    plain: list[Wanted]
-    edited: list[Wanted]
-    unrelated: list[Wanted | None]
-    seeds: list[list[Wanted]]
+    eval_set: EvalSet
+    cases: list[tuple[int, int]]
+    possible: int
+    edited: list[Request]
+    unrelated: list[Request | None]
+    moved: list[Request]
     words: tuple[str, str]
 
     @classmethod
-    def plan(
-        cls,
-        album: Album,
-        rules: list[Rule],
-        words: tuple[str, str],
-        limit: int,
-        encode: Callable[[list[str]], list[dict[str, np.ndarray]]],
-    ) -> Edit:
+    def plan(cls, eval_set: EvalSet, limit: int, unrelated: str | None, encode: Encode) -> TextEdit:
         """
         Args:
-          limit: cases at most; spread evenly over the rules and the records.
+          limit: cases at most; spread evenly over the records.
+          unrelated: "OLD=>NEW" for the control; None: found in the captions.
           encode: what is made from captions, by name; asked only for those that no record has.
+
+        Raises:
+          EditError: see `choose_unrelated`.
         """
-        by_rule = [
-            [(i, rule, new) for i in range(len(album)) if (new := edited(album.caption(i), rule.old, rule.new))]
-            for rule in rules
-        ]
-        share = max(1, limit // len(rules))
-        cases = [cases[k] for cases in by_rule for k in spread(len(cases), share)]
-        changed = [edited(album.caption(i), *words) for i, _, _ in cases]
-        texts = {
-            record.caption: {field.name: record.conditions[field.name] for field in of_captions(record.layout())}
-            for record in album.records
-        }
-        unknown = sorted({c for c in [*(case[2] for case in cases), *changed] if c and c not in texts})
-        texts.update(zip(unknown, encode(unknown) if unknown else [], strict=True))
+        every = [
+            (index, other)
+            for index, place in enumerate(eval_set.places)
+            for row in eval_set.rows
+            if place is not None and row[0] == place.photograph and row != place.row
+            and (other := eval_set.at(row, place.light)) is not None
+        ]  # fmt: skip
+        if len(every) < MIN_CASES:
+            return cls(eval_set, [], len(every), [], [], [], ("", ""))
+        cases = [every[k] for k in spread(len(every), limit)]
+        words = choose_unrelated([record.caption for record in eval_set.records], unrelated)
+        changed = [edited(eval_set.caption(index), *words) for index, _ in cases]
+        new = sorted({caption for caption in changed if caption})
+        made = dict(zip(new, encode(new) if new else [], strict=True))
+        names = [field.name for field in of_captions(eval_set.records[0].layout())]
 
-        # Test 1 draws each record's conditions from the noise of another: that picture is one of its seeds here.
-        shuffled_with = np.argsort(next(derangements(album)))
-
-        def draw_of(index: int, caption: str) -> Wanted:
-            return album.wanted(index, index, index, caption=caption, made=texts[caption])
+        def with_words_of(index: int, other: int) -> Request:
+            record = eval_set.records[other]
+            of_words = {name: record.conditions[name] for name in names}
+            return eval_set.request(index, index, caption=record.caption, made=of_words)
 
         return cls(
-            album,
+            eval_set,
             cases,
-            [draw_of(i, album.caption(i)) for i, _, _ in cases],
-            [draw_of(i, caption) for i, _, caption in cases],
-            [None if caption is None else draw_of(case[0], caption) for case, caption in zip(cases, changed)],
-            [_other_seeds(album, i, int(shuffled_with[i])) for i, _, _ in cases],
+            len(every),
+            [with_words_of(index, answer) for index, answer in cases],
+            [
+                None if caption is None else eval_set.request(index, index, caption=caption, made=made[caption])
+                for (index, _), caption in zip(cases, changed)
+            ],
+            [from_other_noise(eval_set, index) for index, _ in cases],
             words,
         )
 
-    def wanted(self) -> list[Wanted]:
-        unrelated = [one for one in self.unrelated if one is not None]
-        return [*self.plain, *self.edited, *unrelated, *(one for seeds in self.seeds for one in seeds)]
+    def requests(self) -> list[Request]:
+        return [*self.edited, *(one for one in self.unrelated if one is not None), *self.moved]
 
-    def measure(self, draw: Draw) -> Verdict:
-        album = self.album
-        plain, changed = draw(self.plain), draw(self.edited)
-        moves = [displacement(p, e, case[1].axis) for p, e, case in zip(plain, changed, self.cases, strict=True)]
-        likeness = [float(structure(p) @ album.structures[case[0]]) for p, case in zip(plain, self.cases)]
-        # A picture that is not the one expected gives no score, whatever seems to move in it.
-        shifts = [
-            move.along(case[1].sign) if alike >= MIN_STRUCTURE else None
-            for move, alike, case in zip(moves, likeness, self.cases)
-        ]
-        right = np.array([shift is not None and shift > MOVED for shift in shifts])
-        effect = float(np.median([shift or 0.0 for shift in shifts]))
-        over_seeds = self._over_seeds(draw, plain)
-        unrelated = self._unrelated(draw, plain)
-        calibration = self._calibrate()
-
-        over = [abs(shift) for shift in over_seeds if shift is not None]
-        noise = float(np.quantile(over, 0.9)) if over else 1.0
-        lost = float(np.mean([shift is None for shift in over_seeds]))
-        moved = float(np.mean([shift is None or abs(shift) > MOVED for shift in unrelated]))
+    def measure(self, draw: Draw, library: Library) -> Verdict:
+        if self.possible < MIN_CASES:
+            why = f"which has {self.possible} pictures of a photograph's other view"
+            return not_judged(*TITLE, QUESTION, RIGHT, why)
+        eval_set = self.eval_set
+        own, answers = (list(indices) for indices in zip(*self.cases))
+        drawn = draw(self.edited)
+        found = library.retrieve(drawn, answers)
+        asked = [(one, index) for one, index in zip(self.unrelated, own) if one is not None]
+        unrelated = library.retrieve(draw([one for one, _ in asked]), [index for _, index in asked])
+        moved = library.retrieve(draw(self.moved), own)
+        rows = [None if place is None else place.row for place in eval_set.places]
+        stayed = float(np.mean([rows[index] == rows[nearest] for index, nearest in zip(own, found.nearest)]))
         controls = (
             Control(
-                "the same caption from other noises",
-                "the subject must stand still: nine of ten movements must be below half of what the words do",
-                noise,
-                max(effect / 2, 0.0),
-                at_most=True,
-                unit="width",
+                "the same caption from another noise",
+                "the picture must stay what it is: it is the words that change it",
+                moved.share,
+                UNCHANGED,
+                at_most=False,
             ),
             Control(
-                f"an unrelated word: {self.words[0].strip()!r} becomes {self.words[1].strip()!r}",
-                "share of the pictures in which something moves or nothing can be recognised any more",
-                moved,
-                UNMOVED,
-                at_most=True,
+                f"an unrelated word: {self.words[0]!r} becomes {self.words[1]!r}",
+                "the picture must stay what it is: it is these words that change it, and not any",
+                unrelated.share,
+                UNCHANGED,
+                at_most=False,
             ),
         )
-        numbers: dict[str, Any] = {
-            "cases": len(self.cases),
-            "rules": [f"{r.old} => {r.new}: {r.direction}" for r in dict.fromkeys(c[1] for c in self.cases)],
-            "right_way": float(right.mean()),
-            "effect_median": effect,
-            "not_measurable": float(np.mean([shift is None for shift in shifts])),
-            "wrong_way": float(np.mean([shift is not None and shift < -MOVED for shift in shifts])),
-            "seed_spread": noise,
-            "seeds_measured": len(over_seeds),
-            "seeds_not_recognised": lost,
-            "unrelated_median": float(np.median([abs(shift or 0.0) for shift in unrelated])),
-            "unedited_like_original": float(np.median(likeness)),
-            "calibration": calibration,
-            **self._against_the_truth(changed),
-        }
         reasons = []
         if len(self.cases) < MIN_CASES:
-            reasons.append(f"only {len(self.cases)} captions can be edited; at least {MIN_CASES} are needed to judge")
-        if right.mean() < RIGHT:
+            reasons.append(f"only {len(self.cases)} captions are edited; at least {MIN_CASES} are needed to judge")
+        if found.share < RIGHT:
             reasons.append(
-                f"the subject moves the right way in {percent(right.mean())} of the cases, {percent(RIGHT)} are "
-                f"needed ({percent(numbers['wrong_way'])} the wrong way, "
-                f"{percent(numbers['not_measurable'])} not recognisable)"
-            )
-        if lost > UNMOVED:
-            reasons.append(f"the model is not stable: {percent(lost)} of its pictures from other noises are others")
-        if calibration and calibration["right_way"] < 1:
-            reasons.append(
-                f"the measure itself is right on only {percent(calibration['right_way'])} of the true pairs of "
-                "this set: its verdict means nothing here; test another edit"
+                f"{percent(found.share)} of the edited captions give the answer, {percent(RIGHT)} are needed: "
+                f"{percent(found.share_alike('row') or 0)} the view that is asked for, {percent(stayed)} the old one, "
+                f"{percent(found.share_alike('light') or 0)} the same light"
             )
         reasons += failed_controls(controls)
         return Verdict(
-            name="text_edit",
-            title="Text edit",
-            question="Does changing a word of the caption move the subject the way the word says, and nothing else?",
-            value=float(right.mean()),
+            name=TITLE[0],
+            title=TITLE[1],
+            question=QUESTION,
+            value=found.share,
             threshold=RIGHT,
-            statement=f"in {int(right.sum())} of {len(self.cases)} cases the subject moves the right way, by "
-            f"{percent(effect)} of the side in the median; between noises by {percent(noise)}",
-            numbers=numbers,
+            statement=f"{int(found.hit.sum())} of {len(self.cases)} edited captions give the view that they describe "
+            f"(chance {percent(1 / len(eval_set))})",
+            numbers=found.numbers() | {"stayed": stayed, "unrelated_asked": len(asked)},
             controls=controls,
             reasons=tuple(reasons),
             cases=tuple(
-                self._case(k, plain[k], changed[k], shifts[k], moves[k], bool(right[k])) for k in range(len(self.cases))
+                Case(
+                    f"{eval_set.caption(index)} => {eval_set.caption(answer)}",
+                    found.note(k),
+                    float(found.margin[k]),
+                    bool(found.hit[k]),
+                    (("A", eval_set.truths[index]), ("the answer", eval_set.truths[answer]), ("drawn", drawn[k])),
+                    answer,
+                )
+                for k, (index, answer) in enumerate(self.cases)
             ),
-            chart=Chart(
-                "Every case: how far did the subject move, and is it still the same scene?",
-                "displacement the right way (share of the side)",
-                "structure found again",
-                tuple(0.0 if shift is None else shift for shift in shifts),
-                tuple(move.found for move in moves),
-                tuple(bool(v) for v in right),
-                (MOVED,),
-            ),
+            chart=found.chart(),
         )
-
-    def _over_seeds(self, draw: Draw, plain: list[np.ndarray]) -> list[float | None]:
-        flat = iter(draw([one for seeds in self.seeds for one in seeds]))
-        return [
-            displacement(before, next(flat), case[1].axis).shift
-            for before, seeds, case in zip(plain, self.seeds, self.cases)
-            for _ in seeds
-        ]
-
-    def _unrelated(self, draw: Draw, plain: list[np.ndarray]) -> list[float | None]:
-        chosen = {k: one for k, one in enumerate(self.unrelated) if one is not None}
-        images = draw(list(chosen.values()))
-        shifts = [displacement(plain[k], image, self.cases[k][1].axis).shift for k, image in zip(chosen, images)]
-        return shifts or [None]
-
-    def _calibrate(self) -> dict[str, Any]:
-        """The measure on true pictures: what it says where the right answer is in the set. Empty if it is nowhere."""
-        album = self.album
-        shifts = []
-        for rule in dict.fromkeys(case[1] for case in self.cases):
-            for index in range(len(album)):
-                caption = edited(album.caption(index), rule.old, rule.new)
-                answer = None if caption is None else album.true_answer(caption, index)
-                if answer is None or album.truths[answer].shape != album.truths[index].shape:
-                    continue
-                move = displacement(album.truths[index], album.truths[answer], rule.axis)
-                shifts.append(move.along(rule.sign))
-        if not shifts:
-            return {}
-        known = [shift for shift in shifts if shift is not None]
-        return {
-            "true_pairs": len(shifts),
-            "right_way": float(np.mean([shift is not None and shift > MOVED for shift in shifts])),
-            "median": float(np.median(known)) if known else None,
-            "least": min(known, default=None),
-            "most": max(known, default=None),
-        }
-
-    def _against_the_truth(self, changed: list[np.ndarray]) -> dict[str, Any]:
-        answers = [self.album.true_answer(caption, index) for index, _, caption in self.cases]
-        known = [k for k, answer in enumerate(answers) if answer is not None]
-        if not known:
-            return {"true_answers_known": 0}
-        nearest = self.album.nearest([changed[k] for k in known])
-        return {
-            "true_answers_known": len(known),
-            "exactly_the_true_answer": float((nearest == [answers[k] for k in known]).mean()),
-        }
-
-    def _case(
-        self,
-        k: int,
-        plain: np.ndarray,
-        changed: np.ndarray,
-        shift: float | None,
-        move: Displacement,
-        right: bool,
-    ) -> Case:
-        index, rule, caption = self.cases[k]
-        shown = [("original", self.album.truths[index]), ("drawn", plain), ("edited", changed)]
-        answer = self.album.true_answer(caption, index)
-        if answer is not None:
-            shown.append(("the truth", self.album.truths[answer]))
-        went = "not the picture expected" if shift is None else f"{percent(shift)} to the {rule.direction}"
-        return Case(
-            f"{self.album.caption(index)} | {rule.old} => {rule.new}",
-            f"{went}; {percent(move.found)} of the structure found again",
-            -1.0 if shift is None else float(shift),
-            right,
-            tuple(shown),
-        )
-
-
-def _other_seeds(album: Album, index: int, source: int) -> list[Wanted]:
-    """A record's picture from two other noises; the first is that of the record `source` if it has the same size."""
-    fresh = album.wanted(index, index, index, seed=album.seed + 1_000_000 + index)
-    if album.grid(source) == album.grid(index):
-        return [album.wanted(index, index, source), fresh]
-    return [album.wanted(index, index, index, seed=album.seed + 2_000_000 + index), fresh]

@@ -6,118 +6,133 @@ import dataclasses
 
 import numpy as np
 
-from fluxdit_jax.gate import image_metrics
-from fluxdit_jax.gate.album import Album
-from fluxdit_jax.gate.painter import Draw, Wanted
-from fluxdit_jax.gate.pairing import derangements
-from fluxdit_jax.gate.verdict import Case, Chart, Control, Verdict, failed_controls, percent
+from fluxdit_jax.dataset.fields import of_captions
+from fluxdit_jax.gate.eval_set import EvalSet
+from fluxdit_jax.gate.retrieval import Library
+from fluxdit_jax.gate.sampler import Draw, Request
+from fluxdit_jax.gate.verdict import Case, Control, Verdict, failed_controls, percent
+from fluxdit_jax.loader.reader import spread
 
 RETRIEVED = 0.99  # share of the pictures that must be nearest to their own truth
 MIN_PICTURES = 20  # pictures below which retrieval says little
-# Grey levels between thumbnails below which two originals are one picture, which nobody can tell apart.
-DUPLICATE_GREY_LEVELS = 2.0
+OTHER_NOISE = 0.90  # share of the pictures that must be the same ones from another noise
+ALONE = 50  # pictures at most that are asked for by one condition alone, spread evenly
+
+
+def shuffled(eval_set: EvalSet) -> np.ndarray:
+    """int [N]: to each record another, in one cycle, at random. Deterministic."""
+    order = np.random.default_rng(eval_set.seed).permutation(len(eval_set))
+    partner = np.empty(len(order), int)
+    partner[order] = np.roll(order, -1)
+    return partner
+
+
+def from_other_noise(eval_set: EvalSet, index: int) -> Request:
+    """A record's picture from the noise of another one, always the same one."""
+    return eval_set.request(index, index, noise_of=int(np.flatnonzero(shuffled(eval_set) == index)[0]))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Memorisation:
-    """The plan: `own[i]` is record i from its own noise, `shuffled[i]` has another's caption and vector."""
+    """The plan. Of record i: `own[i]` from its noise, `moved[i]` from another's, `by_caption` and `by_vector`
+    are some of them, `alone`, from one condition alone."""
 
-    album: Album
-    partner: np.ndarray
-    own: list[Wanted]
-    shuffled: list[Wanted]
+    eval_set: EvalSet
+    own: list[Request]
+    moved: list[Request]
+    alone: list[int]
+    by_caption: list[Request]
+    by_vector: list[Request]
 
     @classmethod
-    def plan(cls, album: Album) -> Memorisation:
-        indices = range(len(album))
-        partner = next(derangements(album))
-        own = [album.wanted(i, i, i) for i in indices]
-        shuffled = [album.wanted(int(partner[i]), int(partner[i]), i) for i in indices]
-        return cls(album, partner, own, shuffled)
+    def plan(cls, eval_set: EvalSet) -> Memorisation:
+        indices = range(len(eval_set))
+        alone = [int(i) for i in spread(len(eval_set), ALONE)]
+        words = [field.name for field in of_captions(eval_set.records[0].layout())]
+        return cls(
+            eval_set,
+            [eval_set.request(i, i) for i in indices],
+            [from_other_noise(eval_set, i) for i in indices],
+            alone,
+            [eval_set.request_alone(i, words) for i in alone],
+            [eval_set.request_alone(i, ["vision"]) for i in alone],
+        )
 
-    def wanted(self) -> list[Wanted]:
-        return [*self.own, *self.shuffled]
+    def requests(self) -> list[Request]:
+        return [*self.own, *self.moved, *self.by_caption, *self.by_vector]
 
-    def measure(self, draw: Draw) -> Verdict:
-        album, count = self.album, len(self.album)
-        own = draw(self.own)
-        drawn = image_metrics.thumbnails(own)
-        distance = image_metrics.distances(drawn, album.thumbnails)
-        nearest = distance.argmin(1)
-        twins = image_metrics.distances(album.thumbnails, album.thumbnails) < DUPLICATE_GREY_LEVELS
-        hit = twins[np.arange(count), nearest] | (nearest == np.arange(count))
-        psnr = np.array([image_metrics.psnr(t, image) for t, image in zip(album.truths, own)])
-        ssim = np.array([image_metrics.ssim(t, image) for t, image in zip(album.truths, own)])
-        alike = image_metrics.structures(own) @ album.structures.T
-        captions = np.array([record.caption for record in album.records])
-        shuffled = album.nearest(draw(self.shuffled))
+    def measure(self, draw: Draw, library: Library) -> Verdict:
+        eval_set, count = self.eval_set, len(self.eval_set)
+        indices = list(range(count))
+        own, moved = draw(self.own), draw(self.moved)
+        found = library.retrieve(own, indices)
+        caption, vector = (library.retrieve(draw(asked), self.alone) for asked in (self.by_caption, self.by_vector))
+        partner = shuffled(eval_set)
+        moved_found = library.retrieve(moved, indices)
+        old = np.argsort(partner)  # whose noise each of them has
+        follows_noise = np.mean([library.twins[a, b] for a, b in zip(moved_found.nearest, old)])
 
-        retrieved = float(hit.mean())
         chance = 1 / count
         controls = (
             Control(
-                "captions and vectors shuffled, the noise kept",
+                "captions and vectors shuffled, the noise kept: still the old picture",
                 f"the picture must follow its conditions and not its noise: chance is {percent(chance)}",
-                float((shuffled == np.arange(count)).mean()),
+                float(follows_noise),
                 chance + 3 * float(np.sqrt(chance * (1 - chance) / count)),
                 at_most=True,
             ),
+            Control(
+                "captions and vectors shuffled, the noise kept: the picture of the new conditions",
+                "whatever noise it starts from, a caption and a vector give their picture",
+                moved_found.share,
+                OTHER_NOISE,
+                at_most=False,
+            ),
         )
-        numbers = {
-            "pictures": count,
-            "retrieved": retrieved,
-            "psnr_median_db": float(np.median(psnr)),
-            "psnr_worst_db": float(psnr.min()),
-            "ssim_median": float(np.median(ssim)),
-            "ssim_worst": float(ssim.min()),
-            "twins": int((twins.sum(1) > 1).sum()),
-            "right_caption": float((captions[nearest] == captions).mean()),
-            "structure": float(np.median(alike.diagonal())),
-            "structure_of_the_nearest": float(np.median(alike.max(1))),
-            "tone_difference": float(np.median(np.linalg.norm(image_metrics.tones(own) - album.tones, axis=1))),
-            "contrast": float(np.median([a.std() / max(t.std(), 1.0) for a, t in zip(own, album.truths)])),
-            "roughness": float(np.median([_rough(a) / _rough(t) for a, t in zip(own, album.truths)])),
-            "shuffled_follow_their_new_conditions": float((shuffled == self.partner).mean()),
+        nearest = np.minimum(found.own, found.other)
+        numbers = found.numbers() | {
+            "twins": int((library.twins.sum(1) > 1).sum()),
+            "by_caption_alone": caption.share,
+            "by_caption_alone_right_row": caption.share_alike("row"),
+            "by_vector_alone": vector.share,
+            "by_vector_alone_right_light": vector.share_alike("light"),
+            "distance_to_the_nearest": float(np.median(nearest)),
+            "usual_distance": library.usual_distance,
+            "contrast": float(np.median([a.std() / max(t.std(), 1.0) for a, t in zip(own, eval_set.truths)])),
+            "roughness": float(np.median([_rough(a) / _rough(t) for a, t in zip(own, eval_set.truths)])),
         }
         reasons = []
         if count < MIN_PICTURES:
             reasons.append(f"only {count} pictures; at least {MIN_PICTURES} are needed to judge")
-        if retrieved < RETRIEVED:
+        if found.share < RETRIEVED:
             reasons.append(
-                f"{percent(retrieved)} of the pictures are nearest to their own original, "
+                f"{percent(found.share)} of the pictures are nearest to their own original, "
                 f"{percent(RETRIEVED)} are needed"
             )
         reasons += failed_controls(controls)
-        others = np.where(twins | np.eye(count, dtype=bool), np.inf, distance).min(1)
         return Verdict(
             name="memorisation",
             title="Memorisation",
             question="Is every picture drawn again from nothing but its caption, its vector and noise?",
-            value=retrieved,
+            value=found.share,
             threshold=RETRIEVED,
-            statement=f"{int(hit.sum())} of {count} drawn pictures are nearest to their own original",
+            statement=f"{int(found.hit.sum())} of {count} drawn pictures are nearest to their own original "
+            f"(chance {percent(chance)})",
             numbers=numbers,
             controls=controls,
             reasons=tuple(reasons),
             cases=tuple(
                 Case(
-                    album.caption(i),
-                    f"{psnr[i]:.1f} dB, SSIM {ssim[i]:.3f}"
-                    + ("" if hit[i] else f", but nearest to {album.records[nearest[i]].key}"),
-                    float(psnr[i] - (0 if hit[i] else 1000)),
-                    bool(hit[i]),
-                    (("original", album.truths[i]), ("drawn", own[i])),
+                    eval_set.caption(i),
+                    found.note(i),
+                    float(found.margin[i]),
+                    bool(found.hit[i]),
+                    (("original", eval_set.truths[i]), ("drawn", own[i])),
+                    i,
                 )
-                for i in range(count)
+                for i in indices
             ),
-            chart=Chart(
-                "How near is its own original, and how near the next best?",
-                "distance to its own original (grey levels)",
-                "distance to the nearest other",
-                tuple(float(v) for v in distance.diagonal()),
-                tuple(float(v) if np.isfinite(v) else 255.0 for v in others),
-                tuple(bool(v) for v in hit),
-            ),
+            chart=found.chart(),
         )
 
 

@@ -15,53 +15,38 @@ from PIL import Image
 from fluxdit_jax.gate import charts
 from fluxdit_jax.gate.advice import by_cause
 from fluxdit_jax.gate.report import chosen_cases
+from fluxdit_jax.gate.sheet import LEGEND
 from fluxdit_jax.gate.style import CSS
-from fluxdit_jax.gate.verdict import Case, Control, Verdict, percent
+from fluxdit_jax.gate.verdict import Case, Control, Verdict, grade, percent
 from fluxdit_jax.shared.atomic_files import write_whole
 
 PICTURE = 192  # longer side at most, pixels; larger pictures are reduced
-WALL = 100  # pictures at most on the wall of originals and drawings
+WALL = 100  # pictures at most on the wall of originals and drawings, of a set that is no grid
 
-# What the numbers of the tests are called, and how they are written: share, db, plain, count, side.
+# What the numbers of the tests are called, and how they are written: share, db, plain, count.
 NAMES: dict[str, tuple[str, str]] = {
-    "pictures": ("pictures", "count"),
-    "retrieved": ("nearest to their own original", "share"),
-    "twins": ("originals that are in the set twice, either counts", "count"),
-    "psnr_median_db": ("PSNR to the VAE's reconstruction, median", "db"),
+    "questions": ("pictures asked for", "count"),
+    "retrieved": ("nearest to the answer among all of the set", "share"),
+    "chance": ("... by chance", "share"),
+    "rank_median": ("rank of the answer, median", "plain"),
+    "rank_worst": ("rank of the answer, worst", "count"),
+    "margin_median": ("the next picture is farther by, median (grey levels)", "plain"),
+    "psnr_median_db": ("PSNR to the answer as the VAE keeps it, median", "db"),
     "psnr_worst_db": ("PSNR, worst", "db"),
-    "ssim_median": ("SSIM, median", "plain"),
-    "ssim_worst": ("SSIM, worst", "plain"),
-    "right_caption": ("nearest to an original with the right caption", "share"),
-    "structure": ("likeness of structure to the original, median", "plain"),
-    "structure_of_the_nearest": ("likeness of structure to any original, median", "plain"),
-    "tone_difference": ("difference in tone to the original, median (CIE76)", "plain"),
+    "right_row": ("nearest to one of the right photograph and view", "share"),
+    "right_light": ("nearest to one in the right light", "share"),
+    "twins": ("originals that are in the set twice, either counts", "count"),
+    "by_caption_alone": ("from the caption alone", "share"),
+    "by_caption_alone_right_row": ("from the caption alone: the right photograph and view", "share"),
+    "by_vector_alone": ("from the vector alone", "share"),
+    "by_vector_alone_right_light": ("from the vector alone: the right light", "share"),
+    "distance_to_the_nearest": ("distance to the nearest original, median (grey levels)", "plain"),
+    "usual_distance": ("... of two originals", "plain"),
     "contrast": ("contrast against the originals'", "share"),
     "roughness": ("roughness against the originals'", "share"),
-    "shuffled_follow_their_new_conditions": ("shuffled: nearest to what their new conditions describe", "share"),
-    "pairs": ("pairs", "count"),
-    "shared_captions": ("pictures whose caption another shares", "share"),
-    "passing": ("pairs that pass", "share"),
-    "structure_of_a": ("structure nearer to A's", "share"),
-    "tone_of_b": ("tone nearer to B's", "share"),
-    "structure_to_a_median": ("likeness of structure to A, median", "plain"),
-    "structure_to_b_median": ("likeness of structure to B, median", "plain"),
-    "tone_to_a_median": ("difference in tone to A, median (CIE76)", "plain"),
-    "tone_to_b_median": ("difference in tone to B, median (CIE76)", "plain"),
-    "true_answers_known": ("cases whose true answer is in the data set", "count"),
-    "true_answers_passing": ("true answers that the measure itself would pass", "share"),
-    "exactly_the_true_answer": ("of these, nearest to exactly that picture among all", "share"),
-    "psnr_to_the_true_answer_median_db": ("PSNR to the true answer, median", "db"),
-    "cases": ("cases", "count"),
-    "right_way": ("subject moved the right way", "share"),
-    "wrong_way": ("subject moved the wrong way", "share"),
-    "not_measurable": ("not the picture expected: no score", "share"),
-    "effect_median": ("displacement the right way, median", "side"),
-    "seed_spread": ("displacement between noises, 90 % are below", "side"),
-    "seeds_measured": ("pictures from other noises", "count"),
-    "seeds_not_recognised": ("of these, not recognised", "share"),
-    "unrelated_median": ("displacement by the unrelated word, median", "side"),
-    "unedited_like_original": ("unedited: likeness of structure to the original, median", "plain"),
-}  # fmt: skip
+    "stayed": ("nearest to one of the view before the edit", "share"),
+    "unrelated_asked": ("captions with the unrelated word", "count"),
+}
 
 
 # Captions are escaped; should one get through all the same, the browser runs and fetches nothing.
@@ -71,31 +56,39 @@ _NOTHING_FOREIGN = (
 )
 
 
-def write_page(verdicts: list[Verdict], report: dict[str, Any], log: list[dict[str, Any]], path: Path) -> None:
+def write_page(
+    verdicts: list[Verdict], report: dict[str, Any], log: list[dict[str, Any]], sheet: np.ndarray | None, path: Path
+) -> None:
     """Writes the page atomically.
 
     Args:
       report: of `report.build_report`.
       log: the run's `metrics.jsonl`.
+      sheet: of `sheet.draw_sheet`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, page(verdicts, report, log))
+    write_whole(path, page(verdicts, report, log, sheet))
 
 
-def page(verdicts: list[Verdict], report: dict[str, Any], log: list[dict[str, Any]]) -> str:
+def page(
+    verdicts: list[Verdict], report: dict[str, Any], log: list[dict[str, Any]], sheet: np.ndarray | None = None
+) -> str:
     """The page as HTML text."""
     passed = report["passed"]
+    open_ones = not passed and all(verdict.passed or not verdict.judged for verdict in verdicts)
+    stamp = "PASS" if passed else "NOT JUDGED" if open_ones else "FAIL"
     body = [
-        f'<header class="{_grade(passed)}"><p class="stamp">{"PASS" if passed else "FAIL"}</p>',
+        f'<header class="{"open" if open_ones else _grade(passed)}"><p class="stamp">{stamp}</p>',
         f"<h1>{_headline(verdicts)}</h1>",
         f"<p>{_text(_about(report))}</p></header>",
         '<nav class="cards">' + "".join(_card(verdict) for verdict in verdicts) + "</nav>",
         _advice(verdicts),
+        _everything(sheet, verdicts),
         *(_section(number, verdict) for number, verdict in enumerate(verdicts, start=1)),
         _training(log),
         _particulars(report),
     ]
-    title = _text(f"{'PASS' if passed else 'FAIL'}: validation of {Path(report['weights']['workdir']).name}")
+    title = _text(f"{stamp}: validation of {Path(report['weights']['workdir']).name}")
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">{_NOTHING_FOREIGN}<title>{title}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -112,10 +105,16 @@ def _grade(passed: bool) -> str:
 
 
 def _headline(verdicts: list[Verdict]) -> str:
-    failed = [verdict.title.lower() for verdict in verdicts if not verdict.passed]
-    if not failed:
-        return "The model remembers its pictures, takes the light of another, and reads its captions."
-    return f"The model does not pass: {_text(' and '.join(failed))}."
+    failed = [verdict.title.lower() for verdict in verdicts if verdict.judged and not verdict.passed]
+    if failed:
+        return f"The model does not pass: {_text(' and '.join(failed))}."
+    if unknown := [verdict.title.lower() for verdict in verdicts if not verdict.judged]:
+        return f"This set does not allow a judgement: {_text(' and '.join(unknown))}."
+    return "The model remembers its pictures, takes the light of another, and reads its captions."
+
+
+def _class(verdict: Verdict) -> str:
+    return _grade(verdict.passed) if verdict.judged else "open"
 
 
 def _about(report: dict[str, Any]) -> str:
@@ -131,8 +130,9 @@ def _about(report: dict[str, Any]) -> str:
 
 def _card(verdict: Verdict) -> str:
     return (
-        f'<a class="card {_grade(verdict.passed)}" href="#{verdict.name}"><h2>{_text(verdict.title)}</h2>'
-        f'<p class="big">{percent(verdict.value)}</p>{_gauge(verdict)}<p>{_text(verdict.statement)}</p></a>'
+        f'<a class="card {_class(verdict)}" href="#{verdict.name}"><h2>{_text(verdict.title)}</h2>'
+        f'<p class="big">{percent(verdict.value) if verdict.judged else "not judged"}</p>{_gauge(verdict)}'
+        f"<p>{_text(verdict.statement)}</p></a>"
     )
 
 
@@ -145,28 +145,43 @@ def _gauge(verdict: Verdict) -> str:
 
 def _section(number: int, verdict: Verdict) -> str:
     parts = [
-        f'<section id="{verdict.name}"><h2><span class="mark {_grade(verdict.passed)}">'
-        f"{'pass' if verdict.passed else 'fail'}</span> {number}. {_text(verdict.title)}</h2>",
+        f'<section id="{verdict.name}"><h2><span class="mark {_class(verdict)}">'
+        f"{grade(verdict).lower()}</span> {number}. {_text(verdict.title)}</h2>",
         f'<p class="question">{_text(verdict.question)}</p>',
         f"<p><strong>{_text(verdict.statement)}</strong>; needed: {percent(verdict.threshold)}.</p>",
     ]
     if verdict.reasons:
-        parts.append(_list("Why it failed", verdict.reasons))
+        parts.append(_list("Why it failed" if verdict.judged else "Why it is not judged", verdict.reasons))
     if verdict.controls:
         parts.append("<h3>Controls</h3><table>" + "".join(_control(c) for c in verdict.controls) + "</table>")
-    parts.append('<div class="beside"><div>')
-    parts.append("<h3>Numbers</h3><table>" + "".join(_numbers(verdict.numbers)) + "</table></div>")
-    if verdict.chart is not None:
-        labels = [f"{case.label}: {case.note}" for case in verdict.cases]
-        drawn = charts.scatter(verdict.chart, labels)
-        parts.append(f"<figure><figcaption>{_text(verdict.chart.title)}</figcaption>{drawn}</figure>")
-    parts.append("</div>")
-    if verdict.name == "memorisation":
-        parts.append(_wall(verdict.cases))
+    if verdict.numbers:
+        parts.append('<div class="beside"><div>')
+        parts.append("<h3>Numbers</h3><table>" + "".join(_numbers(verdict.numbers)) + "</table></div><div>")
+        if verdict.chart is not None:
+            labels = [f"{case.label}: {case.note}" for case in verdict.cases]
+            parts.append(_figure(verdict.chart.title, charts.scatter(verdict.chart, labels)))
+        if guidance := verdict.numbers.get("guidance"):
+            parts.append(_figure("Over guidance scales", charts.shares(guidance, verdict.threshold, "guidance scale")))
+        parts.append("</div></div>")
     for rank, cases in chosen_cases(verdict):
         parts.append(f"<h3>{_text(rank)}</h3>{_cases(cases)}")
     parts.append("</section>")
     return "".join(parts)
+
+
+def _figure(title: str, drawn: str) -> str:
+    return f"<figure><figcaption>{_text(title)}</figcaption>{drawn}</figure>"
+
+
+def _everything(sheet: np.ndarray | None, verdicts: list[Verdict]) -> str:
+    """All pictures of the set with all that was drawn of them; without a grid originals and drawings."""
+    if sheet is None:
+        return f"<section><h2>All pictures</h2>{_wall(verdicts[0].cases)}</section>"
+    image = _jpeg(sheet, longest=max(sheet.shape), quality=85)
+    return (
+        f'<section class="all"><h2>All pictures</h2><p>{_text(LEGEND)}</p>'
+        f'<img src="{image}" alt="photographs as rows, lights as columns"></section>'
+    )
 
 
 def _list(title: str, lines: Sequence[str]) -> str:
@@ -196,25 +211,12 @@ def _numbers(numbers: dict[str, Any]) -> list[str]:
     rows = []
     for key, value in numbers.items():
         if isinstance(value, dict):
-            rows += _calibration(value)
-        elif isinstance(value, list):
-            rows.append(_row(key.replace("_", " "), ", ".join(map(str, value))))
+            shares = ", ".join(f"{_format(part, 'plain')} {percent(share)}" for part, share in value.items())
+            rows.append(_row(key.replace("_", " "), shares))
         else:
             name, kind = NAMES.get(key, (key.replace("_", " "), "plain"))
             rows.append(_row(name, _format(value, kind)))
     return rows
-
-
-def _calibration(found: dict[str, Any]) -> list[str]:
-    if not found:
-        return [_row("calibration", "no true counterparts in this set")]
-    spread = f"{percent(found['least'])} to {percent(found['most'])}" if found["least"] is not None else "-"
-    return [
-        _row("the measure on true counterparts: pairs", str(found["true_pairs"])),
-        _row("... right way", percent(found["right_way"])),
-        _row("... displacement, median", "-" if found["median"] is None else percent(found["median"])),
-        _row("... least to most", spread),
-    ]
 
 
 def _row(name: str, value: str) -> str:
@@ -222,11 +224,11 @@ def _row(name: str, value: str) -> str:
     return f'<tr><td>{_text(name)}</td><td class="{kind}">{_text(value)}</td></tr>'
 
 
-def _format(value: float | int | None, kind: str) -> str:
-    if value is None:
-        return "-"
-    if kind in ("share", "side"):
-        return percent(value) + (" of the side" if kind == "side" else "")
+def _format(value: float | int | str | None, kind: str) -> str:
+    if value is None or isinstance(value, str):
+        return value or "-"
+    if kind == "share":
+        return percent(value)
     if kind == "count":
         return str(value)
     return f"{value:.1f} dB" if kind == "db" else f"{value:.3g}"

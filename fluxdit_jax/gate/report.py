@@ -59,10 +59,9 @@ def build_report(
 ) -> dict[str, Any]:
     """The content of `report.json`; `gate.requirement.require_report` reads it."""
     passed = all(verdict.passed for verdict in verdicts)
-    failed = [verdict.title.lower() for verdict in verdicts if not verdict.passed]
     return {
         "passed": passed,
-        "verdict": "PASS: all three tests" if passed else f"FAIL: {', '.join(failed)}",
+        "verdict": "PASS: all three tests" if passed else "; ".join(_not_passed(verdicts)),
         "advice": [dataclasses.asdict(cause) for cause in by_cause(verdicts)],
         "metrics": {verdict.name: verdict.to_json() for verdict in verdicts},
         "weights": {
@@ -103,6 +102,15 @@ def build_report(
     }
 
 
+def _not_passed(verdicts: list[Verdict]) -> list[str]:
+    """What failed, and what could not be judged."""
+    kinds = (
+        ("FAIL", [verdict for verdict in verdicts if verdict.judged and not verdict.passed]),
+        ("NOT JUDGED", [verdict for verdict in verdicts if not verdict.judged]),
+    )
+    return [f"{kind}: {', '.join(one.title.lower() for one in found)}" for kind, found in kinds if found]
+
+
 def write_json(report: dict[str, Any], path: Path) -> None:
     """Writes atomically; a number that is not finite becomes null, because JSON has none."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +119,7 @@ def write_json(report: dict[str, Any], path: Path) -> None:
 
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     if isinstance(value, (float, np.floating)):
@@ -132,26 +140,30 @@ def chosen_cases(verdict: Verdict, each: int = SHOWN) -> list[tuple[str, list[Ca
     ]
 
 
-def write_tensorboard(verdicts: list[Verdict], step: int, folder: Path) -> None:
-    """Numbers and grids under `validation/` at the step of the weights."""
+def write_tensorboard(verdicts: list[Verdict], step: int, sheet: np.ndarray | None, folder: Path) -> None:
+    """Numbers and pictures under `validation/` at the step of the weights."""
     with SummaryWriter(folder, suffix=".validation") as board:
         numbers = {"validation/passed": float(all(verdict.passed for verdict in verdicts))}
         for verdict in verdicts:
             name = f"validation/{verdict.name}"
             numbers[f"{name}/value"] = verdict.value
             for key, value in verdict.numbers.items():
-                if isinstance(value, (int, float)) and math.isfinite(value):
-                    numbers[f"{name}/{key}"] = value
+                values = value if isinstance(value, dict) else {"": value}
+                for part, number in values.items():
+                    if isinstance(number, (int, float)) and math.isfinite(number):
+                        numbers[f"{name}/{key}{'/' if part else ''}{part}"] = number
             rows, titles = [], []
             for rank, cases in chosen_cases(verdict):
                 rows += [[image for _, image in case.pictures] for case in cases]
                 titles += [f"{rank}: {case.label}" for case in cases]
             if rows:
-                sheet = image_grid.grid(
+                drawn = image_grid.grid(
                     rows, column_titles=[title for title, _ in verdict.cases[0].pictures], row_titles=titles
                 )
-                board.image(step, name, np.asarray(sheet))
+                board.image(step, name, np.asarray(drawn))
             board.text(step, name, "\n\n".join([verdict.statement, *verdict.reasons]))
+        if sheet is not None:
+            board.image(step, "validation/all", sheet)
         for cause in by_cause(verdicts):
             name = f"validation/advice: {cause.name}"
             board.text(step, name, "\n\n".join([", ".join(cause.tests), *cause.lines]))

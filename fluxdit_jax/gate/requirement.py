@@ -108,8 +108,13 @@ def require_report(path: str | Path | None, config: ModelConfig, manifest: Manif
 def _differences(report: dict[str, Any], config: ModelConfig, manifest: Manifest) -> list[str]:
     problems = []
     if not report["passed"]:
-        failed = [name for name, metric in report["metrics"].items() if not metric["passed"]]
-        problems.append(f"that run failed its validation ({shown(', '.join(failed))})")
+        missed = {name: metric for name, metric in report["metrics"].items() if not metric["passed"]}
+        kinds = (("failed its validation", True), ("was measured on a set that does not allow all tests", False))
+        for what, judged in kinds:
+            if names := [name for name, metric in missed.items() if metric.get("judged", True) is judged]:
+                problems.append(f"that run {what} ({shown(', '.join(names))})")
+        if not missed:
+            problems.append("that run did not pass its validation")
     theirs = report["model"]["family"]
     for key, value in family(config).items():
         if theirs.get(key) != value:
@@ -172,7 +177,7 @@ def report_pictures(report: dict[str, Any], manifest: Manifest) -> None:
         log.warning(
             "config.gate.report: the gate was passed on the drawn portraits of `preprocess demo` (%s). That shows that "
             "the program works; it says nothing of your pictures, captions and vectors. Before a long run, pass it on "
-            "about 100 of your own: `python -m preprocess subset --input DATASET --output DIR --count 100 --square`, "
-            "`build`, then train configs/nano.py on it and validate",
+            "your own: `python -m preprocess subset --input DATASET --output DIR`, `build`, then train configs/nano.py "
+            "on it and validate",
             path,
         )

@@ -12,6 +12,7 @@ header { padding: 44px 0 16px; }
 header p { color: var(--soft); max-width: 80ch; overflow-wrap: anywhere; }
 header .stamp { display: inline-block; margin: 0; padding: 2px 18px; border: 3px solid; border-radius: 8px;
   font-size: 30px; font-weight: 800; letter-spacing: .12em; transform: rotate(-2deg); }
+header.open .stamp { color: var(--soft); }
 header.good .stamp { color: var(--good); }
 header.bad .stamp { color: var(--bad); }
 h1 { font-size: 30px; line-height: 1.25; margin: 18px 0 8px; }
@@ -22,6 +23,7 @@ h3 { margin: 22px 0 8px; font-size: 15px; color: var(--soft); text-transform: up
 .card, section { background: var(--sheet); border: 1px solid var(--line); border-radius: 12px;
   padding: 18px 22px; }
 .card { color: inherit; text-decoration: none; border-top: 5px solid; }
+.card.open { border-top-color: var(--soft); }
 .card.good { border-top-color: var(--good); }
 .card.bad { border-top-color: var(--bad); }
 .card h2 { font-size: 17px; }
@@ -36,6 +38,7 @@ section { margin-top: 22px; padding: 24px 26px; }
 .gauge b { position: absolute; top: -4px; bottom: -4px; width: 2px; background: var(--ink); }
 .mark { font-size: 12px; font-weight: 700; text-transform: uppercase; letter-spacing: .06em;
   padding: 2px 8px; border-radius: 6px; color: #fff; vertical-align: middle; }
+.mark.open { background: #6a707a; }
 .mark.good { background: #1d7f4e; }
 .mark.bad { background: #c0392b; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
@@ -59,6 +62,7 @@ article p { margin: 6px 0 0; font-size: 13px; line-height: 1.4; }
 .row { display: flex; gap: 8px; align-items: flex-end; }
 .row figure { flex: 0 1 128px; }
 .row img { width: 100%; border-radius: 4px; display: block; }
+.all img { width: 100%; max-width: 1150px; display: block; border-radius: 6px; }
 .wall { display: grid; grid-template-columns: 1fr 1fr; gap: 14px; }
 .wall img { width: 100%; border-radius: 6px; display: block; }
 .why li { margin: 4px 0; }

@@ -1,193 +1,164 @@
-"""Test 2, vision swap: the caption of A with the vector of B must give A's composition in B's light."""
+"""Test 2, vision swap: the caption of A with the vector of another photograph under light k gives A under light k."""
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-from typing import Any
+import itertools
 
 import numpy as np
 
-from fluxdit_jax.gate import image_metrics
-from fluxdit_jax.gate.album import Album
-from fluxdit_jax.gate.painter import Draw, Wanted
-from fluxdit_jax.gate.pairing import swap_pairs
-from fluxdit_jax.gate.verdict import Case, Chart, Control, Verdict, failed_controls, percent
+from fluxdit_jax.gate.eval_set import EvalSet
+from fluxdit_jax.gate.retrieval import Library
+from fluxdit_jax.gate.sampler import Draw, Request
+from fluxdit_jax.gate.verdict import Case, Control, Verdict, failed_controls, not_judged, percent
 
 PASSING = 0.80  # share of the pairs
 MIN_PAIRS = 50  # pairs
-CONTROLLED = 30  # pairs that are drawn again for each control
-OWN = 0.80  # share of them that must take B's structure with B's caption
-RANDOM = 0.65  # ... that must be farther from B's tone with a random vector; some random light is B's by chance
+CONTROLLED = 30  # pairs that are drawn again with a random vector
+CURVE = (1.5, 3.0, 5.0)  # guidance scales
+ON_CURVE = 20  # pairs that are drawn again for each of them
+TITLE = ("vision_swap", "Vision swap")
+QUESTION = (
+    "Does the caption of one photograph with the vector of another give the first one's composition in the second "
+    "one's light?"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Records: the caption, size and noise are those of `a`, the vector is that of `b`, `answer` is what is right."""
+
+    a: int
+    b: int
+    answer: int
+
+
+def pairs(eval_set: EvalSet, wanted: int) -> list[Pair]:
+    """Up to `wanted` pairs: lights in turn, and under each light every photograph and view before one comes again.
+
+    `a` is under another light than the answer, where there is one, and `b` shows another photograph. Deterministic.
+    """
+    rng = np.random.default_rng([eval_set.seed, 1])
+    by_light = []
+    for light in eval_set.lights:
+        under = [(row, index) for row in eval_set.rows if (index := eval_set.at(row, light)) is not None]
+        questions = []
+        for row, answer in under:
+            others = [index for other, index in under if other[0] != row[0]]
+            starts = [i for name in eval_set.lights if name != light and (i := eval_set.at(row, name)) is not None]
+            if starts:
+                questions.append([Pair(starts[rng.integers(len(starts))], b, answer) for b in rng.permutation(others)])
+        # the first partner of every row, then the second of every row, ...
+        rounds = itertools.zip_longest(*(questions[k] for k in rng.permutation(len(questions))))
+        by_light.append([pair for turn in rounds for pair in turn if pair is not None])
+    turns = itertools.zip_longest(*by_light)
+    found = [pair for turn in turns for pair in turn if pair is not None]
+    return [Pair(int(p.a), int(p.b), int(p.answer)) for p in found[:wanted]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Swap:
-    """The plan. For pair k = (A, B), always with A's noise and size: `swapped[k]` has A's caption and B's vector.
+    """The plan: `swapped[k]` is pair k, `random` the first ones with random unit vectors, `guided` with guidance."""
 
-    The controls are drawn for the first pairs only: `own[k]` has B's caption as well, `random[k]` A's caption and
-    a random unit vector.
-    """
-
-    album: Album
-    pairs: list[tuple[int, int]]
-    swapped: list[Wanted]
-    own: list[Wanted]
-    random: list[Wanted]
+    eval_set: EvalSet
+    pairs: list[Pair]
+    possible: int
+    swapped: list[Request]
+    random: list[Request]
+    guided: dict[float, list[Request]]
 
     @classmethod
-    def plan(cls, album: Album, pairs: int) -> Swap:
-        chosen = swap_pairs(album, pairs)
-        rng = np.random.default_rng([album.seed, 2])
-        vectors = rng.normal(size=(CONTROLLED, len(album.records[0].vision)))
+    def plan(cls, eval_set: EvalSet, wanted: int) -> Swap:
+        """
+        Args:
+          wanted: pairs at most.
+        """
+        possible = len(pairs(eval_set, MIN_PAIRS))
+        chosen = pairs(eval_set, wanted) if possible >= MIN_PAIRS else []
+        rng = np.random.default_rng([eval_set.seed, 2])
+        vectors = rng.normal(size=(CONTROLLED, len(eval_set.records[0].vision)))
         vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
-        # The pairs of the first derangement come first: for them `own` is what test 1 drew as its shuffle.
         return cls(
-            album,
+            eval_set,
             chosen,
-            [album.wanted(a, b, a) for a, b in chosen],
-            [album.wanted(b, b, a) for a, b in chosen[:CONTROLLED]],
-            [album.wanted(a, b, a, vision=v) for (a, b), v in zip(chosen, vectors)],
+            possible,
+            [eval_set.request(p.a, p.b) for p in chosen],
+            [eval_set.request(p.a, p.b, vision=v) for p, v in zip(chosen, vectors)],
+            {scale: [eval_set.request(p.a, p.b, guidance=scale) for p in chosen[:ON_CURVE]] for scale in CURVE},
         )
 
-    def wanted(self) -> list[Wanted]:
-        return [*self.swapped, *self.own, *self.random]
+    def requests(self) -> list[Request]:
+        return [*self.swapped, *self.random, *(one for asked in self.guided.values() for one in asked)]
 
-    def measure(self, draw: Draw) -> Verdict:
-        if not self.pairs:
-            return _nothing_to_swap()
-        album = self.album
-        a, b = np.array(self.pairs).T
-        swapped, own, random = draw(self.swapped), draw(self.own), draw(self.random)
-
-        structure = image_metrics.structures(swapped)
-        structure_a = (structure * album.structures[a]).sum(1)
-        structure_b = (structure * album.structures[b]).sum(1)
-        tone = image_metrics.tones(swapped)
-        tone_a = np.linalg.norm(tone - album.tones[a], axis=1)
-        tone_b = np.linalg.norm(tone - album.tones[b], axis=1)
-        keeps, takes = structure_a > structure_b, tone_b < tone_a
-        passing = keeps & takes
-
-        few = len(own)
-        own_structure = image_metrics.structures(own)
-        own_is_b = (own_structure * (album.structures[b[:few]] - album.structures[a[:few]])).sum(1) > 0
-        random_b = np.linalg.norm(image_metrics.tones(random) - album.tones[b[:few]], axis=1)
+    def measure(self, draw: Draw, library: Library) -> Verdict:
+        eval_set = self.eval_set
+        if self.possible < MIN_PAIRS:
+            lights, photographs = len(eval_set.lights), len({photograph for photograph, _ in eval_set.rows})
+            why = (
+                f"which is a grid of {photographs} photographs under {lights} lights with {self.possible} pairs of "
+                f"{MIN_PAIRS}"
+                if eval_set.rows
+                else "which is no grid of photographs and lights"
+            )
+            return not_judged(*TITLE, QUESTION, PASSING, why)
+        answers = [pair.answer for pair in self.pairs]
+        swapped = draw(self.swapped)
+        found = library.retrieve(swapped, answers)
+        random = library.retrieve(draw(self.random), answers[: len(self.random)])
+        chance = 1 / len(eval_set.lights)
         controls = (
             Control(
-                "B's caption with B's vector, A's noise",
-                "the structure must now be B's: it is the caption that decides it, not the noise",
-                float(own_is_b.mean()),
-                OWN,
-                at_most=False,
-            ),
-            Control(
                 "A's caption with a random vector",
-                "its tone must be farther from B's than the swapped picture's: it is B's vector that brings B's light",
-                float((random_b > tone_b[:few]).mean()),
-                RANDOM,
-                at_most=False,
+                "the picture must rarely be the answer: it is B's vector that brings the light, which is right by "
+                f"chance in {percent(chance)}",
+                random.share,
+                chance + 3 * float(np.sqrt(chance * (1 - chance) / max(1, len(self.random)))),
+                at_most=True,
             ),
         )
-        captions = collections.Counter(record.caption for record in album.records)
-        answers = [album.true_answer(album.caption(i), j) for i, j in self.pairs]
-        numbers = {
-            "pairs": len(self.pairs),
-            "shared_captions": float(np.mean([captions[record.caption] > 1 for record in album.records])),
-            "passing": float(passing.mean()),
-            "structure_of_a": float(keeps.mean()),
-            "tone_of_b": float(takes.mean()),
-            "structure_to_a_median": float(np.median(structure_a)),
-            "structure_to_b_median": float(np.median(structure_b)),
-            "tone_to_a_median": float(np.median(tone_a)),
-            "tone_to_b_median": float(np.median(tone_b)),
-            **self._against_the_truth(swapped, answers),
-        }
+        few = answers[:ON_CURVE]
+        curve = {1.0: float(found.hit[: len(few)].mean())}
+        curve |= {scale: library.retrieve(draw(asked), few).share for scale, asked in self.guided.items()}
         reasons = []
         if len(self.pairs) < MIN_PAIRS:
             reasons.append(f"only {len(self.pairs)} pairs; at least {MIN_PAIRS} are needed to judge")
-        if passing.mean() < PASSING:
+        if found.share < PASSING:
             reasons.append(
-                f"{percent(passing.mean())} of the pairs pass, {percent(PASSING)} are needed: {percent(keeps.mean())} "
-                f"keep A's structure, {percent(takes.mean())} take B's tone"
+                f"{percent(found.share)} of the pairs give the answer, {percent(PASSING)} are needed: "
+                f"{percent(found.share_alike('row') or 0)} A's photograph and view, "
+                f"{percent(found.share_alike('light') or 0)} B's light"
             )
         reasons += failed_controls(controls)
-        gain = (tone_a - tone_b) / np.maximum(np.linalg.norm(album.tones[a] - album.tones[b], axis=1), 1e-6)
-        margin = structure_a - structure_b
         return Verdict(
-            name="vision_swap",
-            title="Vision swap",
-            question="Does the caption of one picture with the vector of another give the first one's composition in "
-            "the second one's light?",
-            value=float(passing.mean()),
+            name=TITLE[0],
+            title=TITLE[1],
+            question=QUESTION,
+            value=found.share,
             threshold=PASSING,
-            statement=f"{int(passing.sum())} of {len(self.pairs)} pairs keep A's composition and take B's light",
-            numbers=numbers,
+            statement=f"{int(found.hit.sum())} of {len(self.pairs)} pairs give A's photograph under B's light "
+            f"(chance {percent(1 / len(eval_set))})",
+            numbers=found.numbers() | {"by_light": self._by_light(found.hit), "guidance": curve},
             controls=controls,
             reasons=tuple(reasons),
-            cases=tuple(
-                self._case(k, swapped[k], answers[k], margin[k], gain[k], passing[k]) for k in range(len(self.pairs))
-            ),
-            chart=Chart(
-                "Every pair: whose composition, whose light?",
-                "tone: nearer to A  |  nearer to B",
-                "structure: nearer to B  |  nearer to A",
-                tuple(float(v) for v in gain),
-                tuple(float(v) for v in margin),
-                tuple(bool(v) for v in passing),
-                (0.0,),
-                (0.0,),
-            ),
-        )
+            cases=tuple(self._case(k, swapped[k], bool(found.hit[k]), found.note(k), found.margin[k])
+                        for k in range(len(self.pairs))),
+            chart=found.chart(),
+        )  # fmt: skip
 
-    def _against_the_truth(self, swapped: list[np.ndarray], answers: list[int | None]) -> dict[str, Any]:
-        """Where the one right picture is in the set: what the measure says of it, and how near the swaps come to it."""
-        known = [k for k, answer in enumerate(answers) if answer is not None]
-        if not known:
-            return {"true_answers_known": 0}
-        album = self.album
-        right = np.array([answers[k] for k in known])
-        a, b = np.array([self.pairs[k] for k in known]).T
-        nearest = album.nearest([swapped[k] for k in known])
-        errors = [
-            image_metrics.psnr(album.truths[answer], swapped[k])
-            for k, answer in zip(known, right)
-            if album.truths[answer].shape == swapped[k].shape
-        ]
-        keeps = (album.structures[right] * (album.structures[a] - album.structures[b])).sum(1) > 0
-        to_a, to_b = (np.linalg.norm(album.tones[right] - album.tones[other], axis=1) for other in (a, b))
-        return {
-            "true_answers_known": len(known),
-            "true_answers_passing": float((keeps & (to_b < to_a)).mean()),
-            "exactly_the_true_answer": float((nearest == right).mean()),
-            "psnr_to_the_true_answer_median_db": float(np.median(errors)) if errors else None,
-        }
+    def _by_light(self, hit: np.ndarray) -> dict[str, float]:
+        """Share of the pairs of each light that give the answer."""
+        places = [self.eval_set.places[pair.answer] for pair in self.pairs]
+        lights = np.array([place.light for place in places if place is not None])
+        return {light: float(hit[lights == light].mean()) for light in self.eval_set.lights if (lights == light).any()}
 
-    def _case(self, k: int, image: np.ndarray, answer: int | None, margin: float, gain: float, passed: bool) -> Case:
-        (a, b), album = self.pairs[k], self.album
-        shown = [("A: caption", album.truths[a]), ("B: vector", album.truths[b]), ("swapped", image)]
-        if answer is not None:
-            shown.append(("the truth", album.truths[answer]))
+    def _case(self, k: int, image: np.ndarray, hit: bool, note: str, margin: float) -> Case:
+        pair, eval_set = self.pairs[k], self.eval_set
+        shown = (("A: caption", pair.a), ("B: vector", pair.b), ("the answer", pair.answer))
         return Case(
-            f"{album.caption(a)} | in the light of: {album.caption(b)}",
-            f"structure {margin:+.2f} towards A, tone {gain:+.2f} towards B",
-            float(min(margin, gain)),
-            bool(passed),
-            tuple(shown),
+            f"{eval_set.caption(pair.a)} | in the light of: {eval_set.caption(pair.b)}",
+            note,
+            float(margin),
+            hit,
+            (*((title, eval_set.truths[index]) for title, index in shown), ("drawn", image)),
+            pair.answer,
         )
-
-
-def _nothing_to_swap() -> Verdict:
-    return Verdict(
-        name="vision_swap",
-        title="Vision swap",
-        question="Does the caption of one picture with the vector of another give the first one's composition in the "
-        "second one's light?",
-        value=0.0,
-        threshold=PASSING,
-        statement="no two pictures differ in caption and clearly in tone",
-        numbers={"pairs": 0},
-        controls=(),
-        reasons=("no two pictures of the set differ in caption and clearly in tone: nothing can be swapped",),
-        cases=(),
-    )

@@ -16,7 +16,6 @@ class Control:
       name: what was done instead.
       meaning: what it shows.
       value, bound: the measurement, and what it must be at least, or at most if `at_most`.
-      unit: "share" or "width" (both are shown in percent).
     """
 
     name: str
@@ -24,7 +23,6 @@ class Control:
     value: float
     bound: float
     at_most: bool
-    unit: str = "share"
 
     @property
     def passed(self) -> bool:
@@ -44,6 +42,7 @@ class Case:
       score: cases are ranked by it, the best highest.
       passed: whether it counts for the test.
       pictures: titles and uint8 [H, W, 3].
+      answer: index of the picture of the set that is right.
     """
 
     label: str
@@ -51,6 +50,12 @@ class Case:
     score: float
     passed: bool
     pictures: tuple[tuple[str, np.ndarray], ...]
+    answer: int = -1
+
+    @property
+    def drawn(self) -> np.ndarray:
+        """The picture that was judged: the last of `pictures`."""
+        return self.pictures[-1][1]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,6 +88,7 @@ class Verdict:
     reasons: why it failed, in words; empty if it passed.
     advice: where to look first, in words, if it failed. causes: the cause that each of these speaks of.
     cases, chart: for the page.
+    judged: False if the set does not allow the test; it has not passed then, and `reasons` says why.
     """
 
     name: str
@@ -98,6 +104,7 @@ class Verdict:
     chart: Chart | None = None
     advice: tuple[str, ...] = ()
     causes: tuple[str, ...] = ()
+    judged: bool = True
 
     @property
     def passed(self) -> bool:
@@ -107,6 +114,7 @@ class Verdict:
         """Everything but the pictures."""
         return {
             "passed": self.passed,
+            "judged": self.judged,
             "value": self.value,
             "threshold": self.threshold,
             "statement": self.statement,
@@ -119,6 +127,31 @@ class Verdict:
                 for case in self.cases
             ],
         }
+
+
+MAKE_ONE = "make one with `python -m preprocess subset`"
+
+
+def not_judged(name: str, title: str, question: str, threshold: float, why: str) -> Verdict:
+    """Of a test that this set does not allow."""
+    return Verdict(
+        name=name,
+        title=title,
+        question=question,
+        value=0.0,
+        threshold=threshold,
+        statement=f"cannot be judged on this set: {MAKE_ONE}",
+        numbers={},
+        controls=(),
+        reasons=(f"cannot be judged on this set, {why}: {MAKE_ONE}",),
+        cases=(),
+        judged=False,
+    )
+
+
+def grade(verdict: Verdict) -> str:
+    """ "pass", "FAIL" or "not judged"."""
+    return "pass" if verdict.passed else "FAIL" if verdict.judged else "not judged"
 
 
 def percent(share: float) -> str:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from fluxdit_jax.dataset.fields import CAPTION, DECLARED, GRID, Field
-from fluxdit_jax.dataset.manifest import MANIFEST, REJECTS, EncoderIdentity, Manifest
+from fluxdit_jax.dataset.grid import INPUT_GRID, read_grid
+from fluxdit_jax.dataset.manifest import MANIFEST, REJECTS, DatasetError, EncoderIdentity, Manifest
 from fluxdit_jax.shared.host_memory import keep_freed_memory
 from preprocess import PreprocessError
 from preprocess.build import comparison, repeat
@@ -193,13 +194,17 @@ def _list(options: Options, output: Path) -> tuple[Scan, list[Folder]]:
 
 
 def _plan(options: Options, listing: Scan, precomputed: list[Folder], journal: Journal, keep: bool = True) -> Plan:
+    try:
+        grid = read_grid(listing.root / INPUT_GRID)
+    except DatasetError as error:
+        raise PreprocessError(str(error)) from error
     with journal.bar(len(listing.found[: options.limit or None]), "plan") as bar:
         try:
             plan = make_plan(listing, options, precomputed, bar.update)
         except NothingToBuild as error:
             kept = _keep(Path(options.output), error.rejects) if keep else ""
             raise PreprocessError(f"{error}{kept}") from error
-    return plan
+    return dataclasses.replace(plan, grid=grid)
 
 
 def _keep(output: Path, rejects: list[Reject]) -> str:

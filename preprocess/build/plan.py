@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from fluxdit_jax.dataset.fields import CAPTION, FILE, IMAGE, LATENT, field_named, ordered
+from fluxdit_jax.dataset.grid import Grid
 from fluxdit_jax.dataset.manifest import SPLITS, EncoderIdentity, json_checksum
 from fluxdit_jax.dataset.records import WRITER_OPTIONS
 from preprocess import PreprocessError
@@ -157,6 +158,7 @@ class Plan:
       passed_over: captions that were not taken because another one was, counted by reason.
       wrong_extension: images whose extension names another format than they have.
       bytes_read: of images.
+      grid: of a gate set, by key; empty of other inputs.
     """
 
     options: Options
@@ -167,6 +169,7 @@ class Plan:
     passed_over: collections.Counter[str]
     wrong_extension: int
     bytes_read: int
+    grid: Grid = dataclasses.field(default_factory=dict)
 
 
 def make_plan(

@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from fluxdit_jax.dataset import records
+from fluxdit_jax.dataset.grid import GRID_FILE, write_grid
 from fluxdit_jax.dataset.manifest import (
     INDEX,
     MANIFEST,
@@ -88,6 +89,10 @@ def publish(
         index = pa.concat_tables([_index_part(info, table) for info, table, _ in placed]).cast(schema)
         Rows(index, [info for info, _, _ in placed], rejects_sha256).save(next_folder / INDEX)
         save_options(next_folder / OPTIONS_FILE, plan.options)
+        keys = set(index["key"].to_pylist())
+        grid = {key: place for key, place in plan.grid.items() if key in keys}
+        if grid:
+            write_grid(next_folder / GRID_FILE, grid)
         write_whole(next_folder / MANIFEST, manifest.to_json())
     moves = [(info.uid, old, info.file) for info, _, old in placed if info.records]
     if all(old == new for _, old, new in moves) and _same(directory, next_folder):
@@ -95,7 +100,7 @@ def publish(
         return manifest, False
     with disk_errors(work / _COMMIT):
         keep = {old: uid for uid, old, _ in moves if old}
-        commit = {"phase": 1, "keep": keep, "place": {uid: new for uid, _, new in moves}}
+        commit = {"phase": 1, "keep": keep, "place": {uid: new for uid, _, new in moves}, "grid": bool(grid)}
         write_whole(work / _COMMIT, _to_json(commit))
     roll_forward(directory)
     return manifest, True
@@ -194,6 +199,8 @@ def _same(directory: Path, next_folder: Path) -> bool:
                 return False
         except FileNotFoundError:
             return False
+    if (directory / GRID_FILE).exists() != (next_folder / GRID_FILE).exists():
+        return False
     return all((directory / name).exists() for name in ("dataset_info.json", "features.json"))
 
 
@@ -247,7 +254,9 @@ def roll_forward(directory: Path) -> bool:
         manifest_path = next_folder if (next_folder / MANIFEST).exists() else directory
         manifest = load_manifest(manifest_path)
         write_tfds_metadata(directory, manifest)
-        for name in (INDEX, REJECTS, OPTIONS_FILE, MANIFEST):  # the manifest last
+        if not commit.get("grid", True):
+            (directory / GRID_FILE).unlink(missing_ok=True)
+        for name in (INDEX, REJECTS, OPTIONS_FILE, GRID_FILE, MANIFEST):  # the manifest last
             if (next_folder / name).exists():
                 (next_folder / name).replace(directory / name)
         sync_folder(directory)

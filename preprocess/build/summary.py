@@ -50,9 +50,11 @@ def report_plan(journal: Journal, plan: Plan, listing: Scan, beyond: Set[str] = 
         )
     if plan.wrong_extension:
         journal.say(f"  {plan.wrong_extension:,} images have another format than their extension says; read by content")
-    repeated = advice.repeated_captions(item.caption for item in plan.items)
-    for line in repeated:
-        journal.say(line)
+    if plan.grid:
+        journal.say(f"  a gate set: {len({place.photograph for place in plan.grid.values()})} photographs in a grid")
+    else:
+        for line in advice.repeated_captions(item.caption for item in plan.items):
+            journal.say(line)
     advice.report_bends(plan, journal.say)
     enlarged = advice.report_enlarged(plan, journal.say)
     journal.event(
@@ -162,7 +164,7 @@ def next_steps(output: Path, manifest: Manifest) -> list[str]:
     data, run = shlex.quote(str(output)), shlex.quote(f"runs/{name}")
     images = sum(manifest.records(split) for split in manifest.shards)
     lines = [f"Look at it:  python -m preprocess inspect {data}"]
-    few = " --allow-fewer" if images < 200 else ""
+    few = " --allow-fewer" if images < 20 else ""
     if any(encoder.id.startswith("builtin:") for encoder in manifest.encoders.values()):
         return [*lines, f"Train on it: {train_command('demo', data, run)}"]
     if images <= _GATE_SET and "holdout" not in manifest.shards:
@@ -172,12 +174,12 @@ def next_steps(output: Path, manifest: Manifest) -> list[str]:
             f"Then:        python -m fluxdit_jax.validate --workdir={run}",
         ]
     gate = whole.with_name(f"{name}-gate")
-    count, side = min(100, max(2, images // 2)), min(512, manifest.resolution // TOKEN_SIDE * TOKEN_SIDE)
+    side = min(512, manifest.resolution // TOKEN_SIDE * TOKEN_SIDE)
     report = shlex.quote(f"runs/{gate.name}/validation/report.json")
     return [
         *lines,
         f"First the gate, which ends with its own commands: python -m preprocess subset --input {data} --output "
-        f"{shlex.quote(str(gate))} --count {count} --resolution {side} --square{few}",
+        f"{shlex.quote(str(gate))} --resolution {side} --square{few}",
         f"Then train on it: {train_command('prod', data, run)} --config.gate.report={report}",
     ]
 

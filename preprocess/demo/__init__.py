@@ -18,6 +18,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from fluxdit_jax.dataset.grid import INPUT_GRID, Place, write_grid
 from preprocess.demo.cast import COMPOSITIONS, LIGHTS, Composition
 from preprocess.demo.portrait import compose
 
@@ -26,6 +27,7 @@ def draw_dataset(output: Path, progress: bool = True, compositions: Sequence[Com
     """Writes the set into `output` as `cNN_lM.png` with `cNN_lM.json` beside it; returns its number of images.
 
     The JSON has `caption`, and as ground truth `composition`, `character`, `looking`, `lighting` and `light`.
+    Where each stands in the grid is in `.grid.json`.
     The same code writes the same bytes. What is there already and was drawn by this code is kept.
 
     Args:
@@ -62,6 +64,14 @@ def draw_dataset(output: Path, progress: bool = True, compositions: Sequence[Com
                 truth = _truth(composition, lighting, buffer.getvalue())
                 _write(image.with_suffix(".json"), (json.dumps(truth, indent=1) + "\n").encode())
                 bar.update()
+    write_grid(
+        output / INPUT_GRID,
+        {
+            f"{c.name}_l{m}.png": Place(c.character.name, c.looking, light.name)
+            for c in compositions
+            for m, light in enumerate(LIGHTS)
+        },
+    )
     return total
 
 

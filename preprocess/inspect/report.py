@@ -12,12 +12,14 @@ import numpy as np
 import pyarrow as pa
 
 from fluxdit_jax.dataset import records
+from fluxdit_jax.dataset.grid import GRID_FILE, read_grid
 from fluxdit_jax.dataset.manifest import INDEX, REJECTS, SPLITS, DatasetError, Manifest, load_manifest
 from fluxdit_jax.dataset.records import Record
 from fluxdit_jax.shared.sanitize import shown
 from preprocess import buckets
 from preprocess.build import advice
 from preprocess.build.units import Rows, read_rows
+from preprocess.inspect import separation
 
 SAMPLED = 256  # records behind the histograms
 
@@ -76,8 +78,9 @@ def inspect(directory: str | Path, output: str | Path | None = None, cells: int 
       DatasetError: it is not a finished dataset, or a record is damaged.
     """
     dataset = Dataset.load(directory)
-    for part in (_overview, _bucket_lines, _text_lines, _latent_lines, _reject_lines):
-        print("\n".join(map(shown, part(dataset))), end="\n\n")
+    for part in (_overview, _bucket_lines, _text_lines, _latent_lines, _reject_lines, _grid_lines):
+        if lines := part(dataset):
+            print("\n".join(map(shown, lines)), end="\n\n")
     from preprocess.inspect import plots
 
     folder = Path(output) if output else dataset.directory / "inspect"
@@ -193,6 +196,27 @@ def _reject_lines(dataset: Dataset) -> list[str]:
     return [
         f"rejects: {len(counted):,}{also}, in {dataset.directory / REJECTS}",
         *(f"  {count:7,}  {reason}" for reason, count in reasons.most_common()),
+    ]
+
+
+def _grid_lines(dataset: Dataset) -> list[str]:
+    """Of a gate set: whether it can be learned; nothing of other datasets."""
+    grid = read_grid(dataset.directory / GRID_FILE)
+    if not grid:
+        return []
+    keys = dataset.index["key"].to_pylist()
+    position = {key: row for row, key in enumerate(keys)}
+    rows = [position[key] for key in grid if key in position]
+    records_there = [dataset.record(row) for row in rows]
+    places = [grid[keys[row]] for row in rows]
+    photographs, views, lights = (len({getattr(p, name) for p in places}) for name in ("photograph", "view", "light"))
+    seen = separation.separate_lights(np.array([record.vision for record in records_there]), places)
+    apart = separation.separate_latents([record.latent for record in records_there], dataset.manifest.latent_std)
+    return [
+        f"gate set: {len(rows)} of {len(keys)} records are in a grid of {photographs} photographs, {views} views, "
+        f"{lights} lights",
+        *(f"  {line}" for line in separation.light_lines(seen, dataset.manifest.vision.id)),
+        *(f"  {line}" for line in separation.latent_lines(apart, [keys[row] for row in rows])),
     ]
 
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 from array_record.python import array_record_module
 
 from fluxdit_jax.dataset import records
+from fluxdit_jax.dataset.grid import GRID_FILE, read_grid
 from fluxdit_jax.dataset.manifest import (
     INDEX,
     MANIFEST,
@@ -121,6 +122,10 @@ def _check_metadata(directory: Path, manifest: Manifest, rejects_sha256: str) ->
                 findings.append(Finding(name, WHOLE, "is missing"))
             elif (directory / name).read_bytes() != (Path(folder) / name).read_bytes():
                 findings.append(Finding(name, WHOLE, "is not what the manifest calls for"))
+    try:
+        read_grid(directory / GRID_FILE)
+    except DatasetError as error:
+        findings.append(Finding(GRID_FILE, WHOLE, str(error)))
     rejects = directory / REJECTS
     if not rejects.is_file():
         findings.append(Finding(REJECTS, WHOLE, "is missing"))

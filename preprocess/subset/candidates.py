@@ -1,42 +1,31 @@
-"""Who may be in a small set: every usable picture of an input, with what is known of its pose and its light.
-
-Of a dataset the captions, text features and vision vectors come from its records, and the pictures from the folder that
-it was built from. Of a folder everything is computed. A picture with several captions is judged by its first.
-"""
+"""The photographs that a gate set may be made of: every usable picture of an input, and how its variants look."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pyarrow.compute as pc
 from PIL import Image
 
-from fluxdit_jax.dataset import records
-from fluxdit_jax.dataset.manifest import MANIFEST, DatasetError, EncoderIdentity
-from fluxdit_jax.shared.atomic_files import replacing
-from fluxdit_jax.shared.edit_rules import DEFAULT_RULES, EditError, Rule
+from fluxdit_jax.dataset.manifest import MANIFEST
 from preprocess import PreprocessError
 from preprocess.buckets import TOKEN_SIDE, Size
 from preprocess.build.journal import Journal
 from preprocess.build.options import Options
-from preprocess.build.plan import MAX_FILE_BYTES, Item, digest, make_plan
+from preprocess.build.plan import MAX_FILE_BYTES, Item, make_plan
 from preprocess.build.publish import load_options
-from preprocess.build.units import read_rows
 from preprocess.decoding.images import Rejected, decode
-from preprocess.encoders import load_all, load_text_encoder, load_vision_encoder
-from preprocess.input.findings import InputImage, Reject, Scan
+from preprocess.input.findings import Reject, Scan
 from preprocess.input.scan import scan
 from preprocess.inspect.report import Dataset
-from preprocess.subset.choice import THUMBNAIL, Candidates, side_of
+from preprocess.subset.lights import LIGHTS, Light, lit
+from preprocess.subset.views import MIRRORED, ORIGINAL, USUAL, Edit, captions_of_views, mirrored
 
-TONE = "builtin:tone"
-_CHUNK = 64  # pictures decoded before the encoder sees them
+THUMBNAIL = 32  # side, pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +34,14 @@ class SubsetOptions:
 
     input: str
     output: str
-    count: int = 100
+    count: int = 10
+    lights: int = 5
+    mirror: bool = True
     resolution: int = 512
     square: bool = False
     images: str = ""
-    text_encoder: str = "builtin:hash"
-    vision_encoder: str = TONE
+    vision_encoder: str = ""
     edit: tuple[str, ...] = ()
-    light_share: float = 0.25
     candidates: int = 4000
     allow_fewer: bool = False
     caption_field: str = ""
@@ -63,27 +52,60 @@ class SubsetOptions:
     def checked(self) -> SubsetOptions:
         """These options; raises `PreprocessError` naming the one that is impossible."""
         for name, value, low, high in (
-            ("count", self.count, 2, 10_000),
-            ("light-share", self.light_share, 0.0, 1.0),
+            ("count", self.count, 1, 10_000),
+            ("lights", self.lights, 1, len(LIGHTS)),
             ("candidates", self.candidates, self.count, 10_000),  # their distances: 800 MB
         ):
             if not low <= value <= high:
                 raise PreprocessError(f"--{name} must be from {low} to {high}, got {value}")
         if self.square and (self.resolution < TOKEN_SIDE or self.resolution % TOKEN_SIDE):
             raise PreprocessError(f"--square --resolution must be a multiple of {TOKEN_SIDE}, got {self.resolution}")
-        self.rules()
+        self.edits()
         return self
 
-    def rules(self) -> tuple[Rule, ...]:
-        """Of the gate's text edit, as `validate --edit` will read them."""
-        try:
-            return tuple(Rule.parse(text) for text in self.edit) or DEFAULT_RULES
-        except EditError as error:
-            raise PreprocessError(str(error)) from error
+    def edits(self) -> tuple[Edit, ...]:
+        return tuple(Edit.parse(text) for text in self.edit) or (USUAL,)
 
     def target(self, item: Item) -> Size:
         """(height, width) that a picture is resized to, pixels."""
         return (self.resolution, self.resolution) if self.square else item.bucket
+
+    @property
+    def variants(self) -> tuple[tuple[str, Light], ...]:
+        """(view, light) of every picture that is made of a photograph."""
+        views = (ORIGINAL, MIRRORED) if self.mirror else (ORIGINAL,)
+        return tuple((view, light) for view in views for light in LIGHTS[: self.lights])
+
+    def captions(self, caption: str) -> dict[str, str]:
+        """By view."""
+        if not self.mirror:
+            return {ORIGINAL: caption}
+        return dict(zip((ORIGINAL, MIRRORED), captions_of_views(caption, self.edits()), strict=True))
+
+    def has_words(self, caption: str) -> bool:
+        """Whether the caption has words of the edit of its own."""
+        return mirrored(caption, self.edits()) != caption
+
+
+def variant(pixels: np.ndarray, view: str, light: Light) -> np.ndarray:
+    """uint8 [H, W, 3] mirrored or not, then lit: the light comes from the same side in both views."""
+    return lit(pixels[:, ::-1] if view == MIRRORED else pixels, light)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Candidate:
+    """Attributes:
+    item: the photograph.
+    thumbnail: uint8 [32, 32, 3].
+    """
+
+    item: Item
+    thumbnail: np.ndarray
+
+    def variants(self, options: SubsetOptions) -> np.ndarray:
+        """Thumbnails of all that is made of it, float32 [V, 32 * 32 * 3], grey levels."""
+        made = [variant(self.thumbnail, view, light).ravel() for view, light in options.variants]
+        return np.array(made, np.float32)
 
 
 @dataclasses.dataclass
@@ -92,223 +114,83 @@ class Pool:
     build: how the input is read; of a dataset, as it was built.
     dataset: the input is one.
     total: pictures of the input.
-    items: candidates, by key, in the order of `features`.
-    found: where each came from, by key.
-    features: of the items.
+    candidates: by key.
     left_out: inputs that are no candidates, and why.
     """
 
     build: Options
     dataset: bool
     total: int
-    items: list[Item]
-    found: dict[str, InputImage]
-    features: Candidates
+    candidates: list[Candidate]
     left_out: list[Reject]
 
 
-@dataclasses.dataclass
-class _Known:
-    """What a dataset's records say of a picture: its captions, text f64 [D] of the first, vision f32 [D]."""
-
-    captions: tuple[str, ...]
-    text: np.ndarray
-    vision: np.ndarray
-
-
-def gather(options: SubsetOptions, cache: Path, journal: Journal) -> Pool:
-    """Finds the candidates of an input.
+def gather(options: SubsetOptions, journal: Journal) -> Pool:
+    """Finds the candidates of an input; of a dataset they are the pictures that it was built from.
 
     Args:
       options: checked ones.
-      cache: folder in which vectors of real encoders survive an interruption.
 
     Raises:
       PreprocessError: there is no such input, or nothing in it can be used.
       DatasetError: the dataset is damaged as a whole.
     """
     source = Path(options.input)
+    hashes: dict[str, str] | None = None
     if (source / MANIFEST).is_file():
-        return _of_dataset(options, source, journal)
-    if options.images:
-        raise PreprocessError(f"--images is for a dataset, and --input {options.input} has no manifest.json")
-    return _of_folder(options, cache, journal)
-
-
-# ------------------------------------------------------------------------------------------------ two inputs
-
-
-def _of_dataset(options: SubsetOptions, directory: Path, journal: Journal) -> Pool:
-    dataset, built = Dataset.load(directory), load_options(directory)
-    root = Path(options.images or built.input)
-    if not root.exists():
-        raise PreprocessError(
-            f"the pictures that {directory} was built from are not in {root}: say where they are with --images DIR"
+        index = Dataset.load(source).index
+        hashes = dict(zip(index["key"].to_pylist(), index["content_hash"].to_pylist()))
+        build = load_options(source)
+        build = dataclasses.replace(build, input=options.images or build.input, modulus=0, limit=0)
+        if not Path(build.input).exists():
+            raise PreprocessError(
+                f"the pictures that {source} was built from are not in {build.input}: say where they are with "
+                "--images DIR"
+            )
+    elif options.images:
+        raise PreprocessError(f"--images is for a dataset, and --input {options.input} has no {MANIFEST}")
+    else:
+        build = Options(
+            input=options.input, output="", caption_field=options.caption_field, allow_outside=options.allow_outside
         )
     build = dataclasses.replace(
-        built,
-        input=str(root),
-        output=options.output,
-        resolution=options.resolution,
-        modulus=0,
-        holdout=0.0,
-        limit=0,
-        workers=options.workers,
+        build, output=options.output, resolution=options.resolution, holdout=0.0, workers=options.workers
     ).checked()
-    keys, captions = dataset.index["key"].to_pylist(), dataset.index["caption"].to_pylist()
-    chosen = _sample(keys, captions, options)
-    listing = scan(root, built.caption_field, Path(options.output), built.allow_outside)
-    by_key = {found.key: found for found in listing.found if found.key in chosen}
-    if not by_key:
-        raise PreprocessError(
-            f"none of the {len(keys):,} pictures of {directory} is in {root} (the first is {keys[0]!r}): say where "
-            "they are with --images DIR"
-        )
-    left_out = [_left_out(key, root / key, "not in the input folder any more") for key in sorted(chosen - set(by_key))]
-    with journal.bar(len(by_key), "read") as bar:
-        plan = make_plan(Scan(root, list(by_key.values())), build, (), bar.update)
-    left_out += plan.rejects
-    positions = {key: position for position, key in enumerate(keys) if key in chosen}
-    hashes = dataset.index["content_hash"]
-    same = []
-    for item in plan.items:
-        position = positions[item.key]
-        if item.content != hashes[position].as_py():
-            left_out.append(_left_out(item.key, item.image.path, "picture changed since the dataset was built"))
-        else:
-            same.append(item)
-    known = _read_records(dataset, [positions[item.key] for item in same], journal)
-    sound: list[Item] = []
-    said: dict[str, _Known] = {}
-    for item in same:
-        record, path = known[item.key], item.image.path
-        if isinstance(record, DatasetError):
-            left_out.append(_left_out(item.key, directory, "damaged record", str(record)))
-        elif item.captions != record.captions:
-            left_out.append(_left_out(item.key, path, "caption changed since the dataset was built"))
-        else:
-            sound.append(item)
-            said[item.key] = record
-    items, looks, rejects = _look_at(sound, options, None, journal)
-    vision = np.array([said[item.key].vision for item in items], np.float64)
-    text = np.array([said[item.key].text for item in items])
-    features = _features(items, text, vision, looks, dataset.manifest.vision)
-    return Pool(build, True, len(keys), items, by_key, features, left_out + rejects)
-
-
-def _of_folder(options: SubsetOptions, cache: Path, journal: Journal) -> Pool:
-    build = Options(
-        input=options.input,
-        output=options.output,
-        text_encoder=options.text_encoder,
-        vision_encoder=options.vision_encoder,
-        resolution=options.resolution,
-        holdout=0.0,
-        caption_field=options.caption_field,
-        allow_outside=options.allow_outside,
-        device=options.device,
-        workers=options.workers,
-    ).checked()
-    text_encoder, vision_encoder = load_all(
-        lambda: load_text_encoder(options.text_encoder, options.device),
-        lambda: load_vision_encoder(options.vision_encoder, options.device),
-    )
-    listing = scan(options.input, options.caption_field, Path(options.output), options.allow_outside)
+    listing = scan(build.input, build.caption_field, Path(options.output), build.allow_outside)
+    total = len(listing.found) if hashes is None else len(hashes)
+    if hashes is not None:
+        listing = Scan(listing.root, [found for found in listing.found if found.key in hashes])
+        if not listing.found:
+            raise PreprocessError(
+                f"none of the {total:,} pictures of {source} is in {build.input} (the first is {min(hashes)!r}): say "
+                "where they are with --images DIR"
+            )
     with journal.bar(len(listing.found), "read") as bar:
         plan = make_plan(listing, build, (), bar.update)
-    chosen = _sample([item.key for item in plan.items], [item.caption for item in plan.items], options)
-    by_key = {found.key: found for found in listing.found if found.key in chosen}
-
-    def see(item: Item, pixels: np.ndarray) -> np.ndarray:
-        name = digest(dataclasses.asdict(vision_encoder.identity), item.content, options.target(item))
-        return _cached(cache, name, vision_encoder.identity, lambda: vision_encoder.encode(pixels[None])[0])
-
-    def embed(caption: str) -> np.ndarray:
-        return _pooled(text_encoder.encode([caption])[0])
-
-    candidates = [item for item in plan.items if item.key in chosen]
-    items, looks, rejects = _look_at(candidates, options, see, journal)
-    texts: dict[str, np.ndarray] = {}
-    with journal.bar(len(items), "captions", "caption") as bar:
-        for item in items:
-            if item.caption not in texts:
-                name = digest(dataclasses.asdict(text_encoder.identity), item.caption)
-                texts[item.caption] = _cached(cache, name, text_encoder.identity, partial(embed, item.caption))
-            bar.update()
-    vision = np.array([look.vision for look in looks], np.float64)
-    text = np.array([texts[item.caption] for item in items])
-    features = _features(items, text, vision, looks, vision_encoder.identity)
-    return Pool(build, False, len(plan.items), items, by_key, features, plan.rejects + rejects)
+    left_out, items = list(plan.rejects), plan.items
+    if hashes is not None:
+        there = {found.key for found in listing.found}
+        left_out += [_left_out(k, build.input, "not in the input folder any more") for k in sorted(set(hashes) - there)]
+        changed = [item for item in items if item.content != hashes[item.key]]
+        left_out += [_left_out(i.key, i.image.path, "picture changed since the dataset was built") for i in changed]
+        items = [item for item in items if item.content == hashes[item.key]]
+    candidates, rejects = _look_at(_sample(items, options), options, journal)
+    return Pool(build, hashes is not None, total, candidates, left_out + rejects)
 
 
-def _sample(keys: Sequence[str], captions: Sequence[str], options: SubsetOptions) -> set[str]:
-    """At most `options.candidates` keys, by the hash of the key: any of them, and always the same. Captions that
-    the edit concerns come first, up to half."""
-    order = sorted(range(len(keys)), key=lambda row: hashlib.sha256(keys[row].encode()).digest())
+def _sample(items: list[Item], options: SubsetOptions) -> list[Item]:
+    """At most `options.candidates`, by the hash of the key: any of them, and always the same. Captions with words of
+    the edit come first, up to half."""
+    order = sorted(items, key=lambda item: hashlib.sha256(item.key.encode()).digest())
     if len(order) > options.candidates:
-        rules = options.rules()
-        first = [row for row in order if any(side_of(captions[row], rule) for rule in rules)]
-        order = list(dict.fromkeys(first[: options.candidates // 2] + order))[: options.candidates]
-    return {keys[row] for row in order}
+        first = [item for item in order if options.has_words(item.caption)][: options.candidates // 2]
+        keys = {item.key for item in first}
+        order = (first + [item for item in order if item.key not in keys])[: options.candidates]
+    return sorted(order, key=lambda item: item.key)
 
 
-def _left_out(key: str, path: Path | str, reason: str, detail: str = "") -> Reject:
-    return Reject.of(key, str(path), Rejected(reason, detail))
-
-
-def _read_records(dataset: Dataset, positions: list[int], journal: Journal) -> dict[str, _Known | DatasetError]:
-    """Of these rows of the index, by key."""
-    table = dataset.index.take(positions)
-    known: dict[str, _Known | DatasetError] = {}
-    with journal.bar(len(positions), "records", "record") as bar:
-        for shard in pc.unique(table["shard"]).to_pylist():
-            part = table.filter(pc.equal(table["shard"], shard)).sort_by("row")
-            rows = read_rows(dataset.directory / shard, part["row"].to_pylist())
-            for key, (row, data) in zip(part["key"].to_pylist(), rows):
-                try:
-                    if isinstance(data, DatasetError):
-                        raise data
-                    record = records.decode_record(data, dataset.manifest.layout)
-                    records.check_record(record)
-                    if record.key != key:
-                        raise DatasetError(f"it is of {record.key!r}")
-                    known[key] = _Known(record.captions, _pooled(record.text), record.vision.copy())
-                except DatasetError as error:
-                    known[key] = DatasetError(f"{shard} row {row}: {error}")
-                bar.update()
-    return known
-
-
-# --------------------------------------------------------------------------------------------------- features
-
-
-def _pooled(text: np.ndarray) -> np.ndarray:
-    """Token features [n, D] to their mean, f64 [D] of unit L2 norm."""
-    mean = text.astype(np.float64).mean(0)
-    return mean / max(float(np.linalg.norm(mean)), 1e-12)
-
-
-def _cached(folder: Path, name: str, identity: EncoderIdentity, make: Callable[[], np.ndarray]) -> np.ndarray:
-    """A vector that was made before an interruption, or a new one. The built-in encoders need no memory."""
-    if identity.id.startswith("builtin:"):
-        return make()
-    path = folder / f"{name}.npy"
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        vector = make()
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.save(file, vector, allow_pickle=False)
-    return vector
-
-
-@dataclasses.dataclass
-class _Look:
-    """Of one picture: thumbnail uint8 [32, 32, 3], the light f32 [D], and the encoder's vector if asked for."""
-
-    thumbnail: np.ndarray
-    light: np.ndarray
-    vision: np.ndarray | None = None
+def _left_out(key: str, path: str, reason: str, detail: str = "") -> Reject:
+    return Reject.of(key, path, Rejected(reason, detail))
 
 
 def read_pixels(item: Item, size: Size) -> np.ndarray:
@@ -319,81 +201,33 @@ def read_pixels(item: Item, size: Size) -> np.ndarray:
     return decode(data, item.header, size, "resize", item.content).pixels
 
 
-def _look_at(
-    items: list[Item],
-    options: SubsetOptions,
-    see: Callable[[Item, np.ndarray], np.ndarray] | None,
-    journal: Journal,
-) -> tuple[list[Item], list[_Look], list[Reject]]:
-    """Decodes pictures in threads; returns those that could be, what they look like, and the others."""
-    tone = load_vision_encoder(TONE)
+def _look_at(items: list[Item], options: SubsetOptions, journal: Journal) -> tuple[list[Candidate], list[Reject]]:
+    """Decodes pictures in threads; returns those that could be, and the others."""
 
-    def look(item: Item) -> tuple[_Look, np.ndarray | None] | Rejected:
+    def look(item: Item) -> Candidate | Reject:
         try:
             pixels = read_pixels(item, options.target(item))
         except Rejected as rejected:
-            return rejected
+            return Reject.of(item.key, item.image.path, rejected)
         small = Image.fromarray(pixels).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
-        seen = _Look(np.asarray(small), tone.encode(pixels[None])[0])
-        return seen, pixels if see else None
+        return Candidate(item, np.asarray(small))
 
-    kept, looks, rejects = [], [], []
+    found: list[Candidate] = []
+    rejects: list[Reject] = []
     with journal.bar(len(items), "look") as bar, ThreadPoolExecutor(options.workers or None) as pool:
-        for chunk in _chunks(items):
-            for item, result in zip(chunk, pool.map(look, chunk)):
-                if isinstance(result, Rejected):
-                    rejects.append(Reject.of(item.key, item.image.path, result))
-                else:
-                    seen, pixels = result
-                    if see and pixels is not None:
-                        seen.vision = see(item, pixels)
-                    kept.append(item)
-                    looks.append(seen)
-                bar.update()
-    if not kept:
-        raise PreprocessError(
-            f"--input {options.input}: none of {len(items)} pictures can be used"
-            + (f"; {rejects[0].file}: {rejects[0].reason}" if rejects else ": all have changed since")
-        )
-    return kept, looks, rejects
+        for result in pool.map(look, items):
+            if isinstance(result, Reject):
+                rejects.append(result)
+            else:
+                found.append(result)
+            bar.update()
+    if not found:
+        what = f"{rejects[0].file}: {rejects[0].reason}" if rejects else "all have changed since"
+        raise PreprocessError(f"--input {options.input}: none of {len(items)} pictures can be used; {what}")
+    return found, rejects
 
 
-def _chunks(items: list[Item]) -> Iterator[list[Item]]:
-    for start in range(0, len(items), _CHUNK):
-        yield items[start : start + _CHUNK]
-
-
-def _features(
-    items: list[Item],
-    text: np.ndarray,
-    vision: np.ndarray,
-    looks: Iterable[_Look],
-    identity: EncoderIdentity,
-) -> Candidates:
-    """`builtin:tone` sees the light and nothing of the pose, any other encoder both: so the light is always what
-    `builtin:tone` sees, and the pose what another encoder does or else the structure of the thumbnail."""
-    thumbnails = np.array([look.thumbnail for look in looks])
-    if identity.id == TONE:
-        light, pose = vision, structures(thumbnails)
-    else:
-        light, pose = np.array([look.light for look in looks], np.float64), vision
-    return Candidates(
-        captions=[item.caption for item in items],
-        contents=[item.content for item in items],
-        pixels=[item.header.height * item.header.width for item in items],
-        text=text,
-        vision=pose,
-        light=light,
-        thumbnails=thumbnails,
-    )
-
-
-def structures(thumbnails: np.ndarray) -> np.ndarray:
-    """uint8 [N, 32, 32, 3] to f64 [N, 256]: luma in stops on 16 x 16 cells, mean 0, unit L2: brightness and
-    contrast of a picture do not count."""
-    count = len(thumbnails)
-    side = THUMBNAIL // 2
-    luma = thumbnails.astype(np.float64) @ np.array([0.299, 0.587, 0.114])
-    cells = np.log2(luma.reshape(count, side, 2, side, 2).mean((2, 4)) + 4).reshape(count, -1)
-    cells -= cells.mean(1, keepdims=True)
-    return cells / np.maximum(np.linalg.norm(cells, axis=1, keepdims=True), 1e-3)
+def reasons(left_out: list[Reject]) -> str:
+    """How many were left out for each reason, in words."""
+    counts = collections.Counter(reject.reason for reject in left_out)
+    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items())) or "none"

@@ -6,7 +6,7 @@ import pytest
 
 from fluxdit_jax.gate.advice import LOOK, advise, by_cause
 from fluxdit_jax.gate.training import read_training
-from fluxdit_jax.gate.verdict import Control, Verdict
+from fluxdit_jax.gate.verdict import Control, Verdict, not_judged
 
 
 def logged(losses, **more) -> list[dict]:
@@ -96,7 +96,7 @@ def test_what_was_learned_may_be_lost(first, low, last, lost):
         assert read_training(log).explains
 
 
-def test_eight_losses_tell_that_it_is_lost_and_the_runs_own_words_are_quoted():
+def test_eight_losses_tell_that_it_is_lost_and_the_run_is_quoted():
     lost = [1, 0.75, 0.5, 0.5, 0.5, 0.5, 0.5, 1]
     log = logged(lost)
     assert "0.500 by step 30 and" in found(log)["learning rate"] and ":" in found(log)["learning rate"]
@@ -180,34 +180,33 @@ def test_a_short_average_that_is_better_by_a_fiftieth(long, short, lags):
 FLAT = logged([1.0] * 8)
 NUMBERS = {
     "memorisation": {
-        "contrast": 1.0, "structure_of_the_nearest": 1.0, "roughness": 1.0, "retrieved": 0.95, "right_caption": 0.95,
-        "tone_difference": 1.0, "psnr_median_db": 30.0,
+        "contrast": 1.0, "distance_to_the_nearest": 0.0, "usual_distance": 60.0, "roughness": 1.0, "retrieved": 0.95,
+        "right_row": 0.95, "right_light": 0.95, "psnr_median_db": 30.0,
     },
-    "vision_swap": {
-        "pairs": 60, "structure_of_a": 0.9, "tone_of_b": 0.9, "shared_captions": 1.0, "passing": 0.8,
-    },
-    "text_edit": {
-        "not_measurable": 0.0, "wrong_way": 0.0, "right_way": 0.9, "seeds_not_recognised": 0.0,
-    },
+    "vision_swap": {"right_row": 0.9, "right_light": 0.9, "retrieved": 0.8},
+    "text_edit": {"right_row": 0.9, "right_light": 0.9, "retrieved": 0.9, "stayed": 0.0},
 }  # fmt: skip
 THRESHOLDS = {"memorisation": 0.99, "vision_swap": 0.8, "text_edit": 0.9}
-GOOD = Control("good", "", 0.0, 0.5, at_most=True)
-BAD = Control("bad", "", 1.0, 0.5, at_most=True)
+RARE, OFTEN = Control("rare", "", 0.0, 0.5, at_most=True), Control("often", "", 1.0, 0.5, at_most=True)
+ALL, NONE = Control("all", "", 1.0, 0.9, at_most=False), Control("none", "", 0.0, 0.9, at_most=False)
+HALF = Control("half", "", 0.5, 0.9, at_most=False)
+GOOD = {"memorisation": (RARE, ALL), "vision_swap": (RARE,), "text_edit": (ALL, ALL)}
 
 
-def verdicts(failing: dict[str, dict], controls: tuple[Control, ...] = (GOOD, GOOD)) -> list[Verdict]:
+def verdicts(failing: dict[str, dict], controls: dict[str, tuple[Control, ...]] = GOOD) -> list[Verdict]:
     """The three verdicts; those in `failing` failed, with these numbers changed."""
     return [
         Verdict(
             name, name.replace("_", " ").capitalize(), "?", 0.5, THRESHOLDS[name], "", numbers | failing.get(name, {}),
-            controls, ("why",) if name in failing else (), (),
+            (GOOD | controls)[name], ("why",) if name in failing else (), (),
         )
         for name, numbers in NUMBERS.items()
     ]  # fmt: skip
 
 
-def causes(name: str, numbers: dict, controls=(GOOD, GOOD), log=FLAT) -> list[str]:
-    told = {verdict.name: verdict for verdict in advise(*verdicts({name: numbers}, controls), log)}
+def causes(name: str, numbers: dict, controls: tuple[Control, ...] = ()) -> list[str]:
+    given = {name: controls} if controls else {}
+    told = {verdict.name: verdict for verdict in advise(verdicts({name: numbers}, given), FLAT)}
     assert all(verdict.advice == verdict.causes == () for other, verdict in told.items() if other != name)
     return list(dict.fromkeys(told[name].causes))
 
@@ -216,74 +215,96 @@ def causes(name: str, numbers: dict, controls=(GOOD, GOOD), log=FLAT) -> list[st
     ("numbers", "expected"),
     [
         ({}, ["unfinished pictures"]),
-        ({"retrieved": 1.0, "right_caption": 1.0}, ["unfinished pictures"]),
-        ({"retrieved": 0.5, "right_caption": 0.86}, ["vision path"]),
-        ({"retrieved": 0.5, "right_caption": 0.85}, ["text path"]),  # 0.7 of the misses, and the light is right
-        ({"retrieved": 0.5, "right_caption": 0.85, "tone_difference": 8}, ["unfinished pictures"]),
-        ({"retrieved": 0.5, "right_caption": 0.5, "tone_difference": 7.9}, ["text path"]),
-        ({"retrieved": 0.89, "right_caption": 0.89}, ["text path"]),
-        ({"retrieved": 0.91, "right_caption": 0.91}, ["unfinished pictures"]),
-        ({"retrieved": 0.5, "right_caption": 0.5, "psnr_median_db": 21.9}, ["text path", "unfinished pictures"]),
-        ({"retrieved": 0.5, "right_caption": 0.5, "psnr_median_db": 22}, ["text path"]),
+        ({"retrieved": 1.0, "right_row": 1.0, "right_light": 1.0}, ["unfinished pictures"]),
+        # Of the missed half 0.7 are 0.35.
+        ({"retrieved": 0.5, "right_row": 0.86, "right_light": 0.5}, ["vision path"]),
+        ({"retrieved": 0.5, "right_row": 0.85, "right_light": 0.5}, ["unfinished pictures"]),
+        ({"retrieved": 0.5, "right_row": 0.5, "right_light": 0.86}, ["text path"]),
+        ({"retrieved": 0.5, "right_row": 0.5, "right_light": 0.85}, ["unfinished pictures"]),
+        ({"retrieved": 0.5, "right_row": 0.86, "right_light": 0.86}, ["vision path"]),
+        # A few in another light are told; a few of another photograph may be any.
+        ({"retrieved": 0.98, "right_row": 1.0, "right_light": 0.98}, ["vision path"]),
+        ({"retrieved": 0.89, "right_row": 0.89, "right_light": 1.0}, ["text path"]),
+        ({"retrieved": 0.91, "right_row": 0.91, "right_light": 1.0}, ["unfinished pictures"]),
+        ({"retrieved": 0.5, "right_row": None, "right_light": None}, ["unfinished pictures"]),  # no grid
+        ({"retrieved": 0.5, "right_light": 1.0, "right_row": 0.5, "psnr_median_db": 21.9},
+         ["text path", "unfinished pictures"]),
+        ({"retrieved": 0.5, "right_light": 1.0, "right_row": 0.5, "psnr_median_db": 22}, ["text path"]),
+        ({"psnr_median_db": None}, ["unfinished pictures"]),  # all of another size
     ],
-)
+)  # fmt: skip
 def test_causes_of_bad_memory(numbers, expected):
     assert causes("memorisation", numbers) == expected
 
 
 def test_a_memory_that_follows_the_noise_or_is_blurred():
-    assert causes("memorisation", {}, (BAD,)) == ["the noise decides"]
-    (told, *_) = advise(*verdicts({"memorisation": {"psnr_median_db": 21.9}}), FLAT)
+    for controls in ((OFTEN, ALL), (RARE, NONE)):
+        assert causes("memorisation", {}, controls) == ["the noise decides"]
+    (told, *_) = advise(verdicts({"memorisation": {"psnr_median_db": 21.9}}), FLAT)
     assert "21.9" in told.advice[0]
-    (told, *_) = advise(*verdicts({"memorisation": {"psnr_median_db": 22}}), FLAT)
+    (told, *_) = advise(verdicts({"memorisation": {"psnr_median_db": 22}}), FLAT)
     assert "22" not in told.advice[0]
 
 
 @pytest.mark.parametrize(
-    ("numbers", "controls", "expected"),
+    ("numbers", "control", "expected"),
     [
-        ({"pairs": 0}, (), ["the set"]),
-        ({}, (GOOD, GOOD), ["the set"]),
-        ({"structure_of_a": 0.84}, (GOOD, GOOD), ["text path"]),
-        ({"structure_of_a": 0.85, "tone_of_b": 0.85}, (GOOD, GOOD), ["the set"]),
-        ({"tone_of_b": 0.84, "shared_captions": 0.5}, (GOOD, GOOD), ["vision path"]),
-        ({"tone_of_b": 0.84, "shared_captions": 0.49}, (GOOD, GOOD), ["vision path", "the set"]),
-        ({"passing": 0.79}, (GOOD, GOOD), ["conditions tied together"]),
-        ({"passing": 0.79, "structure_of_a": 0.84}, (GOOD, GOOD), ["text path"]),
-        ({}, (BAD, GOOD), ["text path"]),
-        ({}, (GOOD, BAD), ["vision path"]),
-        ({"passing": 0.79}, (BAD, BAD), ["conditions tied together", "text path", "vision path"]),
+        ({}, RARE, ["conditions tied together"]),
+        ({"right_row": 0.84}, RARE, ["text path"]),
+        ({"right_light": 0.84}, RARE, ["vision path"]),
+        ({"right_row": 0.84, "right_light": 0.84}, RARE, ["text path", "vision path"]),
+        ({"right_row": 0.85, "right_light": 0.85, "retrieved": 0.79}, RARE, ["conditions tied together"]),
+        ({"retrieved": 0.79, "right_row": 0.84}, RARE, ["text path"]),
+        ({}, OFTEN, ["vision path"]),
+        ({"retrieved": 0.79}, OFTEN, ["conditions tied together", "vision path"]),
     ],
 )
-def test_causes_of_a_bad_swap(numbers, controls, expected):
-    assert causes("vision_swap", numbers, controls) == expected
+def test_causes_of_a_bad_swap(numbers, control, expected):
+    assert causes("vision_swap", numbers, (control,)) == expected
 
 
-def seeds(value: float, passed: bool) -> Control:
-    return Control("other noise", "", value, value if passed else value / 2, at_most=True)
+@pytest.mark.parametrize(("retrieved", "pairs"), [(0.8, True), (0.79, False)])
+def test_where_too_little_was_asked_for_more_is_asked_for(retrieved, pairs):
+    """Its share is high enough, and yet it failed: there were too few."""
+    told = advise(
+        verdicts({"vision_swap": {"retrieved": retrieved}, "text_edit": {"retrieved": retrieved + 0.1}}), FLAT
+    )
+    assert ("--pairs" in told[1].advice[0], "--edits" in told[2].advice[0]) == (pairs, pairs)
 
 
 @pytest.mark.parametrize(
     ("numbers", "controls", "expected"),
     [
-        ({}, (GOOD, GOOD), ["the set"]),
-        ({"not_measurable": 0.21}, (GOOD, GOOD), ["unstable pictures"]),
-        ({"wrong_way": 0.21}, (GOOD, GOOD), ["directions"]),
-        ({"not_measurable": 0.2, "wrong_way": 0.2, "right_way": 0.89}, (GOOD, GOOD), ["text path"]),
-        ({"not_measurable": 0.21, "right_way": 0.5}, (GOOD, GOOD), ["unstable pictures"]),
-        ({"seeds_not_recognised": 0.11}, (GOOD, GOOD), ["the noise decides"]),
-        ({"seeds_not_recognised": 0.1}, (GOOD, BAD), ["the set"]),
-        ({"right_way": 0.5}, (seeds(0.03, False), GOOD), ["text path", "the noise decides"]),
-        ({"right_way": 0.5}, (seeds(0.02, False), GOOD), ["text path"]),
-        ({"right_way": 0.5}, (seeds(0.03, True), GOOD), ["text path"]),
-        ({"right_way": 0.5}, (seeds(0.0, True), BAD), ["text path", "the set"]),
+        ({}, (ALL, ALL), ["conditions tied together"]),
+        ({"stayed": 0.16}, (ALL, ALL), ["text path"]),
+        ({"stayed": 0.15, "right_row": 0.85}, (ALL, ALL), ["conditions tied together"]),
+        ({"stayed": 0.16, "right_row": 0.5}, (ALL, ALL), ["text path"]),
+        ({"stayed": 0.15, "right_row": 0.84}, (ALL, ALL), ["unstable pictures"]),
+        ({"right_light": 0.84}, (ALL, ALL), ["vision path"]),
+        ({"right_light": 0.85, "retrieved": 0.89}, (ALL, ALL), ["conditions tied together"]),
+        ({"stayed": 1.0, "right_row": 0.0, "right_light": 0.0}, (ALL, ALL), ["text path", "vision path"]),
+        ({}, (NONE, ALL), ["the noise decides"]),
+        ({}, (ALL, NONE), ["captions taken as a whole"]),
+        ({"stayed": 0.5}, (HALF, NONE), ["text path", "the noise decides", "captions taken as a whole"]),
     ],
 )
 def test_causes_of_a_bad_edit(numbers, controls, expected):
     assert causes("text_edit", numbers, controls) == expected
 
 
-PLAIN, NOTHING = {"contrast": 0.29}, {"structure_of_the_nearest": 0.29}
+def test_what_is_not_judged_is_the_sets_fault_whatever_the_training():
+    unjudged = [not_judged(name, name, "?", 0.8, "which is no grid") for name in ("vision swap", "text edit")]
+    for log in (FLAT, []):
+        (first, *told) = advise([verdicts({})[0], *unjudged], log)
+        assert first.advice == ()
+        for verdict in told:
+            assert verdict.causes == ("the set", "the set") and verdict.advice[1] == LOOK["the set"]
+    (cause,) = by_cause(told)
+    assert (cause.name, cause.tests) == ("the set", ("vision swap", "text edit"))
+    assert len(cause.lines) == 3 and cause.lines[-1] == LOOK["the set"] and "preprocess subset" in cause.lines[-1]
+
+
+PLAIN, NOTHING = {"contrast": 0.29}, {"distance_to_the_nearest": 30.1}
 
 
 @pytest.mark.parametrize(
@@ -292,12 +313,12 @@ PLAIN, NOTHING = {"contrast": 0.29}, {"structure_of_the_nearest": 0.29}
         (PLAIN, "plain pictures"),
         (NOTHING, "pictures of nothing"),
         (PLAIN | NOTHING, "plain pictures"),
-        ({"contrast": 0.3, "structure_of_the_nearest": 0.3}, None),
+        ({"contrast": 0.3, "distance_to_the_nearest": 30.0}, None),  # half of what two of the set are apart
     ],
 )
 def test_pictures_that_show_nothing_are_the_cause_of_all(numbers, cause):
-    failing = {"memorisation": numbers, "vision_swap": {"passing": 0.0}, "text_edit": {"right_way": 0.0}}
-    told = advise(*verdicts(failing), FLAT)
+    failing = {"memorisation": numbers, "vision_swap": {"retrieved": 0.0}, "text_edit": {"retrieved": 0.0}}
+    told = advise(verdicts(failing), FLAT)
     if cause is None:
         assert not {"plain pictures", "pictures of nothing"} & {name for verdict in told for name in verdict.causes}
     else:
@@ -308,14 +329,14 @@ def test_pictures_that_show_nothing_are_the_cause_of_all(numbers, cause):
 
 @pytest.mark.parametrize(("roughness", "noise"), [(1.5, False), (1.6, True)])
 def test_rough_pictures_of_nothing_are_noise(roughness, noise):
-    told = advise(*verdicts({"memorisation": NOTHING | {"roughness": roughness}}), FLAT)[0]
+    told = advise(verdicts({"memorisation": NOTHING | {"roughness": roughness}}), FLAT)[0]
     assert ("noise" in told.advice[0]) == noise
 
 
 @pytest.mark.parametrize(("last", "learned"), [(1.4, True), (1.5, False), (0.4, True)])
 def test_a_loss_that_has_come_down_points_away_from_training(last, learned):
     """By 30 %: at what lies between the weights and the picture, and otherwise at the learning rate."""
-    told = advise(*verdicts({"memorisation": NOTHING}), logged([2.0, *[last] * 7]))[0]
+    told = advise(verdicts({"memorisation": NOTHING}), logged([2.0, *[last] * 7]))[0]
     _, line = told.advice
     assert ("EMA" in line, "learning rate" in line) == (learned, not learned)
     assert "2.000" in line and f"{last:.3f}" in line
@@ -325,29 +346,28 @@ def test_a_loss_that_has_come_down_points_away_from_training(last, learned):
 @pytest.mark.parametrize("numbers", [PLAIN, NOTHING])
 def test_where_the_training_explains_it_nothing_is_guessed(numbers, log, planned):
     """Not trained to the end, or too few losses."""
-    told = advise(*verdicts({"memorisation": numbers}), log, 80, planned)[0]
+    told = advise(verdicts({"memorisation": numbers}), log, 80, planned)[0]
     assert len(told.advice) == 2 and len(set(told.causes)) == 2
     assert told.causes[0] == read_training(log, 80, planned).findings[0][0]
 
 
 def test_what_to_look_at_ends_the_lines_of_its_cause():
     """The lines of a cause stand together, in the order in which the causes were met."""
-    told = advise(*verdicts({"vision_swap": {"structure_of_a": 0.5, "tone_of_b": 0.5}}, (BAD, GOOD)), FLAT)[1]
-    assert told.causes == ("text path",) * 3 + ("vision path",) * 2
-    assert (told.advice[2], told.advice[4]) == (LOOK["text path"], LOOK["vision path"])
+    told = advise(verdicts({"vision_swap": {"right_row": 0.5, "right_light": 0.5}}, {"vision_swap": (OFTEN,)}), FLAT)[1]
+    assert told.causes == ("text path",) * 2 + ("vision path",) * 3
+    assert (told.advice[1], told.advice[4]) == (LOOK["text path"], LOOK["vision path"])
     assert len(set(told.advice)) == 5
 
 
 def test_the_cause_behind_most_tests_comes_first():
-    failing = {"vision_swap": {"tone_of_b": 0.5, "structure_of_a": 0.5}, "text_edit": {"right_way": 0.5}}
-    vision, text = by_cause(
-        advise(*verdicts({"memorisation": {"retrieved": 0.5, "right_caption": 0.9}} | failing), FLAT)
-    )
+    failing = {"vision_swap": {"right_light": 0.5, "right_row": 0.5}, "text_edit": {"stayed": 0.5}}
+    remembered = {"memorisation": {"retrieved": 0.5, "right_row": 0.9, "right_light": 0.5}}
+    vision, text = by_cause(advise(verdicts(remembered | failing), FLAT))
     assert (vision.name, vision.tests) == ("vision path", ("memorisation", "vision swap"))
     assert (text.name, text.tests) == ("text path", ("vision swap", "text edit"))
-    text, vision = by_cause(advise(*verdicts(failing), FLAT))
+    text, vision = by_cause(advise(verdicts(failing), FLAT))
     assert (text.name, text.tests) == ("text path", ("vision swap", "text edit"))
     assert (vision.name, vision.tests) == ("vision path", ("vision swap",))
     assert len(text.lines) == 3 and text.lines[-1] == LOOK["text path"]
-    failing = {"memorisation": {}, "vision_swap": {"structure_of_a": 0.5}, "text_edit": {"right_way": 0.5}}
-    assert [cause.name for cause in by_cause(advise(*verdicts(failing), FLAT))] == ["text path", "unfinished pictures"]
+    failing = {"memorisation": {}, "vision_swap": {"right_row": 0.5}, "text_edit": {"stayed": 0.5}}
+    assert [cause.name for cause in by_cause(advise(verdicts(failing), FLAT))] == ["text path", "unfinished pictures"]

@@ -11,6 +11,7 @@ from wording import lines_naming, naming
 from fluxdit_jax.dataset.manifest import EncoderIdentity, Manifest, Shard
 from fluxdit_jax.gate.report import Circumstances, build_report, write_json
 from fluxdit_jax.gate.requirement import GateError, encoder_summary, family, is_of, report_pictures, require_report
+from fluxdit_jax.gate.verdict import Verdict, not_judged
 from fluxdit_jax.model.dit import ModelConfig
 
 pytest_plugins = ("training_fixtures",)
@@ -48,23 +49,21 @@ def manifest(version: int = 1, name: str = "set", shards: dict | None = None, **
     return Manifest(**values)
 
 
-class Passed:
-    """Stands for a verdict in a report: what `build_report` reads of one."""
-
-    causes = advice = ()
-
-    def __init__(self, name, passed=True):
-        self.name, self.title, self.passed = name, name, passed
-
-    def to_json(self):
-        return {"passed": self.passed, "value": 1.0}
+TESTS = ("memorisation", "vision_swap", "text_edit")
 
 
-def write(folder, config=NANO, of=None, failed=()):
+def verdicts(failed=(), unjudged=()) -> list[Verdict]:
+    return [
+        not_judged(name, name, "?", 0.9, "which is no grid") if name in unjudged
+        else Verdict(name, name, "?", 1.0, 0.9, "", {}, (), ("why",) if name in failed else (), ())
+        for name in TESTS
+    ]  # fmt: skip
+
+
+def write(folder, config=NANO, of=None, failed=(), unjudged=()):
     circumstances = Circumstances("run", "data", 1500, 6, "rk3", 0, "cpu", "2026-11-24", {"total": 1.0}, 1)
-    verdicts = [Passed(name, name not in failed) for name in ("memorisation", "vision_swap", "text_edit")]
     path = folder / "validation" / "report.json"
-    write_json(build_report(verdicts, circumstances, config, of or manifest()), path)
+    write_json(build_report(verdicts(failed, unjudged), circumstances, config, of or manifest()), path)
     return path
 
 
@@ -131,6 +130,28 @@ def test_every_difference_is_listed_at_once(tmp_path):
         require_report(path, dataclasses.replace(LARGE, patch=1), manifest(version=2))
     assert str(error.value).count("\n  - ") == 3
     assert "(vision_swap)" in str(error.value)
+
+
+def test_a_report_of_a_set_that_was_not_judged_is_told_from_a_failed_one(tmp_path):
+    def refusal():
+        with pytest.raises(GateError) as error:
+            require_report(tmp_path, LARGE, manifest())
+        return str(error.value)
+
+    path = write(tmp_path, unjudged=TESTS[1:])
+    assert lines_naming(refusal(), "does not allow all tests", "(vision_swap, text_edit)")
+    assert "failed" not in refusal() and refusal().count("\n  - ") == 1
+    write(tmp_path, failed=TESTS[:1], unjudged=TESTS[1:])
+    assert lines_naming(refusal(), "failed", "(memorisation)") and refusal().count("\n  - ") == 2
+    write(tmp_path, failed=TESTS)
+    assert lines_naming(refusal(), "failed", "(memorisation, vision_swap, text_edit)")
+    report = json.loads(path.read_text())
+    for metric in report["metrics"].values():
+        del metric["judged"]  # a report of before
+    path.write_text(json.dumps(report))
+    assert lines_naming(refusal(), "failed", "(memorisation, vision_swap, text_edit)")
+    path.write_text(json.dumps(report | {"metrics": {}}))
+    assert lines_naming(refusal(), "did not pass")
 
 
 def test_a_network_of_another_structure_is_another_family(tmp_path):
@@ -244,8 +265,7 @@ def report_on(tested, drawn, config, of) -> dict:
     circumstances = Circumstances(
         "run", "SET", 8, 6, "rk3", 0, "cpu", "2026-11-24", {"total": 1.0}, 1, pictures=tested, drawn=drawn
     )
-    verdicts = [Passed(name) for name in ("memorisation", "vision_swap", "text_edit")]
-    return build_report(verdicts, circumstances, config, of)
+    return build_report(verdicts(), circumstances, config, of)
 
 
 @pytest.mark.parametrize(

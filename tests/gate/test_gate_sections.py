@@ -8,10 +8,11 @@ import re
 import numpy as np
 import pytest
 from gate_pictures import plain
+from gate_scenes import Oracle, eval_set, measured
 from PIL import Image, JpegImagePlugin
 
-from fluxdit_jax.gate.page import page, write_page
-from fluxdit_jax.gate.verdict import Case, Chart, Control, Verdict
+from fluxdit_jax.gate.page import NAMES, page, write_page
+from fluxdit_jax.gate.verdict import Case, Chart, Control, Verdict, not_judged
 
 REPORT = {
     "passed": True,
@@ -37,11 +38,12 @@ def verdict(name="text_edit", title="Text edit", value=0.5, reasons=(), **more) 
     return Verdict(name=name, title=title, value=value, reasons=reasons, **(values | more))
 
 
-def html(*verdicts: Verdict, log=(), **changes) -> str:
-    return page(list(verdicts), REPORT | changes, list(log))
+def html(*verdicts: Verdict, log=(), sheet=None, **changes) -> str:
+    return page(list(verdicts), REPORT | changes, list(log), sheet)
 
 
 def images(text: str) -> list[Image.Image]:
+    """Of the page; without a sheet the first two are the wall."""
     return [Image.open(io.BytesIO(base64.b64decode(found))) for found in re.findall(r"base64,([^\"]+)", text)]
 
 
@@ -72,6 +74,25 @@ def test_the_verdict_stands_on_top_and_tests_are_numbered():
     assert 'nav class="cards"><a' in bad and "</a></nav>" in bad
 
 
+def test_what_was_not_judged_is_neither_good_nor_bad():
+    good, bad = verdict("memorisation", "Memorisation"), verdict("memorisation", "Memorisation", reasons=("why",))
+    open_ = [not_judged("text_edit", "Text edit", "?", 0.9, "which is no grid")]
+    text = html(good, *open_, passed=False)
+    assert '<header class="open"><p class="stamp">NOT JUDGED</p>' in text
+    assert "<title>NOT JUDGED: validation of fox" in text
+    assert re.search("<h1>(.*?)</h1>", text)[1].endswith(": text edit.")
+    assert re.findall(r'<a class="card (\w+)" href.*?<p class="big">(.*?)</p>', text) == [
+        ("good", "50 %"), ("open", "not judged"),
+    ]  # fmt: skip
+    assert re.findall(r'<span class="mark (\w+)">([\w ]+)</span> (\d\.)', text) == [
+        ("good", "pass", "1."), ("open", "not judged", "2."),
+    ]  # fmt: skip
+    assert "Why it is not judged" in text and "which is no grid" in text and "Why it failed" not in text
+    failed = html(bad, *open_, passed=False)  # one that failed is the verdict
+    assert '<header class="bad"><p class="stamp">FAIL</p>' in failed
+    assert re.search("<h1>(.*?)</h1>", failed)[1].endswith(": memorisation.")
+
+
 def test_what_was_validated_is_told():
     text = html(verdict())
     for words in (
@@ -91,7 +112,7 @@ def test_what_was_validated_is_told():
 def test_the_page_is_written_into_a_new_folder_and_again(tmp_path):
     path = tmp_path / "run" / "validation" / "report.html"
     for _ in range(2):
-        write_page([verdict()], copy.deepcopy(REPORT), [], path)
+        write_page([verdict()], copy.deepcopy(REPORT), [], None, path)
         assert path.read_text(encoding="utf-8") == html(verdict())
 
 
@@ -120,29 +141,33 @@ def test_controls_stand_with_their_bounds():
 
 def test_numbers_are_written_by_what_they_are():
     found = rows({
-        "retrieved": 0.934, "effect_median": 0.125, "cases": 40, "psnr_median_db": 31.26, "ssim_median": 0.98765,
-        "unheard_of": 2.0, "psnr_to_the_true_answer_median_db": None, "rules": ["a", "b"],
+        "retrieved": 0.934, "rank_median": 1.5, "questions": 40, "psnr_median_db": 31.26, "margin_median": 12.3456,
+        "unheard_of": 2.0, "psnr_worst_db": None, "right_row": None, "by_light": {"dim": 0.5, "warm": 1.0},
+        "guidance": {1.0: 0.25, 1.5: 1.0},
     })  # fmt: skip
-    values = ["93.4 %", "12.5 % of the side", "40", "31.3 dB", "0.988", "2", "-", "a, b"]
+    values = ["93.4 %", "1.5", "40", "31.3 dB", "12.3", "2", "-", "-", "dim 50 %, warm 100 %", "1 25 %, 1.5 100 %"]
     assert [value for _, _, value in found] == values
-    assert found[5][0] == "unheard of" and found[7][0] == "rules"
-    assert rows({"words": ["x" * 24]})[0][1] == "number" and rows({"words": ["x" * 25]})[0][1] == "long"
+    assert found[5][0] == "unheard of" and found[8][0] == "by light" and found[0][0] != "retrieved"
+    assert rows({"words": "x" * 24})[0][1] == "number" and rows({"words": "x" * 25})[0][1] == "long"
 
 
-def test_the_measure_on_true_pictures():
-    found = {"true_pairs": 4, "right_way": 0.75, "median": 0.25, "least": 0.125, "most": 0.5}
-    values = [value for _, _, value in rows({"calibration": found})]
-    assert values == ["4", "75 %", "25 %", "12.5 % to 50 %"]
-    nothing = found | {"median": None, "least": None, "most": None}
-    assert [value for _, _, value in rows({"calibration": nothing})] == ["4", "75 %", "-", "-"]
-    assert len(rows({"calibration": {}})) == 1 and rows({"calibration": {}})[0][0] == "calibration"
+def test_every_number_of_the_tests_has_a_name():
+    for test in measured(eval_set(("fox", "teapot", "cactus")), Oracle(eval_set())):
+        assert {name for name, value in test.numbers.items() if not isinstance(value, dict)} <= NAMES.keys()
 
 
 def test_a_chart_is_drawn_where_there_is_one():
     chart = Chart("all cases", "x", "y", (0.0, 1.0), (0.0, 1.0), (True, False))
-    text = html(verdict(chart=chart, cases=(case(0), case(1, passed=False))))
+    text = html(verdict(chart=chart, numbers={"retrieved": 0.5}, cases=(case(0), case(1, passed=False))))
     assert text.count("<svg") == 1 and "<figcaption>all cases</figcaption>" in text and "case 1: note 1" in text
     assert "<svg" not in html(verdict())
+
+
+def test_the_guidance_is_drawn_as_a_curve_with_the_threshold():
+    text = html(verdict(numbers={"guidance": {1.0: 0.5, 3.0: 1.0}}))
+    assert text.count("<svg") == 1 and "<figcaption>Over guidance scales</figcaption>" in text
+    assert '<line class="limit"' in text and "guidance scale" in text
+    assert "<svg" not in html(verdict(numbers={"retrieved": 1.0}))
 
 
 @pytest.mark.parametrize(("pictures", "narrow"), [(2, True), (3, False)])
@@ -151,18 +176,26 @@ def test_cases_are_shown_with_their_pictures(pictures, narrow):
     assert text.count('<div class="cases narrow">') == narrow and text.count('<div class="cases">') == (not narrow)
     articles = re.findall(r'<article class="(\w+)">.*?<p>(.*?)<small>(.*?)</small></p></article>', text)
     assert articles == [("good", "case 2", "note 2"), ("good", "case 1", "note 1"), ("bad", "case 0", "note 0")]
-    assert len(images(text)) == 3 * pictures
+    assert len(images(text)) == 2 + 3 * pictures
     assert "<h3>all, the best first</h3>" in text
 
 
 def test_large_pictures_are_reduced_and_keep_their_colours():
-    first, second = images(html(verdict(cases=(case(3, size=(100, 300)),))))
+    first, second = images(html(verdict(cases=(case(3, size=(100, 300)),))))[2:]
     assert first.size == (192, 64) and JpegImagePlugin.get_sampling(first) == 0
     assert np.abs(np.asarray(second)[30, 90].astype(int) - (60, 100, 50)).max() <= 3
-    assert images(html(verdict(cases=(case(3, size=(192, 30)),))))[0].size == (30, 192)
+    assert images(html(verdict(cases=(case(3, size=(192, 30)),))))[2].size == (30, 192)
 
 
-# ------------------------------------------------------------------------------------------ the wall
+# ------------------------------------------------------------------------------------------ all pictures
+
+
+def test_the_sheet_stands_whole_before_the_tests():
+    sheet = np.zeros((300, 1500, 3), np.uint8)
+    text = html(verdict("memorisation", "Memorisation"), sheet=sheet)
+    assert images(text)[0].size == (1500, 300) and 'class="wall"' not in text
+    assert text.index('class="cards"') < text.index("All pictures") < text.index('<section id="memorisation">')
+    assert "Framed green" in text and text.count("All pictures") == 1
 
 
 @pytest.mark.parametrize(
@@ -184,8 +217,9 @@ def test_the_wall_has_all_pictures_in_order(count, size, shown):
             assert (pixels[60:, 110:] == 255).all()
 
 
-def test_only_memorisation_has_a_wall():
-    assert 'class="wall"' not in html(verdict())
+def test_there_is_one_wall_and_it_shows_the_first_test():
+    text = html(verdict("memorisation", "Memorisation", cases=(case(1), case(2))), verdict(cases=(case(3),) * 9))
+    assert text.count('class="wall"') == 1 and images(text)[0].size == (96, 48)
 
 
 # ------------------------------------------------------------------------------------------ training and advice

@@ -1,9 +1,9 @@
-"""A verdict and its controls, and shares in words."""
+"""A verdict and its controls, what cannot be judged, and shares in words."""
 
 import numpy as np
 import pytest
 
-from fluxdit_jax.gate.verdict import Case, Control, Verdict, failed_controls, percent
+from fluxdit_jax.gate.verdict import Case, Control, Verdict, failed_controls, grade, not_judged, percent
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,22 @@ def test_a_verdict_passes_without_reasons_and_is_written_without_pictures():
         ["why"],
         ["look"],
     )
+    assert written["judged"] is True and (grade(verdict), grade(failed)) == ("pass", "FAIL")
+
+
+def test_the_picture_that_is_judged_is_the_last():
+    shown = tuple((title, np.full((8, 8, 3), level, np.uint8)) for title, level in (("original", 1), ("drawn", 2)))
+    assert (Case("", "", 0.0, True, shown).drawn == 2).all()
+
+
+def test_what_cannot_be_judged_has_neither_passed_nor_failed():
+    verdict = not_judged("vision_swap", "Vision swap", "?", 0.8, "which is no grid")
+    assert not verdict.passed and not verdict.judged and grade(verdict) == "not judged"
+    assert "which is no grid" in verdict.reasons[0] and "preprocess subset" in verdict.reasons[0]
+    assert "preprocess subset" in verdict.statement
+    written = verdict.to_json()
+    assert (written["passed"], written["judged"], written["value"], written["cases"]) == (False, False, 0, [])
+    assert written["threshold"] == 0.8 and written["controls"] == [] and written["numbers"] == {}
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,16 @@ import jax
 import numpy as np
 import pytest
 from gate_fixtures import failed, gate, scene_config, write_dataset
-from gate_scenes import album
+from gate_scenes import eval_set
 from training_helpers import lively, tiny_optimizer
 from wording import lines_naming
 
 from fluxdit_jax import validate
 from fluxdit_jax.config import resolve
+from fluxdit_jax.dataset.grid import GRID_FILE
 from fluxdit_jax.dataset.manifest import load_manifest
-from fluxdit_jax.gate.painter import Painter, Wanted
 from fluxdit_jax.gate.requirement import GateError, require_report
+from fluxdit_jax.gate.sampler import Request, Sampler
 from fluxdit_jax.model import dit
 from fluxdit_jax.optimizer import build_optimizer
 from fluxdit_jax.run.checkpoint import Checkpoints, restore_ema
@@ -28,12 +29,13 @@ from fluxdit_jax.vae.decoder import load_decoder
 pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.usefixtures("quick_compile")
 QUICK = ["--steps=2", "--method=euler"]
+SUBJECTS = ("fox", "teapot", "cactus")  # of two the swap has fewer than fifty pairs
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("gate") / "scenes"
-    write_dataset(album(("fox", "teapot")), directory)
+    write_dataset(eval_set(SUBJECTS), directory)
     return directory
 
 
@@ -54,16 +56,21 @@ def test_an_untrained_run_fails_and_is_told_so(untrained, capsys):
     status, report = gate(untrained, *QUICK)
     assert status == 1 and report["passed"] is False
     assert failed(report) == {"memorisation", "vision_swap", "text_edit"}
-    assert report["metrics"]["text_edit"]["value"] == 0
+    metrics = report["metrics"].values()
+    assert all(metric["judged"] and metric["value"] < 0.1 for metric in metrics)
+    assert [metric["numbers"]["questions"] for metric in metrics] == [30, 60, 30]
     digest = tree_digest(restore_ema(untrained, 7)[1])
     assert report["weights"] == {
         "ema_step": 7, "folder": "ema", "digest": digest, "workdir": str(untrained.absolute()),
     }  # fmt: skip
-    assert report["sampling"] == {"method": "euler", "steps": 2, "seed": 0, "network_evaluations": 400}
+    # 30 each by own noise, other noise, one condition (two times); 60 pairs, 30 with a random vector, 20 at each of 3
+    # guidance scales, which take three evaluations; 30 edits, and 30 with the unrelated word.
+    evaluations = 2 * (4 * 30 + 60 + 30 + 3 * 3 * 20 + 2 * 30)
+    assert report["sampling"] == {"method": "euler", "steps": 2, "seed": 0, "network_evaluations": evaluations}
     shown = capsys.readouterr().out
     assert "FAIL: memorisation, vision swap, text edit" in shown and shown.count(" untrained") == 1
     assert lines_naming(shown, 7, 500)
-    assert (report["dataset"]["pictures_tested"], report["dataset"]["drawn_portraits"]) == (20, 0)
+    assert (report["dataset"]["pictures_tested"], report["dataset"]["drawn_portraits"]) == (30, 0)
     page = (untrained / "validation" / "report.html").read_text()
     assert page.startswith("<!doctype html>") and " untrained" in page
     assert f"EMA of step 7, digest {digest}" in page
@@ -89,27 +96,46 @@ def test_the_ema_of_a_newer_checkpoint_is_validated_and_named(untrained, tmp_pat
 
 def test_options_choose_what_is_measured(untrained, capsys):
     status, report = gate(
-        untrained, *QUICK, "--step=0", "--limit=8", "--pairs=6", "--edits=4", "--edit=fox=>cat:up",
-        "--unrelated=portrait=>view", "--seed=3",
+        untrained, *QUICK, "--step=0", "--limit=24", "--pairs=6", "--edits=4", "--unrelated=portrait=>view", "--seed=3",
     )  # fmt: skip
-    numbers = {name: metric["numbers"] for name, metric in report["metrics"].items()}
+    metrics = report["metrics"]
     assert status == 1 and report["weights"]["ema_step"] == 0 and report["sampling"]["seed"] == 3
-    assert (
-        numbers["memorisation"]["pictures"],
-        numbers["vision_swap"]["pairs"],
-        numbers["text_edit"]["cases"],
-    ) == (8, 6, 4)
-    assert numbers["text_edit"]["rules"] == ["fox => cat: up"]
-    assert "'portrait' becomes 'view'" in capsys.readouterr().out
+    assert [metric["numbers"]["questions"] for metric in metrics.values()] == [24, 6, 4]
+    assert all(metric["judged"] for metric in metrics.values())
+    shown = capsys.readouterr().out
+    assert "'portrait' becomes 'view'" in shown and lines_naming(shown, 24, 30)
+    assert any("at least 50" in reason for reason in metrics["vision_swap"]["reasons"])
+
+
+def test_a_set_without_a_grid_is_told_what_it_does_not_allow(untrained, dataset, tmp_path, capsys):
+    """And what it does allow fails, which is the verdict."""
+    other = Path(shutil.copytree(dataset, tmp_path / "no grid"))
+    (other / GRID_FILE).unlink()
+    status, report = gate(untrained, *QUICK, "--data", str(other))
+    assert status == 1 and report["verdict"] == "FAIL: memorisation; NOT JUDGED: vision swap, text edit"
+    assert [metric["judged"] for metric in report["metrics"].values()] == [True, False, False]
+    shown = capsys.readouterr().out
+    assert lines_naming(shown, "not judged", "Vision swap", "preprocess subset")
+    assert lines_naming(shown, "look first", "the set", "vision swap, text edit")
+    assert report["sampling"]["network_evaluations"] == 2 * 4 * 30
+    page = (untrained / "validation" / "report.html").read_text()
+    assert 'class="wall"' in page and 'class="card open"' in page
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"c00_l0.png": ["fox", "left"]}'])
+def test_a_damaged_grid_is_named(untrained, dataset, tmp_path, content, capsys):
+    other = Path(shutil.copytree(dataset, tmp_path / "damaged"))
+    (other / GRID_FILE).write_text(content)
+    status, report = gate(untrained, *QUICK, "--data", str(other))
+    assert (status, report) == (2, {}) and str(other / GRID_FILE) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--step=5"], ["no step 5", "0, 7"]),
-        (["--edit=fox=>cat"], ["'fox=>cat'", "OLD WORDS=>NEW WORDS:DIRECTION"]),
-        (["--edit=zebra=>cat:left"], ["'zebra'"]),
-        (["--unrelated=zebra=>cat"], ["--unrelated"]),
+        (["--unrelated=zebra=>cat"], ["--unrelated", "zebra"]),
+        (["--unrelated=fox"], ["--unrelated", "OLD=>NEW"]),
         (["--data=/nowhere"], ["/nowhere", "--data"]),
         (["--vae=/nowhere"], ["/nowhere"]),
     ],
@@ -126,9 +152,10 @@ def test_what_cannot_be_measured_is_one_line_and_status_2(untrained, capsys, opt
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("--keys=c(?P<composition>", "--keys 'c(?P<composition>'"),
-        ("--keys=(c)_(l)", "(?P<composition>...)"),
         ("--limit=0", "error: --limit"),
+        ("--pairs=0", "error: --pairs"),
+        ("--edits=0", "error: --edits"),
+        ("--edits=looking left=>looking right", "--edits"),
         ("--seed=-1", "--seed"),
         ("--method=magic", "rk3"),
     ],
@@ -144,23 +171,22 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
     assert str(tmp_path / "config.json") in capsys.readouterr().err
 
 
-def test_the_painter_draws_each_picture_once_and_the_same_in_any_company(untrained):
-    config, manifest = load_config(untrained), load_dataset(untrained)
-    arguments = validate.parse_arguments(["--workdir", str(untrained), *QUICK, "--batch-size=3"])
-    decoder = load_decoder(manifest.vae)
+def sampler_of(workdir: Path, ema: dict, manifest) -> Sampler:
+    arguments = validate.parse_arguments(["--workdir", str(workdir), *QUICK, "--batch-size=3"])
+    settings = resolve(load_config(workdir), manifest)
+    return validate.make_sampler(arguments, settings, manifest, ema, load_decoder(manifest.vae))
 
-    def painter() -> Painter:
-        return validate.make_painter(arguments, resolve(config, manifest), manifest, restore_ema(untrained)[1], decoder)
 
-    scenes = album(("fox", "teapot"))
-    wanted: list[Wanted] = [scenes.wanted(i, i, i) for i in range(5)]
+def test_the_sampler_draws_each_picture_once_and_the_same_in_any_company(untrained):
+    scenes, manifest, ema = eval_set(SUBJECTS), load_dataset(untrained), restore_ema(untrained)[1]
+    requests: list[Request] = [scenes.request(i, i) for i in range(5)]
     done: list[int] = []
-    first = painter()
-    assert len(first.missing([*wanted, *wanted])) == 5
-    first.paint(wanted, done.append)
-    assert done == [3, 2] and first.missing(wanted) == []
-    together = first(wanted)
-    alone = painter()([wanted[4]])[0]
+    first = sampler_of(untrained, ema, manifest)
+    assert len(first.missing([*requests, *requests])) == 5
+    first.draw(requests, done.append)
+    assert done == [3, 2] and first.missing(requests) == []
+    together = first(requests)
+    alone = sampler_of(untrained, ema, manifest)([requests[4]])[0]
     assert np.abs(together[4].astype(int) - alone).max() <= 1
     assert np.abs(together[4].astype(int) - together[3]).max() > 20
     assert together[0].shape == (64, 64, 3) and together[0].dtype == np.uint8
@@ -169,14 +195,12 @@ def test_the_painter_draws_each_picture_once_and_the_same_in_any_company(untrain
 def test_an_edit_beyond_the_longest_caption_of_the_set_is_seen(untrained):
     """Weights without zeros, as an untrained network draws the same of every caption."""
     settings, manifest = resolve(load_config(untrained), load_dataset(untrained)), load_dataset(untrained)
-    arguments = validate.parse_arguments(["--workdir", str(untrained), *QUICK, "--batch-size=3"])
-    ema = lively(restore_ema(untrained)[1], scale=0.05)
-    painter = validate.make_painter(arguments, settings, manifest, ema, load_decoder(manifest.vae))
-    scenes = album(("fox", "teapot"))
+    sampler = sampler_of(untrained, lively(restore_ema(untrained)[1], scale=0.05), manifest)
+    scenes = eval_set(SUBJECTS)
     long = scenes.caption(0) + " in a room" * 10
     texts = encode_prompts([f"{long} left", f"{long} right"], manifest, None, settings.text_limit)
     assert all(len(made["text"]) > settings.text_tokens for made in texts)
-    left, right, plain = painter(
-        [scenes.wanted(0, 0, 0, caption=c, made=t) for c, t in zip("lr", texts)] + [scenes.wanted(0, 0, 0)]
+    left, right, plain = sampler(
+        [scenes.request(0, 0, caption=c, made=t) for c, t in zip("lr", texts)] + [scenes.request(0, 0)]
     )
     assert (left != right).any() and (left != plain).any()

@@ -12,6 +12,7 @@ from build_fixtures import FLAGS, write_image
 from PIL import Image
 from wording import lines_naming, naming, numbers
 
+from fluxdit_jax.dataset.grid import GRID_FILE, read_grid
 from fluxdit_jax.dataset.manifest import load_manifest
 from preprocess.__main__ import main
 from preprocess.build.advice import repeated_captions
@@ -117,10 +118,9 @@ def test_a_square_subset_tells_how_much_it_bends(road: Road, draw_photo) -> None
     road.draw(draw_photo, (240, 160))
     said = road.run(
         "subset", "--input", str(road.photos), "--output", str(road.data), "--count", "4", "--resolution", "128",
-        "--square",
+        "--lights", "1", "--square",
     )  # fmt: skip
     assert re.search(numbers(4, 4, 10, 50), said)
-    assert lines_naming(said, "light", "small")
     about = json.loads((road.data / ".subset" / "subset.json").read_text())
     assert about["distorted"] == 4
 
@@ -128,8 +128,11 @@ def test_a_square_subset_tells_how_much_it_bends(road: Road, draw_photo) -> None
 def test_a_set_chosen_anew_is_built_by_the_printed_command(road: Road, draw_photo) -> None:
     road.draw(draw_photo, (160, 160), count=14)
     arguments = ["--input", str(road.photos), "--output", str(road.data), "--resolution", "128"]
-    for count in ("8", "3"):
-        said = road.run("subset", *arguments, "--count", count)
+    for count in (8, 3):
+        said = road.run("subset", *arguments, "--count", str(count), "--lights", "2")
         line = next(line for line in said.splitlines() if line.startswith("python -m preprocess build"))
         assert main(shlex.split(line.partition("#")[0])[3:] + FLAGS) == 0
+        dataset = road.data.with_name("data-dataset")
+        grid = read_grid(dataset / GRID_FILE)
+        assert len(grid) == load_manifest(dataset).records("train") == 4 * count
     write_image(road.data / "mine.png", 1, "not from there", draw_photo)

@@ -12,6 +12,7 @@ from build_fixtures import FLAGS, index, options, read, write_photos
 from safetensors.torch import load
 from wording import naming
 
+from fluxdit_jax.dataset.grid import GRID_FILE, read_grid
 from fluxdit_jax.dataset.manifest import INDEX, load_manifest
 from preprocess import PreprocessError
 from preprocess.__main__ import main
@@ -161,16 +162,31 @@ def test_it_is_exported_and_a_subset_takes_it_along(scene: Path, capsys) -> None
     assert tensors.keys() == {"latent", "text", "vision", "pose"} and tensors["pose"].shape == (WIDTH,)
     capsys.readouterr()
     subset = ["--input", str(scene / "data"), "--output", str(scene / "set"), "--count", "4", "--resolution", "128"]
-    assert main(["subset", *subset, "--square"]) == 0
+    assert main(["subset", *subset, "--lights", "2", "--square"]) == 0
     command = next(line for line in capsys.readouterr().out.splitlines() if "preprocess build" in line)
     assert main([word for word in command.split()[3:] if word]) == 0
     stored = read(scene / "data")
     chosen = json.loads((scene / "set" / ".subset" / "subset.json").read_text())["chosen"]
-    keys = {one["file"]: one["key"] for one in chosen}
-    of_set = read(scene / "set-dataset")
-    assert len(of_set) == 4
-    for record in of_set.values():
-        np.testing.assert_array_equal(record.conditions["pose"], stored[keys[record.key]].conditions["pose"])
+    keys = {one["photograph"]: one["key"] for one in chosen}
+    of_set, grid = read(scene / "set-dataset"), read_grid(scene / "set-dataset" / GRID_FILE)
+    assert len(of_set) == 16 and grid.keys() == of_set.keys()
+    for key, place in grid.items():
+        of_photograph = stored[keys[place.photograph]].conditions["pose"]
+        np.testing.assert_array_equal(of_set[key].conditions["pose"], of_photograph)
+    files = {path.name for path in (scene / "set/.subset/conditions/pose").rglob("*.npy")}
+    assert files == {f"{Path(key).name}.npy" for key in grid}
+
+
+def test_a_subset_needs_the_files_of_a_condition(scene: Path, capsys) -> None:
+    assert with_pose(scene) == 0
+    subset = ["subset", "--input", str(scene / "data"), "--output", str(scene / "set"), "--resolution", "128"]
+    for number in range(COUNT - 1):
+        vector_path(scene, number).unlink()
+    capsys.readouterr()
+    assert main([*subset, "--count", "4", "--lights", "2"]) == 1
+    error = capsys.readouterr().err
+    assert "pose" in error and ".npy" in error and "Traceback" not in error
+    assert not (scene / "set").exists()
 
 
 def test_a_vector_without_a_field_is_refused_by_the_library(scene: Path) -> None:

@@ -1,210 +1,219 @@
-"""Choosing a set: duplicates, one light, couples, poses; on numbers whose right answer is known."""
+"""Which photographs a set is made of: as different as can be, no two alike under any light, no caption twice.
+
+The candidates are read from files, as `subset` reads them.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import io
-import itertools
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from subset_fixtures import save, small
 
-from fluxdit_jax.shared.edit_rules import DEFAULT_RULES
-from preprocess.subset.choice import (
-    THUMBNAIL,
-    Candidates,
-    choose,
-    couples,
-    distances,
-    distinct,
-    figures,
-    neighbourhood,
-    poses,
-    side_of,
-    spacing,
-    spread,
-)
+from preprocess.build.journal import Journal
+from preprocess.input.findings import Reject
+from preprocess.subset.candidates import Candidate, SubsetOptions, gather
+from preprocess.subset.choice import ALIKE, choose, distances, structures
+from preprocess.subset.lights import LIGHTS, lit
+
+SIDE = 96
 
 
-def unit(values: np.ndarray) -> np.ndarray:
-    return values / np.linalg.norm(values, axis=1, keepdims=True)
+def found_in(folder: Path, **more: Any) -> tuple[list[Candidate], SubsetOptions]:
+    """The candidates of a folder, for the choice of these options."""
+    options = small(folder, folder.parent / "out", **({"lights": 5, "count": 20} | more)).checked()
+    return gather(options, Journal(None)).candidates, options
 
 
-def candidates(captions: list[str], light: np.ndarray, seed: int = 0, **more) -> Candidates:
-    """Random poses and thumbnails; text is one random direction for every word."""
-    rng = np.random.default_rng(seed)
-    words = sorted({word for caption in captions for word in caption.split()})
-    vectors = dict(zip(words, rng.normal(size=(len(words), 64))))
-    text = unit(np.array([np.mean([vectors[w] for w in c.split()], axis=0) for c in captions]))
-    values = {
-        "captions": captions,
-        "contents": [f"{n:064x}" for n in range(len(captions))],
-        "pixels": [1000] * len(captions),
-        "text": text,
-        "vision": unit(rng.normal(size=(len(captions), 32))),
-        "light": light,
-        "thumbnails": rng.integers(0, 256, (len(captions), THUMBNAIL, THUMBNAIL, 3), np.uint8),
-    }
-    return Candidates(**(values | more))
+def chosen_of(folder: Path, **more: Any) -> tuple[list[str], dict[str, Reject]]:
+    """Keys that are chosen, and the others' reasons."""
+    candidates, options = found_in(folder, **more)
+    chosen, left_out = choose(candidates, options)
+    assert len(chosen) + len(left_out) <= len(candidates)
+    return [one.item.key for one in chosen], {reject.key: reject for reject in left_out}
 
 
-def lights(sizes: list[int], noise: list[float], seed: int = 1) -> np.ndarray:
-    """Unit vectors round one direction for each cluster."""
-    rng = np.random.default_rng(seed)
-    rows = [
-        np.eye(16)[number] + scale * rng.normal(size=(size, 16)) / 4
-        for number, (size, scale) in enumerate(zip(sizes, noise))
-    ]
-    return unit(np.concatenate(rows))
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "photos"
 
 
-def test_distances_are_those_of_numpy():
+def test_distances_are_those_of_numpy() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(7, 5)), rng.normal(size=(4, 5))
-    np.testing.assert_allclose(distances(a, b), np.linalg.norm(a[:, None] - b[None], axis=-1), atol=1e-6)
+    by_hand = np.sqrt(((a[:, None] - b[None]) ** 2).mean(-1))
+    np.testing.assert_allclose(distances(a, b), by_hand, atol=1e-6)
+    greys = np.array([[10.0] * 6, [13.0] * 6, [200.0] * 6])
+    np.testing.assert_allclose(distances(greys, greys), [[0, 3, 190], [3, 0, 187], [190, 187, 0]], atol=1e-6)
 
 
-def test_side_of_a_caption():
-    left_right = DEFAULT_RULES[0]
-    assert side_of("a man looking left", left_right) == "old"
-    assert side_of("A man Looking Right, smiling", left_right) == "new"
-    assert side_of("a man looking leftwards", left_right) == ""
-    assert side_of("one looking left, one looking right", left_right) == ""
+def test_structures_are_of_what_is_shown_and_not_of_its_brightness(draw_photo) -> None:
+    thumbnails = np.array([draw_photo(32, 32, seed) for seed in range(6)])
+    space = structures(thumbnails)
+    assert space.shape == (6, 256)
+    np.testing.assert_allclose(space.mean(1), 0, atol=1e-12)
+    np.testing.assert_allclose(np.linalg.norm(space, axis=1), 1)
+    dim = next(light for light in LIGHTS if light.name == "dim")
+    darker = structures(np.array([lit(picture, dim) for picture in thumbnails]))
+    assert (distances(darker, space).argmin(1) == np.arange(6)).all()
+    assert structures(np.full((1, 32, 32, 3), 90, np.uint8)).max() < 1e-9, "a flat picture is no structure"
 
 
-def test_copies_and_lookalikes_are_left_out_and_the_largest_stays(draw_photo):
-    def thumbnail(image: Image.Image) -> np.ndarray:
-        return np.asarray(image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX))
+def test_structures_by_hand() -> None:
+    """Half is black, a quarter red, a quarter white; luma of red is 0.299 x 255."""
+    picture = np.zeros((1, 32, 32, 3), np.uint8)
+    picture[:, :16, :16], picture[:, :16, 16:] = (255, 0, 0), 255
+    stops = np.log2([4, 4 + 0.299 * 255, 259])
+    by_hand = stops - (2 * stops[0] + stops[1] + stops[2]) / 4
+    by_hand /= np.sqrt(64 * (2 * by_hand[0] ** 2 + by_hand[1] ** 2 + by_hand[2] ** 2))
+    found = structures(picture)[0].reshape(16, 16)
+    np.testing.assert_allclose([found[15, 3], found[2, 2], found[2, 12]], by_hand, atol=1e-9)
 
-    photos = [Image.fromarray(draw_photo(256, 256, seed)) for seed in range(3)]
+
+def test_of_copies_and_lookalikes_the_one_with_most_pixels_stays(folder: Path, draw_photo) -> None:
+    photos = [draw_photo(SIDE, SIDE, seed) for seed in range(3)]
+    for name, photo in zip(("a", "d", "g"), photos):
+        save(folder / f"{name}.png", photo, f"photograph {name}")
+    (folder / "b.png").write_bytes((folder / "a.png").read_bytes())
+    (folder / "b.json").write_text('{"caption": "another caption"}')
     buffer = io.BytesIO()
-    photos[1].save(buffer, "JPEG", quality=60)
-    versions = [photos[0], photos[0], photos[1], Image.open(buffer), photos[1].resize((512, 512)), photos[2]]
-    given = candidates(
-        ["a"] * 6,
-        lights([6], [1]),
-        contents=["p", "p", "q", "r", "s", "t"],
-        pixels=[9, 9, 9, 9, 20, 9],
-        thumbnails=np.array([thumbnail(version) for version in versions]),
-    )
-    kept, instead, copies = distinct(given, DEFAULT_RULES)
-    assert kept == [0, 4, 5]
-    assert instead == {1: 0, 2: 4, 3: 4}
-    assert copies == 1
+    Image.fromarray(photos[1]).save(buffer, "JPEG", quality=60)
+    save(folder / "e.png", np.asarray(Image.open(buffer)), "a JPEG")
+    large = Image.fromarray(photos[1]).resize((2 * SIDE, 2 * SIDE), Image.Resampling.BICUBIC)
+    save(folder / "f.png", np.asarray(large), "larger")
+    chosen, left_out = chosen_of(folder)
+    assert set(chosen) == {"a.png", "f.png", "g.png"}
+    assert {key: (reject.reason, reject.detail) for key, reject in left_out.items()} == {
+        "b.png": ("copy of another, byte by byte", "a.png"),
+        "d.png": ("looks like another", "f.png"),
+        "e.png": ("looks like another", "f.png"),
+    }
+    assert left_out["b.png"].file == str(folder / "b.png")
 
 
-def test_lookalikes_with_opposite_captions_are_both_kept():
-    thumbnails = np.full((3, THUMBNAIL, THUMBNAIL, 3), 100, np.uint8)
-    given = candidates(["a man looking left", "a man looking right", "a man"], lights([3], [1]), thumbnails=thumbnails)
-    kept, instead, _ = distinct(given, DEFAULT_RULES)
-    assert kept == [0, 1, 2] and not instead
-    kept, instead, _ = distinct(dataclasses.replace(given, captions=["a man"] * 3), DEFAULT_RULES)
-    assert kept == [0] and instead == {1: 0, 2: 0}
+def test_what_looks_like_another_mirrored_or_under_a_light_is_left_out(folder: Path, draw_photo) -> None:
+    photo, reason = draw_photo(SIDE, SIDE, 0), "looks like another under some light"
+    save(folder / "a.png", photo, "photograph a")
+    save(folder / "b.png", photo[:, ::-1], "photograph b")
+    save(folder / "c.png", lit(photo, LIGHTS[1]), "photograph c")
+    save(folder / "d.png", lit(photo[:, ::-1], LIGHTS[2]), "photograph d")
+    save(folder / "e.png", draw_photo(SIDE, SIDE, 1), "photograph e")
+    chosen, left_out = chosen_of(folder)
+    assert len(chosen) == 2 and "e.png" in chosen
+    assert {reject.reason for reject in left_out.values()} == {reason} and len(left_out) == 3
+    chosen, left_out = chosen_of(folder, lights=1)
+    assert len(chosen) == 4 and [reject.reason for reject in left_out.values()] == [reason], "one of a and b"
+    chosen, left_out = chosen_of(folder, lights=1, mirror=False)
+    assert len(chosen) == 5 and not left_out
 
 
-def test_the_tightest_light_is_found():
-    light = lights([30, 20, 30], [1.0, 0.2, 1.0])
-    centre, far = neighbourhood(light, 20)
-    assert 30 <= centre < 50
-    assert sorted(np.argsort(far)[:20]) == list(range(30, 50))
+def test_photographs_whose_variants_are_alike_are_left_out(folder: Path, draw_photo) -> None:
+    photo = draw_photo(SIDE, SIDE, 3)
+    halves = np.concatenate([photo[:, ::2], photo[:, ::2][:, ::-1]], axis=1)
+    pictures = {
+        "symmetric": halves,
+        "black": np.full((SIDE, SIDE, 3), 3, np.uint8),
+        "flat": np.full((SIDE, SIDE, 3), 120, np.uint8),
+        "good": photo,
+    }
+    for name, picture in pictures.items():
+        save(folder / f"{name}.png", picture, f"this is {name}")
+    chosen, left_out = chosen_of(folder)
+    assert chosen == ["good.png"]
+    assert {key: reject.reason for key, reject in left_out.items()} == {
+        f"{name}.png": name for name in ("symmetric", "black", "flat")
+    }
+    chosen, left_out = chosen_of(folder, mirror=False)
+    assert "symmetric.png" in chosen and left_out["black.png"].reason == "black"
 
 
-def test_couples_are_twins_in_one_light():
-    people = ["a man", "a woman", "a girl", "a boy"]
-    captions = [f"{who} looking {way}" for way in ("left", "right") for who in people for _ in range(2)]
-    light = np.array([np.eye(16)[n % 2] for n in range(len(captions))])
-    found = couples(candidates(captions, light), DEFAULT_RULES)
-    assert len(found) == 8 and all(couple.twins for couple in found)
-    for couple in found:
-        assert captions[couple.old].replace("left", "right") == captions[couple.new]
-        assert couple.old % 2 == couple.new % 2
-    assert len({row for couple in found for row in (couple.old, couple.new)}) == 16
+def test_a_picture_too_dark_for_the_lights_is_left_out(folder: Path, draw_photo) -> None:
+    dark = np.full((SIDE, SIDE, 3), 5, np.uint8)
+    dark[: SIDE // 2, : SIDE // 2] = 60
+    save(folder / "dark.png", dark, "dark")
+    save(folder / "good.png", draw_photo(SIDE, SIDE, 3), "good")
+    chosen, left_out = chosen_of(folder, lights=len(LIGHTS))
+    assert chosen == ["good.png"] and left_out["dark.png"].reason == "too dark for the lights to be told apart"
+    assert set(chosen_of(folder, lights=2)[0]) == {"dark.png", "good.png"}
 
 
-def test_captions_that_only_resemble_make_couples_after_twins():
-    captions = [
-        "a tall man with a hat looking left at dusk",
-        "a tall man with a hat looking right at noon",
-        "a small dog on grass looking left",
-        "a small dog on grass looking right",
-        "a house",
-    ]
-    found = couples(candidates(captions, lights([5], [0.1])), DEFAULT_RULES)
-    assert [(c.old, c.new, c.twins) for c in found] == [(0, 1, False), (2, 3, True)]
+@pytest.mark.parametrize(
+    ("captions", "more"),
+    [
+        (("a dog", "A Dog"), {}),
+        (("a cat looking left", "a cat looking right"), {}),
+        (("a dog", "a dog, looking right"), {}),
+        (("a dog.", "a dog, looking left."), {}),
+        (("a man facing north", "a man facing south"), {"edit": ("facing north=>facing south",)}),
+        (("a dog", "a dog"), {"mirror": False}),
+    ],
+)
+def test_no_two_share_a_caption_of_either_view(
+    folder: Path, draw_photo, captions: tuple[str, str], more: dict[str, Any]
+) -> None:
+    for seed, caption in enumerate(captions):
+        save(folder / f"{seed}.png", draw_photo(SIDE, SIDE, seed), caption)
+    save(folder / "2.png", draw_photo(SIDE, SIDE, 2), "a house")
+    chosen, left_out = chosen_of(folder, **more)
+    assert len(chosen) == 2 and "2.png" in chosen
+    (reject,) = left_out.values()
+    assert reject.reason == "has the caption of another" and {reject.key, reject.detail} == {"0.png", "1.png"}
 
 
-def test_a_twin_in_another_light_is_preferred_to_a_stranger_in_the_same():
-    captions = ["a cat looking left", "a cat looking right", "a dog looking left", "a dog looking right"]
-    light = np.eye(16)[[0, 1, 1, 0]]
-    found = couples(candidates(captions, light), DEFAULT_RULES)
-    assert [(c.old, c.new, c.twins) for c in found] == [(0, 1, True), (2, 3, True)]
+def test_captions_of_two_views_do_not_meet_without_mirrored_pictures(folder: Path, draw_photo) -> None:
+    for seed, side in enumerate(("left", "right")):
+        save(folder / f"{seed}.png", draw_photo(SIDE, SIDE, seed), f"a cat looking {side}")
+    assert len(chosen_of(folder, mirror=False)[0]) == 2
 
 
-def test_both_parts_of_a_pose_count_the_same_and_a_constant_one_not_at_all():
-    given = candidates([f"word{n} and more" for n in range(40)], lights([40], [1]))
-    given = dataclasses.replace(given, vision=1000 * given.vision)
-    space = poses(given)
-    for part in (space[:, :64], space[:, 64:]):
-        squares = distances(part, part) ** 2
-        assert squares.mean() == pytest.approx(1.0, rel=1e-3)
-    constant = dataclasses.replace(given, vision=np.ones((40, 3)))
-    assert poses(constant).shape == (40, 64)
+def by_hand(candidates: list[Candidate], options: SubsetOptions) -> list[str]:
+    """The choice as its description says it, where all candidates can stand together."""
+    space = structures(np.array([candidate.thumbnail for candidate in candidates]))
+    chosen: list[int] = []
+    while len(chosen) < min(options.count, len(candidates)):
+        left = [row for row in range(len(candidates)) if row not in chosen]
+        own = [row for row in left if options.has_words(candidates[row].item.caption)]
+        allowed = own if own and len(chosen) < options.count / 2 else left
+        gaps = [min([np.inf, *(np.linalg.norm(space[row] - space[c]) for c in chosen)]) for row in allowed]
+        chosen.append(allowed[int(np.argmax(np.round(gaps, 5)))])
+    return [candidates[row].item.key for row in chosen]
 
 
-def test_farthest_points_are_those_of_the_definition():
-    """Against a plain loop over sets of points, with one light so that all are candidates."""
-    given = candidates([f"w{n}" for n in range(30)], np.tile(np.eye(16)[:1], (30, 1)))
-    choice = choose(given, 10, DEFAULT_RULES, 1.0)
-    space = poses(given)
-    expected = [0]
-    while len(expected) < 10:
-        gaps = [min(np.linalg.norm(space[row] - space[taken]) for taken in expected) for row in range(30)]
-        expected.append(int(np.argmax(np.round(gaps, 6))))
-    assert choice.rows == expected
-    assert choice.distances[0] == np.inf
-    assert choice.distances[1:] == sorted(choice.distances[1:], reverse=True)
+@pytest.mark.parametrize(("with_words", "count"), [(0, 8), (2, 8), (7, 8), (7, 5), (16, 16)])
+def test_each_is_the_least_like_those_before_and_half_have_own_words(
+    folder: Path, draw_photo, with_words: int, count: int
+) -> None:
+    for seed in range(16):
+        words = "looking left" if seed >= 16 - with_words else "by the sea"
+        save(folder / f"p{seed:02}.png", draw_photo(SIDE, SIDE, seed), f"photograph {seed} {words}")
+    candidates, options = found_in(folder, count=count)
+    chosen, left_out = choose(candidates, options)
+    assert not left_out and [one.item.key for one in chosen] == by_hand(candidates, options)
+    words = [options.has_words(one.item.caption) for one in chosen]
+    first = min(with_words, (count + 1) // 2)
+    assert all(words[:first]), "those with words of their own come first, up to half"
 
 
-def test_one_light_is_chosen_and_poses_stay_different():
-    captions = [f"thing{n % 50} in place{n % 7}" for n in range(200)]
-    given = candidates(captions, lights([100, 100], [0.5, 0.3]))
-    choice, free = choose(given, 40, DEFAULT_RULES, 0.25), choose(given, 40, DEFAULT_RULES, 1.0)
-    assert all(row >= 100 for row in choice.rows)
-    assert len(set(choice.rows)) == 40
-    told = figures(given, choice, free)
-    assert told["light_spread"]["chosen"] < 0.5 * told["light_spread"]["by_chance"]
-    assert told["pose_spread"]["chosen"] >= told["pose_spread"]["by_chance"]
-    assert told["pose_spacing"]["chosen"] > told["pose_spacing"]["by_chance"]
-    assert told["light_spread"]["any_light"] > 0.9 * told["light_spread"]["by_chance"]
-    assert told["captions"]["chosen"] == len({captions[row] for row in choice.rows})
+def test_variants_of_all_that_is_chosen_are_apart(folder: Path, draw_photo) -> None:
+    for seed in range(12):
+        save(folder / f"p{seed:02}.png", draw_photo(SIDE, SIDE, seed), f"photograph {seed}")
+    candidates, options = found_in(folder, lights=len(LIGHTS))
+    chosen, _ = choose(candidates, options)
+    variants = np.concatenate([one.variants(options) for one in chosen])
+    assert len(chosen) > 4 and len(variants) == 20 * len(chosen)
+    between = distances(variants, variants)
+    assert between[~np.eye(len(variants), dtype=bool)].min() >= ALIKE
 
 
-def test_more_light_is_let_in_when_one_light_is_one_subject():
-    """The densest light holds thirty times the same thing; a set of it alone would be no set of poses."""
-    captions = ["grass"] * 30 + [f"thing{n}" for n in range(50)]
-    given = candidates(captions, lights([30, 50], [0.1, 2.0]))
-    same = given.vision.copy()
-    same[:30] = same[0]
-    given = dataclasses.replace(given, vision=same)
-    choice = choose(given, 16, DEFAULT_RULES, 0.25)
-    assert choice.neighbours > 30
-    assert spread(poses(given), choice.rows) >= spread(poses(given), range(80))
-
-
-@pytest.mark.parametrize("count, expected", [(8, 2), (40, 10), (60, 12)])
-def test_up_to_half_of_the_set_are_couples(count, expected):
-    captions = [f"person{n // 2} looking {'left' if n % 2 else 'right'}" for n in range(24)]
-    given = candidates(captions + [f"thing{n}" for n in range(76)], lights([24, 76], [0.5, 0.5]))
-    choice = choose(given, count, DEFAULT_RULES, 0.25)
-    assert len(choice.couples) == expected
-    assert sorted(choice.rows) == sorted(set(choice.rows)) and len(choice.rows) == count
-    flat = list(itertools.chain.from_iterable((c.old, c.new) for c in choice.couples))
-    assert choice.rows[: 2 * expected] == flat
-
-
-def test_figures_by_hand():
-    space = np.array([[0.0], [1.0], [3.0]])
-    assert spread(space, [0, 1, 2]) == pytest.approx((1 + 3 + 2) / 3)
-    assert spacing(space, [0, 1, 2]) == pytest.approx((1 + 1 + 2) / 3)
-    assert spread(space, [1]) == spacing(space, [1]) == 0.0
+def test_the_order_in_which_files_were_written_does_not_count(tmp_path: Path, draw_photo) -> None:
+    found = []
+    for name, seeds in (("a", range(12)), ("b", reversed(range(12)))):
+        for seed in seeds:
+            save(tmp_path / name / f"p{seed:02}.png", draw_photo(SIDE, SIDE, seed), f"photograph {seed}")
+        found.append([chosen_of(tmp_path / name, count=6, workers=workers) for workers in (1, 4)])
+    (one, *others) = [chosen for of_folder in found for chosen, _ in of_folder]
+    assert len(one) == 6 and all(other == one for other in others)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fluxdit_jax.dataset.grid import INPUT_GRID, Place, read_grid
 from preprocess.demo import COMPOSITIONS, LIGHTS, compose, draw_dataset
 from preprocess.demo.backdrops import draw_backdrop
 from preprocess.demo.scene import Scene
@@ -49,7 +50,12 @@ def test_files_truth_and_reuse(tmp_path):
     two = COMPOSITIONS[:2]
     assert draw_dataset(tmp_path, progress=False, compositions=two) == 10
     first = read(tmp_path)
-    assert len(first) == 20
+    assert len(first) == 21
+    grid = read_grid(tmp_path / INPUT_GRID)
+    assert first.keys() == {INPUT_GRID, *grid, *(name.replace(".png", ".json") for name in grid)}
+    for name, place in grid.items():
+        truth = json.loads(first[name.replace(".png", ".json")])
+        assert place == Place(truth["character"], truth["looking"], truth["light"])
     truth = json.loads(first["c01_l3.json"])
     assert truth["caption"] == COMPOSITIONS[1].caption and truth["looking"] == "right"
     assert (truth["composition"], truth["lighting"], truth["light"]) == ("c01", "l3", LIGHTS[3].name)
@@ -62,7 +68,7 @@ def test_files_truth_and_reuse(tmp_path):
     assert draw_dataset(tmp_path, progress=False, compositions=two) == 10
     assert read(tmp_path) == first  # the same bytes again
     redone = {path.name for path in tmp_path.iterdir() if path.stat().st_mtime_ns != times[path.name]}
-    assert redone == {"c00_l2.png", "c00_l2.json", "c01_l4.png", "c01_l4.json"}
+    assert redone - {INPUT_GRID} == {"c00_l2.png", "c00_l2.json", "c01_l4.png", "c01_l4.json"}
 
 
 def test_other_peoples_files_are_not_mixed_in(tmp_path):

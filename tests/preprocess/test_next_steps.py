@@ -6,9 +6,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-from build_fixtures import FLAGS, write_photos
+from build_fixtures import FLAGS, index, write_photos
 from training_helpers import TrainCommand
 
+from fluxdit_jax.dataset.grid import GRID_FILE, read_grid
 from fluxdit_jax.dataset.manifest import load_manifest
 from preprocess.__main__ import main
 
@@ -73,6 +74,9 @@ def test_photographs_lead_through_the_gate_to_production(
     assert gate[3].endswith("configs/nano.py")
     _, same, check = printed(capsys, *again[3:])
     assert (same, check) == (gate, validate), "the build of the set ends with the commands of the subset"
+    gate_set = Path(again[again.index("--output") + 1])
+    assert read_grid(gate_set / GRID_FILE).keys() == {row["key"] for row in index(gate_set)}
+    assert len(index(gate_set)) == 10 * 5 * 2 and load_manifest(gate_set).encoders == load_manifest("photos").encoders
     train(runs_here(gate), train_command, *TINY)
 
     report = next(word.partition("=")[2] for word in production if word.startswith("--config.gate.report="))

@@ -76,7 +76,7 @@ def test_the_commands_from_pictures_to_export(home: Path, draw_photo, run: Run) 
     assert preprocess("verify", "~/ds") == 0
     assert preprocess("inspect", "~/ds", "--output=~/seen") == 0
     assert preprocess("export", "~/ds", "--output=~/tars") == 0
-    few = ["--count=2", "--resolution=64", "--light-share=1", "--allow-fewer"]
+    few = ["--count=2", "--resolution=64", "--lights=2", "--allow-fewer"]
     assert preprocess("subset", "--input=~/ds", "--images=~/photos", "--output=~/few", *few) == 0
     (home / "experiment.py").write_text((REPOSITORY / "configs" / "demo.py").read_text())
     run(

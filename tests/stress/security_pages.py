@@ -44,7 +44,7 @@ def report_page(evil: str) -> str:
             0.5,
             0.9,
             evil,
-            {evil: 1.0, "words": [evil]},
+            {evil: 1.0, "by_light": {evil: 0.5}, "guidance": {1.0: 0.5, 3.0: 0.6}},
             (control,),
             (evil,),
             (case, case),

@@ -67,7 +67,6 @@ class Scene:
         whole = self.root / "whole"
         run = f"--workdir={whole}"
         prompts = ["--prompt=noise number 3", "--prompt=noise number 4", "--steps=1"]
-        words = ["--edit=noise=>picture:right", "--unrelated=number=>numeral"]
         little = ["--limit=4", "--pairs=2", "--edits=2", "--steps=1"]
         return {
             "export": ("fluxdit_jax.export", [run, f"--out={self.root}/exported"], self.root / "exported"),
@@ -76,7 +75,7 @@ class Scene:
                 [run, f"--out={self.root}/drawn/a.png", *prompts],
                 self.root / "drawn",
             ),
-            "validate": ("fluxdit_jax.validate", [run, *words, *little], whole / "validation"),
+            "validate": ("fluxdit_jax.validate", [run, *little], whole / "validation"),
         }
 
     def outcome(self, run: Path) -> str:
