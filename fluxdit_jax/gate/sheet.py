@@ -53,13 +53,7 @@ def _colour(case: Case) -> str:
     return _GOOD if case.passed else _BAD
 
 
-def _label(
-    pen: ImageDraw.ImageDraw,
-    row: tuple[str, str],
-    eval_set: EvalSet,
-    top: int,
-    font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
-) -> None:
+def _label(pen: ImageDraw.ImageDraw, row: tuple[str, str], eval_set: EvalSet, top: int, font: Font) -> None:
     index = next(i for i in (eval_set.at(row, light) for light in eval_set.lights) if i is not None)
     caption = textwrap.wrap(textwrap.shorten(eval_set.caption(index), 160, placeholder=" ..."), 28)
     for line, (text, colour) in enumerate([(" ".join(row)[-30:], _SOFT), *((words, "black") for words in caption)]):

@@ -36,7 +36,7 @@ class Pair:
 def pairs(eval_set: EvalSet, wanted: int) -> list[Pair]:
     """Up to `wanted` pairs: lights in turn, and under each light every photograph and view before one comes again.
 
-    `a` is under another light than the answer, where there is one, and `b` shows another photograph. Deterministic.
+    `a` is under another light than the answer, and `b` shows another photograph. Deterministic.
     """
     rng = np.random.default_rng([eval_set.seed, 1])
     by_light = []
@@ -73,15 +73,15 @@ class Swap:
         Args:
           wanted: pairs at most.
         """
-        possible = len(pairs(eval_set, MIN_PAIRS))
-        chosen = pairs(eval_set, wanted) if possible >= MIN_PAIRS else []
+        found = pairs(eval_set, max(wanted, MIN_PAIRS))
+        chosen = found[:wanted] if len(found) >= MIN_PAIRS else []
         rng = np.random.default_rng([eval_set.seed, 2])
         vectors = rng.normal(size=(CONTROLLED, len(eval_set.records[0].vision)))
         vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
         return cls(
             eval_set,
             chosen,
-            possible,
+            min(len(found), MIN_PAIRS),
             [eval_set.request(p.a, p.b) for p in chosen],
             [eval_set.request(p.a, p.b, vision=v) for p, v in zip(chosen, vectors)],
             {scale: [eval_set.request(p.a, p.b, guidance=scale) for p in chosen[:ON_CURVE]] for scale in CURVE},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -227,7 +228,7 @@ def _look_at(items: list[Item], options: SubsetOptions, journal: Journal) -> tup
     return found, rejects
 
 
-def reasons(left_out: list[Reject]) -> str:
+def reasons(left_out: Iterable[str]) -> str:
     """How many were left out for each reason, in words."""
-    counts = collections.Counter(reject.reason for reject in left_out)
+    counts = collections.Counter(left_out)
     return ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items())) or "none"

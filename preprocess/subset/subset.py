@@ -125,7 +125,7 @@ def _choose(options: SubsetOptions, pool: Pool) -> tuple[list[Photograph], list[
         fewer = f"give --count {len(chosen)}, or --allow-fewer" if chosen else "it cannot be made of these"
         raise PreprocessError(
             f"--count {options.count}: only {len(chosen)} photographs among {pool.total:,} can stand together in a "
-            f"set (left out: {reasons(pool.left_out + left_out)}); {fewer}"
+            f"set (left out: {reasons(reject.reason for reject in pool.left_out + left_out)}); {fewer}"
         )
     names = _names([candidate.item.key for candidate in chosen])
     return [Photograph(candidate, name) for candidate, name in zip(chosen, names)], left_out
@@ -299,8 +299,7 @@ def _report(options: SubsetOptions, result: Result, lights: Lights | None, encod
     about = result.about
     size = f"{options.resolution}x{options.resolution}" if options.square else f"{options.resolution} px by bucket"
     views = "2 views" if options.mirror else "1 view"
-    counts = collections.Counter(one["reason"] for one in about["left_out"])
-    left_out = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items())) or "none"
+    left_out = reasons(one["reason"] for one in about["left_out"])
     lines = [
         f"{'Done' if result.changed else 'Up to date'}: {about['made']} pictures, {size}, in {result.output}",
         f"  {about['photographs']} photographs x {views} x {len(about['lights'])} lights "
