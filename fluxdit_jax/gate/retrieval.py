@@ -17,6 +17,7 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from fluxdit_jax.gate.eval_set import EvalSet
 from fluxdit_jax.gate.verdict import Chart
+from fluxdit_jax.shared.distances import root_mean_squares
 
 THUMBNAIL = 32  # side, pixels
 # Grey levels between thumbnails below which two originals are one picture, which nobody can tell apart.
@@ -32,9 +33,7 @@ def thumbnails(images: Sequence[np.ndarray]) -> np.ndarray:
 
 def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Root mean square differences of `thumbnails` [A, F] and [B, F]: float64 [A, B], grey levels."""
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    squares = np.square(a).sum(1)[:, None] + np.square(b).sum(1)[None] - 2 * a @ b.T
-    return np.sqrt(np.maximum(squares, 0) / a.shape[1])
+    return root_mean_squares(a, b)
 
 
 def psnr(truth: np.ndarray, image: np.ndarray) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fluxdit_jax.dataset.grid import Place
+from fluxdit_jax.shared.distances import root_mean_squares
 
 SEEN = 0.6  # share of a light's pictures that must be retrieved, else the encoder does not see it
 _FAINT = 0.05  # what a light moves a vector by, against what another photograph does, below which it is warned of
@@ -129,9 +130,7 @@ def separate_latents(latents: Sequence[np.ndarray], std: Sequence[float]) -> Apa
         rows = [row for row, latent in enumerate(latents) if latent.shape == shape]
         scale = np.asarray(std)[:, None, None]
         flat = np.array([(latents[row].astype(np.float64) / scale).ravel() for row in rows])
-        squares = (flat**2).sum(1)
-        spans = squares[:, None] + squares[None] - 2 * flat @ flat.T
-        spans = np.sqrt(np.maximum(spans, 0) / flat.shape[1]) / usual
+        spans = root_mean_squares(flat, flat) / usual
         np.fill_diagonal(spans, np.inf)
         nearest[rows] = spans.min(1)
         if len(rows) > 1 and spans.min() < least:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fluxdit_jax.shared.distances import root_mean_squares
 from preprocess.decoding.images import Rejected
 from preprocess.input.findings import Reject
 from preprocess.subset.candidates import THUMBNAIL, Candidate, SubsetOptions
@@ -97,9 +98,7 @@ def _indistinct(candidate: Candidate, options: SubsetOptions) -> str:
 
 def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Root mean square differences of the rows of [N, D] and [M, D], f64 [N, M], rounded to 1e-6."""
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    squares = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T
-    return np.round(np.sqrt(np.maximum(squares, 0) / a.shape[1]), 6)
+    return np.round(root_mean_squares(a, b), 6)
 
 
 def structures(thumbnails: np.ndarray) -> np.ndarray:
