@@ -1,4 +1,4 @@
-"""Whether a gate set can be learned at all: does the vision encoder see the lights, are the latents told apart?"""
+"""Whether a gate set can be learned at all: does the vision encoder see the lights, do the latents differ enough?"""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def choose(candidates: Sequence[Candidate], options: SubsetOptions) -> tuple[lis
 
     A greedy farthest-point choice (Gonzalez 1985) by `structures`: each is the candidate least like all chosen before.
     The first half is chosen from captions with words of the edit, as far as there are any. No two share a caption, and
-    all variants of all are told apart. Deterministic.
+    every two variants differ by at least `ALIKE`. Deterministic.
     """
     kept, left_out = _distinct(candidates)
     usable = []

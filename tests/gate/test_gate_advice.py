@@ -222,7 +222,7 @@ def causes(name: str, numbers: dict, controls: tuple[Control, ...] = ()) -> list
         ({"retrieved": 0.5, "right_row": 0.5, "right_light": 0.86}, ["text path"]),
         ({"retrieved": 0.5, "right_row": 0.5, "right_light": 0.85}, ["unfinished pictures"]),
         ({"retrieved": 0.5, "right_row": 0.86, "right_light": 0.86}, ["vision path"]),
-        # A few in another light are told; a few of another photograph may be any.
+        # A few misses in another light name the vision path; a few of another photograph name nothing.
         ({"retrieved": 0.98, "right_row": 1.0, "right_light": 0.98}, ["vision path"]),
         ({"retrieved": 0.89, "right_row": 0.89, "right_light": 1.0}, ["text path"]),
         ({"retrieved": 0.91, "right_row": 0.91, "right_light": 1.0}, ["unfinished pictures"]),

@@ -1,4 +1,4 @@
-"""Whether lights are read from vision vectors and latents are told apart, on arrays whose answer is known."""
+"""Whether lights are read from vision vectors, and whether latents differ enough: arrays with a known answer."""
 
 from __future__ import annotations
 
