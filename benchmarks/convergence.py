@@ -44,14 +44,13 @@ from fluxdit_jax.gate.swap import Swap
 from fluxdit_jax.loader import reader
 from fluxdit_jax.model import dit
 from fluxdit_jax.optimizer import build_optimizer
-from fluxdit_jax.sampling import image_grid
 from fluxdit_jax.sampling.pipeline import Generator
 from fluxdit_jax.sampling.prompts import encode_prompts
 from fluxdit_jax.shared.host_memory import keep_freed_memory
 from fluxdit_jax.shared.paths import expanded
 from fluxdit_jax.state import create_state
 from fluxdit_jax.train_step import make_train_step, patch_statistics
-from fluxdit_jax.vae.decoder import load_decoder
+from fluxdit_jax.vae.decoder import decode_all, load_decoder
 
 NAME = "convergence"
 PROBE = 100  # steps
@@ -92,7 +91,7 @@ class Gate:
         source = reader.RecordSource(directory, manifest, "train")
         records = [source[index] for index in range(len(source))]
         self._decoder = load_decoder(manifest.vae, None)
-        truths = image_grid.decode_all(self._decoder, [record.latent for record in records])
+        truths = decode_all(self._decoder, [record.latent for record in records])
         grid = read_grid(Path(directory) / GRID_FILE)
         self._set = EvalSet(tuple(records), tuple(truths), settings.model.patch, grid)
         self._library = Library(self._set)
@@ -101,8 +100,7 @@ class Gate:
         self._generator = Generator.of(settings, manifest, graph=graph, **SAMPLER)
 
     def sampler(self, params: Any) -> Sampler:
-        cast = self._generator.cast(params)
-        return Sampler(self._generator, cast, self._decoder, SAMPLER["batch_size"])
+        return Sampler(self._generator, params, self._decoder)
 
     def part(self, sampler: Sampler) -> dict[str, float]:
         """Shares that pass in a part of each test, and the median PSNR in dB."""

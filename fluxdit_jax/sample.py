@@ -27,7 +27,7 @@ from fluxdit_jax.device import devices
 from fluxdit_jax.run.checkpoint import CheckpointError
 from fluxdit_jax.run.run_directory import RunError, RunLock, load_config, load_dataset
 from fluxdit_jax.run.weights import Weights, restore_weights
-from fluxdit_jax.sampling import exported, image_grid, recipe, solvers
+from fluxdit_jax.sampling import exported, recipe, solvers
 from fluxdit_jax.sampling.arguments import parse_arguments
 from fluxdit_jax.sampling.pipeline import Generator, conditions
 from fluxdit_jax.sampling.prompts import (
@@ -39,9 +39,9 @@ from fluxdit_jax.sampling.prompts import (
 )
 from fluxdit_jax.sampling.recipe import Recipe
 from fluxdit_jax.sampling.sizes import choose_size, in_words
-from fluxdit_jax.shared import atomic_files, cli
+from fluxdit_jax.shared import atomic_files, cli, image_grid
 from fluxdit_jax.shared.sanitize import shown
-from fluxdit_jax.vae.decoder import load_decoder
+from fluxdit_jax.vae.decoder import Decoder, decode_all, load_decoder
 from fluxdit_jax.vae.files import DecoderError
 from preprocess import PreprocessError
 
@@ -165,7 +165,7 @@ def _draw(
     settings: Settings,
     manifest: Manifest,
     ema: Any,
-    decoder: image_grid.Decoder,
+    decoder: Decoder,
     requests: list[Request],
     texts: list[dict[str, np.ndarray]],
     made: Recipe,
@@ -191,7 +191,7 @@ def _draw(
             scales = dict.fromkeys(texts[0], text) | {"vision": vision} | arguments.guidance
             guidance = solvers.Guidance(scales, arguments.rescale)
             latents = generator.latents(params, wanted, noise, bar.update, guidance)
-            drawn[vision, text] = image_grid.decode_all(decoder, latents)
+            drawn[vision, text] = decode_all(decoder, latents)
     return drawn
 
 

@@ -44,9 +44,8 @@ from fluxdit_jax.run.soundness import BrokenRun, Watchdog
 from fluxdit_jax.run.timer import IntervalTimer
 from fluxdit_jax.run.validation_loss import ValidationLoss
 from fluxdit_jax.run.weights import places, restore_weights
-from fluxdit_jax.sampling import image_grid
 from fluxdit_jax.sampling.preview import Preview, make_preview
-from fluxdit_jax.shared import cli
+from fluxdit_jax.shared import cli, image_grid
 from fluxdit_jax.shared.host_memory import keep_freed_memory
 from fluxdit_jax.state import TrainState
 from fluxdit_jax.train_step import patch_statistics

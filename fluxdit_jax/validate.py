@@ -20,6 +20,7 @@ import argparse
 import datetime
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,34 +28,28 @@ import jax
 from absl import logging as absl_logging
 from tqdm import tqdm
 
-from fluxdit_jax.config import ConfigError, Settings, resolve
-from fluxdit_jax.dataset.grid import GRID_FILE, read_grid
-from fluxdit_jax.dataset.manifest import DatasetError, Manifest
+from fluxdit_jax.config import ConfigError
+from fluxdit_jax.dataset.manifest import DatasetError
 from fluxdit_jax.dataset.records import Record
 from fluxdit_jax.device import devices
 from fluxdit_jax.gate.advice import advise, by_cause
-from fluxdit_jax.gate.edit import EditError, TextEdit
-from fluxdit_jax.gate.eval_set import EvalSet
-from fluxdit_jax.gate.memorisation import Memorisation
+from fluxdit_jax.gate.edit import EditError
 from fluxdit_jax.gate.page import write_page
 from fluxdit_jax.gate.report import FOLDER, Circumstances, build_report, write_json, write_tensorboard
 from fluxdit_jax.gate.retrieval import Library
 from fluxdit_jax.gate.sampler import Request, Sampler
 from fluxdit_jax.gate.sheet import draw_sheet
-from fluxdit_jax.gate.swap import Swap
+from fluxdit_jax.gate.subject import Subject
 from fluxdit_jax.gate.verdict import Verdict, grade
-from fluxdit_jax.loader.reader import RecordSource, spread
 from fluxdit_jax.run.checkpoint import CheckpointError
-from fluxdit_jax.run.metrics import LogError, read_metrics
-from fluxdit_jax.run.run_directory import RunError, RunLock, load_config, load_dataset, require_dataset
-from fluxdit_jax.run.weights import restore_weights
-from fluxdit_jax.sampling import image_grid, solvers
+from fluxdit_jax.run.metrics import LogError
+from fluxdit_jax.run.run_directory import RunError, RunLock
+from fluxdit_jax.sampling import solvers
 from fluxdit_jax.sampling.pipeline import Generator
-from fluxdit_jax.sampling.prompts import SampleError, encode_prompts
+from fluxdit_jax.sampling.prompts import SampleError
 from fluxdit_jax.shared import atomic_files
 from fluxdit_jax.shared import cli as programs
 from fluxdit_jax.shared.paths import expanded, given_path
-from fluxdit_jax.vae.decoder import load_decoder
 from fluxdit_jax.vae.files import DecoderError
 from preprocess import PreprocessError
 
@@ -117,44 +112,26 @@ def validate(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     seconds: dict[str, float] = {}
 
-    # ------------------------------------------------------------ the run: configuration, data set, weights
-    config = load_config(arguments.workdir)
-    manifest = load_dataset(arguments.workdir)
-    settings = resolve(config, manifest)
-    log = read_log(arguments.workdir)  # a damaged one is told before minutes of drawing
-    weights = restore_weights(arguments.workdir, arguments.step)
-    directory = arguments.data or Path(config.data.path)
-    require_dataset(directory, arguments.workdir)
-    source = RecordSource(directory, manifest, "train", config.data.get("on_corrupt", "stop"))
-    records = [
-        record.having(text=record.text[: settings.text_limit])  # as in training
-        for _, record in source.iter_valid(spread(len(source), arguments.limit))
-    ]
-    grid = read_grid(directory / GRID_FILE)
-    print(f"weights: {weights}\npictures: {len(records)} of the {len(source)} of {directory}")
-
-    # ------------------------------------------------------------ the true pictures
-    decoder = load_decoder(manifest.vae, arguments.vae or config.log.vae)
-    truths = image_grid.decode_all(decoder, [record.latent for record in records])
-    eval_set = EvalSet(tuple(records), tuple(truths), settings.model.patch, grid, arguments.seed)
-    library = Library(eval_set)
-    seconds["load"] = time.monotonic() - started
-
-    # ------------------------------------------------------------ what is to be drawn for the three tests
-    tests = (
-        Memorisation.plan(eval_set),
-        Swap.plan(eval_set, arguments.pairs),
-        TextEdit.plan(
-            eval_set,
-            arguments.edits,
-            arguments.unrelated,
-            lambda captions: encode_prompts(captions, manifest, arguments.text_encoder, settings.text_limit),
-        ),
+    # ------------------------------------------------------------ the run, its true pictures, what is to be drawn
+    subject = Subject.load(
+        arguments.workdir, arguments.data, arguments.step, arguments.limit, arguments.vae, arguments.seed
     )
+    count = len(subject.eval_set)
+    print(f"weights: {subject.weights}\npictures: {count} of the {subject.available} of {subject.directory}")
+    tests = subject.tests(arguments.pairs, arguments.edits, arguments.unrelated, arguments.text_encoder)
+    library = Library(subject.eval_set)
+    seconds["load"] = time.monotonic() - started
 
     # ------------------------------------------------------------ drawing, all of it in one go
     drawing = time.monotonic()
-    sampler = make_sampler(arguments, settings, manifest, weights.ema, decoder)
+    generator = Generator.of(
+        subject.settings,
+        subject.manifest,
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        method=arguments.method,
+    )
+    sampler = Sampler(generator, subject.weights.ema, subject.decoder)
     requests = [request for test in tests for request in test.requests()]
     evaluations = draw(sampler, requests)
     seconds["draw"] = time.monotonic() - drawing
@@ -162,15 +139,15 @@ def validate(arguments: argparse.Namespace) -> int:
     # ------------------------------------------------------------ measuring
     measuring = time.monotonic()
     measured = [test.measure(sampler, library) for test in tests]
-    verdicts = advise(measured, log, weights.step, config.train.steps)
+    verdicts = advise(measured, subject.log, subject.weights.step, subject.config.train.steps)
     seconds["measure"] = time.monotonic() - measuring
     seconds["total"] = time.monotonic() - started
 
     # ------------------------------------------------------------ the report
     circumstances = Circumstances(
         workdir=str(arguments.workdir.absolute()),
-        dataset=str(directory),
-        step=weights.step,
+        dataset=str(subject.directory),
+        step=subject.weights.step,
         steps=arguments.steps,
         method=arguments.method,
         seed=arguments.seed,
@@ -178,43 +155,29 @@ def validate(arguments: argparse.Namespace) -> int:
         made=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         seconds={name: round(value, 2) for name, value in seconds.items()},
         networks=evaluations * arguments.steps * solvers.EVALUATIONS[arguments.method],
-        digest=weights.digest,
-        weights=weights.path.parent.name,
-        pictures=len(records),
-        drawn=count_drawn(records),
+        digest=subject.weights.digest,
+        weights=subject.weights.path.parent.name,
+        pictures=count,
+        drawn=count_drawn(subject.eval_set.records),
     )
-    report = build_report(verdicts, circumstances, settings.model, manifest)
+    report = build_report(verdicts, circumstances, subject.settings.model, subject.manifest)
     folder = arguments.workdir / FOLDER
-    sheet = draw_sheet(eval_set, verdicts)
-    write_page(verdicts, report, log, sheet, folder / "report.html")
+    sheet = draw_sheet(subject.eval_set, verdicts)
+    write_page(verdicts, report, subject.log, sheet, folder / "report.html")
     write_json(report, folder / "report.json")
-    write_tensorboard(verdicts, weights.step, sheet, arguments.workdir / "tensorboard")
+    write_tensorboard(verdicts, subject.weights.step, sheet, arguments.workdir / "tensorboard")
     tell(verdicts, report, folder)
     if report["passed"]:
         return 0
     return 1 if any(verdict.judged and not verdict.passed for verdict in verdicts) else 2
 
 
-def count_drawn(records: list[Record]) -> int:
+def count_drawn(records: Sequence[Record]) -> int:
     """How many of the records are drawn portraits of `preprocess demo`, by caption."""
     from preprocess.demo.cast import COMPOSITIONS
 
     captions = {composition.caption for composition in COMPOSITIONS}
     return sum(record.caption in captions for record in records)
-
-
-def make_sampler(
-    arguments: argparse.Namespace,
-    settings: Settings,
-    manifest: Manifest,
-    ema: dict[str, Any],
-    decoder: image_grid.Decoder,
-) -> Sampler:
-    """The run's model."""
-    generator = Generator.of(
-        settings, manifest, steps=arguments.steps, batch_size=arguments.batch_size, method=arguments.method
-    )
-    return Sampler(generator, generator.cast(ema), decoder, arguments.batch_size)
 
 
 def draw(sampler: Sampler, requests: list[Request]) -> int:
@@ -224,12 +187,6 @@ def draw(sampler: Sampler, requests: list[Request]) -> int:
     with tqdm(total=len(missing), desc="drawing", unit="image", mininterval=every) as bar:
         sampler.draw(missing, bar.update)
     return sum(1 if one.guidance == 1 else 1 + len(one.conditions) for one in missing)
-
-
-def read_log(workdir: Path) -> list[dict[str, Any]]:
-    """`metrics.jsonl` of the run; empty if there is none."""
-    path = workdir / "metrics.jsonl"
-    return read_metrics(path) if path.exists() else []
 
 
 def tell(verdicts: list[Verdict], report: dict[str, Any], folder: Path) -> None:

@@ -17,11 +17,11 @@ from fluxdit_jax.config import resolve
 from fluxdit_jax.loader import reader
 from fluxdit_jax.run.checkpoint import restore_ema
 from fluxdit_jax.run.run_directory import load_config, load_dataset
-from fluxdit_jax.sampling import image_grid
 from fluxdit_jax.sampling.pipeline import Generator, conditions
 from fluxdit_jax.sampling.prompts import encode_prompts
+from fluxdit_jax.shared import image_grid
 from fluxdit_jax.shared.paths import given_path
-from fluxdit_jax.vae.decoder import load_decoder
+from fluxdit_jax.vae.decoder import decode_all, load_decoder
 
 SHOWN = ("c00", "c04", "c07", "c09", "c12", "c15")  # compositions of the demonstration set
 ROWS = (
@@ -65,7 +65,7 @@ def draw(workdir: Path, shown: tuple[str, ...] = SHOWN, step: int | None = None)
     generator = Generator.of(settings, manifest, steps=16, batch_size=len(own))
     _, ema = restore_ema(workdir, step)
     latents = generator.latents(generator.cast(ema), wanted, generator.noise(list(range(3 * len(own)))))
-    images = image_grid.decode_all(load_decoder(manifest.vae), [record.latent for record in own] + latents)
+    images = decode_all(load_decoder(manifest.vae), [record.latent for record in own] + latents)
     return [images[start : start + len(own)] for start in range(0, len(images), len(own))]
 
 

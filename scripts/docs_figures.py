@@ -17,7 +17,7 @@ from PIL import Image
 
 from fluxdit_jax import sample
 from fluxdit_jax.run.metrics import METRICS, read_metrics
-from fluxdit_jax.sampling import image_grid
+from fluxdit_jax.shared import image_grid
 from fluxdit_jax.shared.paths import given_path
 
 ROOT = Path(__file__).resolve().parents[1]

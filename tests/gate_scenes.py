@@ -25,7 +25,7 @@ from fluxdit_jax.gate.retrieval import Library
 from fluxdit_jax.gate.sampler import Draw, Request
 from fluxdit_jax.gate.swap import Swap
 from fluxdit_jax.gate.verdict import Verdict
-from fluxdit_jax.sampling import image_grid
+from fluxdit_jax.vae.decoder import decode_all
 from preprocess.encoders.builtin import DctVae, HashText, ToneVision
 from preprocess.subset.candidates import variant
 from preprocess.subset.lights import LIGHTS as SUBSET_LIGHTS
@@ -85,7 +85,7 @@ def _encoded(pictures: Sequence[tuple[str, str, Place, np.ndarray]]) -> EvalSet:
         )
         for key, caption, _, image in pictures
     ]
-    truths = image_grid.decode_all(vae, [record.latent for record in records])
+    truths = decode_all(vae, [record.latent for record in records])
     return EvalSet(tuple(records), tuple(truths), 2, {key: place for key, _, place, _ in pictures})
 
 

@@ -34,6 +34,7 @@ from fluxdit_jax.dataset.records import Record
 from fluxdit_jax.device.sharding import make_mesh
 from fluxdit_jax.export import export
 from fluxdit_jax.gate.eval_set import EvalSet
+from fluxdit_jax.gate.sampler import Sampler
 from fluxdit_jax.loader import reader
 from fluxdit_jax.model import dit
 from fluxdit_jax.model.conditions import Given
@@ -45,13 +46,14 @@ from fluxdit_jax.run.metrics import read_metrics
 from fluxdit_jax.run.run_directory import load_config, load_dataset, record_start
 from fluxdit_jax.run.validation_loss import ValidationLoss
 from fluxdit_jax.sample import sample
-from fluxdit_jax.sampling import image_grid, solvers
+from fluxdit_jax.sampling import solvers
 from fluxdit_jax.sampling.arguments import parse_arguments
 from fluxdit_jax.sampling.exported import ExportError, read_description
 from fluxdit_jax.sampling.pipeline import Generator, conditions, record_conditions
 from fluxdit_jax.sampling.preview import make_preview
 from fluxdit_jax.sampling.prompts import SampleError, encode_prompts, encode_reference, read_reference
 from fluxdit_jax.sampling.sizes import pictures_by_size
+from fluxdit_jax.shared import image_grid
 from fluxdit_jax.train_step import patch_statistics
 from fluxdit_jax.vae.decoder import load_decoder
 from preprocess.build.build import build
@@ -258,10 +260,8 @@ def test_the_preview_is_what_the_command_draws_of_the_holdout(scene: Scene) -> N
 def test_the_command_the_gate_and_the_export_draw_one_picture(scene: Scene) -> None:
     """Of a picture that is not square, at a time shift that is not 1."""
     record = next(r for r in scene.records("train") if r.encoded_size[0] != r.encoded_size[1])
-    arguments = validate.parse_arguments(["--workdir", str(scene.run), "--steps", "2"])
-    sampler = validate.make_sampler(
-        arguments, scene.settings, scene.manifest, restore_ema(scene.run)[1], load_decoder(scene.manifest.vae)
-    )
+    generator = Generator.of(scene.settings, scene.manifest, steps=2, batch_size=1, method="rk3")
+    sampler = Sampler(generator, restore_ema(scene.run)[1], load_decoder(scene.manifest.vae))
     request = EvalSet((record,), (), 2, seed=9).request(0, 0)
     how = ("--steps", "2", "--method", "rk3")
     drawn = scene.drawn_as(record, 9, *how)

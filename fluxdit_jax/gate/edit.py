@@ -32,6 +32,7 @@ UNRELATED = (
     ("there is", "we see"),
     ("with", "having"),
     ("a", "one"),
+    ("looking", "facing"),  # `preprocess subset` adds it to captions without a direction
 )
 
 Encode = Callable[[list[str]], list[dict[str, np.ndarray]]]

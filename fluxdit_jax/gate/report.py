@@ -17,7 +17,7 @@ from fluxdit_jax.gate.verdict import Case, Verdict
 from fluxdit_jax.model.dit import ModelConfig, count_parameters
 from fluxdit_jax.run.checkpoint import EMA
 from fluxdit_jax.run.summary_writer import SummaryWriter
-from fluxdit_jax.sampling import image_grid
+from fluxdit_jax.shared import image_grid
 from fluxdit_jax.shared.atomic_files import write_whole
 
 FOLDER = "validation"

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from fluxdit_jax.sampling import image_grid
 from fluxdit_jax.sampling.pipeline import Generator, conditions
 from fluxdit_jax.sampling.solvers import Guidance
+from fluxdit_jax.vae.decoder import Decoder, decode_all
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,14 +46,12 @@ Draw = Callable[[Sequence[Request]], list[np.ndarray]]
 class Sampler:
     """The model as a `Draw`. It remembers what it drew: tests that want the same picture share it."""
 
-    def __init__(self, generator: Generator, params: Any, decoder: image_grid.Decoder, batch_size: int):
+    def __init__(self, generator: Generator, ema: Any, decoder: Decoder):
         """
         Args:
-          params: of `generator.cast`.
-          batch_size: the generator's.
+          ema: weights, f32.
         """
-        self._generator, self._params, self._decoder = generator, params, decoder
-        self._batch_size = batch_size
+        self._generator, self._params, self._decoder = generator, generator.cast(ema), decoder
         self._drawn: dict[tuple[Any, ...], np.ndarray] = {}
 
     def __call__(self, requests: Sequence[Request]) -> list[np.ndarray]:
@@ -67,11 +65,12 @@ class Sampler:
 
     def draw(self, requests: Sequence[Request], progress: Callable[[int], Any] | None = None) -> None:
         """Draws what is missing. `progress` is called with the number of pictures done after each batch."""
+        size = self._generator.batch_size
         for guidance, group in itertools.groupby(self.missing(requests), lambda one: one.guidance):
             missing = list(group)
             scales = Guidance(dict.fromkeys((c.name for c in self._generator.conditions), guidance))
-            for start in range(0, len(missing), self._batch_size):
-                part = missing[start : start + self._batch_size]
+            for start in range(0, len(missing), size):
+                part = missing[start : start + size]
                 latents = self._generator.latents(
                     self._params,
                     conditions(
@@ -80,7 +79,7 @@ class Sampler:
                     self._generator.noise([one.seed for one in part]),
                     guidance=scales,
                 )
-                images = image_grid.decode_all(self._decoder, latents)
+                images = decode_all(self._decoder, latents)
                 self._drawn.update((one.key, image) for one, image in zip(part, images))
                 if progress is not None:
                     progress(len(part))

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from fluxdit_jax.gate.eval_set import EvalSet
 from fluxdit_jax.gate.verdict import Case, Verdict
+from fluxdit_jax.shared import labels
 
-Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 ROWS = 40  # at most
 LEGEND = (
     "In each cell: the true picture, then what was drawn from its own caption and vector (memorisation); below, what a "
     "vision swap and a text edit drew that should be it, where they were asked. Framed green where it is nearest to "
     "the true picture among all, red where it is not."
 )
-_SIDE, _FRAME, _GAP, _HEAD, _WORDS = 84, 3, 12, 24, 190
+_SIDE, _FRAME, _GAP, _HEAD, _WORDS, _TEXT = 84, 3, 12, 24, 190, 12
 _GOOD, _BAD, _SOFT = "#1d7f4e", "#c0392b", "#6a707a"
 
 
@@ -27,7 +26,7 @@ def draw_sheet(eval_set: EvalSet, verdicts: Sequence[Verdict]) -> np.ndarray | N
     rows, lights = eval_set.rows[:ROWS], eval_set.lights
     if not rows:
         return None
-    font = ImageFont.load_default(12)
+    font = labels.Face().font(_TEXT)
     cell = 2 * _SIDE + _GAP
     sheet = Image.new("RGB", (_WORDS + len(lights) * cell, _HEAD + len(rows) * cell), "white")
     pen = ImageDraw.Draw(sheet)
@@ -36,7 +35,7 @@ def draw_sheet(eval_set: EvalSet, verdicts: Sequence[Verdict]) -> np.ndarray | N
     cases = [{case.answer: case for case in reversed(verdict.cases)} for verdict in verdicts]
     for number, row in enumerate(rows):
         top = _HEAD + number * cell
-        _label(pen, row, eval_set, top, font)
+        _label(pen, row, eval_set, top)
         for column, light in enumerate(lights):
             index = eval_set.at(row, light)
             if index is None:
@@ -53,11 +52,14 @@ def _colour(case: Case) -> str:
     return _GOOD if case.passed else _BAD
 
 
-def _label(pen: ImageDraw.ImageDraw, row: tuple[str, str], eval_set: EvalSet, top: int, font: Font) -> None:
+def _label(pen: ImageDraw.ImageDraw, row: tuple[str, str], eval_set: EvalSet, top: int) -> None:
     index = next(i for i in (eval_set.at(row, light) for light in eval_set.lights) if i is not None)
-    caption = textwrap.wrap(textwrap.shorten(eval_set.caption(index), 160, placeholder=" ..."), 28)
-    for line, (text, colour) in enumerate([(" ".join(row)[-30:], _SOFT), *((words, "black") for words in caption)]):
-        pen.text((4, top + 15 * line), text, colour, font)
+    for text, colour, lines in ((" ".join(row), _SOFT, 2), (eval_set.caption(index), "black", 7)):
+        text, face = labels.drawable(text)
+        font = face.font(_TEXT)
+        words = labels.wrapped(text, font, _WORDS - _GAP, lines)
+        pen.multiline_text((4, top), words, colour, font)
+        top += (_TEXT + 3) * (words.count("\n") + 1)
 
 
 def _paste(sheet: Image.Image, pen: ImageDraw.ImageDraw, image: np.ndarray, left: int, top: int, frame: str) -> None:

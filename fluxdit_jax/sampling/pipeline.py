@@ -100,7 +100,7 @@ class Generator:
         graph = dit.build(config)[0] if graph is None else graph
         self._config = config
         self._tokens, self._lengths = tokens, lengths
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self._statistics = statistics
         sampler = _make_sampler(graph, config.conditions, shift, steps, method)
         self._run = jax.jit(sampler, static_argnames="guided")
@@ -154,7 +154,7 @@ class Generator:
         result: dict[int, np.ndarray] = {}
         for rows, lengths in self._batches(wanted):
             done = len(rows)
-            rows = rows[np.arange(self._batch_size).clip(max=done - 1)]  # the last batch is filled up
+            rows = rows[np.arange(self.batch_size).clip(max=done - 1)]  # the last batch is filled up
             part = {name: array[rows] for name, array in wanted.items()}
             part |= {name: _padded(part[name], length) for name, length in lengths.items()}
             rescale = np.float32(guidance.rescale)
@@ -182,8 +182,8 @@ class Generator:
         lengths = np.stack(padded, axis=1)
         for each in np.unique(lengths, axis=0):
             rows = np.flatnonzero((lengths == each).all(axis=1))
-            for start in range(0, len(rows), self._batch_size):
-                yield rows[start : start + self._batch_size], dict(zip(names, each.tolist(), strict=True))
+            for start in range(0, len(rows), self.batch_size):
+                yield rows[start : start + self.batch_size], dict(zip(names, each.tolist(), strict=True))
 
 
 def _padded(tokens_BxTxE: np.ndarray, length: int) -> np.ndarray:

@@ -19,9 +19,10 @@ from fluxdit_jax.dataset.records import Record
 from fluxdit_jax.loader import reader
 from fluxdit_jax.loader.reader import RecordSource
 from fluxdit_jax.model import dit
-from fluxdit_jax.sampling import image_grid, solvers
+from fluxdit_jax.sampling import solvers
 from fluxdit_jax.sampling.pipeline import Generator, record_conditions
-from fluxdit_jax.vae.decoder import load_decoder
+from fluxdit_jax.shared import image_grid
+from fluxdit_jax.vae.decoder import Decoder, decode_all, load_decoder
 from fluxdit_jax.vae.files import DecoderError
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ class Preview:
         self,
         records: list[Record],
         generator: Generator,
-        decoder: image_grid.Decoder,
+        decoder: Decoder,
         model: dit.ModelConfig,
         text_limit: int | None,
         guidance: float = 1.0,
@@ -58,14 +59,14 @@ class Preview:
             absent = np.zeros(len(records), bool)
             self._columns["EMA, caption alone"] = described | {f"keep_{name}": absent for name in others}
         self._noise = generator.noise(list(range(len(records))))
-        self._truth = image_grid.decode_all(decoder, [record.latent for record in records])
+        self._truth = decode_all(decoder, [record.latent for record in records])
 
     def draw(self, ema: Any) -> Image.Image:
         """A row per record: the data set's picture, the EMA's, and, if asked for, the EMA's of the caption alone."""
         params, columns = self._generator.cast(ema), [self._truth]
         for wanted in self._columns.values():
             latents = self._generator.latents(params, wanted, self._noise, guidance=self._guidance)
-            columns.append(image_grid.decode_all(self._decoder, latents))
+            columns.append(decode_all(self._decoder, latents))
         return image_grid.grid(
             list(zip(*columns, strict=True)),
             column_titles=("data set", *self._columns),

@@ -11,6 +11,8 @@ the VAE's own shift and scale, with the data set's normalisation already undone.
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -155,6 +157,18 @@ class BuiltinDecoder:
     def decode(self, latents: Any) -> np.ndarray:
         """float [B, channels, h, w] to uint8 [B, h*factor, w*factor, 3]."""
         return self._codec.decode(np.asarray(latents))
+
+
+def decode_all(decoder: Decoder, latents: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Decodes latents [C, h, w] of mixed sizes, in order, uint8 [H, W, 3] each; one call per size."""
+    by_size = defaultdict(list)
+    for position, latent in enumerate(latents):
+        by_size[latent.shape].append(position)
+    images: dict[int, np.ndarray] = {}
+    for positions in by_size.values():
+        decoded = decoder.decode(np.stack([latents[p] for p in positions]).astype(np.float32))
+        images.update(zip(positions, decoded, strict=True))
+    return [images[p] for p in range(len(latents))]
 
 
 # --------------------------------------------------------------------------------------------------- loading

@@ -21,6 +21,7 @@ from PIL import Image
 
 from fluxdit_jax.dataset.grid import INPUT_GRID, Place, write_grid
 from fluxdit_jax.dataset.manifest import MANIFEST, sha256_file
+from fluxdit_jax.shared import image_grid
 from fluxdit_jax.shared.atomic_files import replacing, sync_folder
 from fluxdit_jax.shared.sanitize import shown
 from preprocess import PreprocessError
@@ -39,8 +40,7 @@ from preprocess.inspect.separation import Lights, light_lines, separate_lights
 from preprocess.subset.candidates import Candidate, Pool, SubsetOptions, gather, read_pixels, reasons, variant
 from preprocess.subset.choice import choose
 from preprocess.subset.lights import Light
-from preprocess.subset.sheet import draw_sheet
-from preprocess.subset.views import MIRRORED
+from preprocess.subset.views import MIRRORED, ORIGINAL
 
 ABOUT = ".subset/subset.json"
 SHEET = ".subset/subset.png"
@@ -233,8 +233,9 @@ def _write(
     write_grid(folder / INPUT_GRID, grid)
     _write_conditions(folder, options, pool, chosen)
     (folder / SHEET).parent.mkdir(parents=True, exist_ok=True)
-    draw_sheet(rows, [(one.name, *options.captions(one.candidate.item.caption).values()) for one in chosen],
-               [light.name for _, light in options.variants]).save(folder / SHEET, "PNG", compress_level=6)  # fmt: skip
+    titles = [" | ".join((one.name, *options.captions(one.candidate.item.caption).values())) for one in chosen]
+    columns = [light.name if view == ORIGINAL else f"{light.name}, mirrored" for view, light in options.variants]
+    image_grid.save(image_grid.grid(rows, column_titles=columns, row_titles=titles, cell=112), folder / SHEET)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}, lights
 

@@ -42,11 +42,11 @@ def model() -> tuple[Generator, object]:
     generator = Generator(
         config, tokens=4, lengths={"text": 4}, shift=1.0, statistics=statistics, steps=1, method="euler", batch_size=2
     )
-    return generator, generator.cast(lively(dit.build(config)[1]))
+    return generator, lively(dit.build(config)[1])
 
 
 def sampler(model: tuple[Generator, object]) -> Sampler:
-    return Sampler(*model, Grey(), batch_size=2)
+    return Sampler(*model, Grey())
 
 
 def test_each_picture_is_drawn_once_in_full_batches_and_is_the_same_alone(model) -> None:

@@ -22,6 +22,7 @@ from fluxdit_jax.optimizer import build_optimizer
 from fluxdit_jax.run.checkpoint import Checkpoints, restore_ema
 from fluxdit_jax.run.digest import tree_digest
 from fluxdit_jax.run.run_directory import load_config, load_dataset, record_start
+from fluxdit_jax.sampling.pipeline import Generator
 from fluxdit_jax.sampling.prompts import encode_prompts
 from fluxdit_jax.state import create_state
 from fluxdit_jax.vae.decoder import load_decoder
@@ -172,9 +173,9 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
 
 
 def sampler_of(workdir: Path, ema: dict, manifest) -> Sampler:
-    arguments = validate.parse_arguments(["--workdir", str(workdir), *QUICK, "--batch-size=3"])
     settings = resolve(load_config(workdir), manifest)
-    return validate.make_sampler(arguments, settings, manifest, ema, load_decoder(manifest.vae))
+    generator = Generator.of(settings, manifest, steps=2, batch_size=3, method="rk3")
+    return Sampler(generator, ema, load_decoder(manifest.vae))
 
 
 def test_the_sampler_draws_each_picture_once_and_the_same_in_any_company(untrained):

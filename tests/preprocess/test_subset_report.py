@@ -133,7 +133,7 @@ def test_a_sheet_shows_every_picture_of_every_photograph(photos: Path, tmp_path:
             sizes.append(sheet.size)
             cells = np.asarray(sheet.convert("L"))
     (wide, high), (narrow, low) = sizes
-    assert (wide - narrow) == 9 * 116 and high - low == 116
+    assert (wide - narrow) == 9 * 118 and high - low == 118
     assert cells[30:130, 220:320].std() > 10, "a picture"
 
 

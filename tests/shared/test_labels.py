@@ -14,8 +14,7 @@ from matplotlib import get_data_path
 from PIL import Image, ImageDraw
 from training_helpers import REPOSITORY
 
-from fluxdit_jax.sampling import image_grid
-from fluxdit_jax.shared import labels
+from fluxdit_jax.shared import image_grid, labels
 
 FONTS = Path(get_data_path()) / "fonts" / "ttf"
 pytest_plugins = ("training_fixtures",)

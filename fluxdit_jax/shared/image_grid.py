@@ -1,11 +1,12 @@
-"""Grids of pictures with labels, and decoding of latents of mixed sizes."""
+"""Grids of pictures with labels.
+
+Imports neither JAX nor PyTorch; `preprocess` uses it too.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageDraw, PngImagePlugin
@@ -17,25 +18,6 @@ _MARGIN = 6
 _BACKGROUND = (250, 250, 248)
 _INK = (40, 40, 44)
 _TEXT_SIZE = 12
-
-
-class Decoder(Protocol):
-    """What `vae.decoder.load_decoder` returns."""
-
-    def decode(self, latents_BxCxHxW: np.ndarray) -> np.ndarray:
-        """uint8 [B, H, W, 3]."""
-
-
-def decode_all(decoder: Decoder, latents: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Decodes latents [C, h, w] of mixed sizes, in order, uint8 [H, W, 3] each; one call per size."""
-    by_size = defaultdict(list)
-    for position, latent in enumerate(latents):
-        by_size[latent.shape].append(position)
-    images: dict[int, np.ndarray] = {}
-    for positions in by_size.values():
-        decoded = decoder.decode(np.stack([latents[p] for p in positions]).astype(np.float32))
-        images.update(zip(positions, decoded, strict=True))
-    return [images[p] for p in range(len(latents))]
 
 
 def grid(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fluxdit_jax.sampling import image_grid
+from fluxdit_jax.shared import image_grid
+from fluxdit_jax.vae.decoder import decode_all
 from preprocess.encoders.builtin import DctVae
 
 MARGIN, CELL = 6, 40
@@ -50,6 +51,6 @@ def test_latents_of_mixed_sizes_are_decoded_in_order() -> None:
     rng, vae = np.random.default_rng(0), DctVae()
     sizes = [(2, 4), (4, 2), (2, 4), (3, 3), (4, 2)]
     latents = [rng.normal(size=(16, *size)).astype(np.float32) / 4 for size in sizes]
-    for latent, image in zip(latents, image_grid.decode_all(vae, latents), strict=True):
+    for latent, image in zip(latents, decode_all(vae, latents), strict=True):
         assert image.shape == (8 * latent.shape[1], 8 * latent.shape[2], 3)
         np.testing.assert_array_equal(image, vae.decode(latent[None])[0])

@@ -1,0 +1,98 @@
+"""The run under test: its weights, its records with their true pictures, and the tests of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from fluxdit_jax.config import Settings, resolve
+from fluxdit_jax.dataset.grid import GRID_FILE, read_grid
+from fluxdit_jax.dataset.manifest import Manifest
+from fluxdit_jax.gate.edit import TextEdit
+from fluxdit_jax.gate.eval_set import EvalSet
+from fluxdit_jax.gate.memorisation import Memorisation
+from fluxdit_jax.gate.swap import Swap
+from fluxdit_jax.loader.reader import RecordSource, spread
+from fluxdit_jax.run.metrics import METRICS, read_metrics
+from fluxdit_jax.run.run_directory import load_config, load_dataset, require_dataset
+from fluxdit_jax.run.weights import Weights, restore_weights
+from fluxdit_jax.sampling.prompts import encode_prompts
+from fluxdit_jax.vae.decoder import Decoder, decode_all, load_decoder
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subject:
+    """Attributes:
+    config, manifest, settings: of the run.
+    log: entries of its `metrics.jsonl`; empty if there is none.
+    weights: that are tested.
+    directory: of the dataset. available: how many records it has for training.
+    decoder: of the VAE.
+    eval_set: the records under test.
+    """
+
+    config: ConfigDict
+    manifest: Manifest
+    settings: Settings
+    log: list[dict[str, Any]]
+    weights: Weights
+    directory: Path
+    available: int
+    decoder: Decoder
+    eval_set: EvalSet
+
+    @classmethod
+    def load(
+        cls, workdir: Path, data: Path | None, step: int | None, limit: int, vae: str | None, seed: int
+    ) -> Subject:
+        """
+        Args:
+          workdir: of `fluxdit_jax.train`.
+          data: directory of the dataset; None: where it was when the run was trained.
+          step: of the weights; None: the newest.
+          limit: records at most, spread evenly.
+          vae: directory of the VAE; None: `config.log.vae`, or where the dataset found it.
+          seed: of the noise and of who is paired with whom.
+        """
+        config = load_config(workdir)
+        manifest = load_dataset(workdir)
+        settings = resolve(config, manifest)
+        path = workdir / METRICS
+        log = read_metrics(path) if path.exists() else []  # a damaged one is told before minutes of drawing
+        weights = restore_weights(workdir, step)
+        directory = data or Path(config.data.path)
+        require_dataset(directory, workdir)
+        source = RecordSource(directory, manifest, "train", config.data.get("on_corrupt", "stop"))
+        records = tuple(
+            record.having(text=record.text[: settings.text_limit])  # as in training
+            for _, record in source.iter_valid(spread(len(source), limit))
+        )
+        grid = read_grid(directory / GRID_FILE)
+        decoder = load_decoder(manifest.vae, vae or config.log.vae)
+        truths = tuple(decode_all(decoder, [record.latent for record in records]))
+        eval_set = EvalSet(records, truths, settings.model.patch, grid, seed)
+        return cls(config, manifest, settings, log, weights, directory, len(source), decoder, eval_set)
+
+    def tests(
+        self, pairs: int, edits: int, unrelated: str | None, text_encoder: str | None
+    ) -> tuple[Memorisation, Swap, TextEdit]:
+        """The three tests, planned.
+
+        Args:
+          pairs, edits: questions at most.
+          unrelated: "OLD=>NEW", harmless words to change as a control; None: found in the captions.
+          text_encoder: directory or id; None: the dataset's.
+        """
+        return (
+            Memorisation.plan(self.eval_set),
+            Swap.plan(self.eval_set, pairs),
+            TextEdit.plan(
+                self.eval_set,
+                edits,
+                unrelated,
+                lambda captions: encode_prompts(captions, self.manifest, text_encoder, self.settings.text_limit),
+            ),
+        )
