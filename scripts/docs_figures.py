@@ -39,7 +39,7 @@ LABELS = {
     "healthy": "healthy",
     "rate_too_high": "learning rate 50 times too high",
     "caption_dead": "caption always dropped",
-    "shift_too_low": "time shift 0.5 instead of 3",
+    "shift_too_low": "time shift 0.5 instead of 5",
 }
 COLOURS = ("#2b6a4d", "#c0392b", "#d08a1d", "#5b4fa0")
 # Failures of the gate: file name, run, step of the EMA (None: the newest).
