@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from benchmarks.environment import RESULTS, table, write
@@ -119,7 +120,7 @@ def models(subject: Subject, asked: Asked) -> Iterator[tuple[str, Draw]]:
     """(name, what draws)."""
     generator = Generator.of(subject.settings, subject.manifest, steps=6, batch_size=20, method="rk3")
     sampler = Sampler(generator, subject.weights.ema, subject.decoder)
-    untrained = Sampler(generator, dit.build(subject.settings.model)[1], subject.decoder)
+    untrained = Sampler(generator, dit.initialize(subject.settings.model, jax.random.key(0)), subject.decoder)
 
     yield "the true pictures", lambda requests: [asked.truth(one) for one in requests]
     for name, change in changes(asked).items():
