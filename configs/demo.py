@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
     # That was measured on drawn portraits with a shift of 3. Photographs are memorised more surely with 5, as the light
     # is decided at high noise, and not at a learning rate of 1.2e-2 (docs/gate.md).
     c.flow.shift = 5.0
-    # The vector nearly names the picture and would silence the caption, so it is dropped often. In 30 % of the samples is
+    # The vector nearly names the picture and would silence the caption, so it is dropped often. 30 % of the samples is
     # too often: 2 of 100 photographs stay unlearned.
     c.flow.drop = "all 0.02, text 0.03, vision 0.2"
     c.model.remat = "block"  # faster than keeping everything: a CPU is slower at storing than at computing
