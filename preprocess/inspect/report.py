@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from fluxdit_jax.dataset import records
-from fluxdit_jax.dataset.grid import GRID_FILE, read_grid
+from fluxdit_jax.dataset.grid import GRID_FILE, Grid, read_grid
 from fluxdit_jax.dataset.manifest import INDEX, REJECTS, SPLITS, DatasetError, Manifest, load_manifest
 from fluxdit_jax.dataset.records import Record
 from fluxdit_jax.shared.sanitize import shown
@@ -58,6 +59,11 @@ class Dataset:
             return records.decode_record(data, self.manifest.layout)
         except DatasetError as error:
             raise DatasetError(f"{self.directory / shard} row {row}: {error}") from error
+
+    @functools.cached_property
+    def grid(self) -> Grid:
+        """Of a gate set; empty for other datasets."""
+        return read_grid(self.directory / GRID_FILE)
 
     def spread(self, count: int) -> list[int]:
         """`count` positions spread evenly over the index."""
@@ -162,6 +168,8 @@ def _text_lines(dataset: Dataset) -> list[str]:
             f"  {dataset.several:,} records have several captions; {len(tokens) + dataset.others:,} captions in all. "
             "The tokens are those of a record's longest caption"
         )
+    if dataset.grid:  # the pictures of one photograph share its caption on purpose
+        return lines
     return lines + advice.repeated_captions(dataset.index["caption"].to_pylist())
 
 
@@ -201,7 +209,7 @@ def _reject_lines(dataset: Dataset) -> list[str]:
 
 def _grid_lines(dataset: Dataset) -> list[str]:
     """Of a gate set: whether it can be learned; nothing of other datasets."""
-    grid = read_grid(dataset.directory / GRID_FILE)
+    grid = dataset.grid
     if not grid:
         return []
     keys = dataset.index["key"].to_pylist()

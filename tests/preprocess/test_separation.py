@@ -221,6 +221,7 @@ def test_inspect_tells_it_of_a_gate_set_and_of_no_other(
     inspect(tmp_path / "data", tmp_path / "pictures", cells=1)
     told = capsys.readouterr().out
     assert lines_naming(told, "gate set", 60, "10 photographs", "2 views", "3 lights")
+    assert "share their caption" not in told, "those of one photograph and view do so on purpose"
     grid, found = read_grid(tmp_path / "data" / GRID_FILE), read(tmp_path / "data")
     seen = separate_lights(np.array([found[key].vision for key in grid]), list(grid.values()))
     assert seen is not None and min(seen.retrieved.values()) > 0.9
