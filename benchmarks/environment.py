@@ -51,6 +51,13 @@ def write(name: str, rows: Any) -> Path:
     return path
 
 
+def replace_rows(name: str, run: str, rows: list[dict[str, Any]]) -> None:
+    """Writes benchmarks/results/`name`.json with these rows in the place of those that "run" names already."""
+    path = RESULTS / f"{name}.json"
+    known = json.loads(path.read_text())["rows"] if path.exists() else []
+    write(name, [row for row in known if row["run"] != run] + rows)
+
+
 def table(header: list[str], rows: list[list[Any]]) -> str:
     """A Markdown table; numbers as they are given, so format them first."""
     lines = [header, ["---"] * len(header), *rows]

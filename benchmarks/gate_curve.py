@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import RESULTS, table, write
+from benchmarks.environment import replace_rows, table
 from fluxdit_jax import validate
 from fluxdit_jax.gate.report import FOLDER
 from fluxdit_jax.run.checkpoint import ema_steps
@@ -88,11 +88,9 @@ def main() -> None:
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
     runs, options = parser.parse_args(words[:cut]).runs, words[cut + 1 :]
-    path = RESULTS / f"{NAME}.json"
     for run in runs:
         measured = measure(run, options)
-        known = json.loads(path.read_text())["rows"] if path.exists() else []
-        write(NAME, [row for row in known if row["run"] != run.name] + measured)
+        replace_rows(NAME, run.name, measured)
         print(show(measured))
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.environment import RESULTS, table, write
+from benchmarks.environment import replace_rows, table
 from fluxdit_jax.dataset.fields import of_captions
 from fluxdit_jax.dataset.grid import Place
 from fluxdit_jax.gate.eval_set import EvalSet
@@ -131,9 +130,9 @@ def models(subject: Subject, asked: Asked) -> Iterator[tuple[str, Draw]]:
 
 def measure(run: Path, pairs: int, edits: int) -> list[dict[str, Any]]:
     """A row for each model."""
-    subject = Subject.load(run, None, None, 200, None, 0)
+    subject = Subject.load(run, 200)
     asked, library = Asked(subject.eval_set), Library(subject.eval_set)
-    tests = subject.tests(pairs, edits, None, None)
+    tests = subject.tests(pairs, edits)
     rows = []
     for name, draw in models(subject, asked):
         verdicts = {verdict.name: verdict for verdict in (test.measure(draw, library) for test in tests)}
@@ -160,11 +159,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=60)
     parser.add_argument("--edits", type=int, default=40)
     arguments = parser.parse_args()
-    path = RESULTS / f"{NAME}.json"
     for run in arguments.runs:
         measured = measure(run, arguments.pairs, arguments.edits)
-        known = json.loads(path.read_text())["rows"] if path.exists() else []
-        write(NAME, [row for row in known if row["run"] != run.name] + measured)
+        replace_rows(NAME, run.name, measured)
         print(show(measured))
 
 

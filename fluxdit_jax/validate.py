@@ -114,9 +114,14 @@ def validate(arguments: argparse.Namespace) -> int:
 
     # ------------------------------------------------------------ the run, its true pictures, what is to be drawn
     subject = Subject.load(
-        arguments.workdir, arguments.data, arguments.step, arguments.limit, arguments.vae, arguments.seed
+        arguments.workdir,
+        arguments.limit,
+        data=arguments.data,
+        step=arguments.step,
+        vae=arguments.vae,
+        seed=arguments.seed,
     )
-    count = len(subject.eval_set)
+    count = len(subject.records)
     print(f"weights: {subject.weights}\npictures: {count} of the {subject.available} of {subject.directory}")
     tests = subject.tests(arguments.pairs, arguments.edits, arguments.unrelated, arguments.text_encoder)
     library = Library(subject.eval_set)
@@ -158,7 +163,7 @@ def validate(arguments: argparse.Namespace) -> int:
         digest=subject.weights.digest,
         weights=subject.weights.path.parent.name,
         pictures=count,
-        drawn=count_drawn(subject.eval_set.records),
+        drawn=count_drawn(subject.records),
     )
     report = build_report(verdicts, circumstances, subject.settings.model, subject.manifest)
     folder = arguments.workdir / FOLDER

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from fluxdit_jax.config import Settings, resolve
-from fluxdit_jax.dataset.grid import GRID_FILE, read_grid
+from fluxdit_jax.dataset.grid import GRID_FILE, Grid, read_grid
 from fluxdit_jax.dataset.manifest import Manifest
+from fluxdit_jax.dataset.records import Record
 from fluxdit_jax.gate.edit import TextEdit
 from fluxdit_jax.gate.eval_set import EvalSet
 from fluxdit_jax.gate.memorisation import Memorisation
@@ -31,7 +33,9 @@ class Subject:
     weights: that are tested.
     directory: of the dataset. available: how many records it has for training.
     decoder: of the VAE.
-    eval_set: the records under test.
+    records: under test.
+    grid: the places of pictures, by record key; empty for a dataset that is no gate set.
+    seed: of the noise and of who is paired with whom.
     """
 
     config: ConfigDict
@@ -42,18 +46,27 @@ class Subject:
     directory: Path
     available: int
     decoder: Decoder
-    eval_set: EvalSet
+    records: tuple[Record, ...]
+    grid: Grid
+    seed: int
 
     @classmethod
     def load(
-        cls, workdir: Path, data: Path | None, step: int | None, limit: int, vae: str | None, seed: int
+        cls,
+        workdir: Path,
+        limit: int,
+        *,
+        data: Path | None = None,
+        step: int | None = None,
+        vae: str | None = None,
+        seed: int = 0,
     ) -> Subject:
         """
         Args:
           workdir: of `fluxdit_jax.train`.
+          limit: records at most, spread evenly.
           data: directory of the dataset; None: where it was when the run was trained.
           step: of the weights; None: the newest.
-          limit: records at most, spread evenly.
           vae: directory of the VAE; None: `config.log.vae`, or where the dataset found it.
           seed: of the noise and of who is paired with whom.
         """
@@ -61,7 +74,7 @@ class Subject:
         manifest = load_dataset(workdir)
         settings = resolve(config, manifest)
         path = workdir / METRICS
-        log = read_metrics(path) if path.exists() else []  # a damaged one is told before minutes of drawing
+        log = read_metrics(path) if path.exists() else []  # before minutes of drawing: it may be damaged
         weights = restore_weights(workdir, step)
         directory = data or Path(config.data.path)
         require_dataset(directory, workdir)
@@ -72,12 +85,16 @@ class Subject:
         )
         grid = read_grid(directory / GRID_FILE)
         decoder = load_decoder(manifest.vae, vae or config.log.vae)
-        truths = tuple(decode_all(decoder, [record.latent for record in records]))
-        eval_set = EvalSet(records, truths, settings.model.patch, grid, seed)
-        return cls(config, manifest, settings, log, weights, directory, len(source), decoder, eval_set)
+        return cls(config, manifest, settings, log, weights, directory, len(source), decoder, records, grid, seed)
+
+    @functools.cached_property
+    def eval_set(self) -> EvalSet:
+        """The records with their pictures, which the VAE decodes on the first call."""
+        truths = decode_all(self.decoder, [record.latent for record in self.records])
+        return EvalSet(self.records, tuple(truths), self.settings.model.patch, self.grid, self.seed)
 
     def tests(
-        self, pairs: int, edits: int, unrelated: str | None, text_encoder: str | None
+        self, pairs: int, edits: int, unrelated: str | None = None, text_encoder: str | None = None
     ) -> tuple[Memorisation, Swap, TextEdit]:
         """The three tests, planned.
 

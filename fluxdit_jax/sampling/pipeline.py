@@ -72,6 +72,9 @@ class Generator:
     """Samples latents from EMA weights.
 
     Every picture is a sequence of `tokens` tokens, so one program serves all sizes and aspect ratios.
+
+    Attributes:
+      batch_size: pictures computed at once.
     """
 
     def __init__(
