@@ -19,7 +19,6 @@ import jax
 import numpy as np
 
 from benchmarks.environment import replace_rows, table
-from fluxdit_jax.dataset.fields import of_captions
 from fluxdit_jax.dataset.grid import Place
 from fluxdit_jax.gate.eval_set import EvalSet
 from fluxdit_jax.gate.retrieval import Library
@@ -44,7 +43,6 @@ class Asked:
             raise SystemExit("the run's dataset is no gate set: make one with `python -m preprocess subset`")
         self._captions = {eval_set.caption(i): i for i in reversed(range(len(eval_set)))}
         self._vectors = {record.vision.tobytes(): i for i, record in enumerate(eval_set.records)}
-        self._words = [field.name for field in of_captions(eval_set.records[0].layout())]
 
     def caption(self, one: Request) -> int:
         """A record with the caption, or with the one most like it."""
@@ -64,12 +62,14 @@ class Asked:
         return dataclasses.replace(one, conditions=rest)
 
     def without_caption(self, one: Request) -> Request:
-        return self.silenced(one, self._words)
+        return self.silenced(one, self.set.of_caption)
 
     def with_caption(self, one: Request, index: int) -> Request:
         """With another record's caption, and what is made from it, where one is given."""
         other = self.set.records[index].conditions
-        conditions = {name: other[name] if name in self._words else value for name, value in one.conditions.items()}
+        conditions = {
+            name: other[name] if name in self.set.of_caption else value for name, value in one.conditions.items()
+        }
         return dataclasses.replace(one, caption=self.set.caption(index), conditions=conditions)
 
     def with_vector(self, one: Request, index: int) -> Request:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fluxdit_jax.dataset.fields import of_captions
 from fluxdit_jax.gate.eval_set import EvalSet
 from fluxdit_jax.gate.memorisation import from_other_noise
 from fluxdit_jax.gate.retrieval import Library
@@ -111,11 +110,10 @@ class TextEdit:
         changed = [edited(eval_set.caption(index), *words) for index, _ in cases]
         new = sorted({caption for caption in changed if caption})
         made = dict(zip(new, encode(new) if new else [], strict=True))
-        names = [field.name for field in of_captions(eval_set.records[0].layout())]
 
         def with_words_of(index: int, other: int) -> Request:
             record = eval_set.records[other]
-            of_words = {name: record.conditions[name] for name in names}
+            of_words = {name: record.conditions[name] for name in eval_set.of_caption}
             return eval_set.request(index, index, caption=record.caption, made=of_words)
 
         return cls(

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from fluxdit_jax.dataset.fields import of_captions
 from fluxdit_jax.dataset.grid import Grid, Place
 from fluxdit_jax.dataset.records import Record
 from fluxdit_jax.gate.sampler import Request
@@ -35,6 +36,11 @@ class EvalSet:
 
     def caption(self, index: int) -> str:
         return self.records[index].caption
+
+    @functools.cached_property
+    def of_caption(self) -> list[str]:
+        """Names of the conditions that are made from the caption."""
+        return [field.name for field in of_captions(self.records[0].layout())]
 
     def seed_of(self, index: int) -> int:
         """Seed of the noise that belongs to a record."""

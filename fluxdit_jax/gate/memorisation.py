@@ -6,7 +6,6 @@ import dataclasses
 
 import numpy as np
 
-from fluxdit_jax.dataset.fields import of_captions
 from fluxdit_jax.gate.eval_set import EvalSet
 from fluxdit_jax.gate.retrieval import Library
 from fluxdit_jax.gate.sampler import Draw, Request
@@ -48,13 +47,12 @@ class Memorisation:
     def plan(cls, eval_set: EvalSet) -> Memorisation:
         indices = range(len(eval_set))
         alone = [int(i) for i in spread(len(eval_set), ALONE)]
-        words = [field.name for field in of_captions(eval_set.records[0].layout())]
         return cls(
             eval_set,
             [eval_set.request(i, i) for i in indices],
             [from_other_noise(eval_set, i) for i in indices],
             alone,
-            [eval_set.request_alone(i, words) for i in alone],
+            [eval_set.request_alone(i, eval_set.of_caption) for i in alone],
             [eval_set.request_alone(i, ["vision"]) for i in alone],
         )
 

@@ -51,6 +51,7 @@ CAPTIONS = ["portrait of a man, looking left", "portrait of a woman, looking rig
         (["a house with tree", "a tree", "a lake"], None, ("a", "one")),
         (CAPTIONS, "man => person", ("man", "person")),
         (CAPTIONS, "cat=>big cat", ("cat", "big cat")),  # in one caption
+        (["cat, looking left", "sofa, looking right"], None, ("looking", "facing")),
     ],
 )
 def test_the_unrelated_words_are_those_given_or_found(captions, given, words):

@@ -131,3 +131,12 @@ def test_a_large_set_shows_its_first_rows(photographs, rows):
     image = draw_sheet(large, [verdict(name) for name in TESTS])
     assert image.shape == (HEAD + rows * CELL, WORDS + CELL, 3)
     assert middle(image, place(rows - 1, 0)) == (5 * (rows - 1),) * 3
+
+
+def test_captions_of_any_script_are_written():
+    """Not as the same empty boxes: a character that no font has is written as its code point."""
+    first, second = (
+        draw_sheet(set_of(TRUE[:1], [text], [Place("p", "a", "dim")]), [verdict(name) for name in TESTS])
+        for text in ("\u5c71", "\u5ddd")
+    )
+    assert first is not None and second is not None and (first != second).any()
