@@ -69,7 +69,11 @@ def _build(parsed: argparse.Namespace) -> int:
     from preprocess.inspect.forecast import dry_run
 
     names = {field.name for field in dataclasses.fields(Options)}
-    options, taken = complete({name: value for name, value in vars(parsed).items() if name in names})
+    given = {name: value for name, value in vars(parsed).items() if name in names}
+    if "resolution" in given:
+        sides = given.pop("resolution")
+        given |= {"resolution": sides[-1], "resolutions": sides if len(sides) > 1 else ()}
+    options, taken = complete(given)
     if taken:
         print(shown(f"As {parsed.output} was built: {' '.join(taken)}"))
     if parsed.draw and not parsed.dry_run:
@@ -89,20 +93,39 @@ def _inspect(parsed: argparse.Namespace) -> int:
 
 def _verify(parsed: argparse.Namespace) -> int:
     from fluxdit_jax.dataset.manifest import MANIFEST, DatasetError
-    from preprocess.inspect.verify import WHOLE, Finding, repair, report, verify
+    from preprocess.build.parts import datasets_of
+    from preprocess.inspect.verify import WHOLE, Finding, difference, repair_all, report, verify
 
-    try:
-        findings = verify(parsed.dataset, parsed.workers)
-    except DatasetError as error:
-        if not parsed.repair:
-            raise
-        findings = [Finding(MANIFEST, WHOLE, str(error))]
-    if not (parsed.repair and findings):
-        return report(findings, parsed.dataset)
-    for finding in findings:
+    datasets = datasets_of(Path(parsed.dataset))
+
+    def findings() -> dict[Path, list[Finding]]:
+        found = {}
+        for dataset in datasets:
+            try:
+                found[dataset] = verify(dataset, parsed.workers)
+            except DatasetError as error:
+                if not parsed.repair and len(datasets) == 1:
+                    raise
+                found[dataset] = [Finding(MANIFEST, WHOLE, str(error))]
+        return found
+
+    found = findings()
+    if parsed.repair and any(found.values()):
+        for finding in (each for of_one in found.values() for each in of_one):
+            print(shown(str(finding), lines=True))
+        repair_all(parsed.dataset, found)
+        found = findings()
+    status = max([report(of_one, str(dataset), parsed.dataset) for dataset, of_one in found.items()])
+    if status or len(datasets) == 1 or not (apart := difference(datasets)):
+        return status
+    for finding in apart:
         print(shown(str(finding), lines=True))
-    repair(parsed.dataset, findings)
-    return report(verify(parsed.dataset, parsed.workers), parsed.dataset)
+    print(
+        f"error: the datasets of {parsed.dataset} are not of the same images; `python -m preprocess build --output "
+        f"{parsed.dataset}` makes them so",
+        file=sys.stderr,
+    )
+    return 1
 
 
 def _export(parsed: argparse.Namespace) -> int:
@@ -218,6 +241,14 @@ _BUILD = (
 )
 
 
+def _resolutions(text: str) -> tuple[int, ...]:
+    """Sides, ascending."""
+    sides = tuple(sorted({int(side) for side in text.split(",")}))
+    if len(sides) < len(text.split(",")):
+        raise ValueError("a resolution is there twice")
+    return sides
+
+
 def _add_build(parser: argparse.ArgumentParser) -> None:
     default = Options(input="", output="")
 
@@ -247,7 +278,18 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         help="a further condition of the network: a folder of KEY.npy, each one vector, which is scaled to unit "
         "length; may be given several times (default: none)",
     )
-    option("--resolution", "side of the square with the pixel budget")
+    option(
+        "--resolution",
+        "side of the square with the pixel budget; several, as 256,512,1024, make a dataset of each in a folder of its "
+        "own, from one reading and one encoding of the captions",
+        type=_resolutions,
+        metavar="SIDE[,SIDE...]",
+    )
+    option(
+        "--vision-resolution",
+        "of several resolutions, the one whose pixels the vision encoder is given (default: the largest; of a dataset "
+        "that is there, its own)",
+    )
     option("--modulus", "bucket sides are multiples of this; a multiple of 16 (default: 64, less below 1024 px)")
     option("--fit", "how an image is brought to its bucket", choices=("resize", "pad", "crop"))
     option("--max-aspect", "reject images longer than this against their shorter side")

@@ -78,6 +78,7 @@ class Manifest:
       latent_count: latent values per channel behind the statistics.
       lengths: by name of a sequence, the tokens of the longest that is stored.
       shards: split name to its shards, in order.
+      vision_resolution: that of the pictures which the vision encoder was given, of the same aspect; 0: `resolution`.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Manifest:
     lengths: dict[str, int]
     shards: dict[str, tuple[Shard, ...]]
     rejects: int = 0
+    vision_resolution: int = 0
     version: int = FORMAT_VERSION
 
     @property
@@ -136,6 +138,8 @@ class Manifest:
         encoders, lengths = raw.pop("encoders"), raw.pop("lengths")
         raw |= {name: encoders.pop(name) for name in _ENCODERS}
         raw |= {key: lengths.pop(name) for name, key in _LENGTHS.items()}
+        if not self.vision_resolution:
+            del raw["vision_resolution"]
         if encoders:
             raw["conditions"] = {
                 name: {"encoder": encoder} | ({"length": lengths[name]} if name in lengths else {})
@@ -165,6 +169,7 @@ class Manifest:
                 "give the `python -m preprocess build` command of the dataset again to write it anew"
             )
         further = raw.pop("conditions", {})
+        raw.setdefault("vision_resolution", 0)
         own = {field.name: field.type for field in dataclasses.fields(cls) if field.name not in ("encoders", "lengths")}
         _check_types(raw, own | dict.fromkeys(_ENCODERS, "dict") | dict.fromkeys(_LENGTHS.values(), "int"), source, "")
         encoders = {name: _encoder(raw.pop(name), source, f"{name}.") for name in _ENCODERS}
@@ -201,6 +206,11 @@ class Manifest:
             raise DatasetError(f"{source}: vae.options has the 'factor' {factor!r}; it must be pixels per latent side")
         if not self.buckets:
             raise DatasetError(f"{source}: the bucket table is empty")
+        side, own = self.vision_resolution, max(1, self.resolution)
+        if side < 0 or any(n * side % own for size in self.buckets for n in size):
+            raise DatasetError(
+                f"{source}: vision_resolution is {side}, at which buckets of {own} px have no whole sides"
+            )
         for size in self.buckets:
             if min(size) < factor or max(size) > _LARGEST or any(side % factor for side in size):
                 raise DatasetError(
@@ -283,6 +293,12 @@ def load_manifest(directory: str | Path) -> Manifest:
                 "--config.data.path of train, --data of validate. `python -m preprocess build --input DIR --output "
                 "DATASET` makes one"
             ) from error
+        if several := parts_of(directory):
+            sides = ", ".join(map(str, several))
+            raise DatasetError(
+                f"{directory} holds datasets of several resolutions ({sides} px): name one of them, as "
+                f"{several[max(several)]}"
+            ) from error
         raise DatasetError(
             f"{path} does not exist: {directory} is not a finished dataset "
             "(make one with `python -m preprocess build --input DIR --output DATASET`)"
@@ -290,6 +306,17 @@ def load_manifest(directory: str | Path) -> Manifest:
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path} cannot be read: {error}") from error
     return Manifest.from_json(text, str(path))
+
+
+def parts_of(directory: str | Path) -> dict[int, Path]:
+    """The datasets of a folder of several resolutions, by resolution, ascending; none of any other folder."""
+    found = {int(path.parent.name): path.parent for path in Path(directory).glob(f"*/{MANIFEST}") if _is_side(path)}
+    return dict(sorted(found.items()))
+
+
+def _is_side(manifest: Path) -> bool:
+    name = manifest.parent.name
+    return name.isascii() and name.isdecimal() and len(name) < 6
 
 
 def shard_name(name: str, split: str, index: int, count: int) -> str:

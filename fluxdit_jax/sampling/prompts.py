@@ -95,7 +95,7 @@ def _short(prompt: str) -> str:
 
 
 def read_reference(path: Path, manifest: Manifest) -> tuple[np.ndarray, str]:
-    """A picture brought to its bucket as the training pictures were, uint8 [H, W, 3], and the file's sha256.
+    """A picture as the vision encoder was given those of the training set, uint8 [H, W, 3], and the file's sha256.
 
     Raises:
       SampleError: it cannot be read or is no picture that can be used.
@@ -107,6 +107,9 @@ def read_reference(path: Path, manifest: Manifest) -> tuple[np.ndarray, str]:
         content = path.read_bytes()
         header = images.read_header(content, images.Limits(min_side=1, max_aspect=math.inf))  # the build had its own
         bucket = nearest(manifest.buckets, header.height, header.width)
+        if manifest.vision_resolution:
+            height, width = (side * manifest.vision_resolution // manifest.resolution for side in bucket)
+            bucket = height, width
         sha256 = hashlib.sha256(content).hexdigest()
         pixels = images.decode(content, header, bucket, manifest.fit, noise_key=sha256).pixels
     except (OSError, images.Rejected) as error:

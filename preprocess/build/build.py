@@ -18,13 +18,19 @@ from fluxdit_jax.shared.host_memory import keep_freed_memory
 from preprocess import PreprocessError
 from preprocess.build import comparison, repeat
 from preprocess.build.encode import Counts, Encoders, Encoding
-from preprocess.build.existing import Existing
 from preprocess.build.journal import Journal
-from preprocess.build.lock import locked
 from preprocess.build.options import ENCODERS, Options
+from preprocess.build.parts import Part, all_locked, load_parts, require_place, tasks, tensors_of
 from preprocess.build.plan import Fingerprints, Identities, NothingToBuild, Plan, make_plan
-from preprocess.build.publish import LOG_FILE, finish, publish, roll_forward, save_rejects
-from preprocess.build.summary import MANY_REJECTS, report_encoders, report_plan, report_result, too_many_rejects
+from preprocess.build.publish import LOG_FILE, OPTIONS_FILE, finish, publish, roll_forward, save_options, save_rejects
+from preprocess.build.summary import (
+    MANY_REJECTS,
+    Published,
+    report_encoders,
+    report_plan,
+    report_result,
+    too_many_rejects,
+)
 from preprocess.build.units import WORK, Rows, disk_errors
 from preprocess.encoders import (
     check_arguments,
@@ -49,22 +55,27 @@ class Result:
     """What a build did.
 
     Attributes:
-      manifest: of the dataset.
+      manifests: of its datasets, ascending by resolution.
       status: exit status: 0, or 3 with more rejects than `--max-rejects`.
       counts: what was encoded and what was taken over.
       seconds: wall time by part.
-      changed: False if the dataset was up to date.
+      changed: False if all was up to date.
     """
 
-    manifest: Manifest
+    manifests: tuple[Manifest, ...]
     status: int
     counts: Counts
     seconds: dict[str, float]
     changed: bool
 
+    @property
+    def manifest(self) -> Manifest:
+        """Of the dataset, of several the largest."""
+        return self.manifests[-1]
+
 
 def build(options: Options, damaged: frozenset[tuple[str, int]] | None = None, replace: bool = False) -> Result:
-    """Builds, continues or updates a dataset.
+    """Builds, continues or updates a dataset, or those of several resolutions.
 
     Args:
       options: what to do.
@@ -76,62 +87,61 @@ def build(options: Options, damaged: frozenset[tuple[str, int]] | None = None, r
         lose more than a few records.
     """
     options = options.checked()
-    output = Path(options.output)
-    try:
-        with disk_errors(output):
-            (output / WORK).mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise PreprocessError(f"--output {output} exists and is not a folder") from error
-    with locked(output / WORK / "lock"):
-        try:
-            return _build(options, output, Journal(output / LOG_FILE), damaged, replace)
-        except PreprocessError:
-            if [path.name for path in (output / WORK).iterdir()] == ["lock"]:  # nothing to go on from
-                finish(output)
-            raise
+    require_place(options)
+    with all_locked(options):
+        return _build(options, Journal(Path(options.output) / LOG_FILE), damaged, replace)
 
 
-Forecast = Callable[[Plan, comparison.Comparison, Encoders | None, Callable[[str], None]], None]
+Forecast = Callable[[list[Part], Encoders | None, Callable[[str], None]], None]
 
 
-def plan_only(options: Options, forecast: Forecast, replace: bool = False) -> Plan:
+def plan_only(options: Options, forecast: Forecast, replace: bool = False) -> list[Part]:
     """Prints what `build` would do and writes nothing.
 
     Args:
-      forecast: prints what the plan would make; its last argument prints a line.
+      forecast: prints what the parts would make; its last argument prints a line.
       replace: as of `build`.
 
     Raises:
       PreprocessError: the input or an option does not allow it.
     """
     options = options.checked()
+    require_place(options)
     output = Path(options.output)
     journal = Journal(None)
     listing, precomputed = _list(options, output)
     plan = _plan(options, listing, precomputed, journal, keep=False)
     beyond = _beyond(options, listing)
-    existing = Existing.load(output, set(), journal)
     interrupted = repeat.unfinished(output)
-    before = repeat.published(output)
     encoders = _load(options, precomputed) if _are_here(options) else None
     if encoders is None:
-        identities = _likely_identities(options, precomputed, [interrupted, before])
+        earlier = [interrupted, *(repeat.published(Path(part.output)) for part in options.parts())]
+        identities = _likely_identities(options, precomputed, earlier)
     else:
         identities = encoders.identities
     prints = Fingerprints.of(options, identities)
-    found = _compared(plan, prints, existing, before, beyond)
-    comparison.tell(journal, found, plan)
-    report_plan(journal, plan, listing, beyond)
-    forecast(plan, found, encoders, journal.say)
+    parts = load_parts(plan, options, prints, journal, beyond)
+    for part in parts:
+        comparison.tell(journal, part.found, part.plan)
+    report_plan(journal, parts[-1].plan, listing, beyond)
+    forecast(parts, encoders, journal.say)
     rejects = sum(reject.counted for reject in plan.rejects)
     if too_many := too_many_rejects(rejects, len(plan.items), options.max_rejects):
         journal.say(f"\nwarning: the build will end with status {MANY_REJECTS}: {too_many}")
-    if before and existing.index.units and not repeat.permitted(options, replace, interrupted):
+    if not repeat.permitted(options, replace, interrupted):
         try:
-            comparison.require_kept(found, str(output), repeat.require_same(options, before, str(output)))
+            _require_kept(parts)
         except PreprocessError as error:
             journal.say(f"\nwarning: without --replace the build will be refused: {error}")
-    return plan
+    return parts
+
+
+def _require_kept(parts: list[Part], repairing: bool = False) -> None:
+    """Raises `PreprocessError` where a finished dataset has other options or would lose more than a few records."""
+    for part in parts:
+        if part.before is not None:
+            differences = repeat.require_same(part.options, part.before, part.options.output)
+            comparison.require_kept(part.found, part.options.output, differences, repairing)
 
 
 def _real(options: Options) -> list[tuple[str, str]]:
@@ -177,16 +187,6 @@ def _beyond(options: Options, listing: Scan) -> Set[str]:
     return {found.key for found in listing.found[options.limit :]} if options.limit else frozenset()
 
 
-def _compared(
-    plan: Plan, prints: Fingerprints, existing: Existing, before: repeat.Earlier | None, beyond: Set[str]
-) -> comparison.Comparison:
-    old = None
-    if before and before.identities:
-        options = dataclasses.replace(plan.options, fit=before.values.get("fit", plan.options.fit))
-        old = Fingerprints.of(options, before.identities)
-    return comparison.compare(plan, prints, existing, old, beyond)
-
-
 def _list(options: Options, output: Path) -> tuple[Scan, list[Folder]]:
     listing = scan(options.input, options.caption_field, output, options.allow_outside)
     keys = [found.key for found in listing.found]
@@ -217,29 +217,27 @@ def _keep(output: Path, rejects: list[Reject]) -> str:
     return f". Each with its reason: {path}"
 
 
-def _build(
-    options: Options,
-    output: Path,
-    journal: Journal,
-    damaged: frozenset[tuple[str, int]] | None,
-    replace: bool,
-) -> Result:
+def _build(options: Options, journal: Journal, damaged: frozenset[tuple[str, int]] | None, replace: bool) -> Result:
     began = time.perf_counter()
     seconds: dict[str, float] = {}
+    output, datasets = Path(options.output), options.parts()
     journal.event("begin", options=options.to_dict())
 
     # ---- 1. Finish what a killed run had begun to publish; throw away what it had half written.
-    if roll_forward(output):
-        journal.say("Completed the publication that an earlier run had begun.")
-    work = output / WORK
-    work.mkdir(exist_ok=True)
-    for leftover in work.glob("*.tmp"):
-        leftover.unlink()
+    for own in datasets:
+        if roll_forward(Path(own.output)):
+            journal.say(f"Completed the publication of {own.output} that an earlier run had begun.")
+        work = Path(own.output) / WORK
+        work.mkdir(exist_ok=True)
+        for leftover in work.glob("*.tmp"):
+            leftover.unlink()
 
     # ---- 2. What there is, by name; and the encoders, so that a missing one is known before hours of reading.
-    before, interrupted = repeat.published(output), repeat.unfinished(output)
+    interrupted = repeat.unfinished(output)
     replace = repeat.permitted(options, replace, interrupted)
-    differences = {} if replace or before is None else repeat.require_same(options, before, str(output))
+    for own in datasets:
+        if not replace and (before := repeat.published(Path(own.output))):
+            repeat.require_same(own, before, own.output)
     start = time.perf_counter()
     listing, precomputed = _list(options, output)
     seconds["list"] = time.perf_counter() - start
@@ -256,39 +254,43 @@ def _build(
     seconds["plan"] = time.perf_counter() - start
 
     # ---- 4. What of it is done already, whole units and tensors of other units; and what would be lost.
-    wanted = [(unit.uid(prints), unit) for unit in plan.units]
-    done = Existing.load(output, {uid for uid, _ in wanted}, journal, damaged or frozenset())
-    found = _compared(plan, prints, done, before, beyond)
-    comparison.tell(journal, found, plan)
-    report_plan(journal, plan, listing, beyond)
+    parts = load_parts(plan, options, prints, journal, beyond, damaged or frozenset())
+    for part in parts:
+        comparison.tell(journal, part.found, part.plan)
+    report_plan(journal, parts[-1].plan, listing, beyond)
     report_encoders(journal, identities)
     if not replace:
-        comparison.require_kept(found, str(output), differences, repairing=damaged is not None)
+        _require_kept(parts, repairing=damaged is not None)
     repeat.begin(output, options, identities, replace)
-    del listing, found, beyond
-    todo = [(uid, unit) for uid, unit in wanted if uid not in done.units]
-    archive = done.archive(prints, [unit for _, unit in todo])
+    del listing, beyond
+    todo = tasks(parts)
+    encoding = Encoding(encoders, options, prints, tensors_of(parts, todo, prints), journal.event)
 
     # ---- 5. Encode the rest.
     start = time.perf_counter()
-    encoding = Encoding(encoders, options, prints, archive, work, journal.event)
     if todo:
-        with journal.bar(sum(len(unit.items) for _, unit in todo), "encode") as bar:
-            for info in encoding.run(todo, _Progress(bar, encoding, journal, counted(plan.rejects))):
-                done.add(Rows.load(work / f"{info.uid}.parquet"))
+        with journal.bar(sum(len(task.items) for task in todo), "encode") as bar:
+            for target, info in encoding.run(todo, _Progress(bar, encoding, journal, counted(plan.rejects))):
+                parts[target.number].done.add(Rows.load(target.folder / f"{info.uid}.parquet"))
                 journal.event("unit", uid=info.uid, split=info.split, records=info.records, bytes=info.bytes)
     seconds["encode"] = time.perf_counter() - start
 
     # ---- 6. Publish.
     start = time.perf_counter()
-    finished = [(unit, *done.units[uid]) for uid, unit in wanted]
-    manifest, changed = publish(output, plan, finished, identities)
+    published = []
+    for part in parts:
+        finished = [(unit, *part.done.units[uid]) for uid, unit in part.wanted]
+        published.append(Published(part, finished, *publish(part.output, part.plan, finished, identities)))
+    if options.resolutions:
+        save_options(output / OPTIONS_FILE, options)
+        finish(output)
     seconds["publish"] = time.perf_counter() - start
 
     seconds |= {f"encode: {what}": value for what, value in encoding.watch.seconds.items()}
     seconds["all"] = time.perf_counter() - began
-    status = report_result(journal, output, plan, manifest, finished, encoding.counts, seconds, changed)
-    return Result(manifest, status, encoding.counts, seconds, changed)
+    status = report_result(journal, options, published, encoding.counts, seconds)
+    manifests, changed = tuple(each.manifest for each in published), any(each.changed for each in published)
+    return Result(manifests, status, encoding.counts, seconds, changed)
 
 
 def _load(options: Options, precomputed: list[Folder]) -> Encoders:

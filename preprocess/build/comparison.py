@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from typing import Any
 
 import pyarrow as pa
@@ -39,6 +40,7 @@ class Comparison:
       changed: images that the dataset has, with something to be made again, by reason.
       dropped: keys of records that will not be in the dataset any more, by reason.
       pictures, captions: images of which a picture or the captions must be encoded.
+      missing: images whose tensor must be made, by field.
     """
 
     records: int = 0
@@ -50,6 +52,7 @@ class Comparison:
     dropped: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     pictures: int = 0
     captions: int = 0
+    missing: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     def going(self, besides: tuple[str, ...]) -> dict[str, list[str]]:
         """Keys of records dropped or made again, by reason, besides these kinds of change."""
@@ -62,6 +65,7 @@ def compare(
     plan: Plan,
     prints: Fingerprints,
     existing: Existing,
+    known: Set[str],
     before: Fingerprints | None,
     beyond: Set[str] = frozenset(),
 ) -> Comparison:
@@ -69,6 +73,7 @@ def compare(
 
     Args:
       prints: of the plan.
+      known: ids of all tensors that can be used, see `known_tensors`.
       before: of the dataset, None if it is not known.
       beyond: keys of the input that `--limit` leaves out.
     """
@@ -76,7 +81,6 @@ def compare(
     items = {item.key: item for item in plan.items}
     contents = {item.content for item in plan.items}
     rejected = {reject.key: reject.reason for reject in plan.rejects}
-    known = _known(existing)
     had: set[str] = set()
     had_contents: set[str] = set()
     gone_contents: set[str] = set()
@@ -102,6 +106,7 @@ def compare(
             result.dropped.setdefault(reason, []).append(key)
     for item in plan.items:
         missing = [name for name, own in zip(prints.names, prints.ids(item), strict=True) if own not in known]
+        result.missing.update(missing)
         from_files = {name for name, _ in item.files}
         made = {field_named(name).made_from for name in missing if name not in from_files}
         picture, text = IMAGE in made, CAPTION in made
@@ -124,14 +129,15 @@ def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
         yield from batch.to_pylist()
 
 
-def _known(existing: Existing) -> set[str]:
-    """Ids of all tensors that can be used."""
+def known_tensors(every: Iterable[Existing]) -> set[str]:
+    """Ids of all tensors of these that can be used."""
     names: set[str] = set()
-    tables = [(existing.index.table, existing.damaged), *((rows.table, ()) for rows in existing.work)]
-    for table, damaged in tables:
-        for column in id_columns(table) if table.num_rows else ():
-            values = table[column].to_pylist()
-            names.update(value for row, value in enumerate(values) if row not in damaged)
+    for existing in every:
+        tables = [(existing.index.table, existing.damaged), *((rows.table, ()) for rows in existing.work)]
+        for table, damaged in tables:
+            for column in id_columns(table) if table.num_rows else ():
+                values = table[column].to_pylist()
+                names.update(value for row, value in enumerate(values) if row not in damaged)
     return names
 
 

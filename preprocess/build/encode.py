@@ -1,18 +1,17 @@
-"""Encoding units: threads decode and resize ahead, this thread drives the encoders, one thread writes.
+"""Encoding: threads decode and resize ahead, this thread drives the encoders, one thread writes.
 
     feeder thread            pool of threads        caller's thread              writer thread
     old tensors, batches ──► read, decode, ──────► T5, VAE, DINO ─────────────► shard, checksum,
     of the next units        resize, hash          (the device never waits)      statistics, rows
 
-What a batch contains is settled before anything is decoded, from the unit and from what was there before. So a
-unit that is made again after a kill goes through the same batches and comes out the same, byte by byte. A unit
-that grew by one image encodes that image in a batch of its own: torch may round its last bits otherwise than a
+What a batch contains is settled before anything is decoded, from the units of all resolutions and from what was there
+before. So a unit that is made again after a kill goes through the same batches and comes out the same, byte by byte. A
+unit that grew by one image encodes that image in a batch of its own: torch may round its last bits otherwise than a
 build from nothing, where it has company (the built-in encoders do not).
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -20,20 +19,19 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fluxdit_jax.dataset.fields import CAPTION, IMAGE, LATENT, SEQUENCE, Layout, field_named
 from fluxdit_jax.dataset.records import Record
-from preprocess.buckets import Size
+from preprocess.build.jobs import Job, Loaded, Target, Task, batches, field_of
 from preprocess.build.options import Options
-from preprocess.build.plan import MAX_FILE_BYTES, Fingerprints, Identities, Item, Unit
+from preprocess.build.plan import MAX_FILE_BYTES, Fingerprints, Identities, Item
 from preprocess.build.units import Archive, UnitInfo, index_row, write_unit
-from preprocess.decoding.images import Rejected, decode
+from preprocess.decoding.images import Rejected, decode_at
 from preprocess.encoders import Vae
 from preprocess.input.findings import Reject
 from preprocess.input.precomputed import Folder
@@ -63,8 +61,8 @@ class Encoders:
         return {field_named(name).encoder: maker.identity for name, maker in (self.by_field | self.folders).items()}
 
     def of_images(self, names: Iterable[str]) -> list[str]:
-        """Those of these fields that an encoder makes from the picture."""
-        return [name for name in names if name in self.by_field and field_named(name).made_from == IMAGE]
+        """Those of these names under which it is held what an encoder makes from the picture."""
+        return [n for n in names if field_of(n) in self.by_field and field_named(field_of(n)).made_from == IMAGE]
 
     def prepared(self, name: str, pixels: np.ndarray) -> np.ndarray:
         """The picture as the field's encoder wants it, made in the loading threads if it can be."""
@@ -99,42 +97,6 @@ class Counts:
     profiles_ignored: int = 0
 
 
-@dataclasses.dataclass
-class _Job:
-    """A unit being made.
-
-    Attributes:
-      tensors: of each item by field, those that there are; what is made from captions is a tuple, of all of them.
-    """
-
-    unit: Unit
-    uid: str
-    ids: list[tuple[str, ...]]
-    tensors: list[dict[str, Any]]
-    batches: list[list[int]]
-    rejects: dict[int, Rejected] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass
-class _Loaded:
-    """A picture, as each encoder wants it; None if no encoder needs it."""
-
-    pixels: dict[str, np.ndarray] | None
-    profile_ignored: bool
-
-
-def _batches(unit: Unit, tensors: list[dict[str, Any]], names: Sequence[str], size: int) -> list[list[int]]:
-    """Items that need more than captions, in batches of one bucket and one kind of need; `names` of those fields."""
-    groups: dict[tuple[Size, tuple[bool, ...]], list[int]] = collections.defaultdict(list)
-    for index, (item, there) in enumerate(zip(unit.items, tensors)):
-        needs = tuple(name not in there for name in names)
-        if any(needs):
-            groups[item.bucket, needs].append(index)
-    return [
-        members[start : start + size] for _, members in sorted(groups.items()) for start in range(0, len(members), size)
-    ]
-
-
 class Encoding:
     """Makes units.
 
@@ -143,7 +105,6 @@ class Encoding:
       options: checked ones.
       prints: what the encoders make of an item depends on.
       archive: tensors that exist already.
-      folder: `.build`.
       report: called with a line for the log about anything odd.
     """
 
@@ -153,13 +114,12 @@ class Encoding:
         options: Options,
         prints: Fingerprints,
         archive: Archive,
-        folder: Path,
         report: Callable[..., None],
     ) -> None:
         self._encoders, self._options, self._prints = encoders, options, prints
-        self._archive, self._folder, self._report = archive, folder, report
+        self._archive, self._report = archive, report
         self._of_captions = [name for name in prints.names if field_named(name).made_from == CAPTION]
-        self._others = [name for name in prints.names if name not in self._of_captions]
+        self._others = [name for name in prints.names if name not in (LATENT.name, *self._of_captions)]
         self._layout: Layout = {
             name: encoders.identities[field_named(name).encoder].width if field_named(name).kind == SEQUENCE else None
             for name in prints.names
@@ -173,8 +133,8 @@ class Encoding:
         """Their names, which are those of their times in `watch`."""
         return [field_named(name).encoder for name in self._encoders.by_field]
 
-    def run(self, units: list[tuple[str, Unit]], progress: Callable[[int], None]) -> Iterator[UnitInfo]:
-        """Makes units (uid, unit) in order and yields what is known of each when it is on disk.
+    def run(self, tasks: list[Task], progress: Callable[[int], None]) -> Iterator[tuple[Target, UnitInfo]]:
+        """Makes the targets of tasks in order, and yields each, with what is known of it, when it is on disk.
 
         Raises:
           PreprocessError: disk full, device out of memory.
@@ -184,15 +144,15 @@ class Encoding:
         feed: queue.Queue[Any] = queue.Queue(ahead)
         pool = ThreadPoolExecutor(self._options.workers, "decode")
         writer = ThreadPoolExecutor(1, "write")
-        feeder = threading.Thread(target=self._feed, args=(units, pool, feed), name="feed", daemon=True)
+        feeder = threading.Thread(target=self._feed, args=(tasks, pool, feed), name="feed", daemon=True)
         feeder.start()
-        writing: Future[UnitInfo] | None = None
+        writing: Future[list[tuple[Target, UnitInfo]]] | None = None
         try:
             while (entry := self._next(feed)) is not None:
                 kind, job, payload = entry
                 if kind == "begin":
                     self._encode_captions(job)
-                    progress(len(job.unit.items) - sum(len(batch) for batch in job.batches))
+                    progress(len(job.task.items) - sum(len(batch) for batch in job.batches))
                 elif kind == "batch":
                     before = len(job.rejects)
                     self._encode_batch(job, *payload)
@@ -202,13 +162,13 @@ class Encoding:
                     if writing is not None:
                         with self.watch("waiting for the writer"):
                             done = writing.result()
-                        yield done
+                        yield from done
                     writing = writer.submit(self._write, job)
             if writing is not None:
                 with self.watch("waiting for the writer"):
                     done = writing.result()
                 writing = None
-                yield done
+                yield from done
         finally:
             self._stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -219,19 +179,19 @@ class Encoding:
 
     # ------------------------------------------------------------------------------------- feeder thread
 
-    def _feed(self, units: list[tuple[str, Unit]], pool: ThreadPoolExecutor, feed: queue.Queue[Any]) -> None:
+    def _feed(self, tasks: list[Task], pool: ThreadPoolExecutor, feed: queue.Queue[Any]) -> None:
         try:
-            for uid, unit in units:
-                ids = [self._prints.ids(item) for item in unit.items]
-                tensors = self._archive.fetch(self._prints.names, ids)
-                batches = _batches(unit, tensors, self._others, self._options.batch_size)
-                job = _Job(unit, uid, ids, tensors, batches)
+            for task in tasks:
+                ids = task.ids(self._prints)
+                tensors = self._archive.fetch(ids, field_of)
+                size = self._options.batch_size
+                job = Job(task, ids, tensors, batches(task, tensors, self._of_pictures(task), size))
                 if not self._put(feed, ("begin", job, None)):
                     return
                 for batch in job.batches:
                     if self._stop.is_set():
                         return
-                    loads = [pool.submit(self._load, unit.items[i], self._needs(job, i)) for i in batch]
+                    loads = [pool.submit(self._load, task, i, self._needs(job, i)) for i in batch]
                     if not self._put(feed, ("batch", job, (batch, loads))):
                         return
                 if not self._put(feed, ("end", job, None)):
@@ -254,26 +214,32 @@ class Encoding:
             raise entry
         return entry
 
-    def _needs(self, job: _Job, index: int) -> list[str]:
-        """Fields of an item that are to be made, besides those of captions."""
-        return [name for name in self._others if name not in job.tensors[index]]
+    def _of_pictures(self, task: Task) -> list[str]:
+        """Under which names it is held what is to be made, besides that of captions."""
+        return [*(target.latent for target in task.targets), *self._others]
+
+    def _needs(self, job: Job, index: int) -> list[str]:
+        """What of it an image lacks."""
+        return [name for name in self._of_pictures(job.task) if name not in job.tensors[index]]
 
     def _made(self, name: str, count: int) -> None:
         self.counts.made[name] = self.counts.made.get(name, 0) + count
 
     # ------------------------------------------------------------------------------------ loading threads
 
-    def _load(self, item: Item, needs: list[str]) -> _Loaded | Rejected:
+    def _load(self, task: Task, index: int, needs: list[str]) -> Loaded | Rejected:
+        item = task.items[index]
         try:
             data = item.image.read(MAX_FILE_BYTES)
             if hashlib.sha256(data).hexdigest() != item.content:
                 raise Rejected("changed during the build", "give the same command again", transient=True)
             names = self._encoders.of_images(needs)
             if not names:
-                return _Loaded(None, False)
-            picture = decode(data, item.header, item.bucket, self._options.fit, item.content)
-            pixels = {name: self._encoders.prepared(name, picture.pixels) for name in names}
-            return _Loaded(pixels, picture.profile_ignored)
+                return Loaded(None, False)
+            sizes = {name: task.size(index, name) for name in names}
+            pictures = decode_at(data, item.header, dict.fromkeys(sizes.values()), self._options.fit, item.content)
+            pixels = {name: self._encoders.prepared(field_of(name), pictures[sizes[name]].pixels) for name in names}
+            return Loaded(pixels, any(picture.profile_ignored for picture in pictures.values()))
         except Rejected as rejected:
             return rejected
         except MemoryError:
@@ -281,7 +247,7 @@ class Encoding:
 
     # ----------------------------------------------------------------------------------- caller's thread
 
-    def _encode_captions(self, job: _Job) -> None:
+    def _encode_captions(self, job: Job) -> None:
         for there in job.tensors:
             self.counts.reused += sum(len(there[name]) if name in self._of_captions else 1 for name in there)
         for name in self._of_captions:
@@ -290,19 +256,19 @@ class Encoding:
                 continue
             encoder, field = self._encoders.by_field[name], field_named(name)
             before = encoder.truncated
-            captions = [caption for i in missing for caption in job.unit.items[i].captions]
+            captions = [caption for i in missing for caption in job.task.items[i].captions]
             with self.watch(field.encoder):
                 encoded = iter(encoder.encode(captions))
             self.counts.truncated += encoder.truncated - before
             self._made(name, len(captions))
             for index in missing:
-                made = tuple(itertools.islice(encoded, len(job.unit.items[index].captions)))
+                made = tuple(itertools.islice(encoded, len(job.task.items[index].captions)))
                 self._take(job, index, name, made)
 
-    def _encode_batch(self, job: _Job, batch: list[int], loads: list[Future[_Loaded | Rejected]]) -> None:
+    def _encode_batch(self, job: Job, batch: list[int], loads: list[Future[Loaded | Rejected]]) -> None:
         with self.watch("waiting for pictures"):
             loaded = [load.result() for load in loads]
-        good: list[tuple[int, _Loaded]] = []
+        good: list[tuple[int, Loaded]] = []
         for index, result in zip(batch, loaded):
             if isinstance(result, Rejected):
                 job.rejects[index] = result
@@ -311,16 +277,17 @@ class Encoding:
                 self.counts.pictures += result.pixels is not None
                 if result.profile_ignored:
                     self.counts.profiles_ignored += 1
-                    self._report("profile_ignored", key=job.unit.items[index].key)
+                    self._report("profile_ignored", key=job.task.items[index].key)
         if not good:
             return
         indices = [index for index, _ in good]
         needs = self._needs(job, indices[0])
         for name in self._encoders.of_images(needs):
-            with self.watch(field_named(name).encoder):
+            field = field_of(name)
+            with self.watch(field_named(field).encoder):
                 pixels = [result.pixels[name] for _, result in good if result.pixels is not None]
-                made = self._encoders.by_field[name].encode(np.stack(pixels))
-            self._made(name, len(good))
+                made = self._encoders.by_field[field].encode(np.stack(pixels))
+            self._made(field, len(good))
             for index, tensor in zip(indices, made, strict=True):
                 self._take(job, index, name, tensor)
         for name in needs:
@@ -328,8 +295,8 @@ class Encoding:
                 for index in indices:
                     self._take_file(job, index, folder)
 
-    def _take_file(self, job: _Job, index: int, folder: Folder) -> None:
-        item, name = job.unit.items[index], folder.field.name
+    def _take_file(self, job: Job, index: int, folder: Folder) -> None:
+        item, name = job.task.items[index], folder.field.name
         try:
             data, array = folder.read(item.key)
             if hashlib.sha256(data).hexdigest() != dict(item.files)[name]:
@@ -339,48 +306,55 @@ class Encoding:
             job.rejects[index] = rejected
 
     @staticmethod
-    def _take(job: _Job, index: int, name: str, made: np.ndarray | tuple[np.ndarray, ...]) -> None:
+    def _take(job: Job, index: int, name: str, made: np.ndarray | tuple[np.ndarray, ...]) -> None:
         parts = made if isinstance(made, tuple) else (made,)
         if all(np.isfinite(part).all() for part in parts):
             job.tensors[index][name] = made
         elif index not in job.rejects:
             count, size = sum(int((~np.isfinite(p)).sum()) for p in parts), sum(p.size for p in parts)
-            job.rejects[index] = Rejected(f"the {field_named(name).maker} returned NaN", f"{count} of {size} values")
+            maker = field_named(field_of(name)).maker
+            job.rejects[index] = Rejected(f"the {maker} returned NaN", f"{count} of {size} values")
 
     # ------------------------------------------------------------------------------------- writer thread
 
-    def _write(self, job: _Job) -> UnitInfo:
-        kept = [i for i in range(len(job.unit.items)) if i not in job.rejects]
-        members = [self._record(job.unit.items[i], job.tensors[i]) for i in kept]
-        rows = [
-            index_row(member, dict(zip(self._prints.names, job.ids[i], strict=True)), _source(job.unit.items[i]))
-            for i, member in zip(kept, members, strict=True)
-        ]
+    def _write(self, job: Job) -> list[tuple[Target, UnitInfo]]:
         rejects = tuple(
-            Reject.of(job.unit.items[i].key, job.unit.items[i].image.path, why)
+            Reject.of(job.task.items[i].key, job.task.items[i].image.path, why)
             for i, why in sorted(job.rejects.items())
         )
-        info = write_unit(
-            folder=self._folder,
-            uid=job.uid,
-            split=job.unit.split,
+        kept = [i for i in range(len(job.task.items)) if i not in job.rejects]
+        done = [(target, self._write_target(job, target, kept, rejects)) for target in job.task.targets]
+        for reject in rejects:
+            self._report("reject", key=reject.key, reason=reject.reason, detail=reject.detail)
+        return done
+
+    def _write_target(self, job: Job, target: Target, kept: list[int], rejects: tuple[Reject, ...]) -> UnitInfo:
+        members, rows = [], []
+        for i in kept:
+            item = target.unit.items[i]
+            member = self._record(item, job.tensors[i][target.latent], job.tensors[i])
+            ids = job.ids[i]
+            own = {name: ids[target.latent if name == LATENT.name else name] for name in self._prints.names}
+            members.append(member)
+            rows.append(index_row(member, own, _source(item)))
+        return write_unit(
+            folder=target.folder,
+            uid=target.uid,
+            split=target.unit.split,
             members=members,
             rows=rows,
             layout=self._layout,
             rejects=rejects,
         )
-        for reject in rejects:
-            self._report("reject", key=reject.key, reason=reject.reason, detail=reject.detail)
-        return info
 
-    def _record(self, item: Item, tensors: dict[str, Any]) -> Record:
+    def _record(self, item: Item, latent: np.ndarray, tensors: dict[str, Any]) -> Record:
         of_captions = {name: tensors[name] for name in self._of_captions}
         conditions = {name: of_captions[name][0] if name in of_captions else tensors[name] for name in self._layout}
         several = len(item.captions) > 1
         return Record(
             key=item.key,
             caption=item.caption,
-            latent=tensors[LATENT.name],
+            latent=latent,
             conditions=conditions,
             original_size=(item.header.height, item.header.width),
             encoded_size=item.bucket,

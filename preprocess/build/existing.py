@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 
 from fluxdit_jax.dataset.manifest import INDEX, DatasetError
 from preprocess.build.journal import Journal
-from preprocess.build.plan import Fingerprints, Unit
 from preprocess.build.publish import pending_index
 from preprocess.build.units import SHARD_SUFFIX, WORK, Archive, Rows, UnitInfo, load_work
 
@@ -87,22 +87,30 @@ class Existing:
         """One unit that is finished."""
         self.units[rows.units[0].uid] = (rows.units[0], rows.table)
 
-    def archive(self, prints: Fingerprints, units: list[Unit]) -> Archive:
-        """Of every tensor that these units need and that exists."""
-        wanted: set[str] = set()
-        if self._sources:
-            wanted = {name for unit in units for item in unit.items for name in prints.ids(item)}
-        archive = Archive(wanted, self._report)
+    def add_to(self, found: Archive) -> None:
+        """Makes the tensors findable that may be used."""
         for rows in self._sources:
-            archive.add(rows, self._shard, self._distrusted)
-        return archive
+            found.add(rows, self._shard, self._distrusted)
+
+    @property
+    def has_tensors(self) -> bool:
+        return bool(self._sources)
+
+    def report(self, message: str) -> None:
+        """Says what is damaged."""
+        self._journal.say(f"damaged: {message}")
+        self._journal.event("damaged", message=message)
 
     def _shard(self, info: UnitInfo) -> Path:
         return self._output / info.file if info.file else self._output / WORK / (info.uid + SHARD_SUFFIX)
 
-    def _report(self, message: str) -> None:
-        self._journal.say(f"damaged: {message}")
-        self._journal.event("damaged", message=message)
+
+def archive(every: list[Existing], wanted: Callable[[], set[str]]) -> Archive:
+    """The tensors of all of these; `wanted` gives the ids worth knowing, and is asked only if there are any."""
+    found = Archive(wanted() if any(each.has_tensors for each in every) else set(), every[0].report)
+    for each in every:
+        each.add_to(found)
+    return found
 
 
 def _complete(shard: Path, info: UnitInfo) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from preprocess import PreprocessError, encoders
-from preprocess.buckets import Size, bucket_table, default_modulus
+from preprocess.buckets import TOKEN_SIDE, Size, bucket_table, default_modulus
 
 if TYPE_CHECKING:  # the command line's help needs the defaults above and not Pillow
     from preprocess.decoding.images import Limits
@@ -31,7 +31,9 @@ class Options:
     vision_embeddings: str = ""
     condition: tuple[str, ...] = ()  # NAME=DIR each
     resolution: int = 1024
-    modulus: int = 0  # 0: `buckets.default_modulus`
+    resolutions: tuple[int, ...] = ()  # of several, `resolution` is the largest; (): one dataset
+    vision_resolution: int = 0  # whose pixels the vision encoder sees; 0: the dataset's, of several the largest
+    modulus: int = 0  # at `resolution`; 0: `buckets.default_modulus`
     fit: str = "resize"
     max_aspect: float = 4.0
     min_side: int = 64
@@ -78,13 +80,50 @@ class Options:
                 f"--output {self.output} is the input itself: give another folder, for example "
                 f"{Path(self.output).with_name(Path(self.output).name + '-dataset')}"
             )
+        sides = self.resolutions
+        if sides and (len(set(sides)) < 2 or sides != tuple(sorted(set(sides))) or self.resolution != sides[-1]):
+            raise PreprocessError(f"--resolution {','.join(map(str, sides))}: several must differ and ascend")
         result = dataclasses.replace(
             self,
             modulus=self.modulus or default_modulus(self.resolution),
+            vision_resolution=self.vision_resolution or (self.resolution if sides else 0),
             workers=self.workers or _cores(),
         )
-        result.buckets()
+        for part in result.parts():
+            part.buckets()
+            part.seen_buckets()
         return result
+
+    def parts(self) -> tuple[Options, ...]:
+        """The options of each dataset of a build: of each resolution, ascending, in a folder of its own under output.
+
+        Bucket sides are in proportion, so that a picture has the same bucket at all of them, scaled.
+
+        Raises:
+          PreprocessError: the modulus cannot be scaled to one of the resolutions.
+        """
+        if not self.resolutions:
+            return (self,)
+        return tuple(
+            dataclasses.replace(
+                self,
+                output=str(Path(self.output) / str(side)),
+                resolution=side,
+                resolutions=(),
+                vision_resolution=0 if side == self.vision_resolution else self.vision_resolution,
+                modulus=self._modulus_at(side),
+            )
+            for side in self.resolutions
+        )
+
+    def _modulus_at(self, side: int) -> int:
+        scaled, rest = divmod(self.modulus * side, self.resolution)
+        if rest or scaled % TOKEN_SIDE:
+            raise PreprocessError(
+                f"--modulus {self.modulus} at {self.resolution} px is {self.modulus * side / self.resolution:g} at "
+                f"{side} px, where it must be a multiple of {TOKEN_SIDE}, too: give another one, or other resolutions"
+            )
+        return scaled
 
     def specs(self) -> dict[str, str]:
         """The encoders to load, by their names in the manifest."""
@@ -97,6 +136,11 @@ class Options:
         """The bucket table."""
         return bucket_table(self.resolution, self.modulus, self.max_aspect)
 
+    def seen_buckets(self) -> tuple[Size, ...]:
+        """The bucket table of the pictures that the vision encoder is shown."""
+        side = self.vision_resolution or self.resolution
+        return bucket_table(side, self._modulus_at(side), self.max_aspect)
+
     def limits(self) -> Limits:
         """What is too much or too little of a picture."""
         from preprocess.decoding.images import Limits
@@ -106,6 +150,7 @@ class Options:
     def to_dict(self) -> dict[str, Any]:
         """For `build.json`; paths are made absolute, so that the build can be repeated from anywhere."""
         raw = dataclasses.asdict(self)
+        raw["resolutions"] = list(self.resolutions)
         for name in ("input", "output", "vision_embeddings"):
             raw[name] = str(Path(raw[name]).resolve()) if raw[name] else ""
         named = [(name, directory) for name, _, directory in (text.partition("=") for text in self.condition)]
@@ -119,7 +164,8 @@ class Options:
     def from_dict(cls, raw: Any, source: str) -> Options:
         """The inverse of `to_dict`; raises `PreprocessError` naming `source`."""
         try:
-            return cls(**(raw | {"condition": tuple(raw.get("condition", ()))})).checked()
+            several = {name: tuple(raw.get(name, ())) for name in ("condition", "resolutions")}
+            return cls(**(raw | several)).checked()
         except TypeError as error:
             raise PreprocessError(f"{source}: not the options of a build: {error}") from error
 

@@ -47,6 +47,7 @@ class Item:
       content: sha256 of the image file, hex.
       header: size of the upright picture.
       bucket: (height, width), pixels.
+      seen: the size at which the vision encoder is given it; the bucket, or that of another resolution.
       files: (field, sha256 of its file) of each precomputed condition.
     """
 
@@ -56,6 +57,7 @@ class Item:
     content: str
     header: Header
     bucket: Size
+    seen: Size
     files: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -93,24 +95,28 @@ class Fingerprints:
 
     def ids(self, item: Item) -> tuple[str, ...]:
         """Names of the tensors of an item, by what they are made from, one for each field."""
-        return self.ids_of(item.content, item.bucket, item.captions, item.files, item.header.version)
+        return self.ids_of(item.content, item.bucket, item.seen, item.captions, item.files, item.header.version)
 
     def ids_of(
         self,
         content: str,
         bucket: Size,
+        seen: Size,
         captions: tuple[str, ...],
         files: tuple[tuple[str, str], ...] = (),
         version: int = 1,
     ) -> tuple[str, ...]:
         """The same of a record; `version` is its header's, so that only files of a new reading get new names."""
-        pixels = [content, bucket] if version == 1 else [content, bucket, version]
-        sources = {IMAGE: pixels, CAPTION: list(captions), FILE: [""]}
         file_of = dict(files)
-        return tuple(
-            digest(own, *([file_of[name]] if name in file_of else sources[field_named(name).made_from]))
-            for name, own in self.prints.items()
-        )
+
+        def sources(name: str) -> list[Any]:
+            if name in file_of:
+                return [file_of[name]]
+            if field_named(name).made_from == IMAGE:
+                return [content, bucket if name == LATENT.name else seen, *([version] if version != 1 else [])]
+            return {CAPTION: list(captions), FILE: [""]}[field_named(name).made_from]
+
+        return tuple(digest(own, *sources(name)) for name, own in self.prints.items())
 
 
 def _weights(identity: EncoderIdentity) -> list[Any]:
@@ -170,6 +176,17 @@ class Plan:
     wrong_extension: int
     bytes_read: int
     grid: Grid = dataclasses.field(default_factory=dict)
+
+    def at(self, options: Options) -> Plan:
+        """The plan of the same images at another resolution, that of the options."""
+        table = options.buckets()
+
+        def fitted(item: Item) -> Item:
+            return dataclasses.replace(item, bucket=nearest(table, item.header.height, item.header.width))
+
+        items = {item.key: fitted(item) for item in self.items}
+        units = [dataclasses.replace(u, items=tuple(items[item.key] for item in u.items)) for u in self.units]
+        return dataclasses.replace(self, options=options, items=list(items.values()), units=units)
 
 
 def make_plan(
@@ -233,6 +250,7 @@ def _examine(
             content=hashlib.sha256(data).hexdigest(),
             header=header,
             bucket=nearest(options.buckets(), header.height, header.width),
+            seen=nearest(options.seen_buckets(), header.height, header.width),
             files=files,
         )
     except Rejected as rejected:

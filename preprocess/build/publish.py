@@ -163,6 +163,7 @@ def _manifest(name: str, plan: Plan, placed: list[tuple[UnitInfo, pa.Table, str]
         latent_count=moments.count,
         lengths=_lengths(placed),
         shards={split: tuple(of_split) for split, of_split in shards.items()},
+        vision_resolution=options.vision_resolution,
         rejects=counted(plan.rejects) + sum(len(info.rejects) for info, _, _ in placed),
     )
 
@@ -306,6 +307,8 @@ def write_tfds_metadata(directory: Path, manifest: Manifest) -> None:
 def save_options(path: Path, options: Options, **more: Any) -> None:
     """Writes the file that `load_options` reads; `more` stands beside the options."""
     raw = {name: value for name, value in options.to_dict().items() if value != []}
+    if not raw["vision_resolution"]:
+        del raw["vision_resolution"]
     # With a checksum, as `verify --repair` would encode with what a flipped bit makes of them.
     with disk_errors(path):
         write_whole(path, _to_json({"options": raw, "checksum": json_checksum(raw)} | more))

@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from fluxdit_jax.dataset.manifest import DatasetError, EncoderIdentity, Manifest, load_manifest
+from fluxdit_jax.dataset.manifest import DatasetError, EncoderIdentity, Manifest, load_manifest, parts_of
 from preprocess import PreprocessError
 from preprocess.buckets import default_modulus
 from preprocess.build.options import ENCODERS, Options
@@ -25,6 +25,7 @@ _SELECTING = (
 )  # fmt: skip
 _DECISIVE = (
     "resolution",
+    "vision_resolution",
     "modulus",
     "fit",
     "max_aspect",
@@ -54,10 +55,13 @@ class Earlier:
 
 
 def published(output: Path) -> Earlier | None:
-    """What a dataset was built with; None if there is no dataset.
+    """What a dataset, or a folder of several resolutions, was built with; None if there is none.
 
-    A dataset without a readable `build.json` is asked for what its manifest knows.
+    A dataset without a readable `build.json` is asked for what its manifest knows, and a folder of several for that of
+    its largest.
     """
+    if parts := parts_of(output):
+        return _published_parts(output, parts)
     manifest: Manifest | None = None
     identities: Identities | None = None
     with contextlib.suppress(DatasetError):
@@ -67,6 +71,17 @@ def published(output: Path) -> Earlier | None:
         return Earlier(load_options(output).to_dict(), identities)
     except PreprocessError:
         return Earlier(_of_manifest(manifest), identities) if manifest else None
+
+
+def _published_parts(output: Path, parts: dict[int, Path]) -> Earlier:
+    largest = published(parts[max(parts)])
+    assert largest is not None
+    values = largest.values
+    with contextlib.suppress(PreprocessError):
+        values = load_options(output).to_dict()
+    seen = values.get("vision_resolution") or values["resolution"]
+    sides = sorted(parts.keys() | set(values.get("resolutions", ())))  # one that is damaged is made again
+    return dataclasses.replace(largest, values=values | {"resolutions": sides, "vision_resolution": seen})
 
 
 def unfinished(output: Path) -> Earlier | None:
@@ -93,6 +108,7 @@ def _of_manifest(manifest: Manifest) -> dict[str, Any]:
     values = {
         "resolution": manifest.resolution,
         "modulus": manifest.modulus,
+        "vision_resolution": manifest.vision_resolution,
         "fit": manifest.fit,
     }
     for name, option in ENCODERS.items():
@@ -120,22 +136,35 @@ def complete(given: dict[str, Any]) -> tuple[Options, list[str]]:
     values = dict(earlier.values) if earlier else {}
     for name in _OF_THIS_MACHINE:
         values.pop(name, None)
-    if values.get("modulus") == default_modulus(values.get("resolution", Options.resolution)):
-        del values["modulus"]  # it was not given, and follows another resolution
+    _follow_resolution(values, given)
     taken = [
         _flag(name, value)
         for name, value in values.items()
         if name not in given and value not in (getattr(Options, name, None), [])
+        if not (name == "resolution" and values.get("resolutions"))
     ]
     values |= given
-    values["condition"] = tuple(values.get("condition", ()))
+    for name in ("condition", "resolutions"):
+        values[name] = tuple(values.get(name, ()))
     if "input" not in values:
         where = "holds no dataset" if earlier is None else f"does not say what it was built from ({OPTIONS_FILE})"
         raise PreprocessError(f"--input is needed: --output {output} {where}")
     return Options(**values), taken
 
 
+def _follow_resolution(values: dict[str, Any], given: dict[str, Any]) -> None:
+    """Brings the modulus of an earlier build to the resolution that is given: bucket sides are in proportion to it."""
+    before = values.get("resolution", Options.resolution)
+    now = given.get("resolution", before)
+    if values.get("modulus") == default_modulus(before):
+        del values["modulus"]  # it was not given
+    elif "modulus" in values and given.get("resolutions"):
+        values["modulus"] = values["modulus"] * now // before
+
+
 def _flag(name: str, value: Any) -> str:
+    if name == "resolutions":
+        return f"--resolution {','.join(map(str, value))}"
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--{flag}" if value else f"--no-{flag}"

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import math
 import shlex
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,6 +18,8 @@ from preprocess.buckets import TOKEN_SIDE
 from preprocess.build import advice
 from preprocess.build.encode import Counts
 from preprocess.build.journal import Journal
+from preprocess.build.options import Options
+from preprocess.build.parts import Part
 from preprocess.build.plan import Identities, Plan, Unit
 from preprocess.build.publish import LOG_FILE
 from preprocess.build.units import UnitInfo
@@ -81,22 +83,36 @@ def report_encoders(journal: Journal, identities: Identities) -> None:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A dataset that a build has published.
+
+    Attributes:
+      units: of its plan, with what is known of each and its rows.
+      changed: False if it was up to date.
+    """
+
+    part: Part
+    units: list[tuple[Unit, UnitInfo, pa.Table]]
+    manifest: Manifest
+    changed: bool
+
+
 def report_result(
-    journal: Journal,
-    output: Path,
-    plan: Plan,
-    manifest: Manifest,
-    finished: list[tuple[Unit, UnitInfo, pa.Table]],
-    counts: Counts,
-    seconds: dict[str, float],
-    changed: bool,
+    journal: Journal, options: Options, published: list[Published], counts: Counts, seconds: dict[str, float]
 ) -> int:
-    splits = ", ".join(f"{split} {manifest.records(split):,}" for split in manifest.shards)
-    total = sum(manifest.records(split) for split in manifest.shards)
+    """Says what a build has made; returns the exit status. The datasets have the same records: one speaks for all."""
+    journal.say("")
+    for each in published:
+        splits = ", ".join(f"{split} {each.manifest.records(split):,}" for split in each.manifest.shards)
+        total = sum(map(each.manifest.records, each.manifest.shards))
+        word = "Done" if each.changed else "Up to date"
+        journal.say(f"{word}: {total:,} records ({splits}) in {each.part.output}")
+    plan, manifest, finished = published[-1].part.plan, published[-1].manifest, published[-1].units
+    output = published[-1].part.output
     reasons = collections.Counter(reject.reason for reject in plan.rejects if reject.counted)
     listed = collections.Counter(reject.reason for reject in plan.rejects if not reject.counted)
     reasons.update(reject.reason for _, info, _ in finished for reject in info.rejects)
-    journal.say(f"\n{'Done' if changed else 'Up to date'}: {total:,} records ({splits}) in {output}")
     names = {"latent": "latents", "text": "captions", "vision": "vision vectors"}
     made = ", ".join(f"{counts.made.get(name, 0):,} {what}" for name, what in names.items())
     journal.say(f"  encoded {made}; {counts.reused:,} tensors taken over from before")
@@ -133,9 +149,9 @@ def report_result(
         rejects=dict(reasons),
         counts=dataclasses.asdict(counts),
         seconds={what: round(value, 3) for what, value in seconds.items()},
-        changed=changed,
+        changed=any(each.changed for each in published),
     )
-    for line in next_steps(output, manifest):
+    for line in next_steps(Path(options.output), manifest, published[-1].part.output, options.resolutions):
         journal.say(line)
     if too_many := too_many_rejects(manifest.rejects, total, plan.options.max_rejects):
         journal.say(f"error: {too_many}. The dataset is complete without them")
@@ -154,33 +170,43 @@ def too_many_rejects(rejects: int, records: int, most: float) -> str:
     )
 
 
+_OF_PRODUCTION = (256, 512, 1024)  # the stages of configs/prod.py
 _GATE_SET = 300  # images that the gate's model can memorise
 
 
-def next_steps(output: Path, manifest: Manifest) -> list[str]:
-    """What to do with a dataset: commands that run as they stand, from any folder, each when those above are done."""
+def next_steps(
+    output: Path, manifest: Manifest, inspected: Path | None = None, resolutions: Sequence[int] = ()
+) -> list[str]:
+    """What to do with a dataset: commands that run as they stand, from any folder, each when those above are done.
+
+    Args:
+      output: of the build. manifest: of its dataset, of several that of the largest.
+      inspected: where that one is, if it is not `output`.
+      resolutions: of several.
+    """
     whole = output.resolve() if output.name in ("", "..") else output
     name = whole.name.removesuffix("-dataset")  # as `subset` calls it, which prints the same command
-    data, run = shlex.quote(str(output)), shlex.quote(f"runs/{name}")
+    data, run, one = shlex.quote(str(output)), shlex.quote(f"runs/{name}"), shlex.quote(str(inspected or output))
     images = sum(manifest.records(split) for split in manifest.shards)
-    lines = [f"Look at it:  python -m preprocess inspect {data}"]
+    lines = [f"Look at it:  python -m preprocess inspect {one}"]
     few = " --allow-fewer" if images < 20 else ""
     if any(encoder.id.startswith("builtin:") for encoder in manifest.encoders.values()):
-        return [*lines, f"Train on it: {train_command('demo', data, run)}"]
+        return [*lines, f"Train on it: {train_command('demo', one, run)}"]
     if images <= _GATE_SET and "holdout" not in manifest.shards:
         return [
             *lines,
-            f"Train on it: {train_command('nano', data, run)}",
+            f"Train on it: {train_command('nano', one, run)}",
             f"Then:        python -m fluxdit_jax.validate --workdir={run}",
         ]
     gate = whole.with_name(f"{name}-gate")
     side = min(512, manifest.resolution // TOKEN_SIDE * TOKEN_SIDE)
     report = shlex.quote(f"runs/{gate.name}/validation/report.json")
+    config, dataset = ("prod", data) if set(_OF_PRODUCTION) <= set(resolutions) else ("prod_1024", one)
     return [
         *lines,
-        f"First the gate, which ends with its own commands: python -m preprocess subset --input {data} --output "
+        f"First the gate, which ends with its own commands: python -m preprocess subset --input {one} --output "
         f"{shlex.quote(str(gate))} --resolution {side} --square{few}",
-        f"Then train on it: {train_command('prod', data, run)} --config.gate.report={report}",
+        f"Then train on it: {train_command(config, dataset, run)} --config.gate.report={report}",
     ]
 
 

@@ -306,20 +306,26 @@ class Archive:
                     if (path.name, row) not in distrusted:
                         self._where.setdefault(names[row].as_py(), (path, row, info))
 
-    def fetch(self, names: tuple[str, ...], ids: list[tuple[str, ...]]) -> list[dict[str, Any]]:
-        """For each item's ids its tensors by field, those of all captions as a tuple; a field that is not known is
-        missing."""
+    def fetch(self, ids: list[dict[str, str]], field_of: Callable[[str], str] = str) -> list[dict[str, Any]]:
+        """For the ids of each item its tensors, by the names of the ids; what is not known is missing.
+
+        Args:
+          field_of: the field of a name.
+
+        Returns:
+          What is made from captions is a tuple, of all of them.
+        """
         found: list[dict[str, Any]] = [{} for _ in ids]
         wanted: dict[Path, tuple[UnitInfo, dict[int, list[tuple[int, str]]]]] = {}
         for index, of_item in enumerate(ids):
-            for name, id_ in zip(names, of_item, strict=True):
+            for name, id_ in of_item.items():
                 if id_ in self._where:
                     path, row, info = self._where[id_]
                     wanted.setdefault(path, (info, {}))[1].setdefault(row, []).append((index, name))
         for path, (info, by_row) in wanted.items():
             for row, record in self._read(path, sorted(by_row), info.layout):
                 for index, name in by_row[row]:
-                    found[index][name] = tensor_of(record, name)
+                    found[index][name] = tensor_of(record, field_of(name))
         return found
 
     def _read(self, path: Path, rows: list[int], layout: Layout) -> Iterator[tuple[int, Record]]:

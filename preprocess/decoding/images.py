@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -149,13 +149,20 @@ _DECODING = Shares(400_000_000)
 
 
 def decode(data: bytes, header: Header, bucket: Size, fit: str, noise_key: str = "") -> Picture:
-    """Decodes a picture and brings it to its bucket: one Lanczos pass with antialiasing.
+    """Decodes a picture and brings it to its bucket: `decode_at` of one bucket."""
+    return decode_at(data, header, [bucket], fit, noise_key)[bucket]
+
+
+def decode_at(
+    data: bytes, header: Header, buckets: Iterable[Size], fit: str, noise_key: str = ""
+) -> dict[Size, Picture]:
+    """Decodes a picture once and brings it to each of the buckets: one Lanczos pass with antialiasing for each.
 
     Transparency is laid on white. Colours are converted to sRGB after the resize, where there are fewer.
 
     Args:
       data: the bytes that `header` was read from.
-      bucket: (height, width), pixels.
+      buckets: (height, width), pixels.
       fit: "resize", "crop" or "pad".
       noise_key: the padding's noise is a function of this text.
 
@@ -163,10 +170,12 @@ def decode(data: bytes, header: Header, bucket: Size, fit: str, noise_key: str =
       Rejected: the pixels are damaged or of a kind that is not supported.
     """
     with _DECODING.take(header.height * header.width):
-        return _decode(data, header, bucket, fit, noise_key)
+        plain, profile = _loaded_plain(data, header)
+        return {bucket: _brought(plain, profile, header, bucket, fit, noise_key) for bucket in buckets}
 
 
-def _decode(data: bytes, header: Header, bucket: Size, fit: str, noise_key: str) -> Picture:
+def _loaded_plain(data: bytes, header: Header) -> tuple[Image.Image, bytes]:
+    """All pixels as they lie in the file, without transparency, and their colour profile."""
     try:
         image, png = formats.open_image(data)
         with image:
@@ -181,6 +190,12 @@ def _decode(data: bytes, header: Header, bucket: Size, fit: str, noise_key: str)
     turned = header.orientation >= 5
     if (plain.height, plain.width) != ((header.width, header.height) if turned else (header.height, header.width)):
         raise Rejected("damaged image", f"the header says {header.width}x{header.height}, not so the pixels")
+    return plain, profile
+
+
+def _brought(plain: Image.Image, profile: bytes, header: Header, bucket: Size, fit: str, noise_key: str) -> Picture:
+    """The upright picture in its bucket."""
+    turned = header.orientation >= 5
     plan = geometry((header.height, header.width), bucket, fit)
     box, (rows, columns) = _lying_box(plan.box, header), plan.size
     plain = plain.resize((rows, columns) if turned else (columns, rows), Image.Resampling.LANCZOS, box=box)

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from fluxdit_jax.dataset.fields import CAPTION, field_named
+from fluxdit_jax.dataset.fields import CAPTION, LATENT, field_named
 from fluxdit_jax.shared.cli import duration
 from fluxdit_jax.shared.sanitize import shown
 from preprocess import PreprocessError, buckets
 from preprocess.build import advice
 from preprocess.build.build import plan_only
-from preprocess.build.comparison import Comparison
 from preprocess.build.encode import Encoders
 from preprocess.build.options import Options
+from preprocess.build.parts import Part
 from preprocess.build.plan import Plan
 from preprocess.build.units import disk_errors
 from preprocess.inspect.report import byte_size, padding
@@ -73,7 +73,7 @@ def forecast(plan: Plan) -> Forecast:
     )
 
 
-def dry_run(options: Options, drawing: str = "", replace: bool = False) -> Plan:
+def dry_run(options: Options, drawing: str = "", replace: bool = False) -> list[Part]:
     """Plans only: prints what a build would do. Writes nothing but the drawing.
 
     Args:
@@ -86,15 +86,45 @@ def dry_run(options: Options, drawing: str = "", replace: bool = False) -> Plan:
     return plan_only(options, functools.partial(_report, drawing), replace)
 
 
-def _report(drawing: str, plan: Plan, found: Comparison, encoders: Encoders | None, say: Callable[[str], None]) -> None:
-    """Prints the forecast.
+def _report(drawing: str, parts: list[Part], encoders: Encoders | None, say: Callable[[str], None]) -> None:
+    """Prints the forecast, that of several resolutions with the disk of each.
 
     Args:
-      found: what of the plan is there already.
       encoders: to try, None if they are not on this machine.
     """
-    figures, options = forecast(plan), plan.options
-    total = len(plan.items)
+    forecasts = [forecast(part.plan) for part in parts]
+    for part, figures in zip(parts, forecasts, strict=True):
+        _report_buckets(part.plan, figures, say)
+    plan, figures = parts[-1].plan, forecasts[-1]
+    _report_bends(plan, figures, say)
+    _report_rejects(plan, say)
+    _report_disk(parts, forecasts, say)
+    _report_time(parts, figures, encoders, say)
+    if drawing:
+        from preprocess.inspect.plots import draw_aspects
+
+        aspects = np.array([item.header.width / item.header.height for item in plan.items])
+        with disk_errors(Path(drawing)):
+            draw_aspects(aspects, figures.counts, Path(drawing))
+        say(f"Picture: {drawing}")
+
+
+def _report_disk(parts: list[Part], forecasts: list[Forecast], say: Callable[[str], None]) -> None:
+    needs = [len(part.plan.items) * figures.record_bytes for part, figures in zip(parts, forecasts, strict=True)]
+    figures = forecasts[-1]
+    several = f", {figures.captions:.2f} captions an image" if figures.captions > 1 else ""
+    record = " + ".join(f"{each.record_bytes / 1e3:,.0f}" for each in forecasts)
+    each_of = [f"{part.options.resolution} px {byte_size(need)}" for part, need in zip(parts, needs, strict=True)]
+    by_side = f" ({', '.join(each_of)})" if len(parts) > 1 else ""
+    say(
+        f"disk: about {record} KB a record, {byte_size(sum(needs))} in all{by_side} (with 16 channels at 1/8 and "
+        f"1,024-wide tokens, {figures.tokens:.0f} a caption{several}); while an existing dataset is made anew with "
+        "other encoders, twice that"
+    )
+
+
+def _report_buckets(plan: Plan, figures: Forecast, say: Callable[[str], None]) -> None:
+    options, total = plan.options, len(plan.items)
     say("\nbuckets (width x height)   aspect  tokens   fill    images  share")
     for size, count in figures.counts.items():
         if count:
@@ -106,23 +136,6 @@ def _report(drawing: str, plan: Plan, found: Comparison, encoders: Encoders | No
     fills = [size[0] * size[1] / options.resolution**2 for size in figures.counts]
     say(f"  {len(figures.counts)} buckets in the table, each at least {min(fills):.1%} full")
     say(f"  image tokens that are padding in a run with patch 2: {figures.padding:.2%}")
-    _report_bends(plan, figures, say)
-    _report_rejects(plan, say)
-    need = total * figures.record_bytes
-    several = f", {figures.captions:.2f} captions an image" if figures.captions > 1 else ""
-    say(
-        f"disk: about {figures.record_bytes / 1e3:,.0f} KB a record, {byte_size(need)} in all (with 16 channels "
-        f"at 1/8 and 1,024-wide tokens, {figures.tokens:.0f} a caption{several}); while an existing dataset is made "
-        "anew with other encoders, twice that"
-    )
-    _report_time(plan, figures, found, encoders, say)
-    if drawing:
-        from preprocess.inspect.plots import draw_aspects
-
-        aspects = np.array([item.header.width / item.header.height for item in plan.items])
-        with disk_errors(Path(drawing)):
-            draw_aspects(aspects, figures.counts, Path(drawing))
-        say(f"Picture: {drawing}")
 
 
 def _report_bends(plan: Plan, figures: Forecast, say: Callable[[str], None]) -> None:
@@ -151,45 +164,44 @@ def _report_rejects(plan: Plan, say: Callable[[str], None]) -> None:
             say(f"  {count:7,}  {reason} (for example {shown(example.key)})")
 
 
-def _report_time(
-    plan: Plan,
-    figures: Forecast,
-    found: Comparison,
-    encoders: Encoders | None,
-    say: Callable[[str], None],
-) -> None:
-    total = found.pictures
+def _report_time(parts: list[Part], figures: Forecast, encoders: Encoders | None, say: Callable[[str], None]) -> None:
+    total = max(part.found.pictures for part in parts)
     if not total:
         say("time: no picture is to be encoded")
         return
+    once = parts[-1].found.missing  # what is made once for all resolutions is missing at each of them
     if encoders is not None:
-        seconds = total * _trial(plan, encoders)
+        largest = _trial(parts[-1].plan, encoders, [name for name in encoders.by_field if once[name]])
+        seconds = sum(once[name] * each for name, each in largest.items())
+        for part in parts[:-1]:
+            seconds += part.found.missing[LATENT.name] * _trial(part.plan, encoders, [LATENT.name])[LATENT.name]
         say(f"time: about {duration(seconds)} for {total:,} images with these encoders on this machine, by a trial")
         return
-    pixels = float(np.mean([item.bucket[0] * item.bucket[1] for item in plan.items]))
-    work = _VAE_AT_1024 * pixels / 1024**2 + _VISION + _TEXT_A_TOKEN * figures.tokens * figures.captions
+    work = once["vision"] * _VISION + once["text"] * _TEXT_A_TOKEN * figures.tokens * figures.captions
+    for part in parts:
+        pixels = float(np.mean([item.bucket[0] * item.bucket[1] for item in part.plan.items]))
+        work += part.found.missing[LATENT.name] * _VAE_AT_1024 * pixels / 1024**2
     rates = {"20 TFLOP/s (an APU)": 20, "60 (an RTX 4090)": 60, "0.5 (8 CPU cores)": 0.5}
-    times = ", ".join(f"{duration(total * work / rate)} at {name}" for name, rate in rates.items())
+    times = ", ".join(f"{duration(work / rate)} at {name}" for name, rate in rates.items())
     say(
-        f"time: about {work:.1f} TFLOP an image with the default encoders: {times} really reached; with encoders in "
-        "local directories this is measured instead"
+        f"time: about {work / total:.1f} TFLOP an image with the default encoders: {times} really reached; with "
+        "encoders in local directories this is measured instead"
     )
 
 
-def _trial(plan: Plan, encoders: Encoders) -> float:
-    """Seconds an image: one picture of the commonest bucket and its captions, after one for warming up."""
+def _trial(plan: Plan, encoders: Encoders, names: list[str]) -> dict[str, float]:
+    """Seconds an image of each of these fields: a picture of the commonest bucket and its captions, after a first."""
     ((height, width), _), *_ = collections.Counter(item.bucket for item in plan.items).most_common(1)
     picture = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), np.uint8)
     by_length = sorted((item.captions for item in plan.items), key=lambda texts: sum(map(len, texts)))
     captions = list(by_length[len(plan.items) // 2])
+    seconds = {}
     try:
-        for _ in range(2):
-            start = time.perf_counter()
-            encoders.vae.encode(picture)
-            for name, encoder in encoders.by_field.items():
-                if name != "latent":
-                    encoder.encode(captions if field_named(name).made_from == CAPTION else picture)
-            seconds = time.perf_counter() - start
+        for name in names:
+            for _ in range(2):
+                start = time.perf_counter()
+                encoders.by_field[name].encode(captions if field_named(name).made_from == CAPTION else picture)
+                seconds[name] = time.perf_counter() - start
     except ValueError as error:
         raise PreprocessError(f"the encoders cannot take a picture of {width}x{height}: {error}") from error
     return seconds

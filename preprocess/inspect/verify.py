@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from fluxdit_jax.dataset.manifest import (
     sha256_file,
 )
 from fluxdit_jax.shared.sanitize import shown
+from preprocess.buckets import nearest
 from preprocess.build.build import build
 from preprocess.build.comparison import WouldLose
 from preprocess.build.journal import Journal
@@ -35,7 +36,7 @@ from preprocess.build.options import Options
 from preprocess.build.plan import Fingerprints, digest
 from preprocess.build.publish import load_options, write_tfds_metadata
 from preprocess.build.statistics import Moments
-from preprocess.build.units import Rows, UnitInfo, bucket_histogram, index_row, read_rows, rows_schema
+from preprocess.build.units import Rows, UnitInfo, bucket_histogram, id_columns, index_row, read_rows, rows_schema
 
 WHOLE = -1  # the row of a finding about a whole shard
 _UNLISTED = "is not in the manifest"
@@ -218,34 +219,58 @@ def _check_statistics(manifest: Manifest, moments: Moments | None) -> list[Findi
     return findings
 
 
+def difference(datasets: list[Path]) -> list[Finding]:
+    """What sound datasets of several resolutions of one image set do not have in common, though they should."""
+    shared = ["split", "key", "caption", "content_hash", "height", "width", "tokens"]
+    first, *others = (Rows.load(dataset / INDEX).table for dataset in datasets)
+    shared += [column for column in id_columns(first) if column != "latent_id"]
+    return [
+        Finding(str(dataset), WHOLE, f"its records are not those of {datasets[0]}: {name} differs")
+        for dataset, table in zip(datasets[1:], others, strict=True)
+        for name in shared
+        if name not in table.column_names or table[name].to_pylist() != first[name].to_pylist()
+    ]
+
+
 def repair(directory: str | Path, findings: list[Finding]) -> None:
+    """`repair_all` of one dataset."""
+    repair_all(directory, {Path(directory): findings})
+
+
+def repair_all(directory: str | Path, findings: Mapping[Path, list[Finding]]) -> None:
     """Encodes again what is damaged, and writes anew what can be derived from the rest.
 
     Runs the dataset's own `build` with the damaged records as if they had never been made. So sources that
     have changed since are taken up too, as with any `build`.
 
+    Args:
+      directory: of a dataset, or of those of several resolutions.
+      findings: of each dataset.
+
     Raises:
       PreprocessError: the build's options or the sources are not there.
       WouldLose: sound records would go, because their pictures are not there.
     """
-    directory = Path(directory)
-    options = dataclasses.replace(load_options(directory), output=str(directory))
-    damaged = frozenset((f.file, f.row) for f in findings if ".array_record" in f.file)
-    if any(finding.file == INDEX for finding in findings):
-        with contextlib.suppress(DatasetError):  # without a manifest too, everything is encoded again
-            salvage_index(directory, options)
-    manifest = directory / MANIFEST
-    before = manifest.read_bytes() if manifest.is_file() else b""
-    if any(finding.file not in (INDEX,) for finding in findings):
-        manifest.unlink(missing_ok=True)  # it is no finished dataset until it is repaired
-    for finding in findings:
-        if finding.what == _UNLISTED:
-            (directory / finding.file).unlink()
+    options = dataclasses.replace(load_options(Path(directory)), output=str(directory))
+    # Of all datasets in one set: a shard's name holds that of its folder.
+    damaged = frozenset((f.file, f.row) for found in findings.values() for f in found if ".array_record" in f.file)
+    before: dict[Path, bytes] = {}
+    for dataset, found in findings.items():
+        if any(finding.file == INDEX for finding in found):
+            with contextlib.suppress(DatasetError):  # without a manifest too, everything is encoded again
+                salvage_index(dataset, load_options(dataset))
+        manifest = dataset / MANIFEST
+        if manifest.is_file() and any(finding.file != INDEX for finding in found):
+            before[manifest] = manifest.read_bytes()
+            manifest.unlink()  # it is no finished dataset until it is repaired
+        for finding in found:
+            if finding.what == _UNLISTED:
+                (dataset / finding.file).unlink()
     try:
         build(options, damaged)
     except WouldLose:
-        if before:  # nothing was done
-            manifest.write_bytes(before)
+        for manifest, content in before.items():  # nothing was done
+            manifest.write_bytes(content)
         raise
 
 
@@ -271,7 +296,8 @@ def salvage_index(directory: Path, options: Options) -> None:
                     moments.append(Moments.of(record.latent))
                     others.append(len(record.other_captions))
                     lengths = {name: max(n, *map(len, record.of_all_captions(name))) for name, n in lengths.items()}
-                    ids = prints.ids_of(record.content_hash, record.encoded_size, record.captions)
+                    seen = nearest(options.seen_buckets(), *record.original_size)
+                    ids = prints.ids_of(record.content_hash, record.encoded_size, seen, record.captions)
                     place = {"split": split, "shard": shard.file, "row": row}
                     rows.append(place | index_row(record, dict(zip(prints.names, ids, strict=True)), record.key))
             # Rows of unreadable records are missing, so the unit's name fits no plan and it is made again.
@@ -298,14 +324,18 @@ def salvage_index(directory: Path, options: Options) -> None:
     Rows(pa.concat_tables(tables), infos, digest_of_rejects).save(directory / INDEX)
 
 
-def report(findings: list[Finding], directory: str) -> int:
-    """Prints findings and returns the exit status: 0 if there are none."""
+def report(findings: list[Finding], directory: str, whole: str = "") -> int:
+    """Prints findings and returns the exit status: 0 if there are none.
+
+    Args:
+      whole: the folder of several resolutions that the dataset is in.
+    """
     for finding in findings:
         print(shown(str(finding), lines=True))
     if findings:
         print(
-            f"error: {len(findings)} things are wrong with {directory}; `python -m preprocess verify {directory} "
-            "--repair` encodes again what is damaged",
+            f"error: {len(findings)} things are wrong with {directory}; `python -m preprocess verify "
+            f"{whole or directory} --repair` encodes again what is damaged",
             file=sys.stderr,
         )
         return 1

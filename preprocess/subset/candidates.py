@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fluxdit_jax.dataset.manifest import MANIFEST
+from fluxdit_jax.dataset.manifest import MANIFEST, parts_of
 from preprocess import PreprocessError
 from preprocess.buckets import TOKEN_SIDE, Size
 from preprocess.build.journal import Journal
@@ -148,6 +148,8 @@ def gather(options: SubsetOptions, journal: Journal) -> Pool:
                 f"the pictures that {source} was built from are not in {build.input}: say where they are with "
                 "--images DIR"
             )
+    elif several := parts_of(source):
+        raise PreprocessError(f"--input {source} holds datasets of several sizes: name one, as {several[max(several)]}")
     elif options.images:
         raise PreprocessError(f"--images is for a dataset, and --input {options.input} has no {MANIFEST}")
     else:

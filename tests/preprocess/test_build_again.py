@@ -255,7 +255,7 @@ def interrupt(output: Path, *arguments: str, after: int) -> None:
     """Runs a build in a process of its own, which dies when it has finished some units."""
     pid = os.fork()
     if pid == 0:
-        from preprocess.build import build as module
+        from preprocess.build import parts as module
 
         class Dies(module.Existing):
             def add(self, rows) -> None:  # noqa: ANN001

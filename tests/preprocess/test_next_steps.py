@@ -82,6 +82,6 @@ def test_photographs_lead_through_the_gate_to_production(
     report = next(word.partition("=")[2] for word in production if word.startswith("--config.gate.report="))
     run = next(word.partition("=")[2] for word in validate if word.startswith("--workdir="))
     assert report == f"{run}/validation/report.json"
-    assert production[3].endswith("configs/prod.py")
+    assert production[3].endswith("configs/prod_1024.py")
     data = [word.replace("=photos", f"={tmp_path}/photos") for word in runs_here(production)]
     train(data, train_command, *TINY, "--config.gate.required=False")

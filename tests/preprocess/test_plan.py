@@ -42,7 +42,13 @@ OPTIONS = Options("in", "out")
 def item(number: int) -> Item:
     content = hashlib.sha256(b"%d" % number).hexdigest()
     return Item(
-        f"{number:06}.jpg", ByteSource("x"), (f"caption {number}",), content, Header(64, 64, 1, "JPEG"), (64, 64)
+        f"{number:06}.jpg",
+        ByteSource("x"),
+        (f"caption {number}",),
+        content,
+        Header(64, 64, 1, "JPEG"),
+        (64, 64),
+        (64, 64),
     )
 
 
@@ -99,7 +105,8 @@ def test_what_each_name_depends_on() -> None:
     assert differs(prints().ids(dataclasses.replace(one, key="other.jpg"))) == [False, False, False]
     assert differs(prints().ids(dataclasses.replace(one, captions=("x",)))) == [False, True, False]
     assert differs(prints().ids(dataclasses.replace(one, content="x"))) == [True, False, True]
-    assert differs(prints().ids(dataclasses.replace(one, bucket=(32, 64)))) == [True, False, True]
+    assert differs(prints().ids(dataclasses.replace(one, bucket=(32, 64)))) == [True, False, False]
+    assert differs(prints().ids(dataclasses.replace(one, seen=(32, 64)))) == [False, False, True]
     newer = dataclasses.replace(one, header=dataclasses.replace(one.header, version=2))
     assert differs(prints().ids(newer)) == [True, False, True]
     assert differs(prints(dataclasses.replace(OPTIONS, fit="crop")).ids(one)) == [True, False, True]
@@ -151,7 +158,7 @@ def test_splits_shards_and_names_are_those_of_earlier_versions() -> None:
     ]
     names = "31dc9a688b3e108e0c2830282581e1a2", "bbef29aa2b26d664cb35210e2848c58c", "db2c087b0811024f914b555b9c679d93"
     one = item(1)
-    assert prints().ids(one) == names == prints().ids_of(one.content, one.bucket, one.captions)
+    assert prints().ids(one) == names == prints().ids_of(one.content, one.bucket, one.seen, one.captions)
     assert Unit("train", (one, item(2))).uid(prints()) == "734ad0695712230926a5998d476a45bc"
 
 
