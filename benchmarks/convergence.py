@@ -31,7 +31,6 @@ from tqdm import tqdm
 from benchmarks import plain_dit
 from benchmarks.environment import RESULTS, describe, table, write
 from configs import demo
-from fluxdit_jax.config import Settings, resolve
 from fluxdit_jax.dataset.grid import GRID_FILE, read_grid
 from fluxdit_jax.dataset.manifest import Manifest, load_manifest
 from fluxdit_jax.device import devices
@@ -46,6 +45,7 @@ from fluxdit_jax.model import dit
 from fluxdit_jax.optimizer import build_optimizer
 from fluxdit_jax.sampling.pipeline import Generator
 from fluxdit_jax.sampling.prompts import encode_prompts
+from fluxdit_jax.settings import Settings, resolve
 from fluxdit_jax.shared.host_memory import keep_freed_memory
 from fluxdit_jax.shared.paths import expanded
 from fluxdit_jax.state import create_state

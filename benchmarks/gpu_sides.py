@@ -53,10 +53,15 @@ TARGETS = {
 
 
 def configuration_of(target: Target) -> Any:
-    """The `ConfigDict` of a target's file in configs/. Raises `ImportError` without ml_collections."""
+    """The `ConfigDict` of a target's file in configs/, of its stage of that size. Raises `ImportError` without
+    ml_collections."""
     from configs import nano, prod
+    from fluxdit_jax.stages import stages_of
 
-    return {"nano": nano, "prod": prod}[target.config].get_config()
+    config = {"nano": nano, "prod": prod}[target.config].get_config()
+    config.workdir = config.data.path = "."
+    found = [stage.config for stage in stages_of(config) if stage.config.data.resolution in (None, target.resolution)]
+    return found[0]
 
 
 def network(target: Target) -> Any:
@@ -65,7 +70,9 @@ def network(target: Target) -> Any:
     from fluxdit_jax.model.dit import ModelConfig
 
     conditions = (Condition("text", target.text_width, sequence=True), Condition("vision", target.vision_width))
-    return ModelConfig(target.width, target.depth, target.heads, 2, 16, conditions, "bfloat16", "none", "xla")
+    return ModelConfig(
+        target.width, target.depth, target.heads, 2, 16, conditions, "bfloat16", remat="none", attention="xla"
+    )
 
 
 def flops_per_image(target: Target) -> int:
@@ -77,8 +84,8 @@ def flops_per_image(target: Target) -> int:
 
 def settings(target: Target, spec: dict[str, Any]) -> tuple[Any, tuple[np.ndarray, np.ndarray]]:
     """(`Settings` as a run with this micro-batch, remat and attention would get them, latent statistics)."""
-    from fluxdit_jax import config as configuration
     from fluxdit_jax.dataset.manifest import EncoderIdentity, Manifest
+    from fluxdit_jax.settings import resolve
     from fluxdit_jax.train_step import patch_statistics
 
     c = configuration_of(target)
@@ -107,7 +114,7 @@ def settings(target: Target, spec: dict[str, Any]) -> tuple[Any, tuple[np.ndarra
     size, zeros, ones = (target.resolution,) * 2, (0.0,) * 16, (1.0,) * 16
     lengths = {"text": TEXT_TOKENS}
     manifest = Manifest("random", target.resolution, 64, "resize", encoders, (size,), zeros, ones, 1, lengths, {})
-    return configuration.resolve(c, manifest), patch_statistics(zeros, ones, c.model.patch)
+    return resolve(c, manifest), patch_statistics(zeros, ones, c.model.patch)
 
 
 def random_batch(shapes: dict[str, Any], side: int) -> dict[str, np.ndarray]:

@@ -44,10 +44,10 @@ def peak_memory() -> int:
 def settings(size: Size, dtype: str, remat: str, attention: str = "xla"):
     """The real `Settings` of fluxdit_jax for AdamW on this size, no conditions dropped."""
     from fluxdit_jax import flow, optimizer
-    from fluxdit_jax.config import Settings
     from fluxdit_jax.loader.reader import BatchLayout
     from fluxdit_jax.model import dit
     from fluxdit_jax.model.conditions import Condition
+    from fluxdit_jax.settings import Settings
 
     network = dit.ModelConfig(
         width=size.width,

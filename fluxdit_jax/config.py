@@ -1,32 +1,26 @@
 """The configuration: `KEYS` declares every key once, with its default, its meaning and unit, and its bounds.
 
 A file in `configs/` starts from `default_config()` and changes what its experiment needs. Model and step code does not
-see the `ConfigDict`: `resolve` turns it into the frozen dataclasses that the model, the flow and the optimizer take.
+see the `ConfigDict`: see `settings`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from fluxdit_jax import flow, optimizer
 from fluxdit_jax.dataset.captions import MAX_CAPTIONS
-from fluxdit_jax.dataset.fields import of_captions
-from fluxdit_jax.dataset.manifest import Manifest
-from fluxdit_jax.loader.reader import ON_CORRUPT, BatchLayout
+from fluxdit_jax.loader.reader import ON_CORRUPT
 from fluxdit_jax.model import dit
-from fluxdit_jax.model.attention import choose_implementation
-from fluxdit_jax.model.conditions import Condition
 from fluxdit_jax.renamed_keys import EARLIER, gone
 from fluxdit_jax.shared.paths import HomeError, expand_keys
-
-T = TypeVar("T")
 
 
 class ConfigError(Exception):
@@ -90,6 +84,9 @@ KEYS = {
     "device_memory_gb": Key(24.0, "what one device may use; the memory plan is held against it", POSITIVE),
     # data
     "data.path": Key(str, "dataset directory made by `python -m preprocess build`", path=True),
+    "data.resolution": Key(
+        int, "of the datasets in data.path the one of this side, as DATASET/512; None: data.path is one", POSITIVE
+    ),
     "data.micro_batch_size": Key(16, "samples per micro-batch, over all devices", POSITIVE),
     "data.text_tokens": Key(int, "captions are padded or cut to this; None: the longest stored", POSITIVE),
     "data.caption_weights": Key(
@@ -107,6 +104,11 @@ KEYS = {
         "auto",
         "of the network: bfloat16, float32; auto: float32 on a CPU, as few have fast bfloat16",
         one_of("auto", "bfloat16", "float32"),
+    ),
+    "model.positions": Key(
+        _MODEL.positions,
+        "what rotary positions count: index: tokens; scaled: parts of the picture, alike at every resolution",
+        one_of(*dit.POSITIONS),
     ),
     "model.remat": Key(
         _MODEL.remat,
@@ -144,6 +146,8 @@ KEYS = {
     ),
     "ema.short_decay": Key(float, "of a second average, to see whether the first lags; None: none", DECAY),
     "train.steps": Key(100_000, "optimizer steps", POSITIVE),
+    "train.images": Key(int, "pictures to train on, each as often as it is seen; if given, instead of steps", POSITIVE),
+    "train.stages": Key("", "groups of config.stages, one after the other, as px256, px512; empty: no stages"),
     "checkpoint.minutes": Key(30.0, "between resumable checkpoints; the first comes after a tenth", POSITIVE),
     "checkpoint.keep": Key(2, "resumable checkpoints kept", POSITIVE),
     "checkpoint.ema_every": Key(5000, "steps between EMA weights; all are kept", POSITIVE),
@@ -166,7 +170,9 @@ KEYS = {
     "log.heldout_count": Key(128, "pictures of the holdout split", POSITIVE),
     "log.peak_tflops": Key(float, "of one device in bfloat16, for the MFU; None: by the device's name", POSITIVE),
     "log.vae": Key(str, "directory or id of the decoder; None: the one named in the dataset", path=True),
-    # gate, mesh, resume
+    # plan, gate, mesh, resume
+    "plan.utilisation": Key(0.4, "share of the devices' peak rate that the plan takes training to reach", POSITIVE),
+    "plan.watts": Key(450.0, "of the whole machine while it trains", POSITIVE),
     "gate.required": Key(False, "refuse to train without a passing validation report"),
     "gate.report": Key(str, "validation/report.json of a nano run", path=True),
     "mesh.data": Key(
@@ -188,12 +194,32 @@ KEYS = {
         one_of("ema", "state"),
     ),
 }
+# What a stage of a run may have of its own, see `stages`.
+STAGE_KEYS = (
+    "data.resolution",
+    "data.micro_batch_size",
+    "model.remat",
+    "train.steps",
+    "train.images",
+    "flow.mean",
+    "flow.std",
+    "flow.uniform_share",
+    "flow.shift",
+    "flow.drop",
+    "optim.lr",
+    "optim.adam_lr",
+    "optim.schedule",
+    "optim.warmup_steps",
+    "optim.final_fraction",
+    "log.preview_every",
+    "log.heldout_every",
+)
 PATHS = tuple(name for name, key in KEYS.items() if key.path)
 
 
 def default_config() -> ConfigDict:
-    """All keys with their defaults."""
-    config = ConfigDict()
+    """All keys with their defaults; `stages` for `stages.add_stage`."""
+    config = ConfigDict({"stages": {}})
     for name, key in KEYS.items():
         *groups, last = name.split(".")
         group = config
@@ -203,39 +229,6 @@ def default_config() -> ConfigDict:
             group = group[part]
         group[last] = placeholder(key.kind) if key.optional else key.default
     return config
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What a run is made of, resolved against its dataset.
-
-    Attributes:
-      model, flow, optimizer: see there.
-      batch: what a micro-batch consists of.
-      text_limit: text tokens a longer caption is cut to; None: none of the data set is that long.
-      micro_batch_size: samples of a micro-batch over all devices; global_batch_size: of an optimizer step.
-    """
-
-    model: dit.ModelConfig
-    flow: flow.FlowConfig
-    optimizer: optimizer.OptimizerConfig
-    batch: BatchLayout
-    text_limit: int | None
-    micro_batch_size: int
-    global_batch_size: int
-    ema_decay: float
-    short_ema_decay: float | None
-    seed: int
-
-    @property
-    def tokens(self) -> int:
-        """Image tokens a latent is padded to (the largest bucket)."""
-        return self.batch.tokens
-
-    @property
-    def text_tokens(self) -> int:
-        """Text tokens a caption is padded to."""
-        return self.batch.lengths["text"]
 
 
 def _require(condition: bool, name: str, value: object, expected: str) -> None:
@@ -298,7 +291,26 @@ def check(c: ConfigDict) -> None:
         value = _value(c, name)
         if not (key.optional and value is None):
             _require(key.bounds.test(value), name, value, key.bounds.words)
+    _check_stages(_value(c, "stages"))
     _check_together(c)
+
+
+def _check_stages(stages: Any) -> None:
+    """The kinds of the values in `config.stages`; their bounds are those of the whole configuration of each stage."""
+    _require(isinstance(stages, ConfigDict), "stages", stages, "a group of stages")
+    for stage, group in stages.items():
+        plain = re.fullmatch(r"[A-Za-z0-9_]{1,60}", stage) is not None
+        _require(
+            plain and isinstance(group, ConfigDict), f"stages.{stage}", group, "a group, named by letters and digits"
+        )
+        for part, keys in group.items():
+            _require(isinstance(keys, ConfigDict), f"stages.{stage}.{part}", keys, "a group of keys")
+            for last, value in keys.items():
+                name = f"stages.{stage}.{part}.{last}"
+                known = f"{part}.{last}" in STAGE_KEYS
+                _require(known, name, value, f"left out: no key of a stage, which are {', '.join(STAGE_KEYS)}")
+                if value is not None:
+                    _require_kind(name, value, KEYS[f"{part}.{last}"].kind)
 
 
 def _check_together(c: ConfigDict) -> None:
@@ -334,65 +346,3 @@ def profile_steps(text: str) -> range:
     correct = colon and start.isdecimal() and stop.isdecimal() and len(text) < 30 and int(start) < int(stop)
     _require(bool(correct), "profile", text, "START:STOP with START below STOP, both steps")
     return range(int(start), int(stop))
-
-
-def conditions_of(manifest: Manifest) -> tuple[Condition, ...]:
-    """What the network is given: the conditions that the dataset stores."""
-    return tuple(Condition(name, manifest.encoders[name].width, name in manifest.lengths) for name in manifest.layout)
-
-
-def resolve(c: ConfigDict, manifest: Manifest) -> Settings:
-    """Checks the configuration against the dataset and gives each part its plain values."""
-    sizes = manifest.latent_sizes()
-    for h, w in sizes:
-        if h % c.model.patch or w % c.model.patch:
-            raise ConfigError(
-                f"config.model.patch is {c.model.patch}; it does not divide the latent size {w}x{h} (width x height)"
-            )
-    tokens = max(h * w for h, w in sizes) // c.model.patch**2
-    lengths = {name: 8 * math.ceil(longest / 8) for name, longest in manifest.lengths.items()}
-    lengths["text"] = text_tokens = c.data.text_tokens or lengths["text"]
-    try:
-        drop = flow.parse_drop(c.flow.drop, list(manifest.layout), [f.name for f in of_captions(manifest.layout)])
-    except ValueError as error:
-        raise ConfigError(f"config.flow.drop is {c.flow.drop!r}: {error}") from error
-    dtype = c.model.dtype
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    attention = c.model.attention
-    if attention == "auto":
-        attention = choose_implementation(dtype, c.model.width // c.model.heads)
-    shift = flow.shift_for_tokens(tokens) if c.flow.shift is None else c.flow.shift
-    model = _fill(
-        dit.ModelConfig,
-        c.model,
-        dtype=dtype,
-        attention=attention,
-        channels=manifest.vae.width,
-        conditions=conditions_of(manifest),
-    )
-    return Settings(
-        model=model,
-        flow=_fill(flow.FlowConfig, c.flow, shift=shift, drop=drop),
-        optimizer=_fill(
-            optimizer.OptimizerConfig,
-            c.optim,
-            total_steps=c.train.steps,
-            grad_accum_steps=c.optim.global_batch_size // c.data.micro_batch_size,
-        ),
-        batch=BatchLayout(
-            model.patch, tokens, model.token_width, {each.name: each.width for each in model.conditions}, lengths
-        ),
-        text_limit=text_tokens if text_tokens < manifest.text_tokens else None,
-        micro_batch_size=c.data.micro_batch_size,
-        global_batch_size=c.optim.global_batch_size,
-        ema_decay=c.ema.decay,
-        short_ema_decay=c.ema.short_decay,
-        seed=c.seed,
-    )
-
-
-def _fill(kind: type[T], group: ConfigDict, **others: Any) -> T:
-    """Builds `kind` from the keys of the group that have its fields' names; `others` override."""
-    names = {field.name for field in dataclasses.fields(kind)} - others.keys()  # type: ignore[arg-type]
-    return kind(**{name: group[name] for name in names}, **others)

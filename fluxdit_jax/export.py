@@ -20,14 +20,15 @@ from absl import logging as absl_logging
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from fluxdit_jax.config import ConfigError, Settings, resolve
+from fluxdit_jax.config import ConfigError
 from fluxdit_jax.dataset.manifest import DatasetError, Manifest
 from fluxdit_jax.gate.requirement import is_of
 from fluxdit_jax.run.checkpoint import EMA, SHORT_EMA, CheckpointError
-from fluxdit_jax.run.run_directory import RunError, RunLock, load_config, load_dataset
+from fluxdit_jax.run.run_directory import RunError, RunLock, load_stage
 from fluxdit_jax.run.weights import Weights, restore_weights
 from fluxdit_jax.sampling.exported import DESCRIPTION, WEIGHTS, ExportError, describe, flatten
 from fluxdit_jax.sampling.sizes import in_words, pictures_by_size
+from fluxdit_jax.settings import Settings, resolve
 from fluxdit_jax.shared import atomic_files, cli
 from fluxdit_jax.shared.paths import given_path
 
@@ -46,14 +47,14 @@ def export(workdir: Path, out: Path, step: int | None = None, folder: str = EMA)
       folder: which average, see `restore_weights`.
     """
     atomic_files.require_writable(out)
-    config, manifest = load_config(workdir), load_dataset(workdir)
-    settings = resolve(config, manifest)
     weights = restore_weights(workdir, step, folder)
+    stage, manifest = load_stage(workdir, weights.step)
+    settings = resolve(stage.config, manifest, stage.first)
     print(f"weights: {weights}")
     tensors = flatten(weights.ema)
     texts = {
         "README.md": card(settings, manifest, weights, tensors, workdir, _verdict(workdir, weights)),
-        DESCRIPTION: json.dumps(describe(config, settings, manifest, weights), indent=1) + "\n",
+        DESCRIPTION: json.dumps(describe(stage.config, settings, manifest, weights), indent=1) + "\n",
     }
     lock, work = RunLock(out, f"{WORK}/lock", temporary=True, option="--out"), out / WORK
     try:

@@ -21,7 +21,8 @@ SCHEDULES = ("constant", "cosine")
 class OptimizerConfig:
     """Attributes:
     lr: peak learning rate. For Muon that of the matrices; `adam_lr` is that of the rest.
-    warmup_steps, total_steps: optimizer steps.
+    warmup_steps, total_steps: optimizer steps, from `first_step` on.
+    first_step: optimizer steps before, of other stages of the run.
     final_fraction: the cosine ends at this share of the peak.
     grad_clip_norm: largest global norm of the gradient; a larger one is scaled down to it.
     grad_accum_steps: micro-batches per optimizer step.
@@ -40,6 +41,7 @@ class OptimizerConfig:
     weight_decay: float = 0.01
     grad_clip_norm: float = 1.0
     grad_accum_steps: int = 1
+    first_step: int = 0
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -67,7 +69,14 @@ def is_hidden_matrix(path: tuple[Any, ...]) -> bool:
 
 
 def learning_rate(config: OptimizerConfig, peak: float) -> optax.Schedule:
-    """Learning rate by optimizer step: linear warm-up, then constant or cosine."""
+    """Learning rate by optimizer step: from `first_step` on linear warm-up, then constant or cosine."""
+    schedule = _from_the_start(config, peak)
+    if config.first_step == 0:
+        return schedule
+    return lambda step: schedule(step - config.first_step)
+
+
+def _from_the_start(config: OptimizerConfig, peak: float) -> optax.Schedule:
     if config.schedule == "constant":
         after = optax.constant_schedule(peak)
     else:
@@ -165,7 +174,16 @@ def gradient_norms(opt_state: optax.MultiStepsState) -> NormsState:
     return opt_state.inner_opt_state[0]
 
 
-def ema_decay(step: jax.Array, decay: float) -> jax.Array:
-    """min(decay, (1 + step) / (10 + step)): a short memory early on, so that the start is forgotten."""
-    step = step.astype(jnp.float32)
-    return jnp.minimum(decay, (1 + step) / (10 + step))
+# An average that remembers longer than a stage would end as weights of the stage before it. From the first step of a
+# stage on its memory is that of a run of so many steps, and grows again.
+EMA_AGE = 1000
+
+
+def ema_decay(step: jax.Array, decay: float, first_step: int = 0) -> jax.Array:
+    """min(decay, (1 + age) / (10 + age)): a short memory early on, so that the start is forgotten.
+
+    Args:
+      first_step: of the stage. The age is the step, after a switch at most `EMA_AGE` and the steps since then.
+    """
+    age = (step - max(0, first_step - EMA_AGE)).astype(jnp.float32)
+    return jnp.minimum(decay, (1 + age) / (10 + age))

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fluxdit_jax.config import Settings
 from fluxdit_jax.device import sharding
 from fluxdit_jax.device.memory_plan import MemoryPlan, plan
 from fluxdit_jax.model import dit
 from fluxdit_jax.optimizer import build_optimizer
 from fluxdit_jax.run.metrics import pack
+from fluxdit_jax.settings import Settings
 from fluxdit_jax.state import TrainState, create_state
 from fluxdit_jax.train_step import make_train_step
 
@@ -54,6 +54,7 @@ class Program:
             global_batch_size=settings.global_batch_size,
             ema_target=settings.ema_decay,
             short_ema_target=settings.short_ema_decay,
+            first_step=settings.optimizer.first_step,
         )
         self._create = jax.jit(
             lambda key: self._state_of(dit.initialize(settings.model, key)), out_shardings=self._placed

@@ -20,13 +20,13 @@ from absl import logging as absl_logging
 from PIL import Image
 from tqdm import tqdm
 
-from fluxdit_jax.config import ConfigError, Settings, resolve
+from fluxdit_jax.config import ConfigError
 from fluxdit_jax.dataset.fields import CAPTION, field_named
 from fluxdit_jax.dataset.manifest import DatasetError, Manifest
 from fluxdit_jax.device import devices
 from fluxdit_jax.run.checkpoint import CheckpointError
-from fluxdit_jax.run.run_directory import RunError, RunLock, load_config, load_dataset
-from fluxdit_jax.run.weights import Weights, restore_weights
+from fluxdit_jax.run.run_directory import RunError, RunLock, load_stage
+from fluxdit_jax.run.weights import Weights, places, restore_weights
 from fluxdit_jax.sampling import exported, recipe, solvers
 from fluxdit_jax.sampling.arguments import parse_arguments
 from fluxdit_jax.sampling.pipeline import Generator, conditions
@@ -39,6 +39,7 @@ from fluxdit_jax.sampling.prompts import (
 )
 from fluxdit_jax.sampling.recipe import Recipe
 from fluxdit_jax.sampling.sizes import choose_size, in_words
+from fluxdit_jax.settings import Settings, resolve
 from fluxdit_jax.shared import atomic_files, cli, image_grid
 from fluxdit_jax.shared.sanitize import shown
 from fluxdit_jax.vae.decoder import Decoder, decode_all, load_decoder
@@ -137,8 +138,9 @@ def _description(arguments: argparse.Namespace) -> tuple[Settings, Manifest, dic
         return exported.read_description(folder)
     if (folder / exported.WEIGHTS).exists() and not (folder / "dataset.json").exists():
         raise SampleError(f"--workdir {folder} is an export, not a run directory: give it with --model")
-    manifest = load_dataset(folder)
-    return resolve(load_config(folder), manifest), manifest, {}
+    step = arguments.step if arguments.step is not None else max(places(folder, arguments.weights), default=0)
+    stage, manifest = load_stage(folder, step)
+    return resolve(stage.config, manifest, stage.first), manifest, {}
 
 
 def _weights(arguments: argparse.Namespace, settings: Settings, about: dict[str, Any]) -> Weights:

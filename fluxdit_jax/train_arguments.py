@@ -11,7 +11,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from fluxdit_jax.config import KEYS, default_config
+from fluxdit_jax.config import KEYS, STAGE_KEYS, default_config
 from fluxdit_jax.renamed_keys import EARLIER, gone
 from fluxdit_jax.shared.paths import expanded
 
@@ -26,6 +26,7 @@ Trains, or resumes the run in RUN: the same command goes on where it was stopped
   --config=FILE            configs/demo.py (a demonstration), nano.py (the gate), prod.py (production), or your own;
                            where there is no such file, the package's: --config=demo works from any folder
   --config.GROUP.KEY=VALUE overrides a key of it, as --config.optim.lr=5e-5
+  --plan                   prints what the run would take: time, energy, memory, disk; runs nothing
   --keys                   prints every key with its default (not the file's) and meaning; --keys=GROUP: of a group
   --help                   this
 
@@ -63,12 +64,32 @@ def parse(argv: list[str]) -> list[str]:
     try:
         left_over = flags.FLAGS([_found(argument) for argument in argv])
         getattr(flags.FLAGS.config, "workdir", None)  # a file that is not there is only told when it is used
+        if flags.FLAGS.config is not None:
+            _require_effect(wanted, flags.FLAGS.config)
         return left_over
     except _FAULTS as error:
         words = str(error).replace("\\n", ". ").replace("\\", "").replace("'", "")
         unknown = "no such key: " if isinstance(error, (LookupError, AttributeError)) else ""
         keys = near_keys(wanted) if unknown else ""
         sys.exit(f"error in the flags or the configuration file: {unknown}{' '.join(words.split())}{keys}")
+
+
+def _require_effect(arguments: list[str], config: ConfigDict) -> None:
+    """Refuses an override of which no stage takes notice, and says of one which stages do not."""
+    names = [name.strip() for name in config.train.stages.split(",")]
+    stages = {name: config.stages[name] for name in names if name in config.stages}
+    for argument in arguments:
+        match = re.fullmatch(r"--?config\.(\w+)\.(\w+)(=.*)?", argument)
+        if match is None or not stages or (key := f"{match[1]}.{match[2]}") not in STAGE_KEYS:
+            continue
+        own = [name for name, group in stages.items() if group.get(match[1], {}).get(match[2]) is not None]
+        own = list(stages) if key in ("train.steps", "train.images") else own  # each has a length of its own
+        if not own:
+            continue
+        words = f"--config.{key} has no effect on the stages {', '.join(own)}, which have their own"
+        if len(own) == len(stages):
+            sys.exit(f"error: {words}: give --config.stages.{own[0]}.{key}")
+        print(f"note: {words} (config.stages.{own[0]}.{key})", file=sys.stderr)
 
 
 def _found(argument: str) -> str:

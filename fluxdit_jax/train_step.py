@@ -77,11 +77,13 @@ def make_train_step(
     global_batch_size: int,
     ema_target: float,
     short_ema_target: float | None = None,
+    first_step: int = 0,
 ) -> TrainStep:
     """Builds the pure functions of a step. All metrics are device scalars or small vectors.
 
     Args:
       ema_target: decay of the EMA after its warm-up; short_ema_target: of the second one, None for none.
+      first_step: of the stage, see `ema_decay`.
     """
     mean_P, std_P = statistics
     names = [condition.name for condition in model.conditions]
@@ -129,7 +131,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
 
         def averaged(ema: Any, target: float) -> Any:
-            return optax.incremental_update(params, ema, 1 - ema_decay(before.gradient_step, target))
+            return optax.incremental_update(params, ema, 1 - ema_decay(before.gradient_step, target, first_step))
 
         ema = averaged(state.ema, ema_target)
         short_ema = None if short_ema_target is None else averaged(state.short_ema, short_ema_target)

@@ -13,12 +13,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from absl import logging as absl_logging
 
-from fluxdit_jax.config import resolve
 from fluxdit_jax.loader import reader
 from fluxdit_jax.run.checkpoint import restore_ema
-from fluxdit_jax.run.run_directory import load_config, load_dataset
+from fluxdit_jax.run.run_directory import load_stage
 from fluxdit_jax.sampling.pipeline import Generator, conditions
 from fluxdit_jax.sampling.prompts import encode_prompts
+from fluxdit_jax.settings import resolve
 from fluxdit_jax.shared import image_grid
 from fluxdit_jax.shared.paths import given_path
 from fluxdit_jax.vae.decoder import decode_all, load_decoder
@@ -45,8 +45,9 @@ def draw(workdir: Path, shown: tuple[str, ...] = SHOWN, step: int | None = None)
     Args:
       workdir: a run on the demonstration set. shown: compositions. step: of the EMA weights; None: the newest.
     """
-    config, manifest = load_config(workdir), load_dataset(workdir)
-    settings = resolve(config, manifest)
+    step, ema = restore_ema(workdir, step)
+    stage, manifest = load_stage(workdir, step)
+    config, settings = stage.config, resolve(stage.config, manifest, stage.first)
     by_key = {}
     for split in ("train", "holdout"):
         source = reader.RecordSource(config.data.path, manifest, split) if manifest.records(split) else ()
@@ -63,7 +64,6 @@ def draw(workdir: Path, shown: tuple[str, ...] = SHOWN, step: int | None = None)
     edited = [mine | made for mine, made in zip(plain, turned, strict=True)]
     wanted = conditions(settings.model.conditions, [*plain, *relit, *edited], grids * 3)
     generator = Generator.of(settings, manifest, steps=16, batch_size=len(own))
-    _, ema = restore_ema(workdir, step)
     latents = generator.latents(generator.cast(ema), wanted, generator.noise(list(range(3 * len(own)))))
     images = decode_all(load_decoder(manifest.vae), [record.latent for record in own] + latents)
     return [images[start : start + len(own)] for start in range(0, len(images), len(own))]

@@ -26,8 +26,10 @@ from wording import naming
 
 from fluxdit_jax import config as configuration
 from fluxdit_jax import renamed_keys, train_arguments
-from fluxdit_jax.config import KEYS, ConfigError, check, default_config, profile_steps, resolve
+from fluxdit_jax.config import KEYS, ConfigError, check, default_config, profile_steps
 from fluxdit_jax.dataset.manifest import load_manifest
+from fluxdit_jax.settings import resolve
+from fluxdit_jax.stages import stages_of
 
 pytest_plugins = ("training_fixtures",)
 
@@ -62,7 +64,9 @@ def config(tmp_path):
 DEFAULTS = flat(default_config().to_dict())
 FLOATS = [key for key, value in DEFAULTS if isinstance(value, float)] + ["flow.shift", "log.peak_tflops"]
 INTEGERS = [key for key, value in DEFAULTS if isinstance(value, int) and not isinstance(value, bool)] + [
-    "data.text_tokens"
+    "data.text_tokens",
+    "data.resolution",
+    "train.images",
 ]
 
 
@@ -74,7 +78,9 @@ def test_the_tiny_configuration_and_every_file_in_configs_are_valid(config):
         shipped = importlib.import_module(f"configs.{name}").get_config()
         shipped.workdir, shipped.data.path = "run", "data"
         check(shipped)
-        assert dict(flat(shipped.to_dict())).keys() == dict(DEFAULTS).keys(), name
+        keys = {key for key, _ in flat(shipped.to_dict()) if not key.startswith("stages.")}
+        assert keys == dict(DEFAULTS).keys(), name
+        assert stages_of(shipped)
 
 
 @pytest.mark.parametrize("key", FLOATS)
@@ -445,3 +451,16 @@ def test_help_names_the_keys_option_and_the_configurations(capsys):
 def test_a_key_far_from_any_gets_the_keys_of_its_group(argument, keys):
     said = train_arguments.near_keys(["--config=configs/demo.py", argument])
     assert all(key in said for key in keys) if keys else said == ""
+
+
+def test_training_without_a_configuration_asks_for_one(train_command, tmp_path):
+    with train_command._commands.start("fluxdit_jax.train", cwd=tmp_path) as process:
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "--config=configs/demo.py" in err and err.count("\n") == 1
+
+
+def test_the_toy_of_stages_is_found_from_any_folder(train_command, tmp_path):
+    arguments = ["--config=demo_stages", f"--config.data.path={tmp_path / 'nowhere'}", "--plan"]
+    with train_command._commands.start("fluxdit_jax.train", *arguments, cwd=tmp_path) as process:
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and "config.data.resolution is 64" in err and "ImportError" not in err

@@ -26,6 +26,7 @@ from training_helpers import REPOSITORY
 
 from fluxdit_jax import config as configuration
 from fluxdit_jax import environment, export, sample, train, train_arguments, validate
+from fluxdit_jax.stages import stages_of
 from preprocess import __main__ as preprocess
 
 pytest_plugins = ("training_fixtures",)
@@ -111,10 +112,15 @@ def read_config(words: list[str]) -> ConfigDict:
     """The configuration of a `fluxdit_jax.train` command, by absl's own parser, checked as training checks it."""
     values = flags.FlagValues()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train", *words])  # ml_collections finds the overrides there
+        patch.setattr(
+            sys, "argv", ["train", *(word for word in words if word != "--plan")]
+        )  # ml_collections finds the overrides there
         config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=values)
         assert values(sys.argv) == ["train"]
+    if "--plan" in words:
+        values.config.workdir = "."
     configuration.check(values.config)
+    stages_of(values.config)
     return values.config
 
 
@@ -185,7 +191,7 @@ def test_every_key_that_is_named_exists(path: Path) -> None:
     groups = "|".join(name for name in config if isinstance(config[name], ConfigDict))
     for code in code_of(path):
         for group, key in re.findall(rf"(?<![\w./])(?:--config\.)?({groups})\.([a-z_0-9]+)", code):
-            if key not in ("py", "log", "safetensors"):  # a file
+            if key not in ("py", "log", "safetensors") and group != "stages":  # a file; names of stages
                 assert key in config[group], f"{path.name}: {group}.{key}"
 
 
@@ -208,9 +214,12 @@ def test_every_page_is_linked_from_the_readme_and_short() -> None:
 
 # ------------------------------------------------------------------------------------------------- running
 
+STAGE = ("train.steps=2", "data.micro_batch_size=4", "optim.warmup_steps=1")  # of production's, shorter
+
 # Shorter than the document's: later arguments win.
 SHORT = {
     "preprocess build": [*FLAGS, "--resolution", "64", "--modulus", "16", "--min-side", "16", "--workers", "2"],
+    "preprocess build --resolution 256,512,1024": [*FLAGS, "--resolution", "32,64", "--modulus", "32"],
     "preprocess subset": ["--count", "6", "--resolution", "64", "--allow-fewer"],
     "fluxdit_jax.train": [
         f"--config.{change}"
@@ -219,6 +228,11 @@ SHORT = {
             "data.micro_batch_size=4", "model.remat=none", "optim.warmup_steps=1", "log.every=1", "log.preview_every=0",
             "log.heldout_count=2", "checkpoint.ema_every=2", "gate.required=False",
         )
+    ],
+    "configs/prod.py": [
+        "--config.train.stages=px256,px512",
+        *(f"--config.stages.px{old}.data.resolution={new}" for old, new in ((256, 32), (512, 64))),
+        *(f"--config.stages.px{old}.{key}" for old in (256, 512) for key in STAGE),
     ],
     "fluxdit_jax.sample": ["--steps", "2"],
     "fluxdit_jax.validate": ["--limit", "6", "--pairs", "2", "--edits", "2", "--steps", "1"],
@@ -237,12 +251,16 @@ class Road:
 def adapted(command: Command, folder: Path) -> list[str]:
     """The arguments with the document's places below `folder`, and less to do."""
     name = command.module + (f" {command.arguments[0]}" if command.module == "preprocess" else "")
+    if "256,512,1024" in command.arguments:
+        name += " --resolution 256,512,1024"
     moved = [re.sub(r"(^|=)/(photos|data)", rf"\1{folder}/\2", word) for word in command.arguments]
     moved = [re.sub(r"(^|=)(runs|exports)/", rf"\1{folder}/\2/", word) for word in moved]
     moved = [word if not word.endswith((".png", ".jpg")) else str(folder / word) for word in moved]
     if "--size" in moved:
         moved[moved.index("--size") + 1] = "64x64"
-    return moved + ([] if "--recipe" in moved else SHORT.get(name, []))
+    moved = [re.sub(r"/photos/(512|1024)$", "/photos/64", word) for word in moved]
+    stages = SHORT["configs/prod.py"] if "--config=configs/prod.py" in moved else []
+    return moved + ([] if "--recipe" in moved else SHORT.get(name, []) + stages)
 
 
 def run(command: Command, folder: Path) -> int:
@@ -253,6 +271,8 @@ def run(command: Command, folder: Path) -> int:
     if command.module == "fluxdit_jax.environment":
         return environment.main(words)
     if command.module == "fluxdit_jax.train":
+        if "--plan" in words:
+            return train.show_plan(read_config(words))
         return train.train(read_config(words))
     if command.module == "fluxdit_jax.validate":
         return validate.command(words)
@@ -296,7 +316,7 @@ def test_the_commands_of_the_readme_run_in_its_order(road: Road) -> None:
         assert status in allowed, command
     kinds = {command.module for command in road.statuses}
     assert kinds >= {"preprocess"} | {f"fluxdit_jax.{n}" for n in ("train", "validate", "sample", "export")}
-    for made in ("data/photos/manifest.json", "data/gate/manifest.json", "runs/gate/validation/report.html"):
+    for made in ("data/photos/64/manifest.json", "data/gate/manifest.json", "runs/gate/validation/report.html"):
         assert (road.folder / made).exists(), made
     same = [Image.open(road.folder / name).tobytes() for name in ("harbour.png", "again.png")]
     assert same[0] == same[1]
@@ -306,7 +326,7 @@ def test_the_commands_of_the_readme_run_in_its_order(road: Road) -> None:
 def test_the_readme_reads_the_data_set_with_tfds(road: Road) -> None:
     (code,) = re.findall(r"^```python\n(.*?)^```", DOCUMENTS[0].read_text(encoding="utf-8"), re.M | re.S)
     names: dict[str, object] = {}
-    exec(code.replace("/data/photos", str(road.folder / "data" / "photos")), names)  # noqa: S102
+    exec(code.replace("/data/photos", str(road.folder / "data" / "photos")).replace("/512", "/64"), names)  # noqa: S102
     assert len(names["records"]) > 0  # type: ignore[arg-type]
     assert names["records"][0]["latent"].shape[0] == 16  # type: ignore[index]
 

@@ -45,10 +45,10 @@ def dataset(tmp_path_factory, draw_photo, tiny_vae_dir, tiny_t5_dir, tiny_dino_d
 
 @pytest.fixture(scope="module")
 def narrow_prod(dataset: Path, run: Run) -> tuple[Path, subprocess.CompletedProcess]:
-    """Two steps of configs/prod.py with a reduced width, as the README's production command."""
+    """Two steps of configs/prod_1024.py with a reduced width, as the README's production command."""
     workdir = dataset.parent / "run"
     trained = run(
-        "fluxdit_jax.train", "--config=configs/prod.py", f"--config.data.path={dataset}",
+        "fluxdit_jax.train", "--config=configs/prod_1024.py", f"--config.data.path={dataset}",
         f"--config.workdir={workdir}", "--config.train.steps=2", "--config.model.width=64", "--config.model.heads=2",
         "--config.model.depth=2", "--config.optim.global_batch_size=8", "--config.gate.required=False",
         "--config.log.preview_steps=2", "--config.log.preview_count=3", "--config.log.every=1",
@@ -97,7 +97,7 @@ def test_sample_refuses_another_text_encoder(narrow_prod, run: Run) -> None:
 
 def test_production_does_not_start_without_the_gate(dataset: Path, run: Run) -> None:
     refused = run(
-        "fluxdit_jax.train", "--config=configs/prod.py", f"--config.data.path={dataset}",
+        "fluxdit_jax.train", "--config=configs/prod_1024.py", f"--config.data.path={dataset}",
         f"--config.workdir={dataset.parent / 'refused'}",
     )  # fmt: skip
     assert refused.returncode == 1

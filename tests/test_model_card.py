@@ -12,7 +12,6 @@ import pytest
 from training_helpers import tiny_config, tiny_optimizer
 from wording import naming
 
-from fluxdit_jax.config import resolve
 from fluxdit_jax.dataset.manifest import load_manifest
 from fluxdit_jax.export import ExportError, export
 from fluxdit_jax.gate.report import Circumstances, build_report, write_json
@@ -24,6 +23,7 @@ from fluxdit_jax.run.checkpoint import EMA, SHORT_EMA, Checkpoints, ema_digest
 from fluxdit_jax.run.digest import tree_digest
 from fluxdit_jax.run.run_directory import record_start
 from fluxdit_jax.run.weights import restore_weights
+from fluxdit_jax.settings import resolve
 from fluxdit_jax.state import create_state
 
 pytest_plugins = ("training_fixtures",)

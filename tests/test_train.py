@@ -23,7 +23,6 @@ from training_helpers import (
 )
 from wording import lines_naming, naming
 
-from fluxdit_jax.config import resolve
 from fluxdit_jax.dataset.fields import BF16
 from fluxdit_jax.dataset.manifest import MANIFEST, load_manifest
 from fluxdit_jax.device import devices
@@ -35,6 +34,7 @@ from fluxdit_jax.run.checkpoint import EMA, SHORT_EMA, CheckpointError, Checkpoi
 from fluxdit_jax.run.metrics import read_metrics
 from fluxdit_jax.run.run_directory import RunError, RunLock, load_config, load_dataset
 from fluxdit_jax.run.scalars import on_board
+from fluxdit_jax.settings import resolve
 from fluxdit_jax.state import create_state
 from fluxdit_jax.train import train
 from fluxdit_jax.train_step import patch_statistics

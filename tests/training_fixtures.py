@@ -11,9 +11,9 @@ import pytest
 from fork_server import Commands
 from training_helpers import TrainCommand, write_dataset
 
-import fluxdit_jax.train
-from fluxdit_jax.config import Settings
+import fluxdit_jax.prepared
 from fluxdit_jax.program import Program
+from fluxdit_jax.settings import Settings
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +39,7 @@ def quick_compile(xla_cache: Path) -> Iterator[None]:
     for name, value in wanted.items():
         jax.config.update(name, value)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fluxdit_jax.train, "Program", _traced_once)
+        patch.setattr(fluxdit_jax.prepared, "Program", _traced_once)
         yield
     _PROGRAMS.clear()
     for name, value in before.items():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 _MEMORY_SHARES = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")  # JAX refuses both at once
 _MEMORY_SHARE = "0.92"  # 23.4 GB of an RTX 4090; the rest is for CUDA itself and a screen
@@ -33,6 +36,20 @@ def peak_tflops(override: float | None = None) -> float | None:
 def peak_tflops_of(kind: str) -> float | None:
     """Peak dense bf16 TFLOP/s of a device by its name; None if it is not known."""
     return next((peak for name, peak in PEAK_TFLOPS.items() if kind.startswith(name)), None)
+
+
+@functools.lru_cache
+def measured_tflops(side: int = 1024, times: int = 5) -> float:
+    """What an f32 product of square matrices reaches on one device, TFLOP/s; takes a fraction of a second."""
+    a = jnp.ones((side, side), jnp.float32)
+    product = jax.jit(lambda a: a @ a)
+    product(a).block_until_ready()
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        product(a).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * side**3 / min(seconds) / 1e12
 
 
 def use_most_memory() -> None:

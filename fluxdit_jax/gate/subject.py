@@ -9,9 +9,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from fluxdit_jax.config import Settings, resolve
 from fluxdit_jax.dataset.grid import GRID_FILE, Grid, read_grid
-from fluxdit_jax.dataset.manifest import Manifest
+from fluxdit_jax.dataset.manifest import Manifest, parts_of
 from fluxdit_jax.dataset.records import Record
 from fluxdit_jax.gate.edit import TextEdit
 from fluxdit_jax.gate.eval_set import EvalSet
@@ -19,16 +18,17 @@ from fluxdit_jax.gate.memorisation import Memorisation
 from fluxdit_jax.gate.swap import Swap
 from fluxdit_jax.loader.reader import RecordSource, spread
 from fluxdit_jax.run.metrics import METRICS, read_metrics
-from fluxdit_jax.run.run_directory import load_config, load_dataset, require_dataset
+from fluxdit_jax.run.run_directory import load_config, load_stage, require_dataset
 from fluxdit_jax.run.weights import Weights, restore_weights
 from fluxdit_jax.sampling.prompts import encode_prompts
+from fluxdit_jax.settings import Settings, resolve
 from fluxdit_jax.vae.decoder import Decoder, decode_all, load_decoder
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Subject:
     """Attributes:
-    config, manifest, settings: of the run.
+    config, manifest, settings: of the run, or of its stage that the weights are of.
     log: entries of its `metrics.jsonl`; empty if there is none.
     weights: that are tested.
     directory: of the dataset. available: how many records it has for training.
@@ -70,14 +70,17 @@ class Subject:
           vae: directory of the VAE; None: `config.log.vae`, or where the dataset found it.
           seed: of the noise and of who is paired with whom.
         """
-        config = load_config(workdir)
-        manifest = load_dataset(workdir)
-        settings = resolve(config, manifest)
+        load_config(workdir)  # a folder that is no run is told before its weights are looked for
         path = workdir / METRICS
         log = read_metrics(path) if path.exists() else []  # before minutes of drawing: it may be damaged
         weights = restore_weights(workdir, step)
+        stage, manifest = load_stage(workdir, weights.step)
+        log = [entry for entry in log if entry["step"] > stage.first]  # losses of other stages do not compare
+        config, settings = stage.config, resolve(stage.config, manifest, stage.first)
         directory = data or Path(config.data.path)
-        require_dataset(directory, workdir)
+        if data is not None and config.data.resolution is not None and config.data.resolution in parts_of(data):
+            directory = parts_of(data)[config.data.resolution]
+        require_dataset(directory, workdir, stage.name)
         source = RecordSource(directory, manifest, "train", config.data.get("on_corrupt", "stop"))
         records = tuple(
             record.having(text=record.text[: settings.text_limit])  # as in training

@@ -44,6 +44,11 @@ REMAT_POLICIES = {
 }
 TIME_FEATURES = 256
 ROPE_THETA = 100.0  # wavelengths from 6 to about 600 tokens; 10,000 would leave most pairs nearly constant
+# What rotary positions count. Attention sees differences of positions only, so centring them would change nothing.
+#   index   rows and columns of tokens: a distance is so many tokens at every resolution
+#   scaled  parts of the picture, whose area is SCALED_SIDE squared: a distance is so much of the picture
+POSITIONS = ("index", "scaled")
+SCALED_SIDE = 16.0  # at 256 px with patch 2 both count the same
 N_BLOCK_MODULATIONS = 7  # shift, scale, gate for self-attention and for the MLP; gate for cross-attention
 
 
@@ -58,6 +63,7 @@ class ModelConfig:
       conditions: what the network is given; parameters are created in this order, vectors before sequences. At
         least one of them is a sequence.
       dtype: compute dtype, "bfloat16" or "float32".
+      positions: one of `POSITIONS`.
       remat: a key of `REMAT_POLICIES`.
       attention: "cudnn" or "xla" (see `attention.choose_implementation`).
     """
@@ -69,6 +75,7 @@ class ModelConfig:
     channels: int = 16
     conditions: tuple[Condition, ...] = (Condition("text", 1024, sequence=True), Condition("vision", 1024))
     dtype: str = "bfloat16"
+    positions: str = "index"
     remat: str = "none"
     attention: str = "xla"
 
@@ -124,17 +131,21 @@ def time_features(t_B: jax.Array) -> jax.Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def rotary(grid_Bx2: jax.Array, tokens: int, head_dim: int) -> tuple[jax.Array, jax.Array]:
+def rotary(grid_Bx2: jax.Array, tokens: int, head_dim: int, positions: str = "index") -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of each token's rotary angles from its row and column, f32 [B, tokens, head_dim / 2] each.
 
     Args:
       grid_Bx2: int32 (rows, columns) of each sample's token grid; token i is at (i // columns, i % columns).
+      positions: one of `POSITIONS`.
     """
     pairs = head_dim // 4  # pairs per axis: half of the head turns with the row, half with the column
     frequencies = ROPE_THETA ** (-jnp.arange(pairs, dtype=jnp.float32) / pairs)
     index = jnp.arange(tokens, dtype=jnp.int32)[None, :]
     columns = grid_Bx2[:, 1:2]
     position_BxNx2 = jnp.stack([index // columns, index % columns], axis=-1).astype(jnp.float32)
+    if positions == "scaled":
+        area = (grid_Bx2[:, 0] * grid_Bx2[:, 1]).astype(jnp.float32)
+        position_BxNx2 = position_BxNx2 * (SCALED_SIDE / jnp.sqrt(area))[:, None, None]
     angles = position_BxNx2[..., None] * frequencies
     angles = angles.reshape(*angles.shape[:2], 2 * pairs)
     return jnp.cos(angles), jnp.sin(angles)
@@ -270,7 +281,7 @@ class DiT(nnx.Module):
         dtype = jnp.dtype(config.dtype)
         x = self.patch_embed(x_BxNxP.astype(dtype))
         length_B = grid_Bx2[:, 0] * grid_Bx2[:, 1]
-        cos, sin = rotary(grid_Bx2, x.shape[1], config.head_dim)
+        cos, sin = rotary(grid_Bx2, x.shape[1], config.head_dim, config.positions)
         sequence, sequence_length_B = joined([self._sequence(c.name, conditions[c.name]) for c in config.sequences])
 
         time = self.time_out(jax.nn.silu(self.time_in(time_features(t_B).astype(dtype))))

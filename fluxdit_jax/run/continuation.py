@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import jax
@@ -31,7 +32,7 @@ from fluxdit_jax.run.checkpoint import (
 )
 from fluxdit_jax.run.digest import tree_digest
 from fluxdit_jax.run.metrics import METRICS, beyond, last_step
-from fluxdit_jax.run.run_directory import RunError, all_changes, record_start
+from fluxdit_jax.run.run_directory import NO_STAGES, RunError, all_changes, record_start
 from fluxdit_jax.run.signals import any_process
 from fluxdit_jax.shared.atomic_files import write_whole
 from fluxdit_jax.state import TrainState
@@ -69,8 +70,21 @@ def require_checkpoints(workdir: Path) -> None:
     )
 
 
-def begin(workdir: Path, config: ConfigDict, manifest: Manifest, checkpoints: Checkpoints, state: TrainState) -> None:
-    """Sets aside what is beyond the state's step, and records the start and its changes. Every process calls it."""
+def begin(
+    workdir: Path,
+    config: ConfigDict,
+    manifest: Manifest,
+    checkpoints: Checkpoints,
+    state: TrainState,
+    ends: Collection[int],
+    stages: Mapping[str, Manifest] = NO_STAGES,
+) -> None:
+    """Sets aside what is beyond the state's step, and records the start and its changes. Every process calls it.
+
+    Args:
+      ends: the last step of each stage of the run.
+      manifest, stages: of `record_start`.
+    """
     step, found = int(state.step), checkpoints.latest_step()
     averages = {EMA: state.ema} | ({} if state.short_ema is None else {SHORT_EMA: state.short_ema})
     # A new run has nothing to be compared with; a digest costs the start of a program.
@@ -78,9 +92,11 @@ def begin(workdir: Path, config: ConfigDict, manifest: Manifest, checkpoints: Ch
     primary = jax.process_index() == 0
     if primary:
         origin = config.resume.from_run or "new" if found is None else f"{CHECKPOINTS}/{found}"
-        _record(workdir, config, manifest, step, origin, set_aside(workdir, step, digests))
+        aside = set_aside(workdir, step, digests)
+        _record(workdir, step, origin, aside, all_changes(workdir, config, manifest, stages))
+        record_start(workdir, config, manifest, stages)
     # EMA weights that are due here and are missing, or are of other weights and were moved
-    due = step >= config.train.steps or (step > 0 and step % config.checkpoint.ema_every == 0)
+    due = step in ends or step >= max(ends) or (step > 0 and step % config.checkpoint.ema_every == 0)
     missing = any(step not in ema_steps(workdir, folder) for folder in averages)
     if any_process([primary and due and missing])[0]:
         checkpoints.save_averages(step, state)
@@ -88,15 +104,13 @@ def begin(workdir: Path, config: ConfigDict, manifest: Manifest, checkpoints: Ch
 
 def _record(
     workdir: Path,
-    config: ConfigDict,
-    manifest: Manifest,
     step: int,
     origin: str,
     aside: tuple[Path, list[str]],
+    all_of_them: tuple[list[str], list[str]],
 ) -> None:
-    """The start in the log, in the history, and in what the next start is compared with."""
-    changes, others = all_changes(workdir, config, manifest)
-    folder, names = aside
+    """The start in the log and in the history."""
+    (changes, others), (folder, names) = all_of_them, aside
     if names:
         words = "the run goes on from step %d (%s). What it had beyond that is kept in %s: %s"
         log.warning(words, step, origin, folder, _listed(names))
@@ -107,7 +121,6 @@ def _record(
     entry = {"step": step, "from": origin, "changes": changes, "other_changes": others}
     moved = {"folder": str(folder.relative_to(workdir)), "what": names} if names else None
     history.append(workdir, entry | {"set_aside": moved})
-    record_start(workdir, config, manifest)
 
 
 def set_aside(workdir: Path, step: int, digests: dict[str, str]) -> tuple[Path, list[str]]:

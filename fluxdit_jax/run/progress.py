@@ -18,17 +18,34 @@ from fluxdit_jax.shared.cli import duration
 log = logging.getLogger(__name__)
 LINE_SECONDS = 20.0  # between the lines of finished steps without a bar
 BAR_LINE_SECONDS = 60.0  # ... beside a bar
+MEASURED_STEPS = 100  # after which the plan is held against what was measured
 SILENT_SECONDS = 55.0  # after so long without a line, one says what the run is doing
 
 
 @dataclasses.dataclass(frozen=True)
 class Length:
-    """How long a run is: optimizer steps, micro-batches of each, pictures of each, pictures of an epoch."""
+    """How long a run is.
+
+    Attributes:
+      steps: optimizer steps. micro_batches, global_batch: of each, and the pictures in it.
+      images: pictures of an epoch.
+      until: the last step of the present stage, None for `steps`.
+      later: what the stages after it take, in steps of the present one.
+      planned: seconds of a step of the present stage; None: not planned.
+    """
 
     steps: int
     micro_batches: int
     global_batch: int
     images: int
+    until: int | None = None
+    later: float = 0.0
+    planned: float | None = None
+
+    @property
+    def last(self) -> int:
+        """The last step of the present stage."""
+        return self.steps if self.until is None else self.until
 
     def epochs(self, step: int) -> float:
         return step * self.global_batch / self.images
@@ -81,10 +98,12 @@ class Progress:
         self._step = step
         self._bar.update(step - self._bar.n)
         now = time.monotonic()
+        if step - self._began[1] == MEASURED_STEPS and self._length.planned:
+            self._compare(now, self._length.planned)
         rate = self._samples / max(1e-9, now - self._line_at - self._paused)
         if not self._bar.disable:
             self._bar.set_postfix_str(f"loss {loss:.4f}, grad {gradient_norm:.3f}, {rate:.1f} img/s")
-        if now - self._line_at < self._seconds() and step < self._length.steps:
+        if now - self._line_at < self._seconds() and step < self._length.last:
             return
         log.info(
             "step %d/%d (epoch %.3g of %.3g)  loss %.4f  gradient norm %.3f  %.1f images/s  ETA %s  %s",
@@ -100,13 +119,29 @@ class Progress:
         )
         self._start_line()
 
+    def _compare(self, now: float, planned: float) -> None:
+        """Holds the plan against the first steps, pictures and saving included; the ETA is by measurement always."""
+        started, first = self._began
+        found = (now - started) / MEASURED_STEPS
+        log.info(
+            "the first %d steps took %.3g s each, planned were %.3g (%+.0f %%): the run ends in %s",
+            *(
+                MEASURED_STEPS,
+                found,
+                planned,
+                100 * (found / planned - 1),
+                duration(self._left(first + MEASURED_STEPS)),
+            ),
+        )
+
     def _seconds(self) -> float:
         return LINE_SECONDS if self._bar.disable else BAR_LINE_SECONDS
 
     def _left(self, step: int) -> float:
-        """Seconds to the end at the pace so far, pictures and saving included."""
+        """Seconds to the end of the run at the pace so far, pictures and saving included."""
         started, first = self._began
-        return (time.monotonic() - started) / max(1, step - first) * (self._length.steps - step)
+        steps = self._length.last - step + self._length.later
+        return (time.monotonic() - started) / max(1, step - first) * steps
 
     @contextlib.contextmanager
     def doing(self, what: str) -> Iterator[None]:

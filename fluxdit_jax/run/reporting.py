@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class Reporter:
         length: Length,
         every: int,
         unfinished: dict[str, Any] | None = None,
+        constants: Mapping[str, float] = types.MappingProxyType({}),
     ):
         """
         Args:
@@ -62,12 +64,13 @@ class Reporter:
           step: optimizer steps already done; length: of the whole run.
           every: steps between logged scalars.
           unfinished: what `unfinished` gave when the checkpoint was written that the run goes on from.
+          constants: what is logged beside every measured scalar.
         """
         self._writer, self._monitor, self._watchdog, self._schedule = writer, monitor, watchdog, schedule
         self._shapes, self._batch_size, self._every = metric_shapes, batch_size, every
         self._nothing_finite = False  # of the last step
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
-        self._total = length.steps
+        self._last, self._constants = length.last, constants
         self.trouble: Diagnosis | None = None
         self._redirect = logging_redirect_tqdm([_PACKAGE]) if _shows_bar() else None
         self.progress = Progress(length, step, bar=_shows_bar())
@@ -94,9 +97,8 @@ class Reporter:
             self._redirect.__exit__(*exception)
 
     def close(self) -> None:
-        """Ends the progress bar and closes the files; may be called twice."""
+        """Ends the progress bar; may be called twice."""
         self.progress.close()
-        self._writer.close()
 
     @property
     def suspect(self) -> bool:
@@ -194,7 +196,7 @@ class Reporter:
             if diagnosis.serious:
                 self.trouble = diagnosis
         self.progress.finished(step, loss, norm, self._monitor.summary())
-        if step % self._every == 0 or step == self._total:
+        if step % self._every == 0 or step == self._last:
             self._log(step, metrics | {"velocity_rms_ratio": ratio})
         self._start_step()
 
@@ -225,7 +227,7 @@ class Reporter:
                 scalars[f"loss_by_time/{index / TIME_BINS:.3f}"] = float(total / count)
         for name, norm in metrics["grad_norm_groups"].items():
             scalars[f"gradient_norm_by_group/{name.replace('/', '.')}"] = float(norm)
-        self._writer.scalars(step, scalars)
+        self._writer.scalars(step, scalars | dict(self._constants))
         self._start_window()
 
 

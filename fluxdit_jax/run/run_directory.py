@@ -1,7 +1,8 @@
 """The run directory: what a run was started with, and whether it may go on with something else.
 
 config.json       the configuration, every key
-dataset.json      the manifest of the data set it was trained on, as it was
+dataset.json      the manifest of the data set it was trained on, as it was; of stages that of the first
+datasets/         of a run in stages, NAME.json of each
 history.jsonl     its starts: from which step, with which changes, what was set aside
 abandoned/        what was beyond the step that a start began with
 checkpoints/ ema/ tensorboard/ metrics.jsonl samples/ validation/ train.log
@@ -12,18 +13,22 @@ from __future__ import annotations
 import json
 import logging
 import os
+import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from fluxdit_jax.config import default_config
+from fluxdit_jax.config import ConfigError, default_config
 from fluxdit_jax.dataset.manifest import DatasetError, Manifest, json_checksum, load_manifest
 from fluxdit_jax.renamed_keys import converted
 from fluxdit_jax.shared.atomic_files import write_whole
 from fluxdit_jax.shared.lock import Lock
+from fluxdit_jax.stages import Stage, key_of, stage_at, stages_of
 
 log = logging.getLogger(__name__)
+NO_STAGES: Mapping[str, Manifest] = types.MappingProxyType({})
 CONFIG = "config.json"
 DATASET = "dataset.json"
 
@@ -43,6 +48,7 @@ FREE_KEYS = (
     "health.",
     "log.",
     "gate.",
+    "plan.",
     "mesh.",
     "resume.",
 )
@@ -66,8 +72,13 @@ class RunLock(Lock):
     error = RunError
 
 
-def check_resume(workdir: Path, config: ConfigDict, manifest: Manifest) -> bool:
+def check_resume(
+    workdir: Path, config: ConfigDict, manifest: Manifest, stages: Mapping[str, Manifest] = NO_STAGES
+) -> bool:
     """Whether there is a run in `workdir`, after checking that it may go on with this configuration and data.
+
+    Args:
+      manifest: of the dataset, of a run in stages that of the first. stages: those of all its stages, by name.
 
     Raises:
       RunError: the data set or a key that decides the mathematics is not what the run was started with, and
@@ -80,7 +91,7 @@ def check_resume(workdir: Path, config: ConfigDict, manifest: Manifest) -> bool:
                 "a backup, or give --config.resume.allow_changes=True to go on with this configuration"
             )
         return False
-    changes, _ = all_changes(workdir, config, manifest)
+    changes, _ = all_changes(workdir, config, manifest, stages)
     if changes and not config.resume.allow_changes:
         raise RunError(
             f"{workdir} holds a run with another configuration:\n  "
@@ -100,6 +111,11 @@ def _ways_on(workdir: Path, changes: list[str]) -> str:
             f"Weights of another shape cannot go on ({', '.join(shapes)}): give the old values, or another "
             "--config.workdir for a new run"
         )
+    if any(key.endswith(".train.steps") for key in keys):
+        ways += (
+            ". A stage of another length moves the stages after it: what is there beyond the new ends is of another "
+            "stage then, and is drawn as such"
+        )
     if "train.steps" in keys:
         ways += (
             ". The cosine of optim.schedule ends at train.steps, so every step's rate depends on it: going on changes "
@@ -113,7 +129,9 @@ def _ways_on(workdir: Path, changes: list[str]) -> str:
     return ways
 
 
-def all_changes(workdir: Path, config: ConfigDict, manifest: Manifest) -> tuple[list[str], list[str]]:
+def all_changes(
+    workdir: Path, config: ConfigDict, manifest: Manifest, stages: Mapping[str, Manifest] = NO_STAGES
+) -> tuple[list[str], list[str]]:
     """What differs from the run's last start, in words: what decides the mathematics, and keys that may change."""
     if not (workdir / CONFIG).exists():
         unknown = any((workdir / "checkpoints").glob("[0-9]*"))
@@ -123,12 +141,22 @@ def all_changes(workdir: Path, config: ConfigDict, manifest: Manifest) -> tuple[
     changes, free = (config_changes(recorded, ConfigDict(new), of_free_keys=free) for free in (False, True))
     if difference := dataset_difference(load_dataset(workdir), manifest):
         changes.append(f"data.path: {config.data.path} is not the data set of this run ({DATASET}): {difference}")
+    for name, of_stage in stages.items():
+        if _stage_file(workdir, name).exists() and (
+            difference := dataset_difference(load_dataset(workdir, name), of_stage)
+        ):
+            changes.append(f"data.path: the data set of the stage {name} is not that of this run: {difference}")
     return changes, free
 
 
-def record_start(workdir: Path, config: ConfigDict, manifest: Manifest) -> None:
+def record_start(
+    workdir: Path, config: ConfigDict, manifest: Manifest, stages: Mapping[str, Manifest] = NO_STAGES
+) -> None:
     """Writes what the run is started with. Not before its state is there: what failed to start leaves no trace."""
     write_whole(workdir / DATASET, manifest.to_json())
+    for name, of_stage in stages.items():
+        _stage_file(workdir, name).parent.mkdir(exist_ok=True)
+        write_whole(_stage_file(workdir, name), of_stage.to_json())
     values = config.to_dict()
     # absolute, because sampling and validation may be asked for from another directory
     values["data"]["path"] = _whole(config.data.path)
@@ -147,10 +175,13 @@ def config_changes(old: ConfigDict, new: ConfigDict, of_free_keys: bool = False)
     A key that the run's version did not have had the effect of its default.
     """
     before, after = flatten(default_config().to_dict()) | flatten(old.to_dict()), flatten(new.to_dict())
+    # The length of a stage is never free: it moves the stages after it, and with them the data of their steps.
     free = FREE_KEYS + (("train.steps",) if new.optim.schedule == "constant" else ())
     changes = []
     for key in sorted(before.keys() | after.keys()):
-        is_free = any(key == f or (f[-1] == "." and key.startswith(f)) for f in free)
+        own = key_of(key)
+        is_free = any(own == f or (f[-1] == "." and own.startswith(f)) for f in free)
+        is_free &= not (own != key and own == "train.steps")
         if before.get(key) != after.get(key) and is_free == of_free_keys:
             changes.append(f"{key}: {before.get(key)!r} -> {after.get(key)!r}")
     return changes
@@ -209,9 +240,22 @@ def _recorded(workdir: Path) -> ConfigDict:
         raise RunError(f"{path} cannot be read: {error}") from error
 
 
-def load_dataset(workdir: Path) -> Manifest:
-    """The manifest of the run's data set; the data set itself may be gone."""
-    path = workdir / DATASET
+def _stage_file(workdir: Path, stage: str) -> Path:
+    return workdir / "datasets" / f"{stage}.json"
+
+
+def load_stage(workdir: Path, step: int) -> tuple[Stage, Manifest]:
+    """The stage of a run that the weights of a step are of, and the manifest of its dataset; raises `RunError`."""
+    try:
+        stage = stage_at(stages_of(load_config(workdir)), step)
+    except ConfigError as error:
+        raise RunError(f"{workdir / CONFIG}: {error}") from error
+    return stage, load_dataset(workdir, stage.name)
+
+
+def load_dataset(workdir: Path, stage: str = "") -> Manifest:
+    """The manifest of the data set of a run or of one of its stages; the data set itself may be gone."""
+    path = _stage_file(workdir, stage) if stage else workdir / DATASET
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -227,8 +271,8 @@ def _dataset_identity(manifest: Manifest) -> tuple[list[str], tuple[float, ...],
     return shards, manifest.latent_mean, manifest.latent_std
 
 
-def require_dataset(directory: Path, workdir: Path) -> None:
-    """Checks that a folder holds the data set that a run was last started with.
+def require_dataset(directory: Path, workdir: Path, stage: str = "") -> None:
+    """Checks that a folder holds the data set that a run, or a stage of it, was last started with.
 
     A manifest that cannot be read is passed over: the run has its own copy, and the shards have checksums.
 
@@ -242,7 +286,7 @@ def require_dataset(directory: Path, workdir: Path) -> None:
         if not directory.is_dir():
             raise
         return
-    if difference := dataset_difference(load_dataset(workdir), now):
+    if difference := dataset_difference(load_dataset(workdir, stage), now):
         raise RunError(
             f"{directory} is not the data set that {workdir} was last trained on: {difference}. "
             "Give the one it was trained on, with --data; or train on with this one "
@@ -250,10 +294,10 @@ def require_dataset(directory: Path, workdir: Path) -> None:
         )
 
 
-def difference_from(workdir: Path, new: Manifest) -> str:
-    """How a data set differs from that of a run, in words; a run without a readable one says so."""
+def difference_from(workdir: Path, step: int, new: Manifest) -> str:
+    """How a data set differs from that of a run's step, in words; a run without a readable one says so."""
     try:
-        return dataset_difference(load_dataset(workdir), new) or "the same data set"
+        return dataset_difference(load_stage(workdir, step)[1], new) or "the same data set"
     except (RunError, DatasetError):
         return f"cannot be compared, {workdir / DATASET} cannot be read"
 

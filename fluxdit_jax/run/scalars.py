@@ -61,9 +61,15 @@ SCALARS = {
         SPEED,
         "Share of the time spent waiting for data. Healthy: below 0.05. Above 0.25: raise `data.threads`.",
     ),
+    "stage": (SPEED, "Number of the stage of the run, from 1."),
+    "resolution": (SPEED, "Side of the square with the pixel budget of the stage, pixels."),
     "device_memory_gb": (SPEED, "Largest memory in use on the first device so far, GB."),
 }
 _FAMILIES = {
+    "heldout_loss/": (
+        f"{LEARNING}/heldout_loss_",
+        "Held-out loss of the EMA at the resolution and the times of this stage, also before and after it.",
+    ),
     "loss_by_time/": (
         f"{BY_TIME}/train_",
         "Training loss of the samples whose time t lies in the eighth that begins here; t = 1 is pure noise. "

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from fluxdit_jax import config as configuration
-from fluxdit_jax.config import ConfigError, Settings
+from fluxdit_jax.config import ConfigError
 from fluxdit_jax.dataset.manifest import DatasetError, EncoderIdentity, Manifest, Shard
 from fluxdit_jax.model import dit
 from fluxdit_jax.renamed_keys import converted
@@ -27,6 +27,7 @@ from fluxdit_jax.run.digest import tree_digest
 from fluxdit_jax.run.soundness import weights_fault
 from fluxdit_jax.run.weights import Weights
 from fluxdit_jax.sampling.sizes import pictures_by_size
+from fluxdit_jax.settings import Settings, resolve
 from fluxdit_jax.state import shape_difference
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
@@ -70,6 +71,7 @@ def describe(config: ConfigDict, settings: Settings, manifest: Manifest, weights
         "resolution": manifest.resolution,
         "modulus": manifest.modulus,
         "fit": manifest.fit,
+        "vision_resolution": manifest.vision_resolution,
         "sizes": [{"width": w, "height": h, "pictures": count} for (h, w), count in sizes],
         "encoders": {name: dataclasses.asdict(each) for name, each in manifest.encoders.items()},
         "ema_step": weights.step,
@@ -89,7 +91,7 @@ def read_description(folder: Path) -> tuple[Settings, Manifest, dict[str, Any]]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         manifest = _manifest(raw, str(path))
-        settings = configuration.resolve(_config(raw, folder), manifest)
+        settings = resolve(_config(raw, folder), manifest)
         about = {
             "step": raw["ema_step"],
             "folder": raw["weights"]["average"],
@@ -116,6 +118,7 @@ def _manifest(raw: dict[str, Any], source: str) -> Manifest:
     whole = Manifest(
         name="export",
         **{name: raw[name] for name in ("resolution", "modulus", "fit", "latent_mean", "latent_std")},
+        vision_resolution=raw.get("vision_resolution", 0),
         encoders={name: EncoderIdentity(**identity) for name, identity in raw["encoders"].items()},
         buckets=tuple(sizes),
         latent_count=1,
@@ -130,7 +133,7 @@ def _config(raw: dict[str, Any], folder: Path) -> ConfigDict:
     config.workdir = config.data.path = str(folder)
     config.data.text_tokens = raw["text_tokens"]
     for name in config.model:
-        config.model[name] = raw["model"][name]
+        config.model[name] = raw["model"].get(name, "index") if name == "positions" else raw["model"][name]
     flow = converted({"flow": dict(raw["flow"])})["flow"]
     config.flow.shift, config.flow.drop = flow["shift"], flow["drop"]
     configuration.check(config)

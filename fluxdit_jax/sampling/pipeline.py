@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fluxdit_jax.config import Settings
 from fluxdit_jax.dataset.fields import BF16
 from fluxdit_jax.dataset.manifest import Manifest
 from fluxdit_jax.dataset.records import Record
@@ -17,6 +16,7 @@ from fluxdit_jax.model import dit
 from fluxdit_jax.model.conditions import Condition, given
 from fluxdit_jax.model.patches import unpatchify
 from fluxdit_jax.sampling import solvers
+from fluxdit_jax.settings import Settings
 from fluxdit_jax.train_step import patch_statistics, valid_tokens
 
 Conditions = dict[str, np.ndarray]

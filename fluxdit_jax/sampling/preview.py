@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fluxdit_jax.config import Settings
 from fluxdit_jax.dataset.fields import CAPTION, field_named
 from fluxdit_jax.dataset.manifest import Manifest
 from fluxdit_jax.dataset.records import Record
@@ -21,6 +20,7 @@ from fluxdit_jax.loader.reader import RecordSource
 from fluxdit_jax.model import dit
 from fluxdit_jax.sampling import solvers
 from fluxdit_jax.sampling.pipeline import Generator, record_conditions
+from fluxdit_jax.settings import Settings
 from fluxdit_jax.shared import image_grid
 from fluxdit_jax.vae.decoder import Decoder, decode_all, load_decoder
 from fluxdit_jax.vae.files import DecoderError

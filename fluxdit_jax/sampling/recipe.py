@@ -20,10 +20,10 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 import fluxdit_jax
-from fluxdit_jax.config import Settings
 from fluxdit_jax.dataset.fields import field_named, name_fault
 from fluxdit_jax.dataset.manifest import Manifest
 from fluxdit_jax.sampling.prompts import SampleError
+from fluxdit_jax.settings import Settings
 from fluxdit_jax.shared.cli import explain
 from fluxdit_jax.shared.sanitize import shown
 from fluxdit_jax.vae.files import find_directory, hash_files, weight_files

@@ -116,7 +116,7 @@ from jax.sharding import Mesh
 from pathlib import Path
 from training_helpers import *
 from fluxdit_jax.run.checkpoint import Checkpoints
-from fluxdit_jax.config import resolve
+from fluxdit_jax.settings import resolve
 from fluxdit_jax.run.digest import tree_digest
 from fluxdit_jax.program import Program
 from fluxdit_jax.dataset.manifest import load_manifest

@@ -12,7 +12,6 @@ from training_helpers import lively, tiny_optimizer
 from wording import lines_naming
 
 from fluxdit_jax import validate
-from fluxdit_jax.config import resolve
 from fluxdit_jax.dataset.grid import GRID_FILE
 from fluxdit_jax.dataset.manifest import load_manifest
 from fluxdit_jax.gate.requirement import GateError, require_report
@@ -24,6 +23,7 @@ from fluxdit_jax.run.digest import tree_digest
 from fluxdit_jax.run.run_directory import load_config, load_dataset, record_start
 from fluxdit_jax.sampling.pipeline import Generator
 from fluxdit_jax.sampling.prompts import encode_prompts
+from fluxdit_jax.settings import resolve
 from fluxdit_jax.state import create_state
 from fluxdit_jax.vae.decoder import load_decoder
 

@@ -12,11 +12,11 @@ from gate_fixtures import failed, gate, scene_config, write_dataset
 from gate_scenes import eval_set
 from training_helpers import TrainCommand, write_config
 
-from fluxdit_jax.config import resolve
 from fluxdit_jax.dataset.grid import GRID_FILE
 from fluxdit_jax.gate.requirement import require_report
 from fluxdit_jax.run.checkpoint import Checkpoints, restore_ema
 from fluxdit_jax.run.run_directory import load_config, load_dataset
+from fluxdit_jax.settings import resolve
 
 pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.slow  # a training of 500 steps: about a minute of CPU

@@ -12,15 +12,15 @@ import pytest
 from training_helpers import tiny_config, tree_equal
 from wording import lines_naming, naming
 
-from fluxdit_jax.config import resolve
-from fluxdit_jax.dataset.manifest import load_manifest
-from fluxdit_jax.device.sharding import make_mesh
-from fluxdit_jax.run import overview, progress, timer
+from fluxdit_jax import overview, plan
+from fluxdit_jax.prepared import Prepared
+from fluxdit_jax.run import progress, timer
 from fluxdit_jax.run.checkpoint import ema_steps, restore_ema
 from fluxdit_jax.run.metrics import read_metrics
 from fluxdit_jax.run.progress import Length, Progress
 from fluxdit_jax.run.validation_loss import ValidationLoss
 from fluxdit_jax.shared.cli import duration
+from fluxdit_jax.stages import stages_of
 from fluxdit_jax.train import train
 
 pytest_plugins = ("training_fixtures",)
@@ -89,9 +89,8 @@ def test_something_is_due_after_a_tenth_and_then_after_all_of_its_minutes(monkey
 
 
 def described(config, package_log):
-    manifest = load_manifest(config.data.path)
     package_log.clear()
-    overview.describe(config, resolve(config, manifest), manifest, make_mesh(1, 1, config.data.micro_batch_size))
+    overview.describe([Prepared.of(stage) for stage in stages_of(config)])
     return package_log
 
 
@@ -99,9 +98,9 @@ def test_a_run_logs_its_length_and_warns_of_thousands_of_epochs(tiny_dataset, tm
     config = tiny_config(tiny_dataset, tmp_path / "run")
     config.train.steps, config.log.peak_tflops = 6000, 1e-6
     lines = described(config, package_log)
-    assert re.search(naming(6000, 8, 48000, "2e+03", 24), lines[-1])
+    assert any(re.search(naming(6000, "4 x 2", 48000, "2e+03"), line) for line in lines)
     assert not [line for line in lines if line.startswith("WARNING")]  # a set as small is there to be memorised
-    monkeypatch.setattr(overview, "SMALL_SET", 20)
+    monkeypatch.setattr(plan, "SMALL_SET", 20)
     warned = [line for line in described(config, package_log) if line.startswith("WARNING")]
     assert len(warned) == 1 and re.search(naming("train.steps", 6000, "--config.train.steps=300"), warned[0])
     config.train.steps = 2900

@@ -62,13 +62,15 @@ def steps(reporter: Reporter, *micro_batches: dict) -> None:
 @pytest.fixture
 def reporter(tmp_path: Path):
     monitor = Listening()
+    writer = MetricsWriter(tmp_path, 0)
     made = Reporter(
-        writer=MetricsWriter(tmp_path, 0), monitor=monitor, watchdog=Watchdog(100, 10, 1e-3), batch_size=4,
+        writer=writer, monitor=monitor, watchdog=Watchdog(100, 10, 1e-3), batch_size=4,
         schedule=optax.linear_schedule(1.0, 0.0, 10), metric_shapes=SHAPES,
         flops_per_token=50.0, peak_flops=1e6, step=0, length=Length(4, 2, 8, 16), every=2,
     )  # fmt: skip
     with made:
         yield made, monitor, tmp_path / "metrics.jsonl"
+    writer.close()
 
 
 def test_scalars_are_means_sums_and_ratios_of_the_right_way_round(reporter) -> None:

@@ -110,8 +110,8 @@ MAY_CHANGE = {
     "data.on_corrupt", "model.remat", "checkpoint.minutes", "checkpoint.keep", "checkpoint.ema_every", "health.action",
     "health.max_skipped", "log.every", "log.minutes", "log.preview_every", "log.preview_count", "log.preview_steps",
     "log.preview_guidance", "log.heldout_every", "log.heldout_count", "log.peak_tflops", "log.vae", "gate.required",
-    "gate.report", "mesh.data", "mesh.fsdp", "mesh.coordinator", "mesh.num_processes", "mesh.process_id",
-    "resume.allow_changes", "resume.from_run", "resume.take",
+    "gate.report", "plan.utilisation", "plan.watts", "mesh.data", "mesh.fsdp", "mesh.coordinator",
+    "mesh.num_processes", "mesh.process_id", "resume.allow_changes", "resume.from_run", "resume.take",
 }  # fmt: skip
 
 

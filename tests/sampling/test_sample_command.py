@@ -17,7 +17,6 @@ from training_helpers import dropping, lively, tiny_flow
 from wording import lines_naming, naming
 
 from fluxdit_jax import sample as command
-from fluxdit_jax.config import Settings, resolve
 from fluxdit_jax.dataset.manifest import EncoderIdentity, Manifest, load_manifest
 from fluxdit_jax.export import export
 from fluxdit_jax.model import dit
@@ -27,6 +26,7 @@ from fluxdit_jax.sample import sample
 from fluxdit_jax.sampling.arguments import parse_arguments
 from fluxdit_jax.sampling.prompts import SampleError, encode_reference, read_reference
 from fluxdit_jax.sampling.recipe import Recipe
+from fluxdit_jax.settings import Settings, resolve
 from preprocess.build.build import build
 
 pytest_plugins = ("training_fixtures",)

@@ -17,10 +17,10 @@ from ml_collections import ConfigDict
 from PIL import Image
 from training_helpers import tiny_config, write_config
 
-from fluxdit_jax.config import resolve
 from fluxdit_jax.dataset.manifest import load_manifest
 from fluxdit_jax.gate.requirement import encoder_summary, family
 from fluxdit_jax.run.checkpoint import EMA, ema_digest
+from fluxdit_jax.settings import resolve
 from fluxdit_jax.train import train
 from preprocess.build.build import build
 

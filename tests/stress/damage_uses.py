@@ -25,7 +25,6 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from fluxdit_jax import export, sample, validate
-from fluxdit_jax.config import resolve
 from fluxdit_jax.dataset.manifest import load_manifest
 from fluxdit_jax.device.sharding import make_mesh
 from fluxdit_jax.gate.requirement import require_report
@@ -35,6 +34,7 @@ from fluxdit_jax.run.checkpoint import Checkpoints, restore_ema
 from fluxdit_jax.run.digest import tree_digest
 from fluxdit_jax.run.metrics import MetricsWriter
 from fluxdit_jax.run.run_directory import RunLock, check_resume
+from fluxdit_jax.settings import resolve
 from fluxdit_jax.train import USER_ERRORS, train
 from fluxdit_jax.train_step import patch_statistics
 from preprocess.__main__ import main as preprocess_main

@@ -1,0 +1,268 @@
+"""The loop over the steps of a stage: accumulate, update, and what is measured, drawn and saved meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from fluxdit_jax import overview
+from fluxdit_jax.device import devices, sharding
+from fluxdit_jax.loader import reader
+from fluxdit_jax.model import dit
+from fluxdit_jax.optimizer import learning_rate
+from fluxdit_jax.plan import training_flops
+from fluxdit_jax.prepared import Prepared, open_source
+from fluxdit_jax.run import reporting
+from fluxdit_jax.run.checkpoint import Checkpoints
+from fluxdit_jax.run.health import Monitor
+from fluxdit_jax.run.metrics import MetricsWriter
+from fluxdit_jax.run.profile import Trace
+from fluxdit_jax.run.signals import Signals, any_process
+from fluxdit_jax.run.soundness import Watchdog
+from fluxdit_jax.run.timer import IntervalTimer
+from fluxdit_jax.run.validation_loss import ValidationLoss
+from fluxdit_jax.sampling.preview import Preview, make_preview
+from fluxdit_jax.settings import Settings
+from fluxdit_jax.shared import cli, image_grid
+from fluxdit_jax.state import TrainState
+
+log = logging.getLogger("fluxdit_jax")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Position:
+    """Where a run is.
+
+    Attributes:
+      state: at a step.
+      samples: drawn so far.
+      unfinished: see `Reporter.unfinished`; None for nothing.
+    """
+
+    state: TrainState
+    samples: int
+    unfinished: dict[str, Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """What all stages of a run share."""
+
+    config: ConfigDict
+    workdir: Path
+    stages: list[Prepared]
+    mesh: jax.sharding.Mesh
+    checkpoints: Checkpoints
+    writer: MetricsWriter
+    signals: Signals
+    trace: Trace
+    save_timer: IntervalTimer
+    show_timer: IntervalTimer
+
+    @property
+    def last(self) -> int:
+        """The last step."""
+        return self.stages[-1].stage.last
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ended:
+    """How a stage ended: where the run is then, whether it stops there, and the diagnosis that it stops for."""
+
+    position: Position
+    stopped: bool = False
+    trouble: str | None = None
+
+
+def run_stage(run: Run, present: Prepared, position: Position) -> Ended:
+    """Trains from a position to the end of a stage, or until the run is told to stop."""
+    config, settings, stage = present.stage.config, present.settings, present.stage
+    with contextlib.ExitStack() as closing:
+        # ------------------------------------------------------------ data, and what is written and shown
+        accumulate, update = present.compiled
+        state, samples = position.state, position.samples
+        step = first = int(state.step)
+        batches = reader.batches(
+            open_source(config, present.manifest),
+            seed=config.seed,
+            start=samples,
+            batch_size=config.data.micro_batch_size,
+            layout=settings.batch,
+            threads=config.data.threads,
+            prefetch=config.data.prefetch,
+            caption_weights=config.data.caption_weights,
+            process=jax.process_index(),
+            processes=jax.process_count(),
+        )
+        batch = sharding.put_batch(run.mesh, next(batches))
+        heldout = _make_heldout(present)
+        preview = make_preview(config.data.path, present.manifest, settings, **_preview_options(config))
+        reporter = closing.enter_context(
+            reporting.Reporter(
+                writer=run.writer,
+                monitor=Monitor(config.optim.lr, config.optim.warmup_steps, _untrained_nulls(settings)),
+                watchdog=Watchdog(config.health.max_skipped, dit.count_parameters(settings.model), config.optim.lr),
+                schedule=learning_rate(settings.optimizer, config.optim.lr),
+                metric_shapes=present.program.metric_shapes,
+                batch_size=config.data.micro_batch_size,
+                flops_per_token=training_flops(settings) / settings.tokens,
+                peak_flops=1e12 * (devices.peak_tflops(config.log.peak_tflops) or 0) * run.mesh.size,
+                step=step,
+                length=overview.length(run.stages, present),
+                every=config.log.every,
+                unfinished=position.unfinished,
+                constants=_constants(run, present),
+            )
+        )
+
+        # ------------------------------------------------------------ the loop
+        # The metrics of a program are read after the next one is dispatched, so that the device never waits for
+        # the host. The host waits for the device only when it needs the state.
+        stopping = False
+        for step in range(first + 1, stage.last + 1):
+            run.trace.at(step - 1)
+            for _ in range(settings.optimizer.grad_accum_steps):
+                state, values = accumulate(state, batch)
+                samples += config.data.micro_batch_size
+                asked = time.monotonic()
+                batch = sharding.put_batch(run.mesh, next(batches))
+                if values.is_ready():  # the device was done before the data came
+                    reporter.waited(time.monotonic() - asked)
+                reporter.take("accumulate", values)
+            state, values = update(state)
+            reporter.take("update", values)
+
+            last = step == stage.last
+            troubled = reporter.trouble is not None and config.health.action == "stop"
+            asked_to_stop = run.signals.received is not None or troubled
+            stopping, save_due, show_due = any_process(
+                [asked_to_stop, last or run.save_timer.due(), last or run.show_timer.due()]
+            )
+            show_due = show_due and (last or not stopping)
+            ema_due = last or step % config.checkpoint.ema_every == 0
+            preview_due = preview is not None and (show_due or step % config.log.preview_every == 0)
+            heldout_due = heldout is not None and (show_due or step % config.log.heldout_every == 0)
+            if not (stopping or save_due or ema_due or preview_due or heldout_due):
+                run.checkpoints.poll()
+                continue
+            reporter.read()  # waits for the device
+            if step == run.last:
+                reporter.end()
+            suspect = reporter.suspect and step < run.last
+            asked = time.monotonic()
+            state_meta = {"samples": samples, "unfinished": reporter.unfinished()}
+            if suspect and (stopping or save_due):
+                log.warning("no finite gradient in the last micro-batches: the state of step %d is not saved", step)
+            elif stopping:  # first, so that pictures do not delay the end
+                run.checkpoints.save(step, state, state_meta)
+            if heldout is not None and heldout_due:
+                with reporter.progress.doing("measuring the held-out loss"):
+                    _measure_heldout(heldout, state, step, run.writer, stage.name)
+                    # At a switch of all stages, so that what a switch changes is seen.
+                    for other in (each for each in run.stages if last and each is not present):
+                        if (measure := _make_heldout(other)) is not None:
+                            _measure_other(measure, state, step, run.writer, other.stage.name)
+            if preview is not None and preview_due:
+                with reporter.progress.doing("drawing pictures"):
+                    _write_preview(preview, state.ema, step, run.workdir, run.writer)
+            if show_due:
+                run.show_timer.done()
+            if ema_due and not suspect:
+                run.checkpoints.save_averages(step, state)
+            if save_due and not stopping and not suspect:
+                with reporter.progress.doing("saving"):
+                    run.checkpoints.save(step, state, state_meta)
+                run.save_timer.done()
+            reporter.pause(time.monotonic() - asked)
+            if stopping:
+                break
+            # Either may have come meanwhile; the next stage has a monitor of its own.
+            troubled = last and reporter.trouble is not None and config.health.action == "stop"
+            if step < run.last and any_process([run.signals.received is not None or troubled])[0]:
+                if not (save_due or suspect):
+                    run.checkpoints.save(step, state, state_meta)
+                stopping = True
+                break
+        trouble = reporter.trouble.kind if reporter.trouble is not None and config.health.action == "stop" else None
+        return Ended(Position(state, samples), stopping, trouble)
+
+
+def _untrained_nulls(settings: Settings) -> frozenset[str]:
+    """Nulls of conditions that are never dropped: they get no gradient."""
+    dropped = {name for subset, share in settings.flow.drop for name in subset if share}
+    return frozenset(f"null_{each.name}" for each in settings.model.conditions if each.name not in dropped)
+
+
+def _constants(run: Run, present: Prepared) -> dict[str, float]:
+    """What is logged of a stage with every measured scalar, so that curves show the switch."""
+    if not present.stage.name:
+        return {}
+    return {"stage": run.stages.index(present) + 1, "resolution": present.manifest.resolution}
+
+
+def _make_heldout(each: Prepared) -> ValidationLoss | None:
+    """The held-out loss of a stage, at its own resolution and times; None without a holdout split."""
+    config = each.stage.config
+    if not config.log.heldout_every or not each.manifest.records("holdout"):
+        return None
+    return ValidationLoss(
+        each.settings.model,
+        each.settings.flow,
+        reader.RecordSource(config.data.path, each.manifest, "holdout", config.data.on_corrupt),
+        mesh=each.mesh,
+        statistics=each.statistics,
+        layout=each.settings.batch,
+        batch_size=each.settings.micro_batch_size,
+        pictures=config.log.heldout_count,
+    )
+
+
+def _measure_heldout(measure: ValidationLoss, state: TrainState, step: int, writer: MetricsWriter, stage: str) -> None:
+    """Measures and reports; in a run with stages under the stage's name, too, so that one name is one curve."""
+    values = measure(state.ema)
+    log.info("step %d: held-out loss %.4f (EMA, %d pictures)", step, values["heldout_loss"], measure.pictures)
+    writer.scalars(step, values | ({f"heldout_loss/{stage}": values["heldout_loss"]} if stage else {}))
+    if state.short_ema is not None:
+        values = measure(state.short_ema)
+        writer.scalars(step, {f"short_ema/{name}": value for name, value in values.items()})
+
+
+def _measure_other(measure: ValidationLoss, state: TrainState, step: int, writer: MetricsWriter, stage: str) -> None:
+    """Measures and reports at the resolution of another stage than the present one."""
+    loss = measure(state.ema)["heldout_loss"]
+    log.info("step %d: held-out loss %.4f at the resolution of %s", step, loss, stage)
+    writer.scalars(step, {f"heldout_loss/{stage}": loss})
+
+
+def _preview_options(config: ConfigDict) -> dict[str, Any]:
+    return {
+        "count": config.log.preview_count if config.log.preview_every else 0,
+        "steps": config.log.preview_steps,
+        "guidance": config.log.preview_guidance,
+        "vae": config.log.vae,
+        "on_corrupt": config.data.on_corrupt,
+    }
+
+
+def _write_preview(preview: Preview, ema: Any, step: int, workdir: Path, writer: MetricsWriter) -> None:
+    ema = sharding.gather(ema)
+    if jax.process_index():
+        return
+    sheet = preview.draw(ema)
+    path = workdir / "samples" / f"step_{step:07d}.png"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        image_grid.save(sheet, path)
+    except OSError as error:
+        log.error("no picture of this step, the run goes on: %s", cli.explain(error))
+    else:
+        log.info("step %d: pictures by the EMA in %s", step, path)
+    writer.image(step, "samples", np.asarray(sheet))

@@ -1,0 +1,121 @@
+"""What a run is made of: the plain values that the model, the flow, the optimizer and the loader take."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, TypeVar
+
+import jax
+from ml_collections import ConfigDict
+
+from fluxdit_jax import flow, optimizer
+from fluxdit_jax.config import ConfigError
+from fluxdit_jax.dataset.fields import of_captions
+from fluxdit_jax.dataset.manifest import Manifest
+from fluxdit_jax.loader.reader import BatchLayout
+from fluxdit_jax.model import dit
+from fluxdit_jax.model.attention import choose_implementation
+from fluxdit_jax.model.conditions import Condition
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a run is made of, resolved against its dataset.
+
+    Attributes:
+      model, flow, optimizer: see there.
+      batch: what a micro-batch consists of.
+      text_limit: text tokens a longer caption is cut to; None: none of the data set is that long.
+      micro_batch_size: samples of a micro-batch over all devices; global_batch_size: of an optimizer step.
+    """
+
+    model: dit.ModelConfig
+    flow: flow.FlowConfig
+    optimizer: optimizer.OptimizerConfig
+    batch: BatchLayout
+    text_limit: int | None
+    micro_batch_size: int
+    global_batch_size: int
+    ema_decay: float
+    short_ema_decay: float | None
+    seed: int
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens a latent is padded to (the largest bucket)."""
+        return self.batch.tokens
+
+    @property
+    def text_tokens(self) -> int:
+        """Text tokens a caption is padded to."""
+        return self.batch.lengths["text"]
+
+
+def conditions_of(manifest: Manifest) -> tuple[Condition, ...]:
+    """What the network is given: the conditions that the dataset stores."""
+    return tuple(Condition(name, manifest.encoders[name].width, name in manifest.lengths) for name in manifest.layout)
+
+
+def resolve(c: ConfigDict, manifest: Manifest, first: int = 0) -> Settings:
+    """Checks the configuration against the dataset and gives each part its plain values.
+
+    Args:
+      first: the step from which the learning rate is counted.
+    """
+    sizes = manifest.latent_sizes()
+    for h, w in sizes:
+        if h % c.model.patch or w % c.model.patch:
+            raise ConfigError(
+                f"config.model.patch is {c.model.patch}; it does not divide the latent size {w}x{h} (width x height)"
+            )
+    tokens = max(h * w for h, w in sizes) // c.model.patch**2
+    lengths = {name: 8 * math.ceil(longest / 8) for name, longest in manifest.lengths.items()}
+    lengths["text"] = text_tokens = c.data.text_tokens or lengths["text"]
+    try:
+        drop = flow.parse_drop(c.flow.drop, list(manifest.layout), [f.name for f in of_captions(manifest.layout)])
+    except ValueError as error:
+        raise ConfigError(f"config.flow.drop is {c.flow.drop!r}: {error}") from error
+    dtype = c.model.dtype
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    attention = c.model.attention
+    if attention == "auto":
+        attention = choose_implementation(dtype, c.model.width // c.model.heads)
+    shift = flow.shift_for_tokens(tokens) if c.flow.shift is None else c.flow.shift
+    model = _fill(
+        dit.ModelConfig,
+        c.model,
+        dtype=dtype,
+        attention=attention,
+        channels=manifest.vae.width,
+        conditions=conditions_of(manifest),
+    )
+    return Settings(
+        model=model,
+        flow=_fill(flow.FlowConfig, c.flow, shift=shift, drop=drop),
+        optimizer=_fill(
+            optimizer.OptimizerConfig,
+            c.optim,
+            first_step=first,
+            total_steps=c.train.steps - first,
+            grad_accum_steps=c.optim.global_batch_size // c.data.micro_batch_size,
+        ),
+        batch=BatchLayout(
+            model.patch, tokens, model.token_width, {each.name: each.width for each in model.conditions}, lengths
+        ),
+        text_limit=text_tokens if text_tokens < manifest.text_tokens else None,
+        micro_batch_size=c.data.micro_batch_size,
+        global_batch_size=c.optim.global_batch_size,
+        ema_decay=c.ema.decay,
+        short_ema_decay=c.ema.short_decay,
+        seed=c.seed,
+    )
+
+
+def _fill(kind: type[T], group: ConfigDict, **others: Any) -> T:
+    """Builds `kind` from the keys of the group that have its fields' names; `others` override."""
+    names = {field.name for field in dataclasses.fields(kind)} - others.keys()  # type: ignore[arg-type]
+    return kind(**{name: group[name] for name in names}, **others)
