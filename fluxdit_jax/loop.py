@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,6 @@ class Run:
     config: ConfigDict
     workdir: Path
     stages: list[Prepared]
-    mesh: jax.sharding.Mesh
     checkpoints: Checkpoints
     writer: MetricsWriter
     signals: Signals
@@ -83,45 +83,18 @@ class Ended:
 
 
 def run_stage(run: Run, present: Prepared, position: Position) -> Ended:
-    """Trains from a position to the end of a stage, or until the run is told to stop."""
+    """Trains from a position to the end of a stage, or until a signal or a diagnosis stops the run."""
     config, settings, stage = present.stage.config, present.settings, present.stage
     with contextlib.ExitStack() as closing:
         # ------------------------------------------------------------ data, and what is written and shown
         accumulate, update = present.compiled
         state, samples = position.state, position.samples
         step = first = int(state.step)
-        batches = reader.batches(
-            open_source(config, present.manifest),
-            seed=config.seed,
-            start=samples,
-            batch_size=config.data.micro_batch_size,
-            layout=settings.batch,
-            threads=config.data.threads,
-            prefetch=config.data.prefetch,
-            caption_weights=config.data.caption_weights,
-            process=jax.process_index(),
-            processes=jax.process_count(),
-        )
-        batch = sharding.put_batch(run.mesh, next(batches))
+        batches = _batches(present, samples)
+        batch = sharding.put_batch(present.mesh, next(batches))
         heldout = _make_heldout(present)
         preview = make_preview(config.data.path, present.manifest, settings, **_preview_options(config))
-        reporter = closing.enter_context(
-            reporting.Reporter(
-                writer=run.writer,
-                monitor=Monitor(config.optim.lr, config.optim.warmup_steps, _untrained_nulls(settings)),
-                watchdog=Watchdog(config.health.max_skipped, dit.count_parameters(settings.model), config.optim.lr),
-                schedule=learning_rate(settings.optimizer, config.optim.lr),
-                metric_shapes=present.program.metric_shapes,
-                batch_size=config.data.micro_batch_size,
-                flops_per_token=training_flops(settings) / settings.tokens,
-                peak_flops=1e12 * (devices.peak_tflops(config.log.peak_tflops) or 0) * run.mesh.size,
-                step=step,
-                length=overview.length(run.stages, present),
-                every=config.log.every,
-                unfinished=position.unfinished,
-                constants=_constants(run, present),
-            )
-        )
+        reporter = closing.enter_context(_reporter(run, present, step, position.unfinished))
 
         # ------------------------------------------------------------ the loop
         # The metrics of a program are read after the next one is dispatched, so that the device never waits for
@@ -133,7 +106,7 @@ def run_stage(run: Run, present: Prepared, position: Position) -> Ended:
                 state, values = accumulate(state, batch)
                 samples += config.data.micro_batch_size
                 asked = time.monotonic()
-                batch = sharding.put_batch(run.mesh, next(batches))
+                batch = sharding.put_batch(present.mesh, next(batches))
                 if values.is_ready():  # the device was done before the data came
                     reporter.waited(time.monotonic() - asked)
                 reporter.take("accumulate", values)
@@ -193,6 +166,43 @@ def run_stage(run: Run, present: Prepared, position: Position) -> Ended:
                 break
         trouble = reporter.trouble.kind if reporter.trouble is not None and config.health.action == "stop" else None
         return Ended(Position(state, samples), stopping, trouble)
+
+
+def _batches(present: Prepared, samples: int) -> Iterator[dict[str, np.ndarray]]:
+    """The micro-batches of a stage from a sample on."""
+    config = present.stage.config
+    return reader.batches(
+        open_source(config, present.manifest),
+        seed=config.seed,
+        start=samples,
+        batch_size=config.data.micro_batch_size,
+        layout=present.settings.batch,
+        threads=config.data.threads,
+        prefetch=config.data.prefetch,
+        caption_weights=config.data.caption_weights,
+        process=jax.process_index(),
+        processes=jax.process_count(),
+    )
+
+
+def _reporter(run: Run, present: Prepared, step: int, unfinished: dict[str, Any] | None) -> reporting.Reporter:
+    """What follows a stage from a step on."""
+    config, settings = present.stage.config, present.settings
+    return reporting.Reporter(
+        writer=run.writer,
+        monitor=Monitor(config.optim.lr, config.optim.warmup_steps, _untrained_nulls(settings)),
+        watchdog=Watchdog(config.health.max_skipped, dit.count_parameters(settings.model), config.optim.lr),
+        schedule=learning_rate(settings.optimizer, config.optim.lr),
+        metric_shapes=present.program.metric_shapes,
+        batch_size=config.data.micro_batch_size,
+        flops_per_token=training_flops(settings) / settings.tokens,
+        peak_flops=1e12 * (devices.peak_tflops(config.log.peak_tflops) or 0) * present.mesh.size,
+        step=step,
+        length=overview.length(run.stages, present),
+        every=config.log.every,
+        unfinished=unfinished,
+        constants=_constants(run, present),
+    )
 
 
 def _untrained_nulls(settings: Settings) -> frozenset[str]:

@@ -35,7 +35,7 @@ class StagePlan:
     """Attributes:
     flops: of a picture: forward and backward pass, recomputation not counted.
     pictures: trained on, each time one is seen. images: of an epoch.
-    seconds: of the stage. kwh: likewise.
+    seconds, kwh: time and energy of the stage.
     """
 
     name: str

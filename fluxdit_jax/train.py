@@ -112,7 +112,7 @@ def train(config: ConfigDict) -> int:
         closing.callback(writer.close)
         if step == 0:
             writer.hyperparameters(flatten(config.to_dict()))
-        run = Run(config, workdir, stages, first.mesh, checkpoints, writer, signals, trace, save_timer, show_timer)
+        run = Run(config, workdir, stages, checkpoints, writer, signals, trace, save_timer, show_timer)
         for each in stages:
             if step >= each.stage.last and each is not stages[-1]:
                 continue

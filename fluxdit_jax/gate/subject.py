@@ -70,7 +70,7 @@ class Subject:
           vae: directory of the VAE; None: `config.log.vae`, or where the dataset found it.
           seed: of the noise and of who is paired with whom.
         """
-        load_config(workdir)  # a folder that is no run is told before its weights are looked for
+        load_config(workdir)  # raises for a folder that is no run, before its weights are looked for
         path = workdir / METRICS
         log = read_metrics(path) if path.exists() else []  # before minutes of drawing: it may be damaged
         weights = restore_weights(workdir, step)
