@@ -65,7 +65,7 @@ def parse(argv: list[str]) -> list[str]:
         left_over = flags.FLAGS([_found(argument) for argument in argv])
         getattr(flags.FLAGS.config, "workdir", None)  # a file that is not there is only told when it is used
         if flags.FLAGS.config is not None:
-            _require_effect(wanted, flags.FLAGS.config)
+            require_effect(wanted, flags.FLAGS.config)
         return left_over
     except _FAULTS as error:
         words = str(error).replace("\\n", ". ").replace("\\", "").replace("'", "")
@@ -74,7 +74,7 @@ def parse(argv: list[str]) -> list[str]:
         sys.exit(f"error in the flags or the configuration file: {unknown}{' '.join(words.split())}{keys}")
 
 
-def _require_effect(arguments: list[str], config: ConfigDict) -> None:
+def require_effect(arguments: list[str], config: ConfigDict) -> None:
     """Refuses an override of which no stage takes notice, and says of one which stages do not."""
     names = [name.strip() for name in config.train.stages.split(",")]
     stages = {name: config.stages[name] for name in names if name in config.stages}

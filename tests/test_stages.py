@@ -18,7 +18,7 @@ from build_fixtures import options, write_photos
 from training_helpers import tiny_config, tree_equal
 from wording import lines_naming, naming
 
-from fluxdit_jax import plan
+from fluxdit_jax import plan, train_arguments
 from fluxdit_jax.config import ConfigError
 from fluxdit_jax.dataset.manifest import DatasetError
 from fluxdit_jax.flow import shift_for_tokens
@@ -201,7 +201,7 @@ def interrupt(monkeypatch, after: int) -> None:
 
 
 # Micro-batches asked for: 5 in the first stage (one ahead), then 13.
-@pytest.mark.parametrize("after", [2, 4, 5, 6, 7, 8, 12, pytest.param(15, marks=slow)])
+@pytest.mark.parametrize("after", [2, 5, 6, 7, 12])
 def test_stopped_in_each_stage_and_at_the_switch_it_goes_on_exactly(
     data: Path, tmp_path: Path, whole: Path, monkeypatch, after: int
 ) -> None:
@@ -235,7 +235,7 @@ def test_kill_9_in_each_stage_and_at_the_switch(train_command, data: Path, tmp_p
     def starts() -> int:
         return len(re.findall(r"step \d+ of 10$", log.read_text(), re.MULTILINE)) if log.exists() else 0
 
-    for step in (0, 1, SMALL - 1, SMALL, SMALL, SMALL + 1, SMALL + 4, None):
+    for step in (1, SMALL, SMALL + 2, None):
         before = starts()
         with train_command.start(config=file) as process:
             while step is not None and process.poll() is None:
@@ -249,7 +249,7 @@ def test_kill_9_in_each_stage_and_at_the_switch(train_command, data: Path, tmp_p
         if process.returncode == 0:
             break
         assert process.returncode == -signal.SIGKILL, (seed, err[-2000:])
-    assert process.returncode == 0 and killed >= 4, (seed, killed)
+    assert process.returncode == 0 and killed >= 2, (seed, killed)
     assert_same_outcome(workdir, whole)
 
 
@@ -374,12 +374,16 @@ def test_a_checkpoint_is_written_at_the_switch(whole: Path) -> None:
     assert checkpoint_steps(whole) == [SMALL, SMALL + LARGE]
 
 
-def test_an_override_that_stages_have_in_their_own_way_is_refused(train_command, data: Path, tmp_path: Path) -> None:
-    file = write_file(tmp_path / "c.py", data, tmp_path / "run")
-    for key in ("optim.lr=1e-3", "train.steps=5", "train.images=5"):
-        done = train_command.run(f"--config.{key}", config=file)
-        assert done.returncode == 1 and "px32, px64" in done.stderr, key
-        assert f"--config.stages.px32.{key.partition('=')[0]}" in done.stderr
+def test_an_override_that_stages_have_in_their_own_way_is_refused(data: Path, tmp_path: Path, capsys) -> None:
+    c = staged(data, tmp_path / "run")
+    for key in ("optim.lr", "train.steps", "train.images"):
+        with pytest.raises(SystemExit, match=rf"px32, px64.*--config\.stages\.px32\.{key}"):
+            train_arguments.require_effect([f"--config.{key}=5"], c)
+    train_arguments.require_effect(["--config.optim.warmup_steps=1", "--config.seed=1"], c)
+    assert "has no effect on the stages px64" in capsys.readouterr().err
+
+
+def test_a_refused_override_starts_nothing(train_command, data: Path, tmp_path: Path) -> None:
+    done = train_command.run("--config.optim.lr=1e-3", config=write_file(tmp_path / "c.py", data, tmp_path / "run"))
+    assert done.returncode == 1 and "--config.stages.px32.optim.lr" in done.stderr
     assert not (tmp_path / "run").exists()
-    done = train_command.run("--plan", "--config.optim.warmup_steps=1", config=file)
-    assert done.returncode == 0 and "has no effect on the stages px64" in done.stderr
