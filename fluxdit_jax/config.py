@@ -18,7 +18,7 @@ from ml_collections.config_dict import placeholder
 from fluxdit_jax import flow, optimizer
 from fluxdit_jax.dataset.captions import MAX_CAPTIONS
 from fluxdit_jax.loader.reader import ON_CORRUPT
-from fluxdit_jax.model import dit
+from fluxdit_jax.model import dit, routing
 from fluxdit_jax.renamed_keys import EARLIER, gone
 from fluxdit_jax.shared.paths import HomeError, expand_keys
 
@@ -76,7 +76,7 @@ class Key:
 
 
 # The defaults of what the model, the flow and the optimizer take stand in their dataclasses.
-_MODEL, _FLOW, _OPTIM = dit.ModelConfig, flow.FlowConfig, optimizer.OptimizerConfig
+_MODEL, _FLOW, _OPTIM, _ROUTING = dit.ModelConfig, flow.FlowConfig, optimizer.OptimizerConfig, routing.Routing
 KEYS = {
     "seed": Key(0, "decides initialisation, order of the data, noise, times and dropped conditions", NOT_NEGATIVE),
     "workdir": Key(str, "the run directory; not empty: the run in it is resumed", path=True),
@@ -118,6 +118,12 @@ KEYS = {
     "model.attention": Key(
         "auto", "cudnn, xla; auto: cudnn (flash) on an NVIDIA GPU in bfloat16", one_of("auto", "cudnn", "xla")
     ),
+    # routing
+    "routing.share": Key(
+        _ROUTING.share, "of each picture's tokens that skip the middle blocks in training (TREAD); 0: none", DECAY
+    ),
+    "routing.first": Key(_ROUTING.first, "blocks before those skipped, which all tokens go through", NOT_NEGATIVE),
+    "routing.last": Key(_ROUTING.last, "blocks after them", NOT_NEGATIVE),
     # flow
     "flow.mean": Key(_FLOW.mean, "of the logit of t", FINITE),
     "flow.std": Key(_FLOW.std, "of the logit of t", POSITIVE),
@@ -199,6 +205,7 @@ STAGE_KEYS = (
     "data.resolution",
     "data.micro_batch_size",
     "model.remat",
+    "routing.share",
     "train.steps",
     "train.images",
     "flow.mean",
@@ -329,6 +336,12 @@ def _check_together(c: ConfigDict) -> None:
         "optim.global_batch_size",
         c.optim.global_batch_size,
         f"a multiple of data.micro_batch_size ({c.data.micro_batch_size})",
+    )
+    _require(
+        c.routing.share == 0 or c.routing.first + c.routing.last < c.model.depth,
+        "routing.first",
+        c.routing.first,
+        f"below model.depth - routing.last ({c.model.depth - c.routing.last}): else no block is skipped",
     )
     if c.profile is not None:
         profile_steps(c.profile)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 # One purpose, one stream: sharing a key would tie the noise to the time and to the dropped conditions.
-_TIME, _NOISE, _DROP, _STRATA = range(4)
+_TIME, _NOISE, _DROP, _STRATA, _ORDER = range(5)
 Drop = tuple[tuple[str, ...], float]
 DROP = "all 0.1, text 0.1, vision 0.3"  # the default of `parse_drop`
 FURTHER_DROP = 0.3  # of a condition that is in no subset but "all"
@@ -174,6 +174,14 @@ def draw_kept_conditions(
         for name in subset:
             keep[name] &= ~drop
     return keep
+
+
+def draw_order(seed: int, index_B: jax.Array, valid_BxN: jax.Array) -> jax.Array:
+    """A random order of each sample's own tokens, then the padding: int32 [B, N], where each token is taken from."""
+    N = valid_BxN.shape[1]
+    keys = sample_keys(seed, index_B)
+    u_BxN = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, _ORDER), (N,)))(keys)
+    return jnp.argsort(jnp.where(valid_BxN, u_BxN, 1.0), axis=1, stable=True).astype(jnp.int32)
 
 
 def interpolate(x0: jax.Array, noise: jax.Array, t_B: jax.Array) -> jax.Array:

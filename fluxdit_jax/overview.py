@@ -60,6 +60,14 @@ def describe(stages: Sequence[Prepared]) -> None:
         *(settings.micro_batch_size, settings.optimizer.grad_accum_steps, settings.global_batch_size),
         *(first.mesh.size, jax.devices()[0].device_kind, settings.flow.shift),
     )
+    for each in stages:
+        if (routing := each.settings.routing) is not None:
+            of = f" of stage {each.stage.name}" if each.stage.name else ""
+            begin, end = routing.middle(m.depth)
+            log.info(
+                "routing%s: in training %.0f %% of a picture's tokens skip the blocks %d to %d of %d",
+                *(of, 100 * routing.share, begin + 1, end, m.depth),
+            )
     lines, warnings = plan.in_words(stages)
     log.info("the plan:")
     for line in lines:

@@ -68,7 +68,7 @@ class StagePlan:
 
 def training_flops(settings: Settings) -> int:
     """FLOPs of a sample's forward and backward pass, recomputation not counted."""
-    return 3 * dit.flops_per_sample(settings.model, settings.tokens, settings.batch.lengths)
+    return 3 * dit.flops_per_sample(settings.model, settings.tokens, settings.batch.lengths, settings.routing)
 
 
 def rate_of(config: ConfigDict) -> Rate:

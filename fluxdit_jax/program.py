@@ -55,6 +55,7 @@ class Program:
             ema_target=settings.ema_decay,
             short_ema_target=settings.short_ema_decay,
             first_step=settings.optimizer.first_step,
+            routing=settings.routing,
         )
         self._create = jax.jit(
             lambda key: self._state_of(dit.initialize(settings.model, key)), out_shardings=self._placed

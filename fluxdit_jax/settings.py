@@ -17,6 +17,7 @@ from fluxdit_jax.loader.reader import BatchLayout
 from fluxdit_jax.model import dit
 from fluxdit_jax.model.attention import choose_implementation
 from fluxdit_jax.model.conditions import Condition
+from fluxdit_jax.model.routing import Routing
 
 T = TypeVar("T")
 
@@ -27,6 +28,7 @@ class Settings:
 
     Attributes:
       model, flow, optimizer: see there.
+      routing: of the tokens in training; None: none.
       batch: what a micro-batch consists of.
       text_limit: text tokens a longer caption is cut to; None: none of the data set is that long.
       micro_batch_size: samples of a micro-batch over all devices; global_batch_size: of an optimizer step.
@@ -35,6 +37,7 @@ class Settings:
     model: dit.ModelConfig
     flow: flow.FlowConfig
     optimizer: optimizer.OptimizerConfig
+    routing: Routing | None
     batch: BatchLayout
     text_limit: int | None
     micro_batch_size: int
@@ -103,6 +106,7 @@ def resolve(c: ConfigDict, manifest: Manifest, first: int = 0) -> Settings:
             total_steps=c.train.steps - first,
             grad_accum_steps=c.optim.global_batch_size // c.data.micro_batch_size,
         ),
+        routing=_fill(Routing, c.routing) if c.routing.share else None,
         batch=BatchLayout(
             model.patch, tokens, model.token_width, {each.name: each.width for each in model.conditions}, lengths
         ),

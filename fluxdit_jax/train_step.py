@@ -13,6 +13,7 @@ import optax
 from fluxdit_jax import flow
 from fluxdit_jax.model import dit
 from fluxdit_jax.model.conditions import Given, given
+from fluxdit_jax.model.routing import Routed, Routing, reordered
 from fluxdit_jax.optimizer import ema_decay, gradient_norms, group_norms
 from fluxdit_jax.state import TrainState
 
@@ -46,10 +47,16 @@ def flow_loss(
     valid: jax.Array,
     t: jax.Array,
     noise: jax.Array,
+    routed: Routed | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Runs the network on (x_t, t) and returns f32 (loss [B], prediction [B, N, P], target [B, N, P])."""
+    """Runs the network on (x_t, t) and returns f32 (loss [B], prediction [B, N, P], target [B, N, P]).
+
+    With `routed` the tokens of prediction and target are in its order.
+    """
     noise = jnp.where(valid[..., None], noise, 0.0)
-    prediction = dit.apply(graph, params, flow.interpolate(x0, noise, t), t, grid, conditions)
+    if routed is not None:
+        x0, noise = reordered(x0, routed.order_BxN), reordered(noise, routed.order_BxN)
+    prediction = dit.apply(graph, params, flow.interpolate(x0, noise, t), t, grid, conditions, routed)
     target = flow.velocity(x0, noise)
     return flow.sample_means(jnp.square(prediction - target), valid), prediction, target
 
@@ -78,12 +85,14 @@ def make_train_step(
     ema_target: float,
     short_ema_target: float | None = None,
     first_step: int = 0,
+    routing: Routing | None = None,
 ) -> TrainStep:
     """Builds the pure functions of a step. All metrics are device scalars or small vectors.
 
     Args:
       ema_target: decay of the EMA after its warm-up; short_ema_target: of the second one, None for none.
       first_step: of the stage, see `ema_decay`.
+      routing: of the tokens; None: each goes through every block.
     """
     mean_P, std_P = statistics
     names = [condition.name for condition in model.conditions]
@@ -95,7 +104,11 @@ def make_train_step(
         noise = flow.draw_noise(seed, index, x0.shape[1:])
         keep = flow.draw_kept_conditions(flow_config, names, seed, index)
         conditions = given(model.conditions, batch, keep)
-        loss_B, prediction, target = flow_loss(graph, params, batch["grid"], conditions, x0, valid, t, noise)
+        routed = None
+        if routing is not None:
+            length_B = batch["grid"][:, 0] * batch["grid"][:, 1]
+            routed = Routed(flow.draw_order(seed, index, valid), routing.kept(length_B), routing)
+        loss_B, prediction, target = flow_loss(graph, params, batch["grid"], conditions, x0, valid, t, noise, routed)
         bin_loss, bin_count = flow.loss_by_time(loss_B, t)
         metrics = {
             "loss": jnp.mean(loss_B),

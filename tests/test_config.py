@@ -105,6 +105,8 @@ ZERO_IS_FINE = {
     "log.preview_every",
     "log.heldout_every",
     "mesh.process_id",
+    "routing.first",
+    "routing.last",
 }
 
 

@@ -55,8 +55,10 @@ def staged(data: Path, workdir: Path, **changes):
     """A run of 4 steps at 32 px and 6 at 64 px."""
     c = tiny_config(data, workdir)
     c.flow.drop, c.optim.warmup_steps = "all 0.1, text 0.2, vision 0.2", 0
+    c.routing.first, c.routing.last = 0, 1
     c.log.heldout_every, c.log.heldout_count, c.checkpoint.ema_every = 100, 3, 100
     small = {"data.resolution": 32, "train.steps": SMALL, "optim.lr": 1e-2, "data.micro_batch_size": 8}
+    small |= {"routing.share": 0.5}
     large = {"data.resolution": 64, "train.steps": LARGE, "optim.lr": 3e-3, "optim.warmup_steps": 2}
     add_stage(c, "px32", small | changes.get("px32", {}))
     add_stage(c, "px64", large | changes.get("px64", {}))
@@ -119,6 +121,7 @@ def test_up_to_the_switch_it_is_a_run_of_the_first_stage(whole: Path, data: Path
     c = staged(data, tmp_path / "run")
     c.train.stages = ""
     c.data.path, c.train.steps, c.optim.lr, c.data.micro_batch_size = str(data / "32"), SMALL, 1e-2, 8
+    c.routing.share = 0.5
     run(c)
     assert tree_equal(restore_ema(tmp_path / "run", SMALL)[1], restore_ema(whole, SMALL)[1])
     for step in range(1, SMALL + 1):

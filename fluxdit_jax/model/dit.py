@@ -28,6 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 from fluxdit_jax.model import attention
 from fluxdit_jax.model.conditions import Condition, Given, joined
 from fluxdit_jax.model.matmul import matmul, repeat_rows, row_major
+from fluxdit_jax.model.routing import Routed, Routing, select
 
 # What a block keeps for the backward pass; the rest is computed again.
 #   none     keep everything: fastest, most memory
@@ -131,18 +132,20 @@ def time_features(t_B: jax.Array) -> jax.Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def rotary(grid_Bx2: jax.Array, tokens: int, head_dim: int, positions: str = "index") -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of each token's rotary angles from its row and column, f32 [B, tokens, head_dim / 2] each.
+def rotary(
+    grid_Bx2: jax.Array, index_BxN: jax.Array, head_dim: int, positions: str = "index"
+) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of each token's rotary angles from its row and column, f32 [B, N, head_dim / 2] each.
 
     Args:
-      grid_Bx2: int32 (rows, columns) of each sample's token grid; token i is at (i // columns, i % columns).
+      grid_Bx2: int32 (rows, columns) of each sample's token grid.
+      index_BxN: int32, or [1, N] for all samples alike: the patch i of each token is at (i // columns, i % columns).
       positions: one of `POSITIONS`.
     """
     pairs = head_dim // 4  # pairs per axis: half of the head turns with the row, half with the column
     frequencies = ROPE_THETA ** (-jnp.arange(pairs, dtype=jnp.float32) / pairs)
-    index = jnp.arange(tokens, dtype=jnp.int32)[None, :]
     columns = grid_Bx2[:, 1:2]
-    position_BxNx2 = jnp.stack([index // columns, index % columns], axis=-1).astype(jnp.float32)
+    position_BxNx2 = jnp.stack([index_BxN // columns, index_BxN % columns], axis=-1).astype(jnp.float32)
     if positions == "scaled":
         area = (grid_Bx2[:, 0] * grid_Bx2[:, 1]).astype(jnp.float32)
         position_BxNx2 = position_BxNx2 * (SCALED_SIDE / jnp.sqrt(area))[:, None, None]
@@ -264,7 +267,12 @@ class DiT(nnx.Module):
         self.out = Dense(D, config.token_width, rngs=rngs, bias=True, scale=0.0)
 
     def __call__(
-        self, x_BxNxP: jax.Array, t_B: jax.Array, grid_Bx2: jax.Array, conditions: dict[str, Given]
+        self,
+        x_BxNxP: jax.Array,
+        t_B: jax.Array,
+        grid_Bx2: jax.Array,
+        conditions: dict[str, Given],
+        routed: Routed | None = None,
     ) -> jax.Array:
         """Predicts the velocity.
 
@@ -273,6 +281,7 @@ class DiT(nnx.Module):
           t_B: f32 time in [0, 1], 1 is noise.
           grid_Bx2: int32 (rows, columns) of tokens; the first rows*columns of N are real.
           conditions: all of `config.conditions`, by name.
+          routed: which tokens skip the middle blocks; `x_BxNxP` is in its order then. None: no token does.
 
         Returns:
           f32 [B, N, P]; what stands at padding tokens is meaningless.
@@ -281,7 +290,8 @@ class DiT(nnx.Module):
         dtype = jnp.dtype(config.dtype)
         x = self.patch_embed(x_BxNxP.astype(dtype))
         length_B = grid_Bx2[:, 0] * grid_Bx2[:, 1]
-        cos, sin = rotary(grid_Bx2, x.shape[1], config.head_dim, config.positions)
+        index_BxN = jnp.arange(x.shape[1], dtype=jnp.int32)[None, :] if routed is None else routed.order_BxN
+        cos, sin = rotary(grid_Bx2, index_BxN, config.head_dim, config.positions)
         sequence, sequence_length_B = joined([self._sequence(c.name, conditions[c.name]) for c in config.sequences])
 
         time = self.time_out(jax.nn.silu(self.time_in(time_features(t_B).astype(dtype))))
@@ -291,13 +301,25 @@ class DiT(nnx.Module):
 
         graph, stacked = nnx.split(self.blocks)
 
-        def body(x: jax.Array, block_parameters: Any) -> tuple[jax.Array, None]:
-            block = nnx.merge(graph, block_parameters)
-            return block(row_major(x), block_modulation, sequence, sequence_length_B, cos, sin, length_B), None
+        def through(x: jax.Array, blocks: Any, cos: jax.Array, sin: jax.Array, length_B: jax.Array) -> jax.Array:
+            def body(x: jax.Array, block_parameters: Any) -> tuple[jax.Array, None]:
+                block = nnx.merge(graph, block_parameters)
+                return block(row_major(x), block_modulation, sequence, sequence_length_B, cos, sin, length_B), None
 
-        if config.remat != "none":
-            body = jax.checkpoint(body, prevent_cse=False, policy=REMAT_POLICIES[config.remat])
-        x, _ = jax.lax.scan(body, x, stacked)
+            if config.remat != "none":
+                body = jax.checkpoint(body, prevent_cse=False, policy=REMAT_POLICIES[config.remat])
+            return jax.lax.scan(body, x, blocks)[0]
+
+        if routed is None:
+            x = through(x, stacked, cos, sin, length_B)
+        else:
+            K, (a, b) = routed.routing.length(x.shape[1]), routed.routing.middle(config.depth)
+            before, middle, after = (
+                jax.tree.map(lambda p, part=part: p[part], stacked) for part in (slice(a), slice(a, b), slice(b, None))
+            )
+            x = through(x, before, cos, sin, length_B)
+            x = select(through(x[:, :K], middle, cos[:, :K], sin[:, :K], routed.kept_B), x, routed.kept_B)
+            x = through(x, after, cos, sin, length_B)
         x = rms_norm(x) * (1 + scale) + shift
         return self.out(x).astype(jnp.float32)
 
@@ -342,21 +364,26 @@ def count_parameters(config: ModelConfig) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(build(config)[1]))
 
 
-def flops_per_sample(config: ModelConfig, tokens: int, lengths: dict[str, int]) -> int:
+def flops_per_sample(config: ModelConfig, tokens: int, lengths: dict[str, int], routing: Routing | None = None) -> int:
     """Forward matrix-product FLOPs of one sample (2 per multiply-add), counted by hand.
 
     XLA's own cost analysis counts the body of a scan once. Training costs three times this, recomputation
     not included, as model FLOPs utilisation is defined (arXiv:2204.02311, appendix B).
 
     Args:
-      tokens: of the image. lengths: of each sequence.
+      tokens: of the image. lengths: of each sequence. routing: of a training step; None: of a dense one.
     """
     D, N, T = config.width, tokens, sum(lengths[c.name] for c in config.sequences)
-    block = 2 * N * D * (3 * D + D)  # self-attention projections
-    block += 4 * N * N * D  # logits and weighted sum
-    block += 2 * N * D * 2 * D + 2 * T * D * 2 * D + 4 * N * T * D  # cross-attention
-    block += 2 * N * D * 3 * config.mlp_hidden
+
+    def block(N: int) -> int:
+        flops = 2 * N * D * (3 * D + D)  # self-attention projections
+        flops += 4 * N * N * D  # logits and weighted sum
+        flops += 2 * N * D * 2 * D + 2 * T * D * 2 * D + 4 * N * T * D  # cross-attention
+        return flops + 2 * N * D * 3 * config.mlp_hidden
+
+    a, b = (0, 0) if routing is None else routing.middle(config.depth)
+    blocks = (config.depth - (b - a)) * block(N) + ((b - a) * block(routing.length(N)) if routing else 0)
     ends = 2 * N * 2 * config.token_width * D + sum(2 * lengths[c.name] * c.width * D for c in config.sequences)
     vectors = sum(c.width for c in config.vectors)
     vector = 2 * D * (TIME_FEATURES + D + vectors + (N_BLOCK_MODULATIONS + 2) * D)
-    return config.depth * block + ends + vector
+    return blocks + ends + vector

@@ -128,6 +128,7 @@ layouts = [tuple(map(int, name.split("x"))) for name in sys.argv[3:]]
 assert len(jax.devices()) == 4
 config = tiny_config(dataset, scratch)
 config.model.width, config.flow.drop = 64, 'all 0.1, text 0.2, vision 0.3'
+config.routing.share, config.routing.first, config.routing.last = 0.5, 0, 1
 config.data.micro_batch_size, config.optim.global_batch_size = 8, 16
 manifest = load_manifest(dataset)
 settings = resolve(config, manifest)

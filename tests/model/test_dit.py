@@ -304,7 +304,7 @@ def test_every_parameter_has_gradient_after_two_steps(two_steps):
 
 def test_rotary_positions_are_relative_and_tell_rows_from_columns():
     grid, head_dim = np.array([[5, 7]], np.int32), 16
-    cos, sin = dit.rotary(grid, 35, head_dim)
+    cos, sin = dit.rotary(grid, np.arange(35)[None], head_dim)
     rng = np.random.default_rng(0)
     q, k = (np.broadcast_to(rng.normal(size=head_dim), (1, 35, 1, head_dim)) for _ in range(2))
     rotated = [np.asarray(dit.rotate(jnp.asarray(x, jnp.float32), cos, sin))[0, :, 0] for x in (q, k)]
