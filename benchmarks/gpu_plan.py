@@ -3,6 +3,7 @@
     python -m benchmarks.gpu_plan                                   # an RTX 4090: as the configs say, and some others
     python -m benchmarks.gpu_plan --gpu h100 prod-1024:8:attention  # target:micro-batch:remat
     python -m benchmarks.gpu_plan --fsdp 2 prod-1024:8:attention    # the plan of each of two
+    python -m benchmarks.gpu_plan prod-1024:8:attention:0.5         # half of the tokens routed past the middle blocks
 
 For an environment of its own with the GPU's compiler, neither GPU nor driver needed (4 GB):
 
@@ -18,7 +19,9 @@ is why this is a benchmark and not a test.
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import re
 import sys
 from typing import Any, NamedTuple
 
@@ -50,7 +53,8 @@ DEVICES = {
     ),
 }  # fmt: skip
 DEFAULT = ("prod-1024:4:attention", "prod-1024:4:block", "prod-1024:8:attention", "prod-1024:8:block",
-           "prod-512:16:attention", "prod-256:64:attention", "nano-512:8:attention", "nano-512:8:block")  # fmt: skip
+           "prod-512:16:attention", "prod-256:64:attention", "nano-512:8:attention", "nano-512:8:block",
+           "prod-1024:4:attention:0.5", "prod-512:16:attention:0.5", "prod-256:64:attention:0.5")  # fmt: skip
 CUDNN = (9, 28, 0)
 
 
@@ -108,24 +112,43 @@ def pretend(gpu: str, count: int) -> list[Any]:
     return topology.devices
 
 
-def compile_step(devices: list[Any], target: str, batch: int, remat: str) -> dict[str, Any]:
+def compile_step(devices: list[Any], target: str, batch: int, remat: str, routed: float) -> dict[str, Any]:
     """The plan of a configuration's compiled step, GB."""
+    import dataclasses
+
     import jax
     import numpy as np
 
     from benchmarks import gpu, gpu_sides
+    from fluxdit_jax.model.routing import Routing
     from fluxdit_jax.program import Program
 
     settings, statistics = gpu_sides.settings(gpu_sides.TARGETS[target], gpu.make(target, "jax", batch, remat))
+    settings = dataclasses.replace(settings, routing=Routing(routed) if routed else None)
     mesh = jax.sharding.Mesh(np.array([devices]), ("data", "fsdp"))
     program = Program(settings, mesh, statistics)
-    plan = program.memory(program.compile())
-    return {"attention": settings.model.attention, "plan_gb": round(plan.total / 1e9, 2), "parts": str(plan)}
+    compiled = program.compile()
+    plan = program.memory(compiled)
+    return {
+        "attention": settings.model.attention,
+        "plan_gb": round(plan.total / 1e9, 2),
+        "parts": str(plan),
+        "copied_gb": round(copied_bytes(compiled.accumulate.as_text()) / 1e9, 3),
+    }
+
+
+def copied_bytes(program: str) -> int:
+    """Bytes that instructions of a compiled program copy which do nothing else, of arrays above 1 MB."""
+    found = 0
+    for kind, shape in re.findall(r"= \(?([a-z]+[0-9]+)\[([0-9,]+)\][^=]*? copy(?:-start)?\(", program):
+        size = math.prod(map(int, shape.split(","))) * int(re.sub(r"\D", "", kind)) // 8
+        found += size if size > 2**20 else 0
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("configurations", nargs="*", metavar="TARGET:MICRO-BATCH:REMAT", default=DEFAULT)
+    parser.add_argument("configurations", nargs="*", metavar="TARGET:MICRO-BATCH:REMAT[:ROUTED]", default=DEFAULT)
     parser.add_argument("--gpu", choices=DEVICES, default="rtx_4090")
     parser.add_argument("--fsdp", type=int, default=1, help="devices that the state is split over")
     a = parser.parse_args()
@@ -135,17 +158,17 @@ def main() -> None:
 
     rows = []
     for name in a.configurations:
-        target, batch, remat = name.split(":")
+        target, batch, remat, routed = f"{name}:0".split(":")[:4]
         print(f"compiling {name} ...", file=sys.stderr)
-        row = {"gpu": a.gpu, "target": target, "batch": int(batch), "remat": remat}
+        row = {"gpu": a.gpu, "target": target, "batch": int(batch), "remat": remat, "routed": float(routed)}
         try:
-            row |= compile_step(devices, target, int(batch), remat)
+            row |= compile_step(devices, target, int(batch), remat, float(routed))
         except Exception as error:  # noqa: BLE001  whatever the compiler says is a result
             row["error"] = f"{type(error).__name__}: {error}"[:300]
         rows.append(row)
         write(f"gpu_plan_{a.gpu}" + (f"_fsdp_{a.fsdp}" if a.fsdp > 1 else ""), rows)
-    header = ["target", "micro-batch", "remat", "attention", "plan, GB", "parts"]
-    keys = ("target", "batch", "remat", "attention", "plan_gb")
+    header = ["target", "micro-batch", "remat", "routed", "attention", "plan, GB", "copied, GB", "parts"]
+    keys = ("target", "batch", "remat", "routed", "attention", "plan_gb", "copied_gb")
     print(table(header, [[*(r.get(k, "-") for k in keys), r.get("parts", r.get("error"))] for r in rows]))
 
 

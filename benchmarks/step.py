@@ -29,11 +29,13 @@ from benchmarks import environment
 from benchmarks.step_sides import Size, agree, peak_memory, program, run_jax, run_torch, settings
 
 TOY = Size(width=64, depth=2, heads=2, side=4, text_tokens=6, batch=2, text_width=32, vision_width=16)
+ROUTED = 0.5  # share of the tokens that skip the middle blocks
 SIDES = (
     "jax float32 attention",
     "torch float32 eager",
     "torch float32 compile",
     "pixart float32 eager",
+    "routed float32 attention",
     "jax bfloat16 attention",
     "torch bfloat16 eager",
     "torch bfloat16 compile",
@@ -43,8 +45,8 @@ SIDES = (
 def run_side(side: str, size: Size, repeats: int) -> dict:
     """Runs one of `SIDES` in this process."""
     kind, dtype, how = side.split()
-    if kind == "jax":
-        result = run_jax(size, dtype, how, repeats)
+    if kind in ("jax", "routed"):
+        result = run_jax(size, dtype, how, repeats, routed=ROUTED if kind == "routed" else 0.0)
     else:
         result = run_torch(kind, size, dtype, how == "compile", repeats)
     return result | {"peak": peak_memory()}

@@ -41,12 +41,13 @@ def peak_memory() -> int:
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
-def settings(size: Size, dtype: str, remat: str, attention: str = "xla"):
+def settings(size: Size, dtype: str, remat: str, attention: str = "xla", routed: float = 0.0):
     """The real `Settings` of fluxdit_jax for AdamW on this size, no conditions dropped."""
     from fluxdit_jax import flow, optimizer
     from fluxdit_jax.loader.reader import BatchLayout
     from fluxdit_jax.model import dit
     from fluxdit_jax.model.conditions import Condition
+    from fluxdit_jax.model.routing import Routing
     from fluxdit_jax.settings import Settings
 
     network = dit.ModelConfig(
@@ -85,6 +86,7 @@ def settings(size: Size, dtype: str, remat: str, attention: str = "xla"):
             grad_clip_norm=1.0,
             grad_accum_steps=1,
         ),
+        routing=Routing(routed) if routed else None,
         batch=BatchLayout(
             2, size.tokens, network.token_width, {each.name: each.width for each in network.conditions}, size.lengths
         ),
@@ -111,12 +113,13 @@ def inputs(size: Size) -> dict[str, np.ndarray]:
     }
 
 
-def program(size: Size, dtype: str, remat: str, attention: str = "xla"):
+def program(size: Size, dtype: str, remat: str, attention: str = "xla", routed: float = 0.0):
     from fluxdit_jax.device import sharding
     from fluxdit_jax.program import Program
 
     statistics = (np.zeros(64, np.float32), np.ones(64, np.float32))
-    return Program(settings(size, dtype, remat, attention), sharding.make_mesh(-1, 1, size.batch), statistics)
+    whole = settings(size, dtype, remat, attention, routed)
+    return Program(whole, sharding.make_mesh(-1, 1, size.batch), statistics)
 
 
 def timed(step, repeats: int) -> list[float]:
@@ -129,15 +132,15 @@ def timed(step, repeats: int) -> list[float]:
     return seconds[1:]
 
 
-def run_jax(size: Size, dtype: str, remat: str, repeats: int, attention: str = "xla") -> dict:
-    """The step of `fluxdit_jax.train`: AdamW, EMA, norms, metrics; buffers donated."""
+def run_jax(size: Size, dtype: str, remat: str, repeats: int, attention: str = "xla", routed: float = 0.0) -> dict:
+    """The step of `fluxdit_jax.train`: AdamW, EMA, norms, metrics; buffers donated. `routed`: `Routing.share`."""
     import jax
 
     from fluxdit_jax.shared.host_memory import keep_freed_memory
 
     if jax.default_backend() == "cpu":
         keep_freed_memory(large_too=True)
-    whole = program(size, dtype, remat, attention)
+    whole = program(size, dtype, remat, attention, routed)
     start = time.perf_counter()
     accumulate, update = whole.compile()
     compile_s = time.perf_counter() - start
