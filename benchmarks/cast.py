@@ -1,10 +1,10 @@
 """A larger drawn set for `benchmarks.learning`: some thousands of portraits, and combinations held out from training.
 
-    python -m benchmarks.cast --output data/cast      # data/cast/train and data/cast/heldout, captions beside
+    python -m benchmarks.cast --output cast      # cast/train, cast/heldout, cast/shuffled: pictures and captions
 
 The people, places and lights of `preprocess demo`, the clothes in four colours: 8 x 8 x 4 x 3 poses x 5 lights. Held
 out is every eighth combination of person, place and colour, in all poses and lights, so that each part of a held-out
-picture was seen in training and no such whole.
+picture was seen in training and no such whole. `shuffled` is train with the captions of other pictures.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
@@ -62,6 +63,17 @@ def draw(drawing: Drawing, folder: Path) -> None:
         path.with_suffix(".json").write_text(json.dumps({"caption": drawing.composition.caption}))
 
 
+def shuffle_captions(folder: Path, output: Path, seed: int = 0) -> None:
+    """The pictures of a folder, as links, each with the caption of another."""
+    output.mkdir(exist_ok=True)
+    pictures = sorted(folder.glob("*.png"))
+    for number, source in enumerate(np.random.default_rng(seed).permutation(len(pictures))):
+        path = output / pictures[number].name
+        path.unlink(missing_ok=True)
+        path.hardlink_to(pictures[number])
+        path.with_suffix(".json").write_text(pictures[source].with_suffix(".json").read_text())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
@@ -73,7 +85,8 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor() as pool:
         list(tqdm(pool.map(draw, wanted, folders, chunksize=4), total=len(wanted), desc="compositions", disable=None))
-    for folder in sorted(set(folders)):
+    shuffle_captions(a.output / "train", a.output / "shuffled")
+    for folder in sorted(a.output.iterdir()):
         print(f"{len(list(folder.glob('*.png')))} pictures in {folder}")
 
 

@@ -47,6 +47,7 @@ class ValidationLoss:
         """
         Args:
           source: the holdout split. pictures: how many of it, spread evenly.
+          batch_size: over all processes; each holds its own equal part.
           times: quantiles of the training density of t, the middles of as many equal parts.
         """
         graph, _ = dit.build(config)
@@ -59,13 +60,15 @@ class ValidationLoss:
         quantile = (np.arange(times, dtype=np.float32) + 0.5) / times
         t = np.asarray(flow.time_at_quantile(flow_config, jnp.asarray(quantile)))
         self._mesh, self._batches = mesh, []
+        local = batch_size // jax.process_count()
+        own = slice(jax.process_index() * local, (jax.process_index() + 1) * local)
         for start in range(0, len(numbers), batch_size):
             part = numbers[start : start + batch_size]
             index = [_FIRST_INDEX + start + row for row in range(batch_size)]
             batch = collate([record for record, _ in part], index, layout)
             batch["t"] = t[[k for _, k in part]]
             batch["weight"] = weights[start : start + batch_size]
-            self._batches.append(batch)
+            self._batches.append({name: array[own] for name, array in batch.items()})
 
         def measure(ema: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
             params = jax.tree.map(lambda p: p.astype(config.dtype), ema)

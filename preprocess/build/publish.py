@@ -141,9 +141,11 @@ def _manifest(name: str, plan: Plan, placed: list[tuple[UnitInfo, pa.Table, str]
             shards.setdefault(info.split, []).append(shard)
     moments = Moments.merged(info.moments for info, _, _ in placed if info.moments and info.split == "train")
     if moments is None:
+        output = Path(options.output)
+        beside = output if (output / LOG_FILE).exists() else output.parent  # one log for all resolutions
         raise PreprocessError(
             "every image of the train split was rejected while it was decoded or encoded; the reasons are in "
-            f"{Path(options.output) / LOG_FILE}"
+            f"{beside / LOG_FILE}"
         )
     constant = [channel for channel, std in enumerate(moments.std) if not std > 0]
     if constant:

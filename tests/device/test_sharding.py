@@ -230,8 +230,8 @@ def start_two(train_command, config_file):
     ]
 
 
-def losses_of(workdir):
-    return {entry["step"]: entry["loss"] for entry in read_metrics(Path(workdir) / "metrics.jsonl") if "loss" in entry}
+def losses_of(workdir, name="loss"):
+    return {entry["step"]: entry[name] for entry in read_metrics(Path(workdir) / "metrics.jsonl") if name in entry}
 
 
 @pytest.mark.slow
@@ -264,3 +264,10 @@ def test_two_processes_are_one_run(train_command, tiny_dataset, tmp_path):
         assert two[step] == pytest.approx(one[step], rel=2e-4), step
     assert np.mean(list(two.values())) == pytest.approx(np.mean(list(one.values())), rel=0.02)
     assert restore_ema(tmp_path / "two")[0] == 24
+
+    config.workdir, config.train.steps = str(tmp_path / "both"), 12
+    both = start_two(train_command, write_config(tmp_path / "both.py", config))
+    for process, (_, err) in zip(both, [process.communicate(timeout=120) for process in both], strict=True):
+        assert process.returncode == 0, err
+    heldout = [losses_of(tmp_path / name, "heldout_loss")[12] for name in ("one", "both")]
+    assert heldout[1] == pytest.approx(heldout[0], rel=1e-3)
