@@ -91,7 +91,7 @@ def make_steps() -> Callable[[], float]:
     moments = np.zeros(width, np.float32), np.ones(width, np.float32)
     graph = dit.build(config)[0]
     whole = make_train_step(graph, config, optimizer, flow, moments, seed=0, global_batch_size=BATCH, ema_target=0.9999)
-    accumulate, update = (jax.jit(part, donate_argnums=0) for part in whole)
+    accumulate, update = (jax.jit(part, donate_argnums=0) for part in whole[:2])
     batch = {
         "latent": jnp.ones((BATCH, TOKENS, width), jnp.bfloat16),
         "grid": jnp.full((BATCH, 2), 8, jnp.int32),

@@ -41,7 +41,7 @@ from fluxdit_jax.gate.retrieval import Library
 from fluxdit_jax.gate.sampler import Sampler
 from fluxdit_jax.gate.swap import Swap
 from fluxdit_jax.loader import reader
-from fluxdit_jax.model import dit
+from fluxdit_jax.model import cost, dit
 from fluxdit_jax.optimizer import build_optimizer
 from fluxdit_jax.sampling.pipeline import Generator
 from fluxdit_jax.sampling.prompts import encode_prompts
@@ -150,8 +150,8 @@ def measure(name: str, directory: str, seed: int, averages: bool, probe: int, li
         graph, settings.model, optimizer, settings.flow, statistics, seed=seed,
         global_batch_size=settings.global_batch_size, ema_target=settings.ema_decay,
     )  # fmt: skip
-    accumulate, update = (jax.jit(part, donate_argnums=0) for part in whole)
-    forward = network.flops_per_sample(settings.model, settings.tokens, settings.batch.lengths)
+    accumulate, update = (jax.jit(part, donate_argnums=0) for part in whole[:2])
+    forward = (plain_dit if plain else cost).flops_per_sample(settings.model, settings.tokens, settings.batch.lengths)
     flops = 3 * forward * settings.global_batch_size  # of a step
     batches = reader.batches(
         reader.RecordSource(directory, manifest, "train"), seed=seed, start=0, batch_size=settings.micro_batch_size,

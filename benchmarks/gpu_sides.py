@@ -77,7 +77,7 @@ def network(target: Target) -> Any:
 
 def flops_per_image(target: Target) -> int:
     """Forward and backward, recomputation not counted: three times the forward products."""
-    from fluxdit_jax.model.dit import flops_per_sample
+    from fluxdit_jax.model.cost import flops_per_sample
 
     return 3 * flops_per_sample(network(target), target.side**2, {"text": TEXT_TOKENS})
 

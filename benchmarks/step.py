@@ -137,7 +137,7 @@ def compile_rows() -> list[dict]:
 
 def measure(a: argparse.Namespace) -> None:
     """Checks that the networks agree, runs the rounds, prints the table and writes results/step.json."""
-    from fluxdit_jax.model import dit
+    from fluxdit_jax.model import cost
 
     rounds = earlier_rounds() if a.append else []
     same = agree(TOY)
@@ -146,7 +146,7 @@ def measure(a: argparse.Namespace) -> None:
         sys.exit(f"the two networks do not compute the same: {same}")
     size = TOY if a.smoke else Size()
     network = settings(size, "float32", "none").model
-    flops = 3 * size.batch * dit.flops_per_sample(network, size.tokens, size.lengths)
+    flops = 3 * size.batch * cost.flops_per_sample(network, size.tokens, size.lengths)
     sides = [SIDES[0], *(side for side in a.sides if side != SIDES[0])]
     for _ in range(a.rounds):
         rounds.append(run_round(sides, a.smoke, a.repeats))

@@ -87,6 +87,7 @@ def settings(size: Size, dtype: str, remat: str, attention: str = "xla", routed:
             grad_accum_steps=1,
         ),
         routing=Routing(routed) if routed else None,
+        alignment=None,
         batch=BatchLayout(
             2, size.tokens, network.token_width, {each.name: each.width for each in network.conditions}, size.lengths
         ),
@@ -142,7 +143,7 @@ def run_jax(size: Size, dtype: str, remat: str, repeats: int, attention: str = "
         keep_freed_memory(large_too=True)
     whole = program(size, dtype, remat, attention, routed)
     start = time.perf_counter()
-    accumulate, update = whole.compile()
+    accumulate, update, _ = whole.compile()
     compile_s = time.perf_counter() - start
     state, arrays = whole.create(), inputs(size)
     batch = {

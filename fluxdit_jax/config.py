@@ -15,10 +15,10 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from fluxdit_jax import flow, optimizer
+from fluxdit_jax import alignment, flow, optimizer
 from fluxdit_jax.dataset.captions import MAX_CAPTIONS
 from fluxdit_jax.loader.reader import ON_CORRUPT
-from fluxdit_jax.model import dit, routing
+from fluxdit_jax.model import dit, rotary, routing
 from fluxdit_jax.renamed_keys import EARLIER, gone
 from fluxdit_jax.shared.paths import HomeError, expand_keys
 
@@ -77,6 +77,7 @@ class Key:
 
 # The defaults of what the model, the flow and the optimizer take stand in their dataclasses.
 _MODEL, _FLOW, _OPTIM, _ROUTING = dit.ModelConfig, flow.FlowConfig, optimizer.OptimizerConfig, routing.Routing
+_ALIGNMENT = alignment.AlignmentConfig
 KEYS = {
     "seed": Key(0, "decides initialisation, order of the data, noise, times and dropped conditions", NOT_NEGATIVE),
     "workdir": Key(str, "the run directory; not empty: the run in it is resumed", path=True),
@@ -108,7 +109,7 @@ KEYS = {
     "model.positions": Key(
         _MODEL.positions,
         "what rotary positions count: index: tokens; scaled: parts of the picture, alike at every resolution",
-        one_of(*dit.POSITIONS),
+        one_of(*rotary.POSITIONS),
     ),
     "model.remat": Key(
         _MODEL.remat,
@@ -124,6 +125,12 @@ KEYS = {
     ),
     "routing.first": Key(_ROUTING.first, "blocks before those skipped, which all tokens go through", NOT_NEGATIVE),
     "routing.last": Key(_ROUTING.last, "blocks after them", NOT_NEGATIVE),
+    # alignment
+    "alignment.block": Key(
+        0, "features after so many blocks are held against the vision encoder's patches (REPA); 0: none", NOT_NEGATIVE
+    ),
+    "alignment.weight": Key(_ALIGNMENT.weight, "of its loss, beside that of the flow", NOT_NEGATIVE),
+    "alignment.until": Key(int, "the last step with it; None: to the end", POSITIVE),
     # flow
     "flow.mean": Key(_FLOW.mean, "of the logit of t", FINITE),
     "flow.std": Key(_FLOW.std, "of the logit of t", POSITIVE),
@@ -343,6 +350,8 @@ def _check_together(c: ConfigDict) -> None:
         c.routing.first,
         f"below model.depth - routing.last ({c.model.depth - c.routing.last}): else no block is skipped",
     )
+    below = f"below model.depth ({c.model.depth})"
+    _require(c.alignment.block < c.model.depth, "alignment.block", c.alignment.block, below)
     if c.profile is not None:
         profile_steps(c.profile)
     _require(

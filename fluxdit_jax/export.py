@@ -1,8 +1,8 @@
 """Exports a run's EMA: `python -m fluxdit_jax.export --workdir=RUN --out=DIR`.
 
-DIR gets `model.safetensors` (f32, names joined by dots), `config.json` (all that is needed to use it, see `exported`)
-and `README.md`, a model card. `python -m fluxdit_jax.sample --model=DIR` draws from it. Without --step the weights are
-the newest of `ema/` and of the resumable checkpoints.
+DIR gets `model.safetensors` (f32, names joined by dots; without what serves training alone), `config.json` (all that is
+needed to use it, see `exported`) and `README.md`, a model card. `python -m fluxdit_jax.sample --model=DIR` draws from
+it. Without --step the weights are the newest of `ema/` and of the resumable checkpoints.
 """
 
 from __future__ import annotations
@@ -51,9 +51,11 @@ def export(workdir: Path, out: Path, step: int | None = None, folder: str = EMA)
     stage, manifest = load_stage(workdir, weights.step)
     settings = resolve(stage.config, manifest, stage.first)
     print(f"weights: {weights}")
+    verdict = _verdict(workdir, weights)
+    weights = weights.without_projector()
     tensors = flatten(weights.ema)
     texts = {
-        "README.md": card(settings, manifest, weights, tensors, workdir, _verdict(workdir, weights)),
+        "README.md": card(settings, manifest, weights, tensors, workdir, verdict),
         DESCRIPTION: json.dumps(describe(stage.config, settings, manifest, weights), indent=1) + "\n",
     }
     lock, work = RunLock(out, f"{WORK}/lock", temporary=True, option="--out"), out / WORK

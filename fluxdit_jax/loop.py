@@ -21,6 +21,7 @@ from fluxdit_jax.model import dit
 from fluxdit_jax.optimizer import learning_rate
 from fluxdit_jax.plan import training_flops
 from fluxdit_jax.prepared import Prepared, open_source
+from fluxdit_jax.program import ACCUMULATE, PLAIN, UPDATE
 from fluxdit_jax.run import reporting
 from fluxdit_jax.run.checkpoint import Checkpoints
 from fluxdit_jax.run.health import Monitor
@@ -87,7 +88,7 @@ def run_stage(run: Run, present: Prepared, position: Position) -> Ended:
     config, settings, stage = present.stage.config, present.settings, present.stage
     with contextlib.ExitStack() as closing:
         # ------------------------------------------------------------ data, and what is written and shown
-        accumulate, update = present.compiled
+        programs = present.compiled
         state, samples = position.state, position.samples
         step = first = int(state.step)
         batches = _batches(present, samples)
@@ -102,6 +103,9 @@ def run_stage(run: Run, present: Prepared, position: Position) -> Ended:
         stopping = False
         for step in range(first + 1, stage.last + 1):
             run.trace.at(step - 1)
+            alignment = settings.alignment
+            aligned = alignment is None or alignment.at(step)
+            accumulate = programs.accumulate if aligned else programs.plain
             for _ in range(settings.optimizer.grad_accum_steps):
                 state, values = accumulate(state, batch)
                 samples += config.data.micro_batch_size
@@ -109,9 +113,9 @@ def run_stage(run: Run, present: Prepared, position: Position) -> Ended:
                 batch = sharding.put_batch(present.mesh, next(batches))
                 if values.is_ready():  # the device was done before the data came
                     reporter.waited(time.monotonic() - asked)
-                reporter.take("accumulate", values)
-            state, values = update(state)
-            reporter.take("update", values)
+                reporter.take(ACCUMULATE if aligned else PLAIN, values)
+            state, values = programs.update(state)
+            reporter.take(UPDATE, values)
 
             last = step == stage.last
             troubled = reporter.trouble is not None and config.health.action == "stop"

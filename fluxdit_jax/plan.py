@@ -9,7 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from fluxdit_jax.device import devices
-from fluxdit_jax.model import dit
+from fluxdit_jax.model import cost
 from fluxdit_jax.prepared import Prepared
 from fluxdit_jax.settings import Settings
 from fluxdit_jax.shared.cli import duration
@@ -68,7 +68,10 @@ class StagePlan:
 
 def training_flops(settings: Settings) -> int:
     """FLOPs of a sample's forward and backward pass, recomputation not counted."""
-    return 3 * dit.flops_per_sample(settings.model, settings.tokens, settings.batch.lengths, settings.routing)
+    aligned = settings.alignment is not None
+    return 3 * cost.flops_per_sample(
+        settings.model, settings.tokens, settings.batch.lengths, settings.routing, projecting=aligned
+    )
 
 
 def rate_of(config: ConfigDict) -> Rate:

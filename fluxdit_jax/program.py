@@ -18,12 +18,15 @@ from fluxdit_jax.settings import Settings
 from fluxdit_jax.state import TrainState, create_state
 from fluxdit_jax.train_step import make_train_step
 
+ACCUMULATE, PLAIN, UPDATE = "accumulate", "plain", "update"
+
 
 class CompiledStep(NamedTuple):
-    """`TrainStep`, compiled."""
+    """`TrainStep`, compiled; `plain` is `accumulate` where the alignment never ends."""
 
     accumulate: jax.stages.Compiled
     update: jax.stages.Compiled
+    plain: jax.stages.Compiled
 
 
 class Program:
@@ -31,8 +34,8 @@ class Program:
 
     Attributes:
       abstract: the state as `jax.ShapeDtypeStruct` with shardings.
-      metric_shapes: of the metrics that the compiled "accumulate" and "update" pack into one vector each. `compile`
-        fills it: tracing the step takes seconds, so it is traced once.
+      metric_shapes: of the metrics that each compiled program packs into one vector, by its name. `compile` fills it:
+        tracing the step takes seconds, so it is traced once.
     """
 
     def __init__(self, settings: Settings, mesh: jax.sharding.Mesh, statistics: tuple[np.ndarray, np.ndarray]):
@@ -56,6 +59,7 @@ class Program:
             short_ema_target=settings.short_ema_decay,
             first_step=settings.optimizer.first_step,
             routing=settings.routing,
+            aligned=settings.alignment,
         )
         self._create = jax.jit(
             lambda key: self._state_of(dit.initialize(settings.model, key)), out_shardings=self._placed
@@ -94,10 +98,11 @@ class Program:
             with jax.set_mesh(self._mesh):  # which `attention` reads
                 return jax.jit(packed, donate_argnums=0, out_shardings=places).lower(*shapes).compile()
 
-        return CompiledStep(
-            compiled(self._step.accumulate, "accumulate", self.abstract, self.batch_shapes()),
-            compiled(self._step.update, "update", self.abstract),
-        )
+        accumulate = compiled(self._step.accumulate, ACCUMULATE, self.abstract, self.batch_shapes())
+        update = compiled(self._step.update, UPDATE, self.abstract)
+        ends = self._settings.alignment is not None and self._settings.alignment.until is not None
+        plain = compiled(self._step.plain, PLAIN, self.abstract, self.batch_shapes()) if ends else accumulate
+        return CompiledStep(accumulate, update, plain)
 
     def memory(self, step: CompiledStep) -> MemoryPlan:
         """What the compiled step needs on one device."""

@@ -223,7 +223,7 @@ def _given(
             f"{shown(str(told.get('path')))}; give it with --reference"
         )
     for name, values in given.items():
-        if name not in manifest.layout:
+        if name not in manifest.conditions:
             raise SampleError(f"--recipe {arguments.recipe}: it has the condition {name}, which this run has not")
         width = manifest.encoders[name].width
         if values.shape[-1] != width:

@@ -10,8 +10,10 @@ import jax
 from ml_collections import ConfigDict
 
 from fluxdit_jax import flow, optimizer
+from fluxdit_jax.alignment import AlignmentConfig
 from fluxdit_jax.config import ConfigError
-from fluxdit_jax.dataset.fields import of_captions
+from fluxdit_jax.dataset.cells import FACTOR_BYTES
+from fluxdit_jax.dataset.fields import PATCHES, of_captions
 from fluxdit_jax.dataset.manifest import Manifest
 from fluxdit_jax.loader.reader import BatchLayout
 from fluxdit_jax.model import dit
@@ -29,6 +31,7 @@ class Settings:
     Attributes:
       model, flow, optimizer: see there.
       routing: of the tokens in training; None: none.
+      alignment: with the vision encoder's patches; None: none.
       batch: what a micro-batch consists of.
       text_limit: text tokens a longer caption is cut to; None: none of the data set is that long.
       micro_batch_size: samples of a micro-batch over all devices; global_batch_size: of an optimizer step.
@@ -38,6 +41,7 @@ class Settings:
     flow: flow.FlowConfig
     optimizer: optimizer.OptimizerConfig
     routing: Routing | None
+    alignment: AlignmentConfig | None
     batch: BatchLayout
     text_limit: int | None
     micro_batch_size: int
@@ -59,7 +63,9 @@ class Settings:
 
 def conditions_of(manifest: Manifest) -> tuple[Condition, ...]:
     """What the network is given: the conditions that the dataset stores."""
-    return tuple(Condition(name, manifest.encoders[name].width, name in manifest.lengths) for name in manifest.layout)
+    return tuple(
+        Condition(name, manifest.encoders[name].width, name in manifest.lengths) for name in manifest.conditions
+    )
 
 
 def resolve(c: ConfigDict, manifest: Manifest, first: int = 0) -> Settings:
@@ -78,7 +84,7 @@ def resolve(c: ConfigDict, manifest: Manifest, first: int = 0) -> Settings:
     lengths = {name: 8 * math.ceil(longest / 8) for name, longest in manifest.lengths.items()}
     lengths["text"] = text_tokens = c.data.text_tokens or lengths["text"]
     try:
-        drop = flow.parse_drop(c.flow.drop, list(manifest.layout), [f.name for f in of_captions(manifest.layout)])
+        drop = flow.parse_drop(c.flow.drop, list(manifest.conditions), [f.name for f in of_captions(manifest.layout)])
     except ValueError as error:
         raise ConfigError(f"config.flow.drop is {c.flow.drop!r}: {error}") from error
     dtype = c.model.dtype
@@ -95,6 +101,8 @@ def resolve(c: ConfigDict, manifest: Manifest, first: int = 0) -> Settings:
         attention=attention,
         channels=manifest.vae.width,
         conditions=conditions_of(manifest),
+        tap=c.alignment.block,
+        target_width=_target_width(c, manifest),
     )
     return Settings(
         model=model,
@@ -107,9 +115,8 @@ def resolve(c: ConfigDict, manifest: Manifest, first: int = 0) -> Settings:
             grad_accum_steps=c.optim.global_batch_size // c.data.micro_batch_size,
         ),
         routing=_fill(Routing, c.routing) if c.routing.share else None,
-        batch=BatchLayout(
-            model.patch, tokens, model.token_width, {each.name: each.width for each in model.conditions}, lengths
-        ),
+        alignment=_fill(AlignmentConfig, c.alignment) if c.alignment.block else None,
+        batch=_batch(c, manifest, model, tokens, lengths),
         text_limit=text_tokens if text_tokens < manifest.text_tokens else None,
         micro_batch_size=c.data.micro_batch_size,
         global_batch_size=c.optim.global_batch_size,
@@ -117,6 +124,31 @@ def resolve(c: ConfigDict, manifest: Manifest, first: int = 0) -> Settings:
         short_ema_decay=c.ema.short_decay,
         seed=c.seed,
     )
+
+
+def _target_width(c: ConfigDict, manifest: Manifest) -> int:
+    """Values of a stored patch, 0 without alignment; raises `ConfigError` where the dataset has none."""
+    if not c.alignment.block:
+        return 0
+    if PATCHES.name not in manifest.encoders:
+        raise ConfigError(
+            f"config.alignment.block is {c.alignment.block}, and {c.data.path} has no patches of the vision encoder: "
+            "`python -m preprocess build --output DATASET --vision-patches 256` adds them"
+        )
+    return manifest.encoders[PATCHES.name].width - FACTOR_BYTES
+
+
+def _batch(
+    c: ConfigDict, manifest: Manifest, model: dit.ModelConfig, tokens: int, lengths: dict[str, int]
+) -> BatchLayout:
+    """What a micro-batch consists of; of the patches only with alignment."""
+    widths, cell = {each.name: each.width for each in model.conditions}, 0.0
+    wanted = {name: length for name, length in lengths.items() if name in widths}
+    if c.alignment.block:
+        encoder = manifest.encoders[PATCHES.name]
+        widths[PATCHES.name], wanted[PATCHES.name] = encoder.width, manifest.lengths[PATCHES.name]
+        cell = manifest.resolution / math.isqrt(encoder.options["cells"])
+    return BatchLayout(model.patch, tokens, model.token_width, widths, wanted, cell)
 
 
 def _fill(kind: type[T], group: ConfigDict, **others: Any) -> T:

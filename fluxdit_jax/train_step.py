@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fluxdit_jax import flow
+from fluxdit_jax import alignment, flow
+from fluxdit_jax.alignment import AlignmentConfig
 from fluxdit_jax.model import dit
 from fluxdit_jax.model.conditions import Given, given
 from fluxdit_jax.model.routing import Routed, Routing, reordered
@@ -48,21 +50,27 @@ def flow_loss(
     t: jax.Array,
     noise: jax.Array,
     routed: Routed | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Runs the network on (x_t, t) and returns f32 (loss [B], prediction [B, N, P], target [B, N, P]).
+    probes: tuple[jax.Array, jax.Array] | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
+    """Runs the network on (x_t, t) and returns f32 (loss [B], prediction [B, N, P], target [B, N, P], projection).
 
-    With `routed` the tokens of prediction and target are in its order.
+    With `routed` the tokens of prediction and target are in its order. The projection is None without `probes`, see
+    `dit.DiT.__call__`.
     """
     noise = jnp.where(valid[..., None], noise, 0.0)
     if routed is not None:
         x0, noise = reordered(x0, routed.order_BxN), reordered(noise, routed.order_BxN)
-    prediction = dit.apply(graph, params, flow.interpolate(x0, noise, t), t, grid, conditions, routed)
+    options = {name: value for name, value in (("routed", routed), ("probes", probes)) if value is not None}
+    out = dit.apply(graph, params, flow.interpolate(x0, noise, t), t, grid, conditions, **options)
+    prediction, projection = (out, None) if probes is None else out
     target = flow.velocity(x0, noise)
-    return flow.sample_means(jnp.square(prediction - target), valid), prediction, target
+    return flow.sample_means(jnp.square(prediction - target), valid), prediction, target, projection
 
 
 class TrainStep(NamedTuple):
     """An optimizer step: `accumulate` for each of its micro-batches, then `update`. To be jitted, the state donated.
+
+    `accumulate` has the alignment, if there is one, and `plain` has not.
 
     Attributes:
       accumulate: (state, batch) -> (state, metrics of the micro-batch). The batch is `BatchLayout.shapes`.
@@ -71,6 +79,7 @@ class TrainStep(NamedTuple):
 
     accumulate: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     update: Callable[[TrainState], tuple[TrainState, Metrics]]
+    plain: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def make_train_step(
@@ -86,6 +95,7 @@ def make_train_step(
     short_ema_target: float | None = None,
     first_step: int = 0,
     routing: Routing | None = None,
+    aligned: AlignmentConfig | None = None,
 ) -> TrainStep:
     """Builds the pure functions of a step. All metrics are device scalars or small vectors.
 
@@ -93,24 +103,26 @@ def make_train_step(
       ema_target: decay of the EMA after its warm-up; short_ema_target: of the second one, None for none.
       first_step: of the stage, see `ema_decay`.
       routing: of the tokens; None: each goes through every block.
+      aligned: the alignment, with `model.tap`; None: none.
     """
     mean_P, std_P = statistics
     names = [condition.name for condition in model.conditions]
 
-    def loss_fn(params: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
+    def loss_fn(params: Any, probes: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
         index = batch["index"]
         x0, valid = normalize_latents(batch, mean_P, std_P)
         t = flow.draw_time(flow_config, seed, index, global_batch_size)
         noise = flow.draw_noise(seed, index, x0.shape[1:])
         keep = flow.draw_kept_conditions(flow_config, names, seed, index)
         conditions = given(model.conditions, batch, keep)
-        routed = None
+        grid, routed = batch["grid"], None
         if routing is not None:
-            length_B = batch["grid"][:, 0] * batch["grid"][:, 1]
-            routed = Routed(flow.draw_order(seed, index, valid), routing.kept(length_B), routing)
-        loss_B, prediction, target = flow_loss(graph, params, batch["grid"], conditions, x0, valid, t, noise, routed)
+            routed = Routed(flow.draw_order(seed, index, valid), routing.kept(grid[:, 0] * grid[:, 1]), routing)
+        loss_B, prediction, target, projection = flow_loss(
+            graph, params, grid, conditions, x0, valid, t, noise, routed, probes
+        )
         bin_loss, bin_count = flow.loss_by_time(loss_B, t)
-        metrics = {
+        metrics: Metrics = {
             "loss": jnp.mean(loss_B),
             "prediction_rms": jnp.sqrt(jnp.mean(flow.sample_means(jnp.square(prediction), valid))),
             "target_rms": jnp.sqrt(jnp.mean(flow.sample_means(jnp.square(target), valid))),
@@ -119,13 +131,28 @@ def make_train_step(
             "bin_loss": bin_loss,
             "bin_count": bin_count,
         }
-        return metrics["loss"], metrics
+        if projection is None or aligned is None:
+            return metrics["loss"], metrics
+        K = projection.shape[1]
+        inside = routed is not None and dit.tap_inside(model, routed.routing)
+        length_B = routed.kept_B if routed is not None and inside else grid[:, 0] * grid[:, 1]
+        order = jnp.arange(K, dtype=jnp.int32)[None, :] if routed is None else routed.order_BxN[:, :K]
+        patches = alignment.targets(batch["patches"], batch["cells"], grid, order)
+        metrics["alignment"] = {"loss": jnp.mean(alignment.loss(projection, patches, length_B))}
+        return metrics["loss"] + aligned.weight * metrics["alignment"]["loss"], metrics
 
-    def accumulate(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def accumulate(state: TrainState, batch: Batch, aligned: bool = aligned is not None) -> tuple[TrainState, Metrics]:
         """Adds a micro-batch to the running mean of the gradient. One that is not finite is left out and counted."""
         # The gradient is taken with respect to the compute-dtype weights, then accumulated in f32.
         compute = jax.tree.map(lambda p: p.astype(model.dtype), state.params)
-        grads, metrics = jax.grad(loss_fn, has_aux=True)(compute, batch)
+        probes = None
+        if aligned:
+            B, N = batch["latent"].shape[:2]
+            zeros = jnp.zeros(dit.tap_shape(model, B, N, routing), model.dtype)
+            probes = zeros, zeros
+        (grads, of_features), metrics = jax.grad(loss_fn, (0, 1), has_aux=True)(compute, probes, batch)
+        if of_features is not None:
+            metrics["alignment"]["cosine"] = alignment.agreement(*of_features)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         # Of the sum of squares: finite entries can still overflow the norm, and then clipping and the moments.
         finite = jnp.isfinite(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
@@ -170,4 +197,4 @@ def make_train_step(
         }
         return TrainState(params, opt_state, ema, state.skipped, short_ema), metrics
 
-    return TrainStep(accumulate, update)
+    return TrainStep(accumulate, update, functools.partial(accumulate, aligned=False))

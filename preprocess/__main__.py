@@ -270,6 +270,11 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     option("--text-encoder", "Hugging Face id, directory, or builtin:hash", type=expanded)
     option("--vision-encoder", "Hugging Face id, directory, or builtin:tone", type=expanded)
     option("--vision-embeddings", "folder of KEY.npy (float32 [1024]) instead of a vision encoder", type=expanded)
+    option(
+        "--vision-patches",
+        "store what the vision encoder says of each part of a picture, too, pooled to so many cells of a square one "
+        "(256, 1024), for training with alignment; 256 are 260 KB a record with a width of 1024 (default: none)",
+    )
     parser.add_argument(
         "--condition",
         action="append",

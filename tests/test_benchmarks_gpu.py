@@ -10,7 +10,7 @@ import pytest
 from wording import lines_naming, naming
 
 from benchmarks import gpu, gpu_report, gpu_sides, gpu_trace
-from fluxdit_jax.model import dit
+from fluxdit_jax.model import cost
 
 HLO = """HloModule jit_step
   %fusion.1 = bf16[8]{0} fusion(%a), kind=kLoop, metadata={op_name="jit(step)/jvp()/while/body/mul"}
@@ -36,7 +36,7 @@ def test_each_configuration_is_what_a_run_would_get(target):
         assert settings.tokens == gpu_sides.TARGETS[target].side ** 2
         assert settings.optimizer.grad_accum_steps * batch == settings.global_batch_size
         assert len(mean) == settings.model.token_width
-    same = dit.flops_per_sample(settings.model, settings.tokens, settings.batch.lengths)
+    same = cost.flops_per_sample(settings.model, settings.tokens, settings.batch.lengths)
     assert gpu_sides.flops_per_image(gpu_sides.TARGETS[target]) == 3 * same
 
 

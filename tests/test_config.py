@@ -107,6 +107,7 @@ ZERO_IS_FINE = {
     "mesh.process_id",
     "routing.first",
     "routing.last",
+    "alignment.block",
 }
 
 

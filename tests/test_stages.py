@@ -23,7 +23,7 @@ from fluxdit_jax.config import ConfigError
 from fluxdit_jax.dataset.manifest import DatasetError
 from fluxdit_jax.flow import shift_for_tokens
 from fluxdit_jax.loader import reader
-from fluxdit_jax.model import dit
+from fluxdit_jax.model import cost
 from fluxdit_jax.optimizer import learning_rate
 from fluxdit_jax.prepared import Prepared, open_source
 from fluxdit_jax.run.checkpoint import checkpoint_steps, ema_steps, restore_ema
@@ -349,7 +349,7 @@ def test_the_plan_by_hand(data: Path, tmp_path: Path) -> None:
     stages = [Prepared.of(stage) for stage in stages_of(staged(data, tmp_path / "run"))]
     plans = plan.plan_of(stages, plan.Rate(1e9, "given"))
     for one, each, steps in zip(plans, stages, (SMALL, LARGE), strict=True):
-        flops = 3 * dit.flops_per_sample(each.settings.model, each.settings.tokens, each.settings.batch.lengths)
+        flops = 3 * cost.flops_per_sample(each.settings.model, each.settings.tokens, each.settings.batch.lengths)
         assert (one.steps, one.pictures, one.flops) == (steps, 8 * steps, flops)
         assert one.seconds == pytest.approx(8 * steps * flops / 1e9)
         assert one.kwh == pytest.approx(one.seconds / 3600 * 0.45)

@@ -559,7 +559,7 @@ def test_places_are_kept_and_nothing_is_compiled_twice(config, tiny_dataset):
     manifest = load_manifest(tiny_dataset)
     settings = resolve(config, manifest)
     program = Program(settings, make_mesh(-1, 1, 4), patch_statistics(manifest.latent_mean, manifest.latent_std, 2))
-    accumulate, update = program.compile()
+    accumulate, update, _ = program.compile()
     state = program.create()
     source = reader.RecordSource(tiny_dataset, manifest, "train")
     options = {"layout": batch_layout(4, 8), "threads": 1, "prefetch": 1}

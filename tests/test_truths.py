@@ -35,7 +35,7 @@ from fluxdit_jax.export import export
 from fluxdit_jax.gate.eval_set import EvalSet
 from fluxdit_jax.gate.sampler import Sampler
 from fluxdit_jax.loader import reader
-from fluxdit_jax.model import dit
+from fluxdit_jax.model import cost, dit
 from fluxdit_jax.model.conditions import Given
 from fluxdit_jax.model.patches import patchify
 from fluxdit_jax.run import weights
@@ -533,7 +533,7 @@ def test_copies_of_a_picture_are_in_one_split(scene: Scene) -> None:
 def test_the_rates_agree_with_each_other(scene: Scene) -> None:
     logged, s = scene.logged(), scene.settings
     assert s.text_tokens == 16 > scene.manifest.text_tokens > 8
-    flops = 3 * dit.flops_per_sample(s.model, s.tokens, {"text": s.text_tokens})  # forward once, backward twice
+    flops = 3 * cost.flops_per_sample(s.model, s.tokens, {"text": s.text_tokens})  # forward once, backward twice
     peak = 2e12 * len(jax.devices())
     assert logged["mfu"] == pytest.approx(logged["tokens_per_second"] * flops / s.tokens / peak)
     grids = [r.encoded_size[0] * r.encoded_size[1] // 256 for r in scene.records("train")]

@@ -262,7 +262,7 @@ def tree_equal(a, b) -> bool:
 
 def jitted(parts: TrainStep):
     """`step(state, *micro_batches) -> (state, metrics)`: of the last micro-batch and of the update."""
-    accumulate, update = map(jax.jit, parts)
+    accumulate, update = map(jax.jit, parts[:2])
 
     def step(state, *batches):
         for batch in batches:

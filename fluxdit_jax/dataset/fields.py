@@ -2,7 +2,7 @@
 
 `DECLARED` is the table. The record and its checks, the shards' features, the index, the manifest, what a build makes
 again after a change, batches with their padding, and the network's conditions follow from it. Every field but the
-latent is a *condition*: what the network is given besides the noisy latent and the time.
+latent and the cells is a *condition*: what the network is given besides the noisy latent and the time.
 
 A name that is not in the table is that of a precomputed vector (`preprocess build --condition pose=DIR`).
 """
@@ -16,11 +16,16 @@ from collections.abc import Iterable
 import ml_dtypes
 import numpy as np
 
-BF16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
-# Kinds. A latent is [C, h, w], a sequence [n, E] with a length of its own, a vector [V] of unit L2 norm.
-GRID, SEQUENCE, VECTOR = "grid", "sequence", "vector"
+from fluxdit_jax.dataset.cells import factors_of
+
+BF16, F32, INT8 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32), np.dtype(np.int8)
+# Kinds. A latent is [C, h, w], a sequence [n, E] with a length of its own, a vector [V] of unit L2 norm, cells are
+# [n, V + 2] as `cells` packs them: a target of training, which the network is not given.
+GRID, SEQUENCE, VECTOR, CELLS = "grid", "sequence", "vector", "cells"
+_DTYPES = {GRID: BF16, SEQUENCE: BF16, VECTOR: F32, CELLS: INT8}
+_SHAPES = {GRID: "[C, h, w]", SEQUENCE: "[n >= 1, width]", VECTOR: "[width]", CELLS: "[n >= 1, width]"}
 IMAGE, CAPTION, FILE = "image", "caption", "file"  # what a tensor is made from
-Layout = dict[str, "int | None"]  # of a shard's conditions: a sequence's width, None for a vector
+Layout = dict[str, "int | None"]  # of a shard's fields but the latent: the width of a row, None for a vector
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,30}")
 # Not names of further conditions: features and columns of a record, arrays of a batch, modules of the network, and
 # `all` in the dropout.
@@ -36,7 +41,7 @@ class Field:
 
     Attributes:
       name: in records, batches and parameters.
-      kind: GRID (the latent), SEQUENCE or VECTOR; it decides rank, dtype and check.
+      kind: GRID (the latent), SEQUENCE, VECTOR or CELLS; it decides rank, dtype and check.
       made_from: IMAGE, CAPTION (of a picture with several captions there are several), or FILE: precomputed.
       maker: what makes it, in words.
     """
@@ -48,20 +53,26 @@ class Field:
 
     @property
     def encoder(self) -> str:
-        """Name of its encoder in the manifest: a condition's is its own."""
+        """Name of its encoder in the manifest: but for the latent its own."""
         return "vae" if self.kind == GRID else self.name
 
     @property
     def dtype(self) -> np.dtype:
-        return F32 if self.kind == VECTOR else BF16
+        return _DTYPES[self.kind]
+
+    @property
+    def in_rows(self) -> bool:
+        """Whether it is [n, width], with n of its own in every record."""
+        return self.kind in (SEQUENCE, CELLS)
 
     def fault(self, array: np.ndarray) -> str | None:
         """What is wrong with an array of this field, None if nothing is."""
-        shape = {GRID: "[C, h, w]", SEQUENCE: "[n >= 1, width]", VECTOR: "[width]"}[self.kind]
+        shape = _SHAPES[self.kind]
         if array.ndim != shape.count(",") + 1 or array.dtype != self.dtype or 0 in array.shape:
             return f"must be {self.dtype} {shape}, got {array.dtype} {list(array.shape)}"
         if self.kind != VECTOR:
-            return None if _all_finite(array) else "has a value that is not finite"
+            finite = np.isfinite(factors_of(array)).all() if self.kind == CELLS else _all_finite(array)
+            return None if finite else "has a value that is not finite"
         with np.errstate(all="ignore"):
             if abs(float(np.dot(array, array)) - 1.0) < 1.9e-3:  # clear in f32; borderline norms are taken in f64
                 return None
@@ -74,8 +85,9 @@ class Field:
 LATENT = Field("latent", GRID, IMAGE, "VAE")
 TEXT = Field("text", SEQUENCE, CAPTION, "text encoder")
 VISION = Field("vision", VECTOR, IMAGE, "vision encoder")
+PATCHES = Field("patches", CELLS, IMAGE, "vision encoder")
 USUAL = (TEXT.name, VISION.name)  # the conditions that every dataset has
-DECLARED = {field.name: field for field in (LATENT, TEXT, VISION)}
+DECLARED = {field.name: field for field in (LATENT, TEXT, VISION, PATCHES)}
 
 
 def field_named(name: str) -> Field:
@@ -96,6 +108,11 @@ def ordered(names: Iterable[str]) -> tuple[str, ...]:
     """Names of fields in the order of the table, then the undeclared ones by name."""
     names = set(names)
     return (*(name for name in DECLARED if name in names), *sorted(names - DECLARED.keys()))
+
+
+def conditions(layout: Layout) -> tuple[str, ...]:
+    """Names of the conditions."""
+    return tuple(name for name in layout if field_named(name).kind != CELLS)
 
 
 def of_captions(layout: Layout) -> list[Field]:

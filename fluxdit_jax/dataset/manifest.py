@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fluxdit_jax.dataset.fields import LATENT, SEQUENCE, USUAL, VECTOR, Layout, field_named, name_fault, ordered
+from fluxdit_jax.dataset.fields import LATENT, USUAL, VECTOR, Layout, conditions, field_named, name_fault, ordered
 from fluxdit_jax.shared.sanitize import plain_name
 
 FORMAT_VERSION = 1
@@ -115,13 +115,18 @@ class Manifest:
 
     @functools.cached_property
     def layout(self) -> Layout:
-        """Of the conditions of every record."""
+        """Of the fields of every record but the latent."""
         names = ordered(self.encoders.keys() - {"vae"})
         return {name: self.encoders[name].width if name in self.lengths else None for name in names}
 
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """What the network can be given."""
+        return conditions(self.layout)
+
     def further(self) -> list[str]:
         """The conditions besides the caption and the vision vector."""
-        return [name for name in self.layout if name not in USUAL]
+        return [name for name in self.conditions if name not in USUAL]
 
     def records(self, split: str) -> int:
         """Number of records in a split."""
@@ -241,15 +246,13 @@ def _read_further(raw: Any, encoders: dict[str, EncoderIdentity], lengths: dict[
         prefix = f"conditions.{name}."
         if name in _ENCODERS or name_fault(name):
             raise DatasetError(f"{source}: conditions has the name {name!r}: {name_fault(name) or 'it is a field'}")
-        is_sequence = isinstance(about, dict) and "length" in about
-        kind = SEQUENCE if is_sequence else VECTOR
-        if field_named(name).kind != kind:
-            raise DatasetError(
-                f"{source}: {prefix[:-1]} is a {kind}, and this version has it as a {field_named(name).kind}"
-            )
-        _check_types(about, {"encoder": "dict"} | ({"length": "int"} if is_sequence else {}), source, prefix)
+        in_rows, field = isinstance(about, dict) and "length" in about, field_named(name)
+        if field.in_rows != in_rows:
+            kind = "a sequence or cells" if in_rows else f"a {VECTOR}"
+            raise DatasetError(f"{source}: {prefix[:-1]} is {kind}, and this version has it as a {field.kind}")
+        _check_types(about, {"encoder": "dict"} | ({"length": "int"} if in_rows else {}), source, prefix)
         encoders[name] = _encoder(about["encoder"], source, f"{prefix}encoder.")
-        if is_sequence:
+        if in_rows:
             lengths[name] = about["length"]
 
 

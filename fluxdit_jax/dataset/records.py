@@ -25,7 +25,19 @@ import numpy as np
 from tensorflow_datasets.proto import tf_example_pb2
 
 from fluxdit_jax.dataset import captions, tf_example
-from fluxdit_jax.dataset.fields import BF16, CAPTION, LATENT, SEQUENCE, USUAL, Layout, field_named, of_captions, ordered
+from fluxdit_jax.dataset.cells import grid_of
+from fluxdit_jax.dataset.fields import (
+    BF16,
+    CAPTION,
+    LATENT,
+    PATCHES,
+    SEQUENCE,
+    USUAL,
+    Layout,
+    field_named,
+    of_captions,
+    ordered,
+)
 from fluxdit_jax.dataset.manifest import DatasetError, Manifest
 
 WRITER_OPTIONS = "group_size:1,uncompressed"  # 3x faster random reads than zstd for 22 % more disk
@@ -50,7 +62,8 @@ class Record:
       caption: the caption as it was encoded.
       latent: bfloat16 [C, h, w], after the VAE's own shift and scale, not dataset-normalised.
       conditions: by name, see `fields`: sequences bfloat16 [n, width] of the n valid tokens only (padding is never
-        stored), vectors float32 [width] of unit L2 norm. "text" and "vision" are always among them.
+        stored), vectors float32 [width] of unit L2 norm. "text" and "vision" are always among them. Beside them stand
+        the cells, if there are any.
       original_size: (height, width) of the source image after EXIF orientation, pixels.
       encoded_size: (height, width) that the VAE saw: the bucket, pixels.
       content_hash: sha256 of the source image file, hex.
@@ -98,10 +111,7 @@ class Record:
 
     def layout(self) -> Layout:
         """Of its conditions."""
-        return {
-            name: array.shape[-1] if field_named(name).kind == SEQUENCE else None
-            for name, array in self.conditions.items()
-        }
+        return {name: array.shape[-1] if field_named(name).in_rows else None for name, array in self.conditions.items()}
 
 
 def check_record(record: Record) -> None:
@@ -154,6 +164,10 @@ def check_fit(record: Record, manifest: Manifest) -> None:
         most = manifest.lengths.get(name)
         if most is not None and (longest := max(map(len, record.of_all_captions(name)))) > most:
             fail(f"{longest} {name} tokens, the manifest says at most {most}")
+        if name == PATCHES.name:
+            grid = grid_of(record.encoded_size, manifest.resolution, manifest.encoders[name].options["cells"])
+            if len(array) != math.prod(grid):
+                fail(f"{len(array)} cells of patches, the manifest says {grid[0]} rows of {grid[1]}")
 
 
 def encode_record(record: Record) -> bytes:
@@ -360,5 +374,5 @@ def tfds_features(manifest: Manifest) -> Any:
     }
     for name in ordered(manifest.layout):
         field, width = field_named(name), manifest.encoders[name].width
-        declared[name] = tensor((None, width) if field.kind == SEQUENCE else (width,), field.dtype)
+        declared[name] = tensor((None, width) if field.in_rows else (width,), field.dtype)
     return features.FeaturesDict(declared)

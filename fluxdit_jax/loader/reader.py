@@ -147,6 +147,7 @@ class BatchLayout:
       token_width: values of one.
       widths: of each condition, by name.
       lengths: tokens that each sequence among them is padded or cut to.
+      cell: side in pixels of a cell of the patches, if they are among them, see `cells.grid_of`.
     """
 
     patch: int
@@ -154,16 +155,17 @@ class BatchLayout:
     token_width: int
     widths: dict[str, int]
     lengths: dict[str, int]
+    cell: float = 0.0
 
     def __hash__(self) -> int:
-        return hash((self.patch, self.tokens, self.token_width, *self.widths.items(), *self.lengths.items()))
+        return hash((self.patch, self.tokens, self.token_width, *self.widths.items(), *self.lengths.items(), self.cell))
 
     def shapes(self, rows: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """(shape, dtype) of every array.
 
         latent bf16 [B, tokens, P], grid int32 [B, 2], of each sequence NAME bf16 [B, length, E] and NAME_length int32
         [B], of each vector f32 [B, V], index uint32 [B] (the sample's number), replaced bool [B] (it stands in for a
-        damaged record).
+        damaged record). Patches are int8 [B, length, V + 2] with the rows and columns of their cells, int32 [B, 2].
         """
         shapes: dict[str, tuple[tuple[int, ...], Any]] = {
             "latent": ((self.tokens, self.token_width), BF16),
@@ -175,6 +177,8 @@ class BatchLayout:
                 shapes |= {name: ((self.lengths[name], width), dtype), f"{name}_length": ((), np.int32)}
             else:
                 shapes[name] = ((width,), dtype)
+        if self.cell:
+            shapes["cells"] = ((2,), np.int32)
         shapes |= {"index": ((), np.uint32), "replaced": ((), np.bool_)}
         return {name: ((rows, *shape), np.dtype(dtype)) for name, (shape, dtype) in shapes.items()}
 
@@ -205,7 +209,7 @@ def collate(
     latent = batch["latent"].view(np.uint16)
     sequences = [(name, batch[name].view(np.uint16), length) for name, length in layout.lengths.items()]
     vectors = [(name, batch[name]) for name in layout.widths if name not in layout.lengths]
-    grids, counts = [], []
+    grids, cell_grids, counts = [], [], []
     patch = layout.patch
     for row, record in enumerate(records):
         _, h, w = record.latent.shape
@@ -228,9 +232,12 @@ def collate(
         for name, out in vectors:
             _copy(record.conditions[name], out[row])
         grids.append((rows, columns))
+        cell_grids.append([max(1, round(side / layout.cell)) for side in record.encoded_size] if layout.cell else None)
         counts.append(used)
     filled[:] = counts
     batch["grid"][:] = grids
+    if layout.cell:
+        batch["cells"][:] = cell_grids
     for number, name in enumerate(names, 1):
         batch[f"{name}_length"][:] = filled[:, number]
     batch["index"][:] = index

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -28,6 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 from fluxdit_jax.model import attention
 from fluxdit_jax.model.conditions import Condition, Given, joined
 from fluxdit_jax.model.matmul import matmul, repeat_rows, row_major
+from fluxdit_jax.model.rotary import rotary, rotate
 from fluxdit_jax.model.routing import Routed, Routing, select
 
 # What a block keeps for the backward pass; the rest is computed again.
@@ -44,12 +46,7 @@ REMAT_POLICIES = {
     "block": jax.checkpoint_policies.nothing_saveable,
 }
 TIME_FEATURES = 256
-ROPE_THETA = 100.0  # wavelengths from 6 to about 600 tokens; 10,000 would leave most pairs nearly constant
-# What rotary positions count. Attention sees differences of positions only, so centring them would change nothing.
-#   index   rows and columns of tokens: a distance is so many tokens at every resolution
-#   scaled  parts of the picture, whose area is SCALED_SIDE squared: a distance is so much of the picture
-POSITIONS = ("index", "scaled")
-SCALED_SIDE = 16.0  # at 256 px with patch 2 both count the same
+PROJECTOR, PROJECTOR_HIDDEN = "projector", 2  # the name of its parameters; widths of the network
 N_BLOCK_MODULATIONS = 7  # shift, scale, gate for self-attention and for the MLP; gate for cross-attention
 
 
@@ -64,9 +61,11 @@ class ModelConfig:
       conditions: what the network is given; parameters are created in this order, vectors before sequences. At
         least one of them is a sequence.
       dtype: compute dtype, "bfloat16" or "float32".
-      positions: one of `POSITIONS`.
+      positions: one of `rotary.POSITIONS`.
       remat: a key of `REMAT_POLICIES`.
       attention: "cudnn" or "xla" (see `attention.choose_implementation`).
+      tap: blocks before the projector, whose parameters are there for training alone; 0: there is none.
+      target_width: values that it predicts for each token.
     """
 
     width: int = 384
@@ -79,6 +78,8 @@ class ModelConfig:
     positions: str = "index"
     remat: str = "none"
     attention: str = "xla"
+    tap: int = 0
+    target_width: int = 0
 
     @property
     def sequences(self) -> tuple[Condition, ...]:
@@ -132,35 +133,6 @@ def time_features(t_B: jax.Array) -> jax.Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def rotary(
-    grid_Bx2: jax.Array, index_BxN: jax.Array, head_dim: int, positions: str = "index"
-) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of each token's rotary angles from its row and column, f32 [B, N, head_dim / 2] each.
-
-    Args:
-      grid_Bx2: int32 (rows, columns) of each sample's token grid.
-      index_BxN: int32, or [1, N] for all samples alike: the patch i of each token is at (i // columns, i % columns).
-      positions: one of `POSITIONS`.
-    """
-    pairs = head_dim // 4  # pairs per axis: half of the head turns with the row, half with the column
-    frequencies = ROPE_THETA ** (-jnp.arange(pairs, dtype=jnp.float32) / pairs)
-    columns = grid_Bx2[:, 1:2]
-    position_BxNx2 = jnp.stack([index_BxN // columns, index_BxN % columns], axis=-1).astype(jnp.float32)
-    if positions == "scaled":
-        area = (grid_Bx2[:, 0] * grid_Bx2[:, 1]).astype(jnp.float32)
-        position_BxNx2 = position_BxNx2 * (SCALED_SIDE / jnp.sqrt(area))[:, None, None]
-    angles = position_BxNx2[..., None] * frequencies
-    angles = angles.reshape(*angles.shape[:2], 2 * pairs)
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x_BxNxHxd: jax.Array, cos_BxNxd2: jax.Array, sin_BxNxd2: jax.Array) -> jax.Array:
-    """Turns the pairs (x[i], x[i + d/2]) by the angles of `rotary`, in f32."""
-    a, b = jnp.split(x_BxNxHxd.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos_BxNxd2[:, :, None], sin_BxNxd2[:, :, None]
-    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x_BxNxHxd.dtype)
-
-
 class SelfAttention(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.heads, self.implementation = config.heads, config.attention
@@ -207,6 +179,19 @@ class Mlp(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
         return self.down(jax.nn.silu(gate) * up)
+
+
+class Projector(nnx.Module):
+    """From a block's features to what alignment holds them against: an MLP of three layers (arXiv:2410.06940)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        hidden = PROJECTOR_HIDDEN * config.width
+        self.enter = Dense(config.width, hidden, rngs=rngs, bias=True)
+        self.hidden = Dense(hidden, hidden, rngs=rngs, bias=True)
+        self.leave = Dense(hidden, config.target_width, rngs=rngs, bias=True)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.leave(jax.nn.silu(self.hidden(jax.nn.silu(self.enter(x)))))
 
 
 class Block(nnx.Module):
@@ -265,6 +250,8 @@ class DiT(nnx.Module):
 
         self.blocks = stack(rngs)
         self.out = Dense(D, config.token_width, rngs=rngs, bias=True, scale=0.0)
+        if config.tap:
+            setattr(self, PROJECTOR, Projector(config, rngs=rngs))
 
     def __call__(
         self,
@@ -273,7 +260,8 @@ class DiT(nnx.Module):
         grid_Bx2: jax.Array,
         conditions: dict[str, Given],
         routed: Routed | None = None,
-    ) -> jax.Array:
+        probes: tuple[jax.Array, jax.Array] | None = None,
+    ) -> Any:
         """Predicts the velocity.
 
         Args:
@@ -282,9 +270,12 @@ class DiT(nnx.Module):
           grid_Bx2: int32 (rows, columns) of tokens; the first rows*columns of N are real.
           conditions: all of `config.conditions`, by name.
           routed: which tokens skip the middle blocks; `x_BxNxP` is in its order then. None: no token does.
+          probes: zeros of the shape and dtype of the features at the tap, `tap_shape`. The first is added to them, the
+            second to what the projector is given: their gradients are those of the features, all and by the projector.
 
         Returns:
-          f32 [B, N, P]; what stands at padding tokens is meaningless.
+          f32 [B, N, P]; what stands at padding tokens is meaningless. With `probes` (that, the projector's f32
+          [B, K, target_width] of the K tokens that are there at the tap).
         """
         config = self.config
         dtype = jnp.dtype(config.dtype)
@@ -310,18 +301,24 @@ class DiT(nnx.Module):
                 body = jax.checkpoint(body, prevent_cse=False, policy=REMAT_POLICIES[config.remat])
             return jax.lax.scan(body, x, blocks)[0]
 
-        if routed is None:
-            x = through(x, stacked, cos, sin, length_B)
-        else:
-            K, (a, b) = routed.routing.length(x.shape[1]), routed.routing.middle(config.depth)
-            before, middle, after = (
-                jax.tree.map(lambda p, part=part: p[part], stacked) for part in (slice(a), slice(a, b), slice(b, None))
-            )
-            x = through(x, before, cos, sin, length_B)
-            x = select(through(x[:, :K], middle, cos[:, :K], sin[:, :K], routed.kept_B), x, routed.kept_B)
-            x = through(x, after, cos, sin, length_B)
+        everything, kept_B = x, length_B  # the tokens outside of the middle blocks, while x is inside
+        a, b = (0, config.depth) if routed is None else routed.routing.middle(config.depth)
+        ends = sorted({0, a, b, config.depth} | ({config.tap} if probes is not None else set()))
+        for begin, end in itertools.pairwise(ends):
+            blocks = stacked if end - begin == config.depth else jax.tree.map(lambda p, i=begin, j=end: p[i:j], stacked)
+            if routed is not None and begin == a:
+                everything, kept_B = x, routed.kept_B
+                x = x[:, : routed.routing.length(x.shape[1])]
+            K = x.shape[1]
+            x = through(x, blocks, cos[:, :K], sin[:, :K], kept_B)
+            if probes is not None and end == config.tap:
+                x = x + probes[0]
+                projected = getattr(self, PROJECTOR)(x + probes[1]).astype(jnp.float32)
+            if routed is not None and end == b:
+                x, kept_B = select(x, everything, kept_B), length_B
         x = rms_norm(x) * (1 + scale) + shift
-        return self.out(x).astype(jnp.float32)
+        velocity = self.out(x).astype(jnp.float32)
+        return velocity if probes is None else (velocity, projected)
 
     def _sequence(self, name: str, given: Given) -> tuple[jax.Array, jax.Array]:
         """(tokens [B, T, D], length [B]) of a sequence; that of the null is 1."""
@@ -354,36 +351,23 @@ def initialize(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     return nnx.to_pure_dict(nnx.split(DiT(config, rngs=nnx.Rngs(params=key)))[1])
 
 
-def apply(graph: Any, params: dict[str, Any], *args: Any) -> jax.Array:
+def apply(graph: Any, params: dict[str, Any], *args: Any, **options: Any) -> Any:
     """Runs the network with a parameter tree as `build` describes it. See `DiT.__call__`."""
-    return nnx.merge(graph, params)(*args)
+    return nnx.merge(graph, params)(*args, **options)
+
+
+def tap_shape(config: ModelConfig, batch: int, tokens: int, routing: Routing | None = None) -> tuple[int, int, int]:
+    """[B, K, D] of the features at the tap: of the K tokens that go through the block before it."""
+    inside = routing is not None and tap_inside(config, routing)
+    return batch, routing.length(tokens) if routing is not None and inside else tokens, config.width
+
+
+def tap_inside(config: ModelConfig, routing: Routing) -> bool:
+    """Whether the block before the tap is one that tokens skip."""
+    begin, end = routing.middle(config.depth)
+    return begin < config.tap <= end
 
 
 def count_parameters(config: ModelConfig) -> int:
     """Number of parameters, without allocating any."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(build(config)[1]))
-
-
-def flops_per_sample(config: ModelConfig, tokens: int, lengths: dict[str, int], routing: Routing | None = None) -> int:
-    """Forward matrix-product FLOPs of one sample (2 per multiply-add), counted by hand.
-
-    XLA's own cost analysis counts the body of a scan once. Training costs three times this, recomputation
-    not included, as model FLOPs utilisation is defined (arXiv:2204.02311, appendix B).
-
-    Args:
-      tokens: of the image. lengths: of each sequence. routing: of a training step; None: of a dense one.
-    """
-    D, N, T = config.width, tokens, sum(lengths[c.name] for c in config.sequences)
-
-    def block(N: int) -> int:
-        flops = 2 * N * D * (3 * D + D)  # self-attention projections
-        flops += 4 * N * N * D  # logits and weighted sum
-        flops += 2 * N * D * 2 * D + 2 * T * D * 2 * D + 4 * N * T * D  # cross-attention
-        return flops + 2 * N * D * 3 * config.mlp_hidden
-
-    a, b = (0, 0) if routing is None else routing.middle(config.depth)
-    blocks = (config.depth - (b - a)) * block(N) + ((b - a) * block(routing.length(N)) if routing else 0)
-    ends = 2 * N * 2 * config.token_width * D + sum(2 * lengths[c.name] * c.width * D for c in config.sequences)
-    vectors = sum(c.width for c in config.vectors)
-    vector = 2 * D * (TIME_FEATURES + D + vectors + (N_BLOCK_MODULATIONS + 2) * D)
-    return blocks + ends + vector

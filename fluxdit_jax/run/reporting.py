@@ -57,7 +57,7 @@ class Reporter:
     ):
         """
         Args:
-          metric_shapes: of the packed metrics of "accumulate" and "update"; see `metrics.unpack`.
+          metric_shapes: of the packed metrics of each program of a step; see `metrics.unpack`.
           batch_size: samples per micro-batch.
           flops_per_token: of forward and backward pass, recomputation not counted.
           peak_flops: of all devices per second; 0 if not known.
@@ -145,7 +145,7 @@ class Reporter:
         self._step_started += seconds
 
     def take(self, program: str, values: Any) -> None:
-        """Keeps the packed metrics of a program that was dispatched, "accumulate" or "update", and reads those before.
+        """Keeps the packed metrics of a program that was dispatched, and reads those before.
 
         Raises:
           BrokenRun: see `Watchdog`.
@@ -160,7 +160,7 @@ class Reporter:
         (program, values), self._unread = self._unread, None
         metrics = unpack(np.asarray(values), self._shapes[program])
         try:
-            (self._read_micro_batch if program == "accumulate" else self._read_update)(metrics)
+            (self._read_update if program == "update" else self._read_micro_batch)(metrics)
         except BrokenRun as error:
             self._writer.text(self._step, "health/broken", str(error))
             raise
@@ -225,6 +225,8 @@ class Reporter:
         for index, (total, count) in enumerate(self._bins.T):
             if count:
                 scalars[f"loss_by_time/{index / TIME_BINS:.3f}"] = float(total / count)
+        if aligned := [micro["alignment"] for micro in self._micro_batches if "alignment" in micro]:
+            scalars |= {f"alignment_{name}": float(np.mean([each[name] for each in aligned])) for name in aligned[0]}
         for name, norm in metrics["grad_norm_groups"].items():
             scalars[f"gradient_norm_by_group/{name.replace('/', '.')}"] = float(norm)
         self._writer.scalars(step, scalars | dict(self._constants))

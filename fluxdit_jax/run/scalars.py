@@ -31,6 +31,16 @@ SCALARS = {
         "RMS of the predicted over that of the target velocity. Healthy: from 0 towards 1, mostly 0.8 to 1. "
         "Below 0.3 after the warm-up: it predicts the mean of everything, which is grey. Above 1.5: it has diverged.",
     ),
+    "alignment_loss": (
+        LEARNING,
+        "1 - cosine of the projected features with the vision encoder's patches (`alignment.block`). Healthy: falls "
+        "from 1, fast at first.",
+    ),
+    "alignment_cosine": (
+        LEARNING,
+        "Cosine of the alignment's gradient with the flow's, of the features at the tap. Above 0 it helps the flow; "
+        "once it stays at 0 or below, end the alignment (`alignment.until`).",
+    ),
     "ema_distance": (
         LEARNING,
         "Distance of the weights from their EMA. Healthy: falls with the learning rate, constant at a constant one.",

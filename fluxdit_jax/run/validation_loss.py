@@ -76,7 +76,7 @@ class ValidationLoss:
             noise = flow.draw_noise(0, batch["index"], x0.shape[1:])
             keep = {c.name: jnp.ones_like(batch["index"], bool) for c in config.conditions}
             conditions = given(config.conditions, batch, keep)
-            loss_B, _, _ = flow_loss(graph, params, batch["grid"], conditions, x0, valid, batch["t"], noise)
+            loss_B, *_ = flow_loss(graph, params, batch["grid"], conditions, x0, valid, batch["t"], noise)
             loss_B = loss_B * batch["weight"]
             bin_loss, bin_count = flow.loss_by_time(loss_B, batch["t"], batch["weight"])
             return jnp.sum(loss_B), bin_loss, bin_count

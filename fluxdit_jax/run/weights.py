@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from fluxdit_jax.model.dit import PROJECTOR
 from fluxdit_jax.run.checkpoint import (
     AVERAGE_DIGEST,
     CHECKPOINTS,
@@ -27,6 +28,7 @@ from fluxdit_jax.run.checkpoint import (
     first_line,
     read_ema,
 )
+from fluxdit_jax.run.digest import tree_digest
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,6 +50,13 @@ class Weights:
     path: Path
     digest: str
     note: str = ""
+
+    def without_projector(self) -> Weights:
+        """These without the projector of a run with alignment, which serves training alone."""
+        if PROJECTOR not in self.ema:
+            return self
+        ema = {name: part for name, part in self.ema.items() if name != PROJECTOR}
+        return dataclasses.replace(self, ema=ema, digest=tree_digest(ema))
 
     def __str__(self) -> str:
         name = "EMA" if self.folder == EMA else "short EMA"

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 
 from fluxdit_jax import config as configuration
 from fluxdit_jax.config import ConfigError
+from fluxdit_jax.dataset.fields import LATENT
 from fluxdit_jax.dataset.manifest import DatasetError, EncoderIdentity, Manifest, Shard
 from fluxdit_jax.model import dit
 from fluxdit_jax.renamed_keys import converted
@@ -65,7 +66,7 @@ def describe(config: ConfigDict, settings: Settings, manifest: Manifest, weights
         "flow": flow | {"drop": config.flow.drop},
         "tokens": settings.tokens,
         "text_tokens": settings.text_tokens,
-        "longest": manifest.lengths,
+        "longest": {name: manifest.lengths[name] for name in manifest.conditions if name in manifest.lengths},
         "latent_mean": manifest.latent_mean,
         "latent_std": manifest.latent_std,
         "resolution": manifest.resolution,
@@ -73,7 +74,9 @@ def describe(config: ConfigDict, settings: Settings, manifest: Manifest, weights
         "fit": manifest.fit,
         "vision_resolution": manifest.vision_resolution,
         "sizes": [{"width": w, "height": h, "pictures": count} for (h, w), count in sizes],
-        "encoders": {name: dataclasses.asdict(each) for name, each in manifest.encoders.items()},
+        "encoders": {
+            name: dataclasses.asdict(manifest.encoders[name]) for name in (LATENT.encoder, *manifest.conditions)
+        },
         "ema_step": weights.step,
         "weights": {"average": weights.folder, "digest": weights.digest, "from": weights.path.parent.name},
     }

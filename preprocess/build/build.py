@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from fluxdit_jax.dataset.fields import CAPTION, DECLARED, GRID, Field
+from fluxdit_jax.dataset.fields import CAPTION, CELLS, DECLARED, GRID, Field
 from fluxdit_jax.dataset.grid import INPUT_GRID, read_grid
 from fluxdit_jax.dataset.manifest import MANIFEST, REJECTS, DatasetError, EncoderIdentity, Manifest
 from fluxdit_jax.shared.host_memory import keep_freed_memory
@@ -19,7 +19,7 @@ from preprocess import PreprocessError
 from preprocess.build import comparison, repeat
 from preprocess.build.encode import Counts, Encoders, Encoding
 from preprocess.build.journal import Journal
-from preprocess.build.options import ENCODERS, Options
+from preprocess.build.options import Options, option_of
 from preprocess.build.parts import Part, all_locked, load_parts, require_place, tasks, tensors_of
 from preprocess.build.plan import Fingerprints, Identities, NothingToBuild, Plan, make_plan
 from preprocess.build.publish import LOG_FILE, OPTIONS_FILE, finish, publish, roll_forward, save_options, save_rejects
@@ -40,6 +40,7 @@ from preprocess.encoders import (
     load_vision_encoder,
     require_libraries,
 )
+from preprocess.encoders.patches import Cells
 from preprocess.input.findings import Reject, Scan, counted
 from preprocess.input.precomputed import Folder, folders
 from preprocess.input.scan import scan
@@ -146,8 +147,11 @@ def _require_kept(parts: list[Part], repairing: bool = False) -> None:
 
 def _real(options: Options) -> list[tuple[str, str]]:
     """(option, spec) of the encoders that need PyTorch."""
-    flags = {name: "--" + option.replace("_", "-") for name, option in ENCODERS.items()}
-    return [(flags[name], spec) for name, spec in options.specs().items() if not spec.startswith("builtin:")]
+    return [
+        (f"--{option_of(name).replace('_', '-')}", spec)
+        for name, spec in options.specs().items()
+        if not spec.startswith("builtin:")
+    ]
 
 
 def _torch_device(options: Options) -> torch.device:
@@ -173,8 +177,9 @@ def _likely_identities(options: Options, folders: list[Folder], earlier: list[re
     for part, spec in options.specs().items():
         found[part] = EncoderIdentity(spec, "", "not known", dtype, 0)
         for before in earlier:
-            if before and before.identities and before.values.get(ENCODERS[part]) == spec:
-                identity = before.identities[part]
+            known = before.identities or {} if before else {}
+            if before and part in known and before.values.get(option_of(part)) == spec:
+                identity = known[part]
                 found[part] = dataclasses.replace(
                     identity, dtype=identity.dtype if spec.startswith("builtin:") else dtype
                 )
@@ -298,7 +303,8 @@ def _load(options: Options, precomputed: list[Folder]) -> Encoders:
     keep_freed_memory(large_too=not _real(options) or _torch_device(options).type == "cpu")
     specs = options.specs()
     fields = [field for field in DECLARED.values() if field.encoder in specs]
-    loaded = load_all(*(functools.partial(_encoder, field, specs[field.encoder], options) for field in fields))
+    vision = functools.cache(lambda: load_vision_encoder(options.vision_encoder, options.device, options.dtype))
+    loaded = load_all(*(functools.partial(_encoder, field, specs[field.encoder], options, vision) for field in fields))
     by_name = {folder.field.name: folder for folder in precomputed}
     encoders = Encoders({field.name: made for field, made in zip(fields, loaded, strict=True)}, by_name)
     if options.modulus % encoders.vae.factor:
@@ -308,13 +314,15 @@ def _load(options: Options, precomputed: list[Folder]) -> Encoders:
     return encoders
 
 
-def _encoder(field: Field, spec: str, options: Options) -> Any:
-    """Loads what makes a field."""
+def _encoder(field: Field, spec: str, options: Options, vision: Callable[[], Any]) -> Any:
+    """Loads what makes a field; `vision` gives the vision encoder, which is loaded once."""
     if field.kind == GRID:
         return load_vae(spec, options.device, options.dtype, options.latent, options.seed)
     if field.made_from == CAPTION:
         return load_text_encoder(spec, options.device, options.dtype, options.max_tokens)
-    return load_vision_encoder(spec, options.device, options.dtype)
+    if field.kind == CELLS:
+        return Cells(vision(), options.vision_resolution or options.resolution, options.vision_patches)
+    return vision()
 
 
 class _Progress:

@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from fluxdit_jax.dataset.fields import CAPTION, IMAGE, LATENT, SEQUENCE, Layout, field_named
+from fluxdit_jax.dataset.cells import factors_of
+from fluxdit_jax.dataset.fields import CAPTION, CELLS, IMAGE, LATENT, Layout, field_named
 from fluxdit_jax.dataset.records import Record
 from preprocess.build.jobs import Job, Loaded, Target, Task, batches, field_of
 from preprocess.build.options import Options
@@ -121,7 +122,7 @@ class Encoding:
         self._of_captions = [name for name in prints.names if field_named(name).made_from == CAPTION]
         self._others = [name for name in prints.names if name not in (LATENT.name, *self._of_captions)]
         self._layout: Layout = {
-            name: encoders.identities[field_named(name).encoder].width if field_named(name).kind == SEQUENCE else None
+            name: encoders.identities[field_named(name).encoder].width if field_named(name).in_rows else None
             for name in prints.names
             if name != LATENT.name
         }
@@ -308,6 +309,8 @@ class Encoding:
     @staticmethod
     def _take(job: Job, index: int, name: str, made: np.ndarray | tuple[np.ndarray, ...]) -> None:
         parts = made if isinstance(made, tuple) else (made,)
+        if field_named(field_of(name)).kind == CELLS:
+            parts = tuple(map(factors_of, parts))
         if all(np.isfinite(part).all() for part in parts):
             job.tensors[index][name] = made
         elif index not in job.rejects:

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fluxdit_jax.dataset.cells import COUNTS
+from fluxdit_jax.dataset.fields import PATCHES, VISION
 from preprocess import PreprocessError, encoders
 from preprocess.buckets import TOKEN_SIDE, Size, bucket_table, default_modulus
 
@@ -17,6 +19,11 @@ if TYPE_CHECKING:  # the command line's help needs the defaults above and not Pi
 FITS = ("resize", "pad", "crop")
 # The option that names each encoder, by the encoder's name in the manifest; "": the field is not made.
 ENCODERS = {"vae": "vae", "text": "text_encoder", "vision": "vision_encoder"}
+
+
+def option_of(encoder: str) -> str:
+    """The option that names an encoder; the patches are those of the vision encoder."""
+    return ENCODERS["vision" if encoder == PATCHES.encoder else encoder]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +36,7 @@ class Options:
     text_encoder: str = encoders.DEFAULT_TEXT
     vision_encoder: str = encoders.DEFAULT_VISION
     vision_embeddings: str = ""
+    vision_patches: int = 0  # cells of a square picture that its patches are pooled to; 0: none are stored
     condition: tuple[str, ...] = ()  # NAME=DIR each
     resolution: int = 1024
     resolutions: tuple[int, ...] = ()  # of several, `resolution` is the largest; (): one dataset
@@ -73,6 +81,9 @@ class Options:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise PreprocessError(f"--{name.replace('_', '-')} must be from {low} to {high}, got {value}")
+        if self.vision_patches not in (0, *COUNTS):
+            known = ", ".join(map(str, COUNTS))
+            raise PreprocessError(f"--vision-patches must be 0 (none) or one of {known}, got {self.vision_patches}")
         if self.fit not in FITS:
             raise PreprocessError(f"--fit must be one of {', '.join(FITS)}, got {self.fit!r}")
         if Path(self.input).expanduser().resolve() == Path(self.output).expanduser().resolve():
@@ -128,9 +139,11 @@ class Options:
     def specs(self) -> dict[str, str]:
         """The encoders to load, by their names in the manifest."""
         specs = {name: getattr(self, option) for name, option in ENCODERS.items()}
-        return {
-            name: spec for name, spec in specs.items() if spec and not (name == "vision" and self.vision_embeddings)
-        }
+        if self.vision_embeddings:
+            del specs[VISION.name]
+        if self.vision_patches:
+            specs[PATCHES.name] = self.vision_encoder
+        return {name: spec for name, spec in specs.items() if spec}
 
     def buckets(self) -> tuple[Size, ...]:
         """The bucket table."""

@@ -20,8 +20,8 @@ from preprocess.build.units import WORK
 # They say where something is, or which inputs are taken: judged by what would become of the records. A dataset that
 # grows by them loses nothing. The others decide what every record is.
 _SELECTING = (
-    "input", "limit", *ENCODERS.values(), "vision_embeddings", "condition", "caption_field", "allow_outside",
-    "min_side", "max_pixels",
+    "input", "limit", *ENCODERS.values(), "vision_embeddings", "vision_patches", "condition", "caption_field",
+    "allow_outside", "min_side", "max_pixels",
 )  # fmt: skip
 _DECISIVE = (
     "resolution",

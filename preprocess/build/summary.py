@@ -114,6 +114,7 @@ def report_result(
     listed = collections.Counter(reject.reason for reject in plan.rejects if not reject.counted)
     reasons.update(reject.reason for _, info, _ in finished for reject in info.rejects)
     names = {"latent": "latents", "text": "captions", "vision": "vision vectors"}
+    names |= {"patches": "pictures' patches"} if options.vision_patches else {}
     made = ", ".join(f"{counts.made.get(name, 0):,} {what}" for name, what in names.items())
     journal.say(f"  encoded {made}; {counts.reused:,} tensors taken over from before")
     if further := manifest.further():

@@ -141,12 +141,14 @@ def load_all(*loaders: Callable[[], Any]) -> list[Any]:
     """
     from preprocess.encoders.downloads import Unreachable, together
 
-    loaded, missing = [], []
+    loaded: list[Any] = []
+    missing: list[Unreachable] = []
     for load in loaders:
         try:
             loaded.append(load())
         except Unreachable as error:
-            missing.append(error)
+            if all(each.wanted != error.wanted for each in missing):  # one encoder may make several fields
+                missing.append(error)
     if missing:
         raise together(missing)
     return loaded

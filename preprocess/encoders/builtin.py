@@ -231,6 +231,7 @@ class HashText:
 
 _VISION_WIDTH = 1024
 _GRID = 32
+_PATCH = 16  # pixels, as of DINOv3
 _FLOOR = 0.004  # linear light added before a logarithm: about the darkest grey that a screen shows
 _CONSTANT = 2.0  # a feature that never changes, so that the unit norm does not hide how strong the others are
 # Name, typical value, spread: stops (log2). The spread is the unit in which a feature counts, about how much
@@ -359,6 +360,18 @@ class ToneVision:
           ValueError: not uint8 RGB.
         """
         return _one_by_one(self._embed_one, self.features(images))
+
+    def encode_patches(self, images: np.ndarray) -> np.ndarray:
+        """uint8 [B, H, W, 3] to float32 [B, h, w, 1024]: brightness and colour of 4 x 4 parts of each 16 pixels."""
+        _check_images(images, "builtin:tone")
+        height, width = (size // _PATCH for size in images.shape[1:3])
+        if min(height, width) < 1:
+            raise ValueError(f"builtin:tone: pictures of at least {_PATCH} pixels a side, got {images.shape}")
+        part = _PATCH // 4
+        linear = self._linear[images[:, : height * _PATCH, : width * _PATCH]]
+        parts = linear.reshape(len(images), height, 4, part, width, 4, part, 3).mean(axis=(3, 6))
+        parts = np.log2(parts + _FLOOR).transpose(0, 1, 3, 2, 4, 5).reshape(len(images), height, width, 48)
+        return (parts @ _hadamard_rows(48, _VISION_WIDTH)).astype(np.float32)
 
     def _embed_one(self, features: np.ndarray) -> np.ndarray:
         standard = (features - self._typical) / self._spread

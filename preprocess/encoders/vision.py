@@ -38,7 +38,7 @@ def input_size(height: int, width: int, patch: int, side: int = SIDE) -> tuple[i
 
 
 class TorchVision:
-    """The normed CLS token of a DINO ViT, scaled to unit length.
+    """The normed CLS token of a DINO ViT, scaled to unit length, and its patches.
 
     Args: see `preprocess.encoders.load_vision_encoder`.
     """
@@ -57,6 +57,8 @@ class TorchVision:
         mean, std = _normalisation(found)
         self._mean = torch.tensor(mean, device=self._device).view(1, 3, 1, 1)
         self._std = torch.tensor(std, device=self._device).view(1, 3, 1, 1)
+        self._prefix = 1 + int(getattr(self._model.config, "num_register_tokens", 0))  # tokens before the patches
+        self._last: tuple[np.ndarray, np.ndarray] | None = None
         options = {"class": type(self._model).__name__, "patch": self._patch, "side": SIDE}
         options |= {"resample": "bicubic", "mean": list(mean), "std": list(std)}
         self.identity = EncoderIdentity(
@@ -102,17 +104,34 @@ class TorchVision:
         Raises:
           PreprocessError: one image does not fit the device.
         """
+        vectors = self._features(images)[:, 0].astype(np.float64)
+        return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+    def encode_patches(self, images: np.ndarray) -> np.ndarray:
+        """The same pictures to float32 [B, h, w, width]: the normed token of each patch."""
+        features = self._features(images)[:, 1:]
+        height, width = input_size(images.shape[1], images.shape[2], self._patch)
+        return features.reshape(len(features), height // self._patch, width // self._patch, -1)
+
+    def _features(self, images: np.ndarray) -> np.ndarray:
+        """float32 [B, 1 + patches, width]: the pooled output, then the patches.
+
+        Those of the last pictures are kept, so that the model runs once for their vectors and their patches.
+        """
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
             raise PreprocessError(f"{OPTION}: takes uint8 [B, H, W, 3], got {images.dtype} {images.shape}")
         prepared = np.stack([self.prepare(image) for image in images])
-        return devices.in_halves(self._encode, prepared, OPTION)
+        if self._last is None or not np.array_equal(prepared, self._last[0]):
+            self._last = prepared, devices.in_halves(self._run, prepared, OPTION)
+        return self._last[1]
 
     @torch.inference_mode()
-    def _encode(self, images: np.ndarray) -> np.ndarray:
+    def _run(self, images: np.ndarray) -> np.ndarray:
         pixels = torch.from_numpy(images).to(self._device).permute(0, 3, 1, 2).float() / 255
         pixels = ((pixels - self._mean) / self._std).to(self._dtype)
-        vectors = self._model(pixel_values=pixels).pooler_output.float().cpu().numpy().astype(np.float64)
-        return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+        out = self._model(pixel_values=pixels)
+        features = torch.cat([out.pooler_output[:, None], out.last_hidden_state[:, self._prefix :]], dim=1)
+        return features.float().cpu().numpy()
 
 
 def _normalisation(found: weights.Found) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fluxdit_jax.dataset.cells import FACTOR_BYTES
 from fluxdit_jax.dataset.fields import CAPTION, LATENT, field_named
 from fluxdit_jax.shared.cli import duration
 from fluxdit_jax.shared.sanitize import shown
@@ -62,6 +63,7 @@ def forecast(plan: Plan) -> Forecast:
     tokens = np.array([min(options.max_tokens, len(text) / _CHARACTERS_A_TOKEN + 1) for text in texts])
     pixels = np.array([item.bucket[0] * item.bucket[1] for item in plan.items])
     record = 2 * _CHANNELS * pixels.mean() / _FACTOR**2 + 4 * _VISION_WIDTH + _RECORD_OVERHEAD
+    record += options.vision_patches * (_VISION_WIDTH + FACTOR_BYTES)
     record += (2 * _TEXT_WIDTH * tokens.sum() + sum(len(text.encode()) for text in texts)) / len(plan.items)
     return Forecast(
         counts=table,

@@ -143,7 +143,7 @@ results, programs, states = {}, {}, {}
 for layout in layouts:
     mesh = mesh_of(*layout)
     program = programs[layout] = Program(settings, mesh, statistics)
-    (accumulate, update), state = program.compile(), program.create()
+    (accumulate, update, _), state = program.compile(), program.create()
     losses, norms = [], []
     for number in range(6):
         batch = make_batch(size=8, first_index=8 * number)

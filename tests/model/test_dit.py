@@ -21,7 +21,7 @@ from training_helpers import (
     tiny_optimizer,
 )
 
-from fluxdit_jax.model import attention, dit
+from fluxdit_jax.model import attention, dit, rotary
 from fluxdit_jax.optimizer import build_optimizer, gradient_norms, path_name
 from fluxdit_jax.state import create_state
 from fluxdit_jax.train_step import make_train_step, patch_statistics
@@ -304,10 +304,10 @@ def test_every_parameter_has_gradient_after_two_steps(two_steps):
 
 def test_rotary_positions_are_relative_and_tell_rows_from_columns():
     grid, head_dim = np.array([[5, 7]], np.int32), 16
-    cos, sin = dit.rotary(grid, np.arange(35)[None], head_dim)
+    cos, sin = rotary.rotary(grid, np.arange(35)[None], head_dim)
     rng = np.random.default_rng(0)
     q, k = (np.broadcast_to(rng.normal(size=head_dim), (1, 35, 1, head_dim)) for _ in range(2))
-    rotated = [np.asarray(dit.rotate(jnp.asarray(x, jnp.float32), cos, sin))[0, :, 0] for x in (q, k)]
+    rotated = [np.asarray(rotary.rotate(jnp.asarray(x, jnp.float32), cos, sin))[0, :, 0] for x in (q, k)]
     np.testing.assert_allclose(np.linalg.norm(rotated[0], axis=1), np.linalg.norm(q[0, 0, 0]), rtol=1e-6)
     products = (rotated[0] @ rotated[1].T).reshape(5, 7, 5, 7)
     by_offset: dict[tuple[int, int], list[float]] = {}

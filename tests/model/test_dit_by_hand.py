@@ -14,7 +14,7 @@ from flops import product_flops
 from network_by_hand import predicted
 from training_helpers import TEXT_WIDTH, VISION_WIDTH, arguments, conditions, lively, network_inputs, tiny_model
 
-from fluxdit_jax.model import dit
+from fluxdit_jax.model import cost, dit, rotary
 from fluxdit_jax.model.conditions import Condition, given, joined
 from fluxdit_jax.optimizer import path_name
 
@@ -33,7 +33,7 @@ def test_widths_that_follow_from_others():
 
 
 def test_rotary_angles_in_closed_form():
-    cos, sin = dit.rotary(np.array([[2, 3], [3, 2]], np.int32), np.arange(7)[None], head_dim=16)
+    cos, sin = rotary.rotary(np.array([[2, 3], [3, 2]], np.int32), np.arange(7)[None], head_dim=16)
     assert cos.shape == sin.shape == (2, 7, 8)
     for sample, columns in enumerate((3, 2)):
         for token in range(7):
@@ -219,7 +219,7 @@ def test_flops_against_the_program_and_against_xla(depth):
     graph, shapes = dit.build(config)
     tokens, text_tokens = 48, 24
     inputs = network_inputs(config, grids=((6, 8),), tokens=tokens, text_tokens=text_tokens)
-    by_hand = dit.flops_per_sample(config, tokens, {"text": text_tokens})
+    by_hand = cost.flops_per_sample(config, tokens, {"text": text_tokens})
 
     def run(params):
         return dit.apply(graph, params, *arguments(inputs))

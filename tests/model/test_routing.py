@@ -27,7 +27,7 @@ from training_helpers import (
 )
 
 from fluxdit_jax import flow
-from fluxdit_jax.model import dit
+from fluxdit_jax.model import cost, dit
 from fluxdit_jax.model.routing import Routed, Routing, reordered
 from fluxdit_jax.optimizer import build_optimizer
 from fluxdit_jax.settings import resolve
@@ -144,9 +144,9 @@ def test_flops_of_a_routed_step_against_the_program():
     config = tiny_model(width=96, depth=5, heads=3)
     graph, shapes = dit.build(config)
     inputs = network_inputs(config, grids=((6, 8),), tokens=48)
-    by_hand = dit.flops_per_sample(config, 48, {"text": 5}, HALF)
+    by_hand = cost.flops_per_sample(config, 48, {"text": 5}, HALF)
     program = jax.make_jaxpr(lambda params: dit.apply(graph, params, *arguments(inputs), routed_of(inputs, HALF)))
-    assert by_hand == product_flops(program(shapes).jaxpr) < dit.flops_per_sample(config, 48, {"text": 5})
+    assert by_hand == product_flops(program(shapes).jaxpr) < cost.flops_per_sample(config, 48, {"text": 5})
 
 
 # ------------------------------------------------------------------------------------------------ the step
