@@ -210,13 +210,11 @@ def require_kept(found: Comparison, output: str, differences: dict[str, str], re
     Raises:
       WouldLose: more than a few records would be dropped or encoded again; it says how many, and why.
     """
-    allowed = (
-        tuple(found.changed)
-        if repairing
-        else ()
-        if set(differences) - {"input", "condition", "vision_patches"}
-        else _EDITED
-    )
+    allowed: tuple[str, ...] = ()
+    if repairing:
+        allowed = tuple(found.changed)
+    elif not set(differences) - {"input", "condition", "vision_patches"}:
+        allowed = _EDITED
     going = found.going(allowed)
     count = sum(map(len, going.values()))
     few = 0 if differences else max(_FEW, int(_FEW_SHARE * found.records))
