@@ -64,14 +64,16 @@ def draw(drawing: Drawing, folder: Path) -> None:
 
 
 def shuffle_captions(folder: Path, output: Path, seed: int = 0) -> None:
-    """The pictures of a folder, as links, each with the caption of another."""
+    """The pictures of a folder, as links, each with the caption of another composition."""
     output.mkdir(exist_ok=True)
-    pictures = sorted(folder.glob("*.png"))
-    for number, source in enumerate(np.random.default_rng(seed).permutation(len(pictures))):
-        path = output / pictures[number].name
+    captions = {path.stem.rpartition("_")[0]: path.read_text() for path in sorted(folder.glob("*.json"))}
+    order = np.random.default_rng(seed).permutation(list(captions))
+    other = dict(zip(order, np.roll(order, 1), strict=True))
+    for picture in folder.glob("*.png"):
+        path = output / picture.name
         path.unlink(missing_ok=True)
-        path.hardlink_to(pictures[number])
-        path.with_suffix(".json").write_text(pictures[source].with_suffix(".json").read_text())
+        path.hardlink_to(picture)
+        path.with_suffix(".json").write_text(captions[other[picture.stem.rpartition("_")[0]]])
 
 
 def main() -> None:

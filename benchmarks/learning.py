@@ -86,7 +86,7 @@ def curve(workdir: Path, heldout: Path | None) -> Curve:
         RecordSource(directory, load_manifest(directory), "train" if heldout else "holdout"),
         mesh=prepared.mesh,
         statistics=prepared.statistics,
-        layout=settings.batch,
+        layout=settings.batch.without_patches(),
         batch_size=48,
         pictures=PICTURES,
         times=TIMES,
@@ -140,8 +140,12 @@ def show(rows: list[dict[str, Any]]) -> str:
         curves: dict[str, dict[int, Curve]] = {}
         for row in (row for row in rows if row["set"] == name):
             curves.setdefault(row["variant"], {})[row["seed"]] = row["curve"]
-        base = curves[next(iter(VARIANTS))]
-        lines = [row_of(variant, curves[variant], base) for variant in VARIANTS if curves.get(variant)]
+        base = curves.get(next(iter(VARIANTS)), {})
+        lines = [
+            row_of(variant, curves[variant], base)
+            for variant in VARIANTS
+            if curves.get(variant, {}).keys() & base.keys()
+        ]
         header = ["variant", "seeds", "steps", "loss", "TFLOP", "s", "at equal steps", "at equal FLOPs", "at equal s"]
         parts.append(f"{name}\n\n{table(header, lines)}")
     return "\n\n".join(parts)

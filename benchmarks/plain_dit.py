@@ -147,7 +147,7 @@ def initialize(config: ModelConfig, key: jax.Array) -> dict:
 
 
 def flops_per_sample(config: ModelConfig, tokens: int, lengths: dict[str, int]) -> int:
-    """Forward matrix-product FLOPs of a sample, counted as `model.flops_per_sample` does."""
+    """Forward matrix-product FLOPs of a sample, counted as `cost.flops_per_sample` does."""
     D, N, T = config.width, tokens, sum(lengths[c.name] for c in config.sequences)
     block = 2 * N * D * 4 * D + 4 * N * N * D
     block += 2 * N * D * 2 * D + 2 * T * D * 2 * D + 4 * N * T * D

@@ -40,7 +40,7 @@ def cell_of_token(index_BxN: jax.Array, grid_Bx2: jax.Array, cells_Bx2: jax.Arra
     """The number of the cell that covers the middle of each token, int32 [B, N].
 
     Args:
-      index_BxN: the patch that each token is, as in `dit.rotary`.
+      index_BxN: the patch that each token is, as in `rotary.rotary`.
       grid_Bx2, cells_Bx2: (rows, columns) of the tokens and of the cells.
     """
     rows, columns = grid_Bx2[:, :1], grid_Bx2[:, 1:]
@@ -57,7 +57,11 @@ def targets(rows_BxMxW: jax.Array, cells_Bx2: jax.Array, grid_Bx2: jax.Array, in
     real = (jnp.arange(patches.shape[1])[None, :] < count_B[:, None])[..., None]
     mean = jnp.sum(jnp.where(real, patches, 0.0), axis=1, keepdims=True) / count_B[:, None, None]
     cell = jnp.clip(cell_of_token(index_BxK, grid_Bx2, cells_Bx2), 0, patches.shape[1] - 1)
-    return jnp.take_along_axis(patches, cell[..., None], axis=1) - mean
+    own = jnp.take_along_axis(patches, cell[..., None], axis=1)
+    centred = own - mean
+    # A picture of one colour has patches that are all alike: what is left of them is rounding, and says nothing.
+    tells = jnp.sum(centred**2, axis=-1, keepdims=True) > 1e-6 * jnp.sum(own**2, axis=-1, keepdims=True)
+    return jnp.where(tells, centred, 0.0)
 
 
 def loss(projected_BxKxV: jax.Array, target_BxKxV: jax.Array, length_B: jax.Array) -> jax.Array:
@@ -72,12 +76,7 @@ def _cosine(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.sum(a * b, axis=-1) * jax.lax.rsqrt(squares + 1e-12)
 
 
-def agreement(total: jax.Array, own: jax.Array) -> jax.Array:
-    """Cosine of the alignment's gradient of the features with the flow's.
-
-    Args:
-      total: gradient of both losses. own: of the alignment's.
-    """
-    total, own = total.astype(jnp.float32).ravel(), own.astype(jnp.float32).ravel()
-    flow = total - own
+def agreement(flow: jax.Array, own: jax.Array) -> jax.Array:
+    """Cosine of the alignment's gradient of the features with the flow's, f32."""
+    flow, own = flow.astype(jnp.float32).ravel(), own.astype(jnp.float32).ravel()
     return jnp.vdot(flow, own) / jnp.maximum(jnp.linalg.norm(flow) * jnp.linalg.norm(own), 1e-30)

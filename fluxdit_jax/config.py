@@ -121,7 +121,9 @@ KEYS = {
     ),
     # routing
     "routing.share": Key(
-        _ROUTING.share, "of each picture's tokens that skip the middle blocks in training (TREAD); 0: none", DECAY
+        _ROUTING.share,
+        "of each picture's tokens that skip the middle blocks in training (TREAD), to a thousandth; 0: none",
+        Bounds(lambda x: x == 0 or 0.001 <= x <= 0.999, "0, or from 0.001 to 0.999"),
     ),
     "routing.first": Key(_ROUTING.first, "blocks before those skipped, which all tokens go through", NOT_NEGATIVE),
     "routing.last": Key(_ROUTING.last, "blocks after them", NOT_NEGATIVE),
@@ -129,8 +131,8 @@ KEYS = {
     "alignment.block": Key(
         0, "features after so many blocks are held against the vision encoder's patches (REPA); 0: none", NOT_NEGATIVE
     ),
-    "alignment.weight": Key(_ALIGNMENT.weight, "of its loss, beside that of the flow", NOT_NEGATIVE),
-    "alignment.until": Key(int, "the last step with it; None: to the end", POSITIVE),
+    "alignment.weight": Key(_ALIGNMENT.weight, "of its loss, beside that of the flow", POSITIVE),
+    "alignment.until": Key(int, "the last step with it, counted from the start of the run; None: to the end", POSITIVE),
     # flow
     "flow.mean": Key(_FLOW.mean, "of the logit of t", FINITE),
     "flow.std": Key(_FLOW.std, "of the logit of t", POSITIVE),

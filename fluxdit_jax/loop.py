@@ -21,11 +21,10 @@ from fluxdit_jax.model import dit
 from fluxdit_jax.optimizer import learning_rate
 from fluxdit_jax.plan import training_flops
 from fluxdit_jax.prepared import Prepared, open_source
-from fluxdit_jax.program import ACCUMULATE, PLAIN, UPDATE
 from fluxdit_jax.run import reporting
 from fluxdit_jax.run.checkpoint import Checkpoints
 from fluxdit_jax.run.health import Monitor
-from fluxdit_jax.run.metrics import MetricsWriter
+from fluxdit_jax.run.metrics import ACCUMULATE, PLAIN, UPDATE, MetricsWriter
 from fluxdit_jax.run.profile import Trace
 from fluxdit_jax.run.signals import Signals, any_process
 from fluxdit_jax.run.soundness import Watchdog
@@ -194,7 +193,7 @@ def _reporter(run: Run, present: Prepared, step: int, unfinished: dict[str, Any]
     config, settings = present.stage.config, present.settings
     return reporting.Reporter(
         writer=run.writer,
-        monitor=Monitor(config.optim.lr, config.optim.warmup_steps, _untrained_nulls(settings)),
+        monitor=Monitor(config.optim.lr, config.optim.warmup_steps, _untrained(settings)),
         watchdog=Watchdog(config.health.max_skipped, dit.count_parameters(settings.model), config.optim.lr),
         schedule=learning_rate(settings.optimizer, config.optim.lr),
         metric_shapes=present.program.metric_shapes,
@@ -209,10 +208,11 @@ def _reporter(run: Run, present: Prepared, step: int, unfinished: dict[str, Any]
     )
 
 
-def _untrained_nulls(settings: Settings) -> frozenset[str]:
-    """Nulls of conditions that are never dropped: they get no gradient."""
+def _untrained(settings: Settings) -> frozenset[str]:
+    """What may get no gradient: nulls of conditions that are never dropped, and the projector once alignment ended."""
     dropped = {name for subset, share in settings.flow.drop for name in subset if share}
-    return frozenset(f"null_{each.name}" for each in settings.model.conditions if each.name not in dropped)
+    nulls = {f"null_{each.name}" for each in settings.model.conditions if each.name not in dropped}
+    return frozenset(nulls | {dit.PROJECTOR})
 
 
 def _constants(run: Run, present: Prepared) -> dict[str, float]:

@@ -68,6 +68,14 @@ def describe(stages: Sequence[Prepared]) -> None:
                 "routing%s: in training %.0f %% of a picture's tokens skip the blocks %d to %d of %d",
                 *(of, 100 * routing.share, begin + 1, end, m.depth),
             )
+    if m.tap:
+        until = config.alignment.until
+        log.info(
+            "alignment: features after block %d of %d, weight %g, %s",
+            *(m.tap, m.depth, config.alignment.weight, "to the end" if until is None else f"to step {until}"),
+        )
+        if until is not None and until >= stages[-1].stage.last:
+            log.warning("alignment.until is %d, which is not before the last step: it does not end", until)
     lines, warnings = plan.in_words(stages)
     log.info("the plan:")
     for line in lines:

@@ -101,6 +101,8 @@ def of_one_image_set(stages: list[Prepared]) -> str:
         if each.settings.model.conditions != first.settings.model.conditions:
             return f"stage {name} has other conditions than {first.stage.name}"
         for encoder, identity in first.manifest.encoders.items():
+            if encoder not in each.manifest.encoders:
+                continue  # patches that one of them has not: `resolve` says so where they are needed
             if each.manifest.encoders[encoder].sha256 != identity.sha256:
                 return f"the {encoder} encoder of stage {name} is not that of {first.stage.name}"
     return ""

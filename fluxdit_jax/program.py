@@ -13,12 +13,10 @@ from fluxdit_jax.device import sharding
 from fluxdit_jax.device.memory_plan import MemoryPlan, plan
 from fluxdit_jax.model import dit
 from fluxdit_jax.optimizer import build_optimizer
-from fluxdit_jax.run.metrics import pack
+from fluxdit_jax.run.metrics import ACCUMULATE, PLAIN, UPDATE, pack
 from fluxdit_jax.settings import Settings
 from fluxdit_jax.state import TrainState, create_state
 from fluxdit_jax.train_step import make_train_step
-
-ACCUMULATE, PLAIN, UPDATE = "accumulate", "plain", "update"
 
 
 class CompiledStep(NamedTuple):
@@ -73,6 +71,12 @@ class Program:
     def create(self) -> TrainState:
         """The state at step 0, a function of the seed alone."""
         return self._create(jax.random.key(self._settings.seed))
+
+    def new_projector(self) -> Any:
+        """The projector of `create`, on the host."""
+        model = self._settings.model
+        make = jax.jit(lambda key: dit.initialize(model, key)[dit.PROJECTOR])
+        return jax.device_get(make(jax.random.key(self._settings.seed)))
 
     def from_ema(self, ema: Any) -> TrainState:
         """The state at step 0 with the weights of another run's EMA."""

@@ -96,9 +96,11 @@ def sample(arguments: argparse.Namespace) -> list[np.ndarray]:
     print(f"weights: {shown(str(weights))}")
     why = "" if arguments.size else ", the most common size of the training pictures; others by --size"
     print(f"size: {in_words(size)} (width x height){why}")
+    digest = weights.without_projector().digest  # which an export has as well
     if again is not None:
         others = bool(arguments.given & {"step", "weights"})
-        recipe.check_weights(again, weights.digest, others, arguments.recipe)
+        known = weights.digest if again.digest == weights.digest else digest
+        recipe.check_weights(again, known, others, arguments.recipe)
     given, told = _given(arguments, reference, manifest, again)
     _note_untrained(settings, arguments, given)
     spec = _text_encoder(arguments, manifest)
@@ -108,7 +110,7 @@ def sample(arguments: argparse.Namespace) -> list[np.ndarray]:
         arguments={name: getattr(arguments, name) for name in recipe.ARGUMENTS}
         | {"size": in_words(size), "step": weights.step, "weights": weights.folder}
         | {name: str(folder.absolute()) for name in ("workdir", "model") if (folder := getattr(arguments, name))},
-        digest=weights.digest,
+        digest=digest,
         weights_path=str(weights.path.absolute()),
         batch_size=again.batch_size if again and again.batch_size else min(BATCH, len(requests)),
         given=given,

@@ -115,8 +115,8 @@ def resolve(c: ConfigDict, manifest: Manifest, first: int = 0) -> Settings:
             grad_accum_steps=c.optim.global_batch_size // c.data.micro_batch_size,
         ),
         routing=_fill(Routing, c.routing) if c.routing.share else None,
-        alignment=_fill(AlignmentConfig, c.alignment) if c.alignment.block else None,
-        batch=_batch(c, manifest, model, tokens, lengths),
+        alignment=_alignment(c, first),
+        batch=_batch(manifest, model, tokens, lengths, patches=_alignment(c, first) is not None),
         text_limit=text_tokens if text_tokens < manifest.text_tokens else None,
         micro_batch_size=c.data.micro_batch_size,
         global_batch_size=c.optim.global_batch_size,
@@ -138,13 +138,21 @@ def _target_width(c: ConfigDict, manifest: Manifest) -> int:
     return manifest.encoders[PATCHES.name].width - FACTOR_BYTES
 
 
+def _alignment(c: ConfigDict, first: int) -> AlignmentConfig | None:
+    """The alignment of the steps after `first`; its end is None where that is not before the last step."""
+    if not c.alignment.block or (c.alignment.until is not None and c.alignment.until <= first):
+        return None
+    ends = c.alignment.until is not None and c.alignment.until < c.train.steps
+    return AlignmentConfig(c.alignment.weight, c.alignment.until if ends else None)
+
+
 def _batch(
-    c: ConfigDict, manifest: Manifest, model: dit.ModelConfig, tokens: int, lengths: dict[str, int]
+    manifest: Manifest, model: dit.ModelConfig, tokens: int, lengths: dict[str, int], patches: bool
 ) -> BatchLayout:
-    """What a micro-batch consists of; of the patches only with alignment."""
+    """What a micro-batch consists of."""
     widths, cell = {each.name: each.width for each in model.conditions}, 0.0
     wanted = {name: length for name, length in lengths.items() if name in widths}
-    if c.alignment.block:
+    if patches:
         encoder = manifest.encoders[PATCHES.name]
         widths[PATCHES.name], wanted[PATCHES.name] = encoder.width, manifest.lengths[PATCHES.name]
         cell = manifest.resolution / math.isqrt(encoder.options["cells"])

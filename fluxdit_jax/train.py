@@ -28,8 +28,10 @@ from fluxdit_jax.device.memory_plan import OutOfMemory
 from fluxdit_jax.device.sharding import MeshError
 from fluxdit_jax.gate.requirement import GateError, report_pictures, require_report
 from fluxdit_jax.loop import Position, Run, run_stage
+from fluxdit_jax.model import dit
 from fluxdit_jax.plan import in_words
 from fluxdit_jax.prepared import Prepared, of_one_image_set
+from fluxdit_jax.program import Program
 from fluxdit_jax.run import continuation, reporting
 from fluxdit_jax.run.checkpoint import (
     CheckpointError,
@@ -44,11 +46,11 @@ from fluxdit_jax.run.run_directory import RunError, RunLock, check_resume, diffe
 from fluxdit_jax.run.signals import Signals
 from fluxdit_jax.run.soundness import BrokenRun
 from fluxdit_jax.run.timer import IntervalTimer
-from fluxdit_jax.run.weights import places, restore_weights
+from fluxdit_jax.run.weights import Weights, places, restore_weights
 from fluxdit_jax.shared import cli
 from fluxdit_jax.shared.host_memory import keep_freed_memory
 from fluxdit_jax.stages import stages_of
-from fluxdit_jax.state import TrainState
+from fluxdit_jax.state import TrainState, shape_difference
 from fluxdit_jax.vae.files import DecoderError
 
 log = logging.getLogger("fluxdit_jax")
@@ -189,10 +191,22 @@ def _first_position(config: ConfigDict, first: Prepared, checkpoints: Checkpoint
         log.info("continuing with the full state of %s", config.resume.from_run)
         return dataclasses.replace(_whole_steps(*restored), unfinished=None)
     weights = restore_weights(Path(config.resume.from_run))
-    require_same_shapes(str(weights.path), weights.ema, program.abstract.params)
+    ema = _with_projector(weights, program)
+    require_same_shapes(str(weights.path), ema, program.abstract.params)
     difference = difference_from(Path(config.resume.from_run), weights.step, first.manifest)
     log.info("starting from the EMA of %s at step %d; data: %s", config.resume.from_run, weights.step, difference)
-    return Position(program.from_ema(weights.ema), 0)
+    return Position(program.from_ema(ema), 0)
+
+
+def _with_projector(weights: Weights, program: Program) -> Any:
+    """The weights of another run with a projector if this one has one: theirs, or a new one where theirs differs."""
+    wanted = program.abstract.params.get(dit.PROJECTOR)
+    own = weights.without_projector().ema
+    if wanted is None:
+        return own
+    theirs = weights.ema.get(dit.PROJECTOR)
+    fits = theirs is not None and shape_difference(theirs, wanted) is None
+    return own | {dit.PROJECTOR: theirs if fits else program.new_projector()}
 
 
 def _whole_steps(state: TrainState, meta: dict[str, Any]) -> Position:

@@ -70,11 +70,10 @@ def flow_loss(
 class TrainStep(NamedTuple):
     """An optimizer step: `accumulate` for each of its micro-batches, then `update`. To be jitted, the state donated.
 
-    `accumulate` has the alignment, if there is one, and `plain` has not.
-
     Attributes:
       accumulate: (state, batch) -> (state, metrics of the micro-batch). The batch is `BatchLayout.shapes`.
       update: state -> (state, metrics of the step).
+      plain: as `accumulate`, without the alignment.
     """
 
     accumulate: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -141,12 +140,12 @@ def make_train_step(
         metrics["alignment"] = {"loss": jnp.mean(alignment.loss(projection, patches, length_B))}
         return metrics["loss"] + aligned.weight * metrics["alignment"]["loss"], metrics
 
-    def accumulate(state: TrainState, batch: Batch, aligned: bool = aligned is not None) -> tuple[TrainState, Metrics]:
+    def accumulate(state: TrainState, batch: Batch, align: bool = aligned is not None) -> tuple[TrainState, Metrics]:
         """Adds a micro-batch to the running mean of the gradient. One that is not finite is left out and counted."""
         # The gradient is taken with respect to the compute-dtype weights, then accumulated in f32.
         compute = jax.tree.map(lambda p: p.astype(model.dtype), state.params)
         probes = None
-        if aligned:
+        if align:
             B, N = batch["latent"].shape[:2]
             zeros = jnp.zeros(dit.tap_shape(model, B, N, routing), model.dtype)
             probes = zeros, zeros
@@ -197,4 +196,4 @@ def make_train_step(
         }
         return TrainState(params, opt_state, ema, state.skipped, short_ema), metrics
 
-    return TrainStep(accumulate, update, functools.partial(accumulate, aligned=False))
+    return TrainStep(accumulate, update, functools.partial(accumulate, align=False))

@@ -36,15 +36,18 @@ from fluxdit_jax.config import ConfigError
 from fluxdit_jax.dataset import cells
 from fluxdit_jax.dataset.manifest import load_manifest
 from fluxdit_jax.export import export
+from fluxdit_jax.gate.requirement import family
 from fluxdit_jax.loader import reader
 from fluxdit_jax.model import dit
 from fluxdit_jax.model.routing import Routed, Routing
 from fluxdit_jax.optimizer import build_optimizer
+from fluxdit_jax.prepared import Prepared
 from fluxdit_jax.run.checkpoint import restore_ema
 from fluxdit_jax.run.metrics import read_metrics
 from fluxdit_jax.sample import sample
 from fluxdit_jax.sampling.arguments import parse_arguments
 from fluxdit_jax.settings import resolve
+from fluxdit_jax.stages import add_stage, stages_of
 from fluxdit_jax.state import create_state
 from fluxdit_jax.train import train
 from fluxdit_jax.train_step import make_train_step, patch_statistics, valid_tokens
@@ -142,9 +145,9 @@ def test_the_loss_in_closed_form():
 # ------------------------------------------------------------------------------------------------ the step
 
 
-def step_of(depth: int, aligned: AlignmentConfig | None, routing: Routing | None = None, tap: int = 2):
-    """(state, step, settings) of a tiny network; without alignment it has no projector."""
-    config = tiny_model(depth=depth, tap=tap if aligned else 0, target_width=6 if aligned else 0)
+def step_of(depth: int, aligned: AlignmentConfig | None, routing: Routing | None = None, tap: int = 2, **changes):
+    """(state, step) of a tiny network; without alignment it has no projector."""
+    config = tiny_model(depth=depth, tap=tap if aligned else 0, target_width=6 if aligned else 0, **changes)
     graph, shapes = dit.build(config)
     optimizer = build_optimizer(tiny_optimizer())
     step = make_train_step(
@@ -220,12 +223,13 @@ def test_the_logged_cosine_is_that_of_both_gradients_of_the_features(quick_compi
         velocity, projected = dit.apply(graph, params, *arguments(inputs), probes=probes)
         return jnp.mean((velocity - target) ** 2), jnp.mean(alignment.loss(projected, patches, jnp.full(3, 4)))
 
-    total, own = jax.grad(lambda p: losses(p)[0] + 0.5 * losses(p)[1])((zeros, zeros))
+    of_flow, own = jax.grad(lambda p: losses(p)[0] + 0.5 * losses(p)[1])((zeros, zeros))
     flow_alone = jax.grad(lambda z: losses((z, zeros))[0])(zeros)
-    own_alone = 0.5 * jax.grad(lambda z: losses((z, zeros))[1])(zeros)
+    own_alone = 0.5 * jax.grad(lambda z: losses((zeros, z))[1])(zeros)
     np.testing.assert_allclose(own, own_alone, rtol=1e-4, atol=1e-7)
     expected = np.vdot(flow_alone, own_alone) / np.linalg.norm(flow_alone) / np.linalg.norm(own_alone)
-    assert alignment.agreement(total, own) == pytest.approx(expected, rel=1e-3)
+    np.testing.assert_allclose(of_flow, flow_alone, rtol=1e-4, atol=1e-7)
+    assert alignment.agreement(of_flow, own) == pytest.approx(expected, rel=1e-3)
 
 
 def test_features_of_kept_tokens_alone_are_aligned(quick_compile):
@@ -286,17 +290,75 @@ def test_the_projector_is_not_exported_and_pictures_are_the_same(quick_compile, 
     assert not [name for name in load_file(path) if "projector" in name]
     description = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "patches" not in description["encoders"] and "patches" not in description["longest"]
-    pictures = []
-    for source in (["--workdir", str(tmp_path / "run")], ["--model", str(tmp_path / "out")]):
-        out = tmp_path / f"{len(pictures)}.png"
-        sample(parse_arguments([*source, "--prompt", "a dog", "--steps", "2", "--out", str(out)]))
-        pictures.append(np.asarray(Image.open(out)))
-    np.testing.assert_array_equal(*pictures)
+    run_, out = ["--workdir", str(tmp_path / "run")], ["--model", str(tmp_path / "out")]
+    drawn = [tmp_path / f"{number}.png" for number in range(4)]
+    for source, path in ((run_, drawn[0]), (out, drawn[1])):
+        sample(parse_arguments([*source, "--prompt", "a dog", "--steps", "2", "--out", str(path)]))
+    for source, recipe, path in ((out, drawn[0], drawn[2]), (run_, drawn[1], drawn[3])):
+        sample(parse_arguments([*source, "--recipe", str(recipe), "--out", str(path)]))
+    for path in drawn[1:]:
+        np.testing.assert_array_equal(Image.open(path), Image.open(drawn[0]))
 
 
 def test_a_dataset_without_patches_is_refused_by_name(tiny_dataset, tmp_path):
     with pytest.raises(ConfigError, match=naming("alignment.block", "--vision-patches")):
         run(aligned(tiny_dataset, tmp_path / "run"))
+
+
+def test_a_run_is_healthy_after_the_end(quick_compile, data: Path, tmp_path):
+    """The projector gets no gradient then, which is no diagnosis."""
+    c = aligned(data / "128", tmp_path / "run", train__steps=130, alignment__until=3, health__action="stop")
+    c.log.heldout_every = 0
+    run(c)
+
+
+def test_weights_go_to_a_run_with_and_without_alignment(quick_compile, data: Path, tmp_path):
+    run(aligned(data / "128", tmp_path / "plain", alignment__block=0, train__steps=1, optim__warmup_steps=0))
+    for name, block, other in (("with", 2, "plain"), ("again", 0, "with")):
+        c = aligned(data / "128", tmp_path / name, alignment__block=block, train__steps=1, optim__warmup_steps=0)
+        c.resume.from_run = str(tmp_path / other)
+        run(c)
+    assert "projector" in restore_ema(tmp_path / "with")[1] and "projector" not in restore_ema(tmp_path / "again")[1]
+
+
+def test_the_gate_of_a_run_without_alignment_speaks_for_one_with(data: Path, tmp_path):
+    manifest = load_manifest(data / "128")
+    plain, tapped = (resolve(aligned(data, tmp_path, alignment__block=k), manifest).model for k in (0, 2))
+    assert tapped.tap == 2 and family(plain) == family(tapped)
+
+
+def test_alignment_ends_in_a_stage_and_later_ones_read_no_patches(quick_compile, data: Path, tmp_path):
+    c = aligned(data, tmp_path / "run", alignment__until=2, optim__warmup_steps=0)
+    for name, side in (("small", 128), ("large", 256)):
+        add_stage(c, name, {"data.resolution": side, "train.steps": 3, "routing.share": 0.5})
+    c.routing.first, c.routing.last = 1, 1
+    small, large = map(Prepared.of, stages_of(c))
+    assert small.settings.alignment is not None and "patches" in small.settings.batch.widths
+    assert large.settings.alignment is None and "patches" not in large.settings.batch.widths
+    run(c)
+    entries = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert {e["step"] for e in entries if "alignment_loss" in e} == {1, 2}
+
+
+def test_stages_of_which_one_has_patches(quick_compile, data: Path, tmp_path, draw_photo):
+    photos = write_photos(tmp_path / "photos", 12, draw_photo)
+    build(options(photos, tmp_path / "data", resolution=256, resolutions=(128, 256), modulus=32, max_tokens=8))
+    (tmp_path / "both").mkdir()
+    (tmp_path / "both" / "128").symlink_to(data / "128")
+    (tmp_path / "both" / "256").symlink_to(tmp_path / "data" / "256")
+    c = aligned(tmp_path / "both", tmp_path / "run", alignment__block=0, optim__warmup_steps=0)
+    for name, side in (("small", 128), ("large", 256)):
+        add_stage(c, name, {"data.resolution": side, "train.steps": 1})
+    run(c)
+    c.alignment.block, c.workdir = 2, str(tmp_path / "other")
+    with pytest.raises(ConfigError, match=naming("alignment.block", "256", "--vision-patches")):
+        run(c)
+
+
+def test_a_micro_batch_in_bfloat16(quick_compile):
+    state, step = step_of(4, AlignmentConfig(), Routing(0.5, 1, 1), dtype="bfloat16")
+    state, metrics = jax.jit(step.accumulate)(state, batch_with_patches())
+    assert not metrics["skipped"] and -1 <= metrics["alignment"]["cosine"] <= 1 and metrics["alignment"]["loss"] > 0
 
 
 def test_patches_that_are_stored_change_nothing_without_alignment(quick_compile, data: Path, tmp_path, draw_photo):

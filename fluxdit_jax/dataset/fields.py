@@ -30,8 +30,8 @@ _NAME = re.compile(r"[a-z][a-z0-9_]{0,30}")
 # Not names of further conditions: features and columns of a record, arrays of a batch, modules of the network, and
 # `all` in the dropout.
 _RESERVED = re.compile(
-    r"all|bucket_height|bucket_width|caption|content_hash|encoded_size|grid|height|index|key|latent|original_size|patch|"
-    r"replaced|row|shard|source|split|t|tokens|vae|weight|width|(other|keep|null|drop)_.*|.*_(id|length)"
+    r"all|bucket_height|bucket_width|caption|cells|content_hash|encoded_size|grid|height|index|key|latent|original_size|"
+    r"patch|projector|replaced|row|shard|source|split|t|tokens|vae|weight|width|(other|keep|null|drop)_.*|.*_(id|length)"
 )
 
 

@@ -11,7 +11,18 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fluxdit_jax.dataset.fields import LATENT, USUAL, VECTOR, Layout, conditions, field_named, name_fault, ordered
+from fluxdit_jax.dataset.cells import COUNTS
+from fluxdit_jax.dataset.fields import (
+    LATENT,
+    PATCHES,
+    USUAL,
+    VECTOR,
+    Layout,
+    conditions,
+    field_named,
+    name_fault,
+    ordered,
+)
 from fluxdit_jax.shared.sanitize import plain_name
 
 FORMAT_VERSION = 1
@@ -211,6 +222,10 @@ class Manifest:
             raise DatasetError(f"{source}: vae.options has the 'factor' {factor!r}; it must be pixels per latent side")
         if not self.buckets:
             raise DatasetError(f"{source}: the bucket table is empty")
+        patches = self.encoders.get(PATCHES.encoder)
+        if patches is not None and patches.options.get("cells") not in COUNTS:
+            count, known = patches.options.get("cells"), ", ".join(map(str, COUNTS))
+            raise DatasetError(f"{source}: patches.options has {count!r} cells, not one of {known}")
         side, own = self.vision_resolution, max(1, self.resolution)
         if side < 0 or any(n * side % own for size in self.buckets for n in size):
             raise DatasetError(
@@ -248,8 +263,8 @@ def _read_further(raw: Any, encoders: dict[str, EncoderIdentity], lengths: dict[
             raise DatasetError(f"{source}: conditions has the name {name!r}: {name_fault(name) or 'it is a field'}")
         in_rows, field = isinstance(about, dict) and "length" in about, field_named(name)
         if field.in_rows != in_rows:
-            kind = "a sequence or cells" if in_rows else f"a {VECTOR}"
-            raise DatasetError(f"{source}: {prefix[:-1]} is {kind}, and this version has it as a {field.kind}")
+            kind = "of rows (a sequence or cells)" if in_rows else f"a {VECTOR}"
+            raise DatasetError(f"{source}: {prefix[:-1]} is {kind}, and this version has the kind {field.kind}")
         _check_types(about, {"encoder": "dict"} | ({"length": "int"} if in_rows else {}), source, prefix)
         encoders[name] = _encoder(about["encoder"], source, f"{prefix}encoder.")
         if in_rows:

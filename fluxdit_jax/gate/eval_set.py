@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from fluxdit_jax.dataset.fields import of_captions
+from fluxdit_jax.dataset.fields import conditions, of_captions
 from fluxdit_jax.dataset.grid import Grid, Place
 from fluxdit_jax.dataset.records import Record
 from fluxdit_jax.gate.sampler import Request
@@ -68,11 +68,12 @@ class EvalSet:
           guidance: scale of all conditions.
         """
         first = self.records[caption_of]
-        conditions = first.conditions | {"vision": self.records[vision_of].vision}
+        given = {name: first.conditions[name] for name in conditions(first.layout())}
+        given |= {"vision": self.records[vision_of].vision}
         changed = dict(made or {}) | ({} if vision is None else {"vision": vision})
         return Request(
             caption=first.caption if caption is None else caption,
-            conditions=conditions | changed,
+            conditions=given | changed,
             grid=grid_of(first, self.patch),
             seed=self.seed_of(caption_of if noise_of is None else noise_of),
             guidance=guidance,

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from fluxdit_jax.dataset.fields import LATENT, PATCHES
 from fluxdit_jax.dataset.manifest import EncoderIdentity, Manifest
 from fluxdit_jax.model import dit
 from fluxdit_jax.model.dit import ModelConfig
@@ -28,9 +29,10 @@ class GateError(Exception):
 def family(config: ModelConfig) -> dict[str, Any]:
     """What two models must share for one to speak for the other, whatever their width, depth and heads.
 
-    `parameters` is a digest of the names and ranks of all parameters: another kind of block is another family.
+    `parameters` is a digest of names and ranks of all parameters that draw: another kind of block is another family.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(dit.build(config)[1])
+    network = {name: part for name, part in dit.build(config)[1].items() if name != dit.PROJECTOR}
+    leaves = jax.tree_util.tree_leaves_with_path(network)
     names = sorted(f"{jax.tree_util.keystr(path)} {len(leaf.shape)}" for path, leaf in leaves)
     return {
         "parameters": hashlib.sha256("\n".join(names).encode()).hexdigest()[:16],
@@ -120,10 +122,12 @@ def _differences(report: dict[str, Any], config: ModelConfig, manifest: Manifest
         if theirs.get(key) != value:
             what = {"parameters": "the network's structure", "patch": "model.patch"}.get(key, key.replace("_", " "))
             problems.append(f"{what} was {theirs.get(key)!r} there, is {value!r} here")
-    if report["encoders"].keys() != manifest.encoders.keys():
-        theirs, ours = (", ".join(sorted(names)) for names in (report["encoders"], manifest.encoders))
+    # Of what the network is given: patches serve training alone.
+    wanted, measured = {LATENT.encoder, *manifest.conditions}, report["encoders"].keys() - {PATCHES.encoder}
+    if measured != wanted:
+        theirs, ours = (", ".join(sorted(names)) for names in (measured, wanted))
         problems.append(f"the encoders were those of {shown(theirs)} there, are those of {ours} here")
-    for name in (name for name in manifest.encoders if name in report["encoders"]):
+    for name in (name for name in manifest.encoders if name in wanted & measured):
         here, there = encoder_summary(manifest.encoders[name]), report["encoders"][name]
         if (here["sha256"], here["width"]) != (there["sha256"], there["width"]):
             problems.append(

@@ -26,7 +26,7 @@ import grain
 import numpy as np
 
 from fluxdit_jax.dataset import captions
-from fluxdit_jax.dataset.fields import BF16, field_named, of_captions
+from fluxdit_jax.dataset.fields import BF16, PATCHES, field_named, of_captions
 from fluxdit_jax.dataset.manifest import DatasetError, Manifest
 from fluxdit_jax.dataset.records import Record, check_fit, check_record, decode_record
 from fluxdit_jax.dataset.shards import Shards
@@ -157,6 +157,14 @@ class BatchLayout:
     lengths: dict[str, int]
     cell: float = 0.0
 
+    def without_patches(self) -> BatchLayout:
+        """The same for what does not train."""
+
+        def others(sizes: dict[str, int]) -> dict[str, int]:
+            return {name: size for name, size in sizes.items() if name != PATCHES.name}
+
+        return dataclasses.replace(self, widths=others(self.widths), lengths=others(self.lengths), cell=0.0)
+
     def __hash__(self) -> int:
         return hash((self.patch, self.tokens, self.token_width, *self.widths.items(), *self.lengths.items(), self.cell))
 
@@ -207,7 +215,7 @@ def collate(
     before = filled.tolist()
     filled[:] = layout.tokens, *layout.lengths.values()  # should this fail half-way, all of it counts as used
     latent = batch["latent"].view(np.uint16)
-    sequences = [(name, batch[name].view(np.uint16), length) for name, length in layout.lengths.items()]
+    sequences = [(name, batch[name].view(np.uint8), length) for name, length in layout.lengths.items()]
     vectors = [(name, batch[name]) for name in layout.widths if name not in layout.lengths]
     grids, cell_grids, counts = [], [], []
     patch = layout.patch

@@ -270,8 +270,9 @@ class DiT(nnx.Module):
           grid_Bx2: int32 (rows, columns) of tokens; the first rows*columns of N are real.
           conditions: all of `config.conditions`, by name.
           routed: which tokens skip the middle blocks; `x_BxNxP` is in its order then. None: no token does.
-          probes: zeros of the shape and dtype of the features at the tap, `tap_shape`. The first is added to them, the
-            second to what the projector is given: their gradients are those of the features, all and by the projector.
+          probes: zeros of the shape and dtype of the features at the tap, `tap_shape`. The first is added to what goes
+            on from there, the second to what the projector is given: their gradients are those of the features by the
+            velocity and by the projector.
 
         Returns:
           f32 [B, N, P]; what stands at padding tokens is meaningless. With `probes` (that, the projector's f32
@@ -312,8 +313,8 @@ class DiT(nnx.Module):
             K = x.shape[1]
             x = through(x, blocks, cos[:, :K], sin[:, :K], kept_B)
             if probes is not None and end == config.tap:
-                x = x + probes[0]
                 projected = getattr(self, PROJECTOR)(x + probes[1]).astype(jnp.float32)
+                x = x + probes[0]
             if routed is not None and end == b:
                 x, kept_B = select(x, everything, kept_B), length_B
         x = rms_norm(x) * (1 + scale) + shift

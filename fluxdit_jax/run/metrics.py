@@ -20,6 +20,7 @@ from fluxdit_jax.shared.atomic_files import Appended, write_whole
 
 log = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
+ACCUMULATE, PLAIN, UPDATE = "accumulate", "plain", "update"  # the programs of a step, whose metrics are packed
 
 
 def pack(metrics: dict[str, Any]) -> jax.Array:

@@ -18,7 +18,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from fluxdit_jax.device.devices import peak_memory_gb
 from fluxdit_jax.flow import TIME_BINS
 from fluxdit_jax.run.health import Diagnosis, Monitor, Observation
-from fluxdit_jax.run.metrics import MetricsWriter, unpack
+from fluxdit_jax.run.metrics import UPDATE, MetricsWriter, unpack
 from fluxdit_jax.run.progress import Length, Progress
 from fluxdit_jax.run.soundness import SUSPECT_MICRO_BATCHES, BrokenRun, Watchdog
 from fluxdit_jax.shared.atomic_files import Appended
@@ -160,7 +160,7 @@ class Reporter:
         (program, values), self._unread = self._unread, None
         metrics = unpack(np.asarray(values), self._shapes[program])
         try:
-            (self._read_update if program == "update" else self._read_micro_batch)(metrics)
+            (self._read_update if program == UPDATE else self._read_micro_batch)(metrics)
         except BrokenRun as error:
             self._writer.text(self._step, "health/broken", str(error))
             raise
@@ -225,7 +225,8 @@ class Reporter:
         for index, (total, count) in enumerate(self._bins.T):
             if count:
                 scalars[f"loss_by_time/{index / TIME_BINS:.3f}"] = float(total / count)
-        if aligned := [micro["alignment"] for micro in self._micro_batches if "alignment" in micro]:
+        finite = [micro for micro in self._micro_batches if not micro["skipped"]]
+        if aligned := [micro["alignment"] for micro in finite if "alignment" in micro]:
             scalars |= {f"alignment_{name}": float(np.mean([each[name] for each in aligned])) for name in aligned[0]}
         for name, norm in metrics["grad_norm_groups"].items():
             scalars[f"gradient_norm_by_group/{name.replace('/', '.')}"] = float(norm)

@@ -59,6 +59,7 @@ SHAPE_KEYS = (
     "model.width",
     "model.depth",
     "model.patch",
+    "alignment.block",
 )
 
 

@@ -65,10 +65,10 @@ class ValidationLoss:
         for start in range(0, len(numbers), batch_size):
             part = numbers[start : start + batch_size]
             index = [_FIRST_INDEX + start + row for row in range(batch_size)]
-            batch = collate([record for record, _ in part], index, layout)
+            batch = collate([record for record, _ in part], index, layout.without_patches())
             batch["t"] = t[[k for _, k in part]]
             batch["weight"] = weights[start : start + batch_size]
-            self._batches.append({name: array[own] for name, array in batch.items()})
+            self._batches.append({name: array[own].copy() for name, array in batch.items()})
 
         def measure(ema: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
             params = jax.tree.map(lambda p: p.astype(config.dtype), ema)

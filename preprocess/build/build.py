@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from fluxdit_jax.dataset.fields import CAPTION, CELLS, DECLARED, GRID, Field
+from fluxdit_jax.dataset.fields import CAPTION, CELLS, DECLARED, GRID, PATCHES, Field
 from fluxdit_jax.dataset.grid import INPUT_GRID, read_grid
 from fluxdit_jax.dataset.manifest import MANIFEST, REJECTS, DatasetError, EncoderIdentity, Manifest
 from fluxdit_jax.shared.host_memory import keep_freed_memory
@@ -180,6 +180,10 @@ def _likely_identities(options: Options, folders: list[Folder], earlier: list[re
             known = before.identities or {} if before else {}
             if before and part in known and before.values.get(option_of(part)) == spec:
                 identity = known[part]
+                if part == PATCHES.encoder:
+                    identity = dataclasses.replace(
+                        identity, options=identity.options | {"cells": options.vision_patches}
+                    )
                 found[part] = dataclasses.replace(
                     identity, dtype=identity.dtype if spec.startswith("builtin:") else dtype
                 )

@@ -84,6 +84,8 @@ class Options:
         if self.vision_patches not in (0, *COUNTS):
             known = ", ".join(map(str, COUNTS))
             raise PreprocessError(f"--vision-patches must be 0 (none) or one of {known}, got {self.vision_patches}")
+        if self.vision_patches and not self.vision_encoder:
+            raise PreprocessError("--vision-patches needs a --vision-encoder: files have vectors only")
         if self.fit not in FITS:
             raise PreprocessError(f"--fit must be one of {', '.join(FITS)}, got {self.fit!r}")
         if Path(self.input).expanduser().resolve() == Path(self.output).expanduser().resolve():

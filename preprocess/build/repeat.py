@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from fluxdit_jax.dataset.fields import PATCHES
 from fluxdit_jax.dataset.manifest import DatasetError, EncoderIdentity, Manifest, load_manifest, parts_of
 from preprocess import PreprocessError
 from preprocess.buckets import default_modulus
@@ -114,6 +115,8 @@ def _of_manifest(manifest: Manifest) -> dict[str, Any]:
     for name, option in ENCODERS.items():
         if name in manifest.encoders and not manifest.encoders[name].id.startswith("precomputed"):
             values[option] = manifest.encoders[name].id
+    if PATCHES.encoder in manifest.encoders:
+        values["vision_patches"] = manifest.encoders[PATCHES.encoder].options["cells"]
     if "max_tokens" in manifest.text.options:
         values["max_tokens"] = manifest.text.options["max_tokens"]
     return values

@@ -293,6 +293,7 @@ class ToneVision:
     names = tuple(name for name, _, _ in _FEATURES)
 
     def __init__(self) -> None:
+        self.also_patches = False  # it needs no preparing for them
         code = np.arange(256) / 255  # sRGB to linear light, IEC 61966-2-1
         linear = np.where(code <= 0.04045, code / 12.92, ((code + 0.055) / 1.055) ** 2.4)
         self._linear = linear.astype(np.float32)

@@ -15,6 +15,7 @@ class PatchEncoder(Protocol):
     """A vision encoder that has a vector for each patch of a picture, too."""
 
     identity: EncoderIdentity
+    also_patches: bool
 
     def encode_patches(self, images: np.ndarray) -> np.ndarray:
         """uint8 [B, H, W, 3] to float32 [B, h, w, width], whose patches cover the picture."""
@@ -33,6 +34,7 @@ class Cells:
           resolution: side of the square with the pixel budget of the pictures. count: its cells, of `cells.COUNTS`.
         """
         self._vision, self._resolution, self._count = vision, resolution, count
+        vision.also_patches = True
         own = vision.identity
         self.identity = dataclasses.replace(
             own, width=own.width + cells.FACTOR_BYTES, options=own.options | {"cells": count}

@@ -40,6 +40,9 @@ def input_size(height: int, width: int, patch: int, side: int = SIDE) -> tuple[i
 class TorchVision:
     """The normed CLS token of a DINO ViT, scaled to unit length, and its patches.
 
+    Attributes:
+      also_patches: set it before the first picture where `encode_patches` is wanted, too.
+
     Args: see `preprocess.encoders.load_vision_encoder`.
     """
 
@@ -59,6 +62,7 @@ class TorchVision:
         self._std = torch.tensor(std, device=self._device).view(1, 3, 1, 1)
         self._prefix = 1 + int(getattr(self._model.config, "num_register_tokens", 0))  # tokens before the patches
         self._last: tuple[np.ndarray, np.ndarray] | None = None
+        self.also_patches = False
         options = {"class": type(self._model).__name__, "patch": self._patch, "side": SIDE}
         options |= {"resample": "bicubic", "mean": list(mean), "std": list(std)}
         self.identity = EncoderIdentity(
@@ -116,11 +120,13 @@ class TorchVision:
     def _features(self, images: np.ndarray) -> np.ndarray:
         """float32 [B, 1 + patches, width]: the pooled output, then the patches.
 
-        Those of the last pictures are kept, so that the model runs once for their vectors and their patches.
+        With `also_patches` those of the last pictures are kept, so that the model runs once for both.
         """
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
             raise PreprocessError(f"{OPTION}: takes uint8 [B, H, W, 3], got {images.dtype} {images.shape}")
         prepared = np.stack([self.prepare(image) for image in images])
+        if not self.also_patches:
+            return devices.in_halves(self._run, prepared, OPTION)
         if self._last is None or not np.array_equal(prepared, self._last[0]):
             self._last = prepared, devices.in_halves(self._run, prepared, OPTION)
         return self._last[1]
@@ -130,7 +136,9 @@ class TorchVision:
         pixels = torch.from_numpy(images).to(self._device).permute(0, 3, 1, 2).float() / 255
         pixels = ((pixels - self._mean) / self._std).to(self._dtype)
         out = self._model(pixel_values=pixels)
-        features = torch.cat([out.pooler_output[:, None], out.last_hidden_state[:, self._prefix :]], dim=1)
+        features = out.pooler_output[:, None]
+        if self.also_patches:
+            features = torch.cat([features, out.last_hidden_state[:, self._prefix :]], dim=1)
         return features.float().cpu().numpy()
 
 

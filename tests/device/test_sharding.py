@@ -110,6 +110,7 @@ def test_a_mesh_that_does_not_fit_the_devices_is_told(arguments, words):
 LAYOUTS = ((1, 1), (1, 2), (2, 2))
 
 SCRIPT = """
+import dataclasses
 import sys
 import jax, numpy as np
 from jax.sharding import Mesh
@@ -117,6 +118,7 @@ from pathlib import Path
 from training_helpers import *
 from fluxdit_jax.run.checkpoint import Checkpoints
 from fluxdit_jax.settings import resolve
+from fluxdit_jax.alignment import AlignmentConfig
 from fluxdit_jax.run.digest import tree_digest
 from fluxdit_jax.program import Program
 from fluxdit_jax.dataset.manifest import load_manifest
@@ -132,6 +134,15 @@ config.routing.share, config.routing.first, config.routing.last = 0.5, 0, 1
 config.data.micro_batch_size, config.optim.global_batch_size = 8, 16
 manifest = load_manifest(dataset)
 settings = resolve(config, manifest)
+layout = settings.batch
+settings = dataclasses.replace(
+    settings,
+    model=dataclasses.replace(settings.model, tap=1, target_width=6),
+    alignment=AlignmentConfig(),
+    batch=dataclasses.replace(
+        layout, widths=layout.widths | {"patches": 8}, lengths=layout.lengths | {"patches": 4}, cell=8.0
+    ),
+)
 statistics = patch_statistics(manifest.latent_mean, manifest.latent_std, 2)
 
 def mesh_of(data, fsdp):
@@ -147,6 +158,10 @@ for layout in layouts:
     losses, norms = [], []
     for number in range(6):
         batch = make_batch(size=8, first_index=8 * number)
+        batch["cells"] = batch["grid"].copy()
+        batch["patches"] = np.random.default_rng(number).integers(-9, 9, (8, 4, 8)).astype(np.int8)
+        batch["patches"][..., 6:] = np.full((8, 4, 1), 0.1, np.float16).view(np.int8)
+        batch["patches_length"] = batch["grid"].prod(axis=1).astype(np.int32)
         batch["text"] = np.pad(batch["text"], ((0, 0), (0, 3), (0, 0)))
         state, values = accumulate(state, put_batch(mesh, batch))
         losses.append(np.asarray(values))
