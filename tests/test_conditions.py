@@ -17,12 +17,12 @@ from PIL import Image
 pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).resolve().parents[1]
-DECLARED = "DECLARED = {field.name: field for field in (LATENT, TEXT, VISION)}"
+DECLARED = "DECLARED = {field.name: field for field in (LATENT, TEXT, VISION, PATCHES)}"
 FIELDS = (
     'Field("twin", SEQUENCE, CAPTION, "second text encoder")',
     'Field("depth", SEQUENCE, FILE, "depth files")',
 )
-WITH_FURTHER = DECLARED.replace("VISION)", f"VISION, {', '.join(FIELDS)})")
+WITH_FURTHER = DECLARED.replace("PATCHES)", f"PATCHES, {', '.join(FIELDS)})")
 # The option that names the second encoder of captions.
 OPTION = ('"vision": "vision_encoder"}', '"vision": "vision_encoder", "twin": "second_text_encoder"}')
 DEFAULT = ("    vision_embeddings: str", '    second_text_encoder: str = "builtin:hash"\n    vision_embeddings: str')
