@@ -8,8 +8,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxdit_jax.dataset.cells import COUNTS
-from fluxdit_jax.dataset.fields import PATCHES, VISION
 from preprocess import PreprocessError, encoders
 from preprocess.buckets import TOKEN_SIDE, Size, bucket_table, default_modulus
 
@@ -19,11 +17,12 @@ if TYPE_CHECKING:  # the command line's help needs the defaults above and not Pi
 FITS = ("resize", "pad", "crop")
 # The option that names each encoder, by the encoder's name in the manifest; "": the field is not made.
 ENCODERS = {"vae": "vae", "text": "text_encoder", "vision": "vision_encoder"}
+PATCHES = "patches"  # their encoder's name: `fields.PATCHES`, which the command line's help need not load
 
 
 def option_of(encoder: str) -> str:
     """The option that names an encoder; the patches are those of the vision encoder."""
-    return ENCODERS["vision" if encoder == PATCHES.encoder else encoder]
+    return ENCODERS["vision" if encoder == PATCHES else encoder]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +80,8 @@ class Options:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise PreprocessError(f"--{name.replace('_', '-')} must be from {low} to {high}, got {value}")
+        from fluxdit_jax.dataset.cells import COUNTS
+
         if self.vision_patches not in (0, *COUNTS):
             known = ", ".join(map(str, COUNTS))
             raise PreprocessError(f"--vision-patches must be 0 (none) or one of {known}, got {self.vision_patches}")
@@ -142,9 +143,9 @@ class Options:
         """The encoders to load, by their names in the manifest."""
         specs = {name: getattr(self, option) for name, option in ENCODERS.items()}
         if self.vision_embeddings:
-            del specs[VISION.name]
+            del specs["vision"]
         if self.vision_patches:
-            specs[PATCHES.name] = self.vision_encoder
+            specs[PATCHES] = self.vision_encoder
         return {name: spec for name, spec in specs.items() if spec}
 
     def buckets(self) -> tuple[Size, ...]:

@@ -41,7 +41,7 @@ class TorchVision:
     """The normed CLS token of a DINO ViT, scaled to unit length, and its patches.
 
     Attributes:
-      also_patches: set it before the first picture where `encode_patches` is wanted, too.
+      also_patches: whether `encode` gets the patches, too; `encode_patches` of the same pictures is then free.
 
     Args: see `preprocess.encoders.load_vision_encoder`.
     """
@@ -113,6 +113,7 @@ class TorchVision:
 
     def encode_patches(self, images: np.ndarray) -> np.ndarray:
         """The same pictures to float32 [B, h, w, width]: the normed token of each patch."""
+        self.also_patches = True
         features = self._features(images)[:, 1:]
         height, width = input_size(images.shape[1], images.shape[2], self._patch)
         return features.reshape(len(features), height // self._patch, width // self._patch, -1)

@@ -253,7 +253,7 @@ def losses_of(workdir, name="loss"):
 def test_two_processes_are_one_run(train_command, tiny_dataset, tmp_path):
     """The same losses as one process; a signal to one stops both; one process can go on where two stopped."""
     config = tiny_config(tiny_dataset, tmp_path / "one")
-    config.train.steps, config.log.heldout_every = 24, 12
+    config.train.steps, config.log.heldout_every = 24, 4
     done = train_command.run(config=write_config(tmp_path / "one.py", config))
     assert done.returncode == 0, done.stderr
 
@@ -279,10 +279,5 @@ def test_two_processes_are_one_run(train_command, tiny_dataset, tmp_path):
         assert two[step] == pytest.approx(one[step], rel=2e-4), step
     assert np.mean(list(two.values())) == pytest.approx(np.mean(list(one.values())), rel=0.02)
     assert restore_ema(tmp_path / "two")[0] == 24
-
-    config.workdir, config.train.steps = str(tmp_path / "both"), 12
-    both = start_two(train_command, write_config(tmp_path / "both.py", config))
-    for process, (_, err) in zip(both, [process.communicate(timeout=120) for process in both], strict=True):
-        assert process.returncode == 0, err
-    heldout = [losses_of(tmp_path / name, "heldout_loss")[12] for name in ("one", "both")]
+    heldout = [losses_of(tmp_path / name, "heldout_loss")[4] for name in ("one", "two")]
     assert heldout[1] == pytest.approx(heldout[0], rel=1e-3)
