@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from fluxdit_jax import flow, optimizer
 from fluxdit_jax.alignment import AlignmentConfig
 from fluxdit_jax.config import ConfigError
-from fluxdit_jax.dataset.cells import FACTOR_BYTES
+from fluxdit_jax.dataset.cells import FACTOR_BYTES, side_of
 from fluxdit_jax.dataset.fields import PATCHES, of_captions
 from fluxdit_jax.dataset.manifest import Manifest
 from fluxdit_jax.loader.reader import BatchLayout
@@ -104,6 +104,7 @@ def resolve(c: ConfigDict, manifest: Manifest, first: int = 0) -> Settings:
         tap=c.alignment.block,
         target_width=_target_width(c, manifest),
     )
+    alignment = _alignment(c, first)
     return Settings(
         model=model,
         flow=_fill(flow.FlowConfig, c.flow, shift=shift, drop=drop),
@@ -115,8 +116,8 @@ def resolve(c: ConfigDict, manifest: Manifest, first: int = 0) -> Settings:
             grad_accum_steps=c.optim.global_batch_size // c.data.micro_batch_size,
         ),
         routing=_fill(Routing, c.routing) if c.routing.share else None,
-        alignment=_alignment(c, first),
-        batch=_batch(manifest, model, tokens, lengths, patches=_alignment(c, first) is not None),
+        alignment=alignment,
+        batch=_batch(manifest, model, tokens, lengths, patches=alignment is not None),
         text_limit=text_tokens if text_tokens < manifest.text_tokens else None,
         micro_batch_size=c.data.micro_batch_size,
         global_batch_size=c.optim.global_batch_size,
@@ -155,7 +156,7 @@ def _batch(
     if patches:
         encoder = manifest.encoders[PATCHES.name]
         widths[PATCHES.name], wanted[PATCHES.name] = encoder.width, manifest.lengths[PATCHES.name]
-        cell = manifest.resolution / math.isqrt(encoder.options["cells"])
+        cell = side_of(manifest.resolution, encoder.options["cells"])
     return BatchLayout(model.patch, tokens, model.token_width, widths, wanted, cell)
 
 

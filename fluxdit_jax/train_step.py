@@ -67,6 +67,15 @@ def flow_loss(
     return flow.sample_means(jnp.square(prediction - target), valid), prediction, target, projection
 
 
+def alignment_loss(model: dit.ModelConfig, batch: Batch, projection: jax.Array, routed: Routed | None) -> jax.Array:
+    """f32 [B] of the tokens that are there at the tap."""
+    K, grid = projection.shape[1], batch["grid"]
+    inside = routed is not None and dit.tap_inside(model, routed.routing)
+    length_B = routed.kept_B if routed is not None and inside else grid[:, 0] * grid[:, 1]
+    order = jnp.arange(K, dtype=jnp.int32)[None, :] if routed is None else routed.order_BxN[:, :K]
+    return alignment.loss(projection, alignment.targets(batch["patches"], batch["cells"], grid, order), length_B)
+
+
 class TrainStep(NamedTuple):
     """An optimizer step: `accumulate` for each of its micro-batches, then `update`. To be jitted, the state donated.
 
@@ -132,12 +141,7 @@ def make_train_step(
         }
         if projection is None or aligned is None:
             return metrics["loss"], metrics
-        K = projection.shape[1]
-        inside = routed is not None and dit.tap_inside(model, routed.routing)
-        length_B = routed.kept_B if routed is not None and inside else grid[:, 0] * grid[:, 1]
-        order = jnp.arange(K, dtype=jnp.int32)[None, :] if routed is None else routed.order_BxN[:, :K]
-        patches = alignment.targets(batch["patches"], batch["cells"], grid, order)
-        metrics["alignment"] = {"loss": jnp.mean(alignment.loss(projection, patches, length_B))}
+        metrics["alignment"] = {"loss": jnp.mean(alignment_loss(model, batch, projection, routed))}
         return metrics["loss"] + aligned.weight * metrics["alignment"]["loss"], metrics
 
     def accumulate(state: TrainState, batch: Batch, align: bool = aligned is not None) -> tuple[TrainState, Metrics]:

@@ -309,6 +309,7 @@ def test_a_run_is_healthy_after_the_end(quick_compile, data: Path, tmp_path):
     c = aligned(data / "128", tmp_path / "run", train__steps=130, alignment__until=3, health__action="stop")
     c.log.heldout_every = 0
     run(c)
+    assert "dead_parameters" not in (tmp_path / "run" / "train.log").read_text()
 
 
 def test_weights_go_to_a_run_with_and_without_alignment(quick_compile, data: Path, tmp_path):

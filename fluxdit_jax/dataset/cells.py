@@ -23,18 +23,27 @@ def grid_of(size: tuple[int, int], resolution: int, count: int) -> tuple[int, in
       size: (height, width) of the bucket, pixels.
       resolution: side of the square with the dataset's pixel budget; it has `count` cells.
     """
-    side = resolution / math.isqrt(count)
+    return grid_at(size, side_of(resolution, count))
+
+
+def side_of(resolution: int, count: int) -> float:
+    """Side of a cell in pixels; see `grid_of`."""
+    return resolution / math.isqrt(count)
+
+
+def grid_at(size: tuple[int, int], side: float) -> tuple[int, int]:
+    """(rows, columns) of cells of this side."""
     return max(1, round(size[0] / side)), max(1, round(size[1] / side))
 
 
 def pooled(patches: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """f32 [rows, columns, V] of patches [h, w, V]: the mean over the area of each cell."""
-    rows, columns = (_area_weights(size, count) for size, count in zip(patches.shape[:2], grid, strict=True))
+    rows, columns = (area_weights(size, count) for size, count in zip(patches.shape[:2], grid, strict=True))
     return np.einsum("rh,hwv,cw->rcv", rows, patches.astype(np.float32), columns, optimize=True)
 
 
-def _area_weights(size: int, count: int) -> np.ndarray:
-    """f32 [count, size]: each row averages `size / count` neighbours, those at its ends in part."""
+def area_weights(size: int, count: int) -> np.ndarray:
+    """f32 [count, size], of exact area averaging: each row averages `size / count` neighbours, at its ends in part."""
     edges = np.linspace(0, size, count + 1)
     place = np.arange(size)
     overlap = np.minimum(edges[1:, None], place + 1) - np.maximum(edges[:-1, None], place)

@@ -26,6 +26,7 @@ import grain
 import numpy as np
 
 from fluxdit_jax.dataset import captions
+from fluxdit_jax.dataset.cells import grid_at
 from fluxdit_jax.dataset.fields import BF16, PATCHES, field_named, of_captions
 from fluxdit_jax.dataset.manifest import DatasetError, Manifest
 from fluxdit_jax.dataset.records import Record, check_fit, check_record, decode_record
@@ -147,7 +148,7 @@ class BatchLayout:
       token_width: values of one.
       widths: of each condition, by name.
       lengths: tokens that each sequence among them is padded or cut to.
-      cell: side in pixels of a cell of the patches, if they are among them, see `cells.grid_of`.
+      cell: side in pixels of a cell of the patches, if they are among them, see `cells.side_of`; else 0.
     """
 
     patch: int
@@ -240,7 +241,7 @@ def collate(
         for name, out in vectors:
             _copy(record.conditions[name], out[row])
         grids.append((rows, columns))
-        cell_grids.append([max(1, round(side / layout.cell)) for side in record.encoded_size] if layout.cell else None)
+        cell_grids.append(grid_at(record.encoded_size, layout.cell) if layout.cell else None)
         counts.append(used)
     filled[:] = counts
     batch["grid"][:] = grids

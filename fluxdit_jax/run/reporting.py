@@ -197,10 +197,10 @@ class Reporter:
                 self.trouble = diagnosis
         self.progress.finished(step, loss, norm, self._monitor.summary())
         if step % self._every == 0 or step == self._last:
-            self._log(step, metrics | {"velocity_rms_ratio": ratio})
+            self._log(step, metrics | {"velocity_rms_ratio": ratio}, finite)
         self._start_step()
 
-    def _log(self, step: int, metrics: dict[str, Any]) -> None:
+    def _log(self, step: int, metrics: dict[str, Any], finite: list[dict[str, Any]]) -> None:
         elapsed = max(1e-9, time.monotonic() - self._window_started)
         rate = self._window_samples / elapsed
         scalars = {
@@ -225,7 +225,6 @@ class Reporter:
         for index, (total, count) in enumerate(self._bins.T):
             if count:
                 scalars[f"loss_by_time/{index / TIME_BINS:.3f}"] = float(total / count)
-        finite = [micro for micro in self._micro_batches if not micro["skipped"]]
         if aligned := [micro["alignment"] for micro in finite if "alignment" in micro]:
             scalars |= {f"alignment_{name}": float(np.mean([each[name] for each in aligned])) for name in aligned[0]}
         for name, norm in metrics["grad_norm_groups"].items():

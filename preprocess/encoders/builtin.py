@@ -20,6 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from fluxdit_jax.dataset.cells import area_weights
 from fluxdit_jax.dataset.manifest import EncoderIdentity
 
 BF16 = ml_dtypes.bfloat16
@@ -259,14 +260,6 @@ _FEATURES = (
 )
 
 
-def _area_weights(size: int) -> np.ndarray:
-    """[32, size] weights of exact area averaging from `size` pixels to 32 cells, for any size."""
-    edges = np.linspace(0, size, _GRID + 1)
-    pixel = np.arange(size)
-    overlap = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
-    return (np.clip(overlap, 0, None) * _GRID / size).astype(np.float32)
-
-
 def _hadamard_rows(count: int, width: int) -> np.ndarray:
     """`count` orthonormal rows of length `width`, entries ±1/sqrt(width), chosen by a hash. float32."""
     if width & (width - 1):
@@ -313,7 +306,7 @@ class ToneVision:
         return _one_by_one(self._features_one, images)
 
     def _features_one(self, images: np.ndarray) -> np.ndarray:
-        rows, columns = _area_weights(images.shape[1]), _area_weights(images.shape[2])
+        rows, columns = (area_weights(size, _GRID) for size in images.shape[1:3])
         cells = np.tensordot(rows, self._linear[images[0]], 1)  # [32, W, 3]
         cells = np.tensordot(columns, cells, (1, 1)).transpose(1, 0, 2)[None]  # [1, 32, 32, 3]
         # The colour of the light, by two classical estimates that paint disturbs less than it does the mean:
