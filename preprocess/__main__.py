@@ -1,4 +1,4 @@
-"""`python -m preprocess build | inspect | verify | export | demo | subset`: thin; each in its own module."""
+"""`python -m preprocess build | inspect | verify | export | demo | subset | compare-vae`: thin; a module each."""
 
 from __future__ import annotations
 
@@ -154,6 +154,15 @@ def _subset(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _compare_vae(parsed: argparse.Namespace) -> int:
+    from preprocess.inspect.vae_comparison import CompareOptions, compare
+
+    names = {field.name for field in dataclasses.fields(CompareOptions)}
+    values = {name: value for name, value in vars(parsed).items() if name in names}
+    compare(CompareOptions(**(values | {"vaes": tuple(parsed.vaes)})))
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m preprocess", description="Turns images with captions into an encoded dataset."
@@ -180,6 +189,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", type=expanded, required=True, help="folder to write them to")
     demo.set_defaults(run=_demo)
     _add_subset(commands.add_parser("subset", help="make the set that the gate overfits", description=_SUBSET))
+    _add_compare_vae(
+        commands.add_parser("compare-vae", help="see which VAE keeps your pictures best", description=_VAES)
+    )
     return parser
 
 
@@ -231,6 +243,35 @@ def _add_subset(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="for the encoder: auto, cpu, cuda, mps (default: auto)")
     add("--workers", type=int, default=0, help="threads that decode images (default: one a core)")
     parser.set_defaults(run=_subset)
+
+
+_VAES = (
+    "Encodes and decodes some of your pictures with two or more VAEs: PSNR, SSIM, statistics of the latents, disk, and "
+    "sheets of pictures and of the places where the VAEs differ most. Captions are not needed."
+)
+
+
+def _add_compare_vae(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--vae",
+        dest="vaes",
+        action="append",
+        required=True,
+        type=expanded,
+        help="Hugging Face id, directory, or builtin:dct; given two or more times, the others are held against the "
+        "first",
+    )
+    add("--input", type=expanded, required=True, help="a folder of images, a table, a .tar, or a dataset")
+    add("--output", type=expanded, required=True, help="folder for the sheets and the numbers")
+    add("--count", type=int, default=64, help="pictures to take (default: 64)")
+    add("--resolution", type=int, default=512, help="side of the square with the pixel budget (default: 512)")
+    add("--allow-outside", action="store_true", help="as of build")
+    add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
+    add("--dtype", default="auto", help="of the VAEs: auto, bfloat16, float32 (default: auto)")
+    add("--batch-size", type=int, default=4, help="pictures in a batch (default: 4)")
+    add("--workers", type=int, default=0, help="threads that decode images (default: one a core)")
+    parser.set_defaults(run=_compare_vae)
 
 
 _BUILD = (

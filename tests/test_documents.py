@@ -94,7 +94,7 @@ def options_of(text: str) -> set[str]:
 @pytest.fixture(scope="module")
 def known_options() -> dict[str, set[str]]:
     """The options of each program, from its own --help."""
-    names = ["build", "inspect", "verify", "export", "demo", "subset"]
+    names = ["build", "inspect", "verify", "export", "demo", "subset", "compare-vae"]
     found = {
         f"preprocess {name}": options_of(help_of(lambda name=name: preprocess.main([name, "--help"]))) for name in names
     }

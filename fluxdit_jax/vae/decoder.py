@@ -3,9 +3,9 @@
     decoder = load_decoder(manifest.vae)
     images = decoder.decode(latents)  # float [B, C, h, w] -> uint8 [B, h*factor, w*factor, 3]
 
-The decoder is the one whose encoder made the data set: an `AutoencoderKL` (Flux, Stable Diffusion) or
-`AutoencoderTiny` in diffusers' format, or `builtin:dct`. Latents are those of the data set: VAE space after
-the VAE's own shift and scale, with the data set's normalisation already undone.
+The decoder is the one whose encoder made the data set: an `AutoencoderKL` (Flux, Stable Diffusion),
+`AutoencoderKLFlux2` or `AutoencoderTiny` in diffusers' format, or `builtin:dct`. Latents are those of the data
+set: VAE space after the VAE's own shift and scale, with the data set's normalisation already undone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from fluxdit_jax.vae.files import (
     read_params,
     weight_files,
 )
-from fluxdit_jax.vae.network import KlConfig, KlDecoder, TinyConfig, TinyDecoder
+from fluxdit_jax.vae.network import KlDecoder, TinyDecoder
+from fluxdit_jax.vae.settings import KlConfig, TinyConfig
 from fluxdit_jax.vae.strips import decode_in_strips
 
 WHOLE = 128 * 128  # latent positions: 1024 x 1024 pixels of an 8x VAE

@@ -19,11 +19,18 @@ from safetensors import SafetensorError, safe_open
 
 from fluxdit_jax.dataset.manifest import EncoderIdentity, sha256_file
 from fluxdit_jax.shared.sanitize import plain_name
-from fluxdit_jax.vae.network import ACTIVATIONS, KlConfig, KlDecoder, TinyConfig, TinyDecoder
+from fluxdit_jax.vae.network import ACTIVATIONS, KlDecoder, TinyDecoder
+from fluxdit_jax.vae.settings import Flux2Config, KlConfig, TinyConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = WEIGHTS + ".index.json"
 SUBFOLDER = "vae"  # of a repository or directory that holds a whole pipeline
+CLASSES: dict[str, tuple[type, type]] = {
+    "AutoencoderKL": (KlDecoder, KlConfig),
+    "AutoencoderKLFlux2": (KlDecoder, Flux2Config),
+    "AutoencoderTiny": (TinyDecoder, TinyConfig),
+}
+NOT_READ = ("encoder.", "quant_conv.", "bn.num_batches_tracked")  # what a decoder does without
 # Names of the attention's weights in files written before diffusers 0.17 (Stable Diffusion's own VAE).
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
@@ -111,14 +118,13 @@ def read_config(directory: Path) -> tuple[type, KlConfig | TinyConfig]:
         if raw.get(key, allowed[0]) not in allowed:
             raise DecoderError(f"{file}: {key} is {raw[key]!r}; this decoder only has {allowed[0]!r}")
 
-    classes = {"AutoencoderKL": (KlDecoder, KlConfig), "AutoencoderTiny": (TinyDecoder, TinyConfig)}
     name = raw.get("_class_name") if isinstance(raw, dict) else None
-    if not isinstance(name, str) or name not in classes:
-        raise DecoderError(f"{file}: _class_name is {name!r}, expected one of {sorted(classes)}")
-    network_class, config_class = classes[name]
+    if not isinstance(name, str) or name not in CLASSES:
+        raise DecoderError(f"{file}: _class_name is {name!r}, expected one of {sorted(CLASSES)}")
+    network_class, config_class = CLASSES[name]
     values = {}
     for field in dataclasses.fields(config_class):
-        if field.name in raw:
+        if field.init and field.name in raw:
             if not _fits(raw[field.name], str(field.type)):
                 raise DecoderError(f"{file}: {field.name} is {raw[field.name]!r}; expected {field.type}")
             value = raw[field.name]
@@ -127,9 +133,13 @@ def read_config(directory: Path) -> tuple[type, KlConfig | TinyConfig]:
     demand("out_channels", 3)
     if config.act_fn not in ACTIVATIONS:
         raise DecoderError(f"{file}: act_fn is {config.act_fn!r}, expected one of {sorted(ACTIVATIONS)}")
-    if name == "AutoencoderKL":
+    if isinstance(config, KlConfig):
         blocks = len(config.block_out_channels)
         demand("up_block_types", ["UpDecoderBlock2D"] * blocks)
+        if len(config.decoder_widths) != blocks:
+            raise DecoderError(f"{file}: decoder_block_out_channels {config.decoder_widths} are not of {blocks} blocks")
+        if isinstance(config, Flux2Config) and len(config.patch_size) != 2:
+            raise DecoderError(f"{file}: patch_size is {config.patch_size}; expected two numbers")
     else:
         width = config.decoder_block_out_channels[0]
         demand("decoder_block_out_channels", [width] * len(config.num_decoder_blocks))
@@ -139,13 +149,14 @@ def read_config(directory: Path) -> tuple[type, KlConfig | TinyConfig]:
 
 def _fits(value: Any, kind: str) -> bool:
     """Whether a value of a `config.json` is of a field's kind, and of a size that a decoder can have."""
+    if kind.endswith(" | None"):
+        return value is None or _fits(value, kind.removesuffix(" | None"))
     if kind == "tuple[int, ...]":
         return isinstance(value, list) and bool(value) and all(_fits(one, "int") for one in value)
     if kind == "int":
         return type(value) is int and 1 <= value <= 2**16
-    if kind.startswith("float"):
-        optional = value is None and kind.endswith("None")
-        return optional or (type(value) in (int, float) and abs(value) < 1e6)
+    if kind == "float":
+        return type(value) in (int, float) and abs(value) < 1e6
     return isinstance(value, {"str": str, "bool": bool}[kind])
 
 
@@ -184,7 +195,7 @@ def read_params(files: list[Path], network: KlDecoder | TinyDecoder) -> nnx.Stat
                     name = _current_name(stored)
                     if name in wanted:
                         arrays[name] = tensors.get_tensor(stored)
-                    elif not stored.startswith(("encoder.", "quant_conv.")):
+                    elif not stored.startswith(NOT_READ):
                         unexpected.append(stored)
         except (SafetensorError, OSError) as error:
             raise DecoderError(f"{file} cannot be read: {error}; fetch it again") from error
@@ -216,7 +227,7 @@ def read_params(files: list[Path], network: KlDecoder | TinyDecoder) -> nnx.Stat
 def _stored_name(path: tuple[Any, ...]) -> str:
     """A parameter's path in the module to its name in the file."""
     *module, leaf = map(str, path)
-    return ".".join([*module, {"kernel": "weight", "scale": "weight", "bias": "bias"}[leaf]])
+    return ".".join([*module, {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)])
 
 
 def _current_name(stored: str) -> str:

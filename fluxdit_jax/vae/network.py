@@ -1,4 +1,4 @@
-"""The decoder networks of diffusers' `AutoencoderKL` and `AutoencoderTiny`, in Flax NNX.
+"""The decoder networks of diffusers' `AutoencoderKL`, `AutoencoderKLFlux2` and `AutoencoderTiny`, in Flax NNX.
 
 Attributes carry diffusers' names, so that a parameter's path in the module is its name in the safetensors
 file. Activations are [B, H, W, C] (diffusers: [B, C, H, W]): the layout in which XLA's convolutions are fast.
@@ -10,7 +10,6 @@ Sources: Rombach et al. 2022 (arXiv:2112.10752), appendix E; github.com/madebyol
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -19,6 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from fluxdit_jax.vae.settings import Flux2Config, KlConfig, TinyConfig
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
@@ -29,45 +30,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 EPSILON = 1e-6
 SCORES = 2**24  # attention scores held at a time: 64 MiB of f32
-
-
-@dataclasses.dataclass(frozen=True)
-class KlConfig:
-    """What decides the decoder of an `AutoencoderKL`; names and defaults are those of its `config.json`."""
-
-    latent_channels: int = 4
-    block_out_channels: tuple[int, ...] = (64,)
-    layers_per_block: int = 1
-    norm_num_groups: int = 32
-    act_fn: str = "silu"
-    mid_block_add_attention: bool = True
-    use_post_quant_conv: bool = True
-    scaling_factor: float = 0.18215
-    shift_factor: float | None = None
-
-    @property
-    def factor(self) -> int:
-        """Pixels per latent side."""
-        return 2 ** (len(self.block_out_channels) - 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class TinyConfig:
-    """What decides the decoder of an `AutoencoderTiny`; names and defaults are those of its `config.json`.
-
-    Its `scaling_factor` and `shift_factor` are not here: its latents are already scaled.
-    """
-
-    latent_channels: int = 4
-    decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
-    num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
-    upsampling_scaling_factor: int = 2
-    act_fn: str = "relu"
-
-    @property
-    def factor(self) -> int:
-        """Pixels per latent side."""
-        return self.upsampling_scaling_factor ** (len(self.num_decoder_blocks) - 1)
 
 
 Moments = tuple[jax.Array, jax.Array]  # mean and variance of each channel group, f32 [B, groups] each
@@ -243,7 +205,7 @@ class KlStack(nnx.Module):
     """The layers that diffusers calls `AutoencoderKL.decoder`; `KlDecoder` runs them."""
 
     def __init__(self, config: KlConfig, dtype: Any):
-        widths = config.block_out_channels[::-1]
+        widths = config.decoder_widths[::-1]
         self.conv_in = _conv(3, config.latent_channels, widths[0], dtype)
         self.mid_block = MidBlock(widths[0], config, dtype)
         self.up_blocks = nnx.List(
@@ -256,10 +218,35 @@ class KlStack(nnx.Module):
         self.conv_out = _conv(3, widths[-1], 3, dtype)
 
 
+class LatentStatistics(nnx.Module):
+    """diffusers' `bn` of an `AutoencoderKLFlux2`: mean and variance of each channel at each place of a patch, f32."""
+
+    def __init__(self, config: Flux2Config):
+        self.patch = config.patch_size
+        self.epsilon = config.batch_norm_eps
+        width = config.latent_channels * math.prod(self.patch)
+        self.running_mean = nnx.Param(jnp.zeros(width, jnp.float32))
+        self.running_var = nnx.Param(jnp.ones(width, jnp.float32))
+
+    def restore(self, latents: jax.Array) -> jax.Array:
+        """f32 [B, h, w, C] of mean 0 and variance 1 to the encoder's own values; h, w: multiples of the patch."""
+        B, h, w, C = latents.shape
+        rows, columns = self.patch
+
+        def by_place(values: jax.Array) -> jax.Array:
+            return values.reshape(C, rows, columns).transpose(1, 2, 0)[:, None]  # [rows, 1, columns, C]
+
+        std = by_place(jnp.sqrt(self.running_var[...] + self.epsilon))
+        patches = latents.reshape(B, h // rows, rows, w // columns, columns, C)
+        return (patches * std + by_place(self.running_mean[...])).reshape(latents.shape)
+
+
 class KlDecoder(nnx.Module):
-    """The decoder of an `AutoencoderKL`."""
+    """The decoder of an `AutoencoderKL` or `AutoencoderKLFlux2`."""
 
     def __init__(self, config: KlConfig, dtype: Any):
+        if isinstance(config, Flux2Config):
+            self.bn = LatentStatistics(config)
         if config.use_post_quant_conv:
             self.post_quant_conv = _conv(1, config.latent_channels, config.latent_channels, dtype)
         self.decoder = KlStack(config, dtype)
@@ -269,7 +256,10 @@ class KlDecoder(nnx.Module):
 
     def head(self, latents: jax.Array) -> jax.Array:
         """f32 [B, h, w, latent_channels] after scale and shift, to features [B, h, w, C]."""
-        x = (latents / self.scaling_factor + self.shift_factor).astype(self.dtype)
+        if hasattr(self, "bn"):
+            x = self.bn.restore(latents).astype(self.dtype)
+        else:
+            x = (latents / self.scaling_factor + self.shift_factor).astype(self.dtype)
         if hasattr(self, "post_quant_conv"):
             x = self.post_quant_conv(x)
         return self.decoder.mid_block(self.decoder.conv_in(x))

@@ -11,7 +11,7 @@ from preprocess.decoding.formats import EXTENSIONS
 # Archives of macOS; thumbnails and bins of NAS boxes and Windows; what a file system's check found.
 _SYSTEM = {"__macosx", "@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "$recycle.bin"}
 _SYSTEM |= {"system volume information", "lost+found"}
-PLOTS = ("plan.png", "latents.png", "buckets.png", "contact.png")
+PLOTS = ("plan.png", "latents.png", "buckets.png", "contact.png", "pictures.png", "details.png")
 MARK = "drawn by fluxdit_jax.preprocess"  # a text in the PNGs
 # An extension of letters alone means something; "jpg_large", "jpg?w=1200" and the "30" of "at 10.15.30" do not.
 _LETTERS = re.compile(r"\.[a-z]+[0-9]?")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from fluxdit_jax.dataset.cells import FACTOR_BYTES
-from fluxdit_jax.dataset.fields import CAPTION, LATENT, field_named
+from fluxdit_jax.dataset.fields import CAPTION, LATENT, TEXT, VISION, field_named
 from fluxdit_jax.shared.cli import duration
 from fluxdit_jax.shared.sanitize import shown
 from preprocess import PreprocessError, buckets
@@ -29,8 +29,29 @@ from preprocess.inspect.report import byte_size, padding
 # T5-Large a token.
 _VAE_AT_1024, _VISION, _TEXT_A_TOKEN = 4.88, 0.72, 0.00065
 _CHARACTERS_A_TOKEN = 4.2  # English through T5's tokenizer
-_CHANNELS, _FACTOR, _TEXT_WIDTH, _VISION_WIDTH = 16, 8, 1024, 1024
 _RECORD_OVERHEAD = 600  # bytes: names, sizes, hash, the shard's framing
+
+
+@dataclasses.dataclass(frozen=True)
+class Widths:
+    """Of what the encoders make; those of the defaults, if they are not on this machine.
+
+    Attributes:
+      channels, factor: of the latent, and its pixels a side.
+      text, vision: of a token and of a vision vector.
+    """
+
+    channels: int = 16
+    factor: int = 8
+    text: int = 1024
+    vision: int = 1024
+
+    @classmethod
+    def of(cls, encoders: Encoders | None) -> Widths:
+        if encoders is None:
+            return cls()
+        width = {name: identity.width for name, identity in encoders.identities.items()}
+        return cls(width["vae"], encoders.vae.factor, width[TEXT.name], width.get(VISION.name, cls.vision))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +75,7 @@ class Forecast:
     record_bytes: float
 
 
-def forecast(plan: Plan) -> Forecast:
+def forecast(plan: Plan, widths: Widths = Widths()) -> Forecast:  # noqa: B008  frozen
     """The figures of a plan."""
     options = plan.options
     counts = collections.Counter(item.bucket for item in plan.items)
@@ -62,13 +83,13 @@ def forecast(plan: Plan) -> Forecast:
     texts = [caption for item in plan.items for caption in item.captions]
     tokens = np.array([min(options.max_tokens, len(text) / _CHARACTERS_A_TOKEN + 1) for text in texts])
     pixels = np.array([item.bucket[0] * item.bucket[1] for item in plan.items])
-    record = 2 * _CHANNELS * pixels.mean() / _FACTOR**2 + 4 * _VISION_WIDTH + _RECORD_OVERHEAD
-    record += options.vision_patches * (_VISION_WIDTH + FACTOR_BYTES)
-    record += (2 * _TEXT_WIDTH * tokens.sum() + sum(len(text.encode()) for text in texts)) / len(plan.items)
+    record = 2 * widths.channels * pixels.mean() / widths.factor**2 + 4 * widths.vision + _RECORD_OVERHEAD
+    record += options.vision_patches * (widths.vision + FACTOR_BYTES)
+    record += (2 * widths.text * tokens.sum() + sum(len(text.encode()) for text in texts)) / len(plan.items)
     return Forecast(
         counts=table,
         bends=advice.bends(plan),
-        padding=padding(table, _FACTOR),
+        padding=padding(table, widths.factor),
         tokens=float(tokens.mean()),
         captions=len(texts) / len(plan.items),
         record_bytes=float(record),
@@ -94,13 +115,14 @@ def _report(drawing: str, parts: list[Part], encoders: Encoders | None, say: Cal
     Args:
       encoders: to try, None if they are not on this machine.
     """
-    forecasts = [forecast(part.plan) for part in parts]
+    widths = Widths.of(encoders)
+    forecasts = [forecast(part.plan, widths) for part in parts]
     for part, figures in zip(parts, forecasts, strict=True):
         _report_buckets(part.plan, figures, say)
     plan, figures = parts[-1].plan, forecasts[-1]
     _report_bends(plan, figures, say)
     _report_rejects(plan, say)
-    _report_disk(parts, forecasts, say)
+    _report_disk(parts, forecasts, widths, say)
     _report_time(parts, figures, encoders, say)
     if drawing:
         from preprocess.inspect.plots import draw_aspects
@@ -111,7 +133,7 @@ def _report(drawing: str, parts: list[Part], encoders: Encoders | None, say: Cal
         say(f"Picture: {drawing}")
 
 
-def _report_disk(parts: list[Part], forecasts: list[Forecast], say: Callable[[str], None]) -> None:
+def _report_disk(parts: list[Part], forecasts: list[Forecast], widths: Widths, say: Callable[[str], None]) -> None:
     needs = [len(part.plan.items) * figures.record_bytes for part, figures in zip(parts, forecasts, strict=True)]
     figures = forecasts[-1]
     several = f", {figures.captions:.2f} captions an image" if figures.captions > 1 else ""
@@ -119,9 +141,9 @@ def _report_disk(parts: list[Part], forecasts: list[Forecast], say: Callable[[st
     each_of = [f"{part.options.resolution} px {byte_size(need)}" for part, need in zip(parts, needs, strict=True)]
     by_side = f" ({', '.join(each_of)})" if len(parts) > 1 else ""
     say(
-        f"disk: about {record} KB a record, {byte_size(sum(needs))} in all{by_side} (with 16 channels at 1/8 and "
-        f"1,024-wide tokens, {figures.tokens:.0f} a caption{several}); while an existing dataset is made anew with "
-        "other encoders, twice that"
+        f"disk: about {record} KB a record, {byte_size(sum(needs))} in all{by_side} (with {widths.channels} channels "
+        f"at 1/{widths.factor} and {widths.text:,}-wide tokens, {figures.tokens:.0f} a caption{several}); while an "
+        "existing dataset is made anew with other encoders, twice that"
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from build_fixtures import write_image
+from safetensors.torch import load_file
 from wording import naming
 
 from preprocess import PreprocessError
@@ -73,6 +74,38 @@ def test_autoencoder_tiny_latents_are_not_scaled_again(tiny_tiny_vae_dir: Path, 
     assert vae.factor == 8 and vae.identity.options["class"] == "AutoencoderTiny"
     np.testing.assert_allclose(vae.encode(images).astype(np.float32), expected, rtol=2**-7, atol=1e-3)
     assert vae.decode(vae.encode(images)).shape == images.shape
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_flux2_latents_have_its_statistics_taken_out(tmp_path: Path, images: np.ndarray, dtype: str) -> None:
+    from diffusers import AutoencoderKLFlux2, Flux2Pipeline
+
+    torch.manual_seed(5)
+    model = AutoencoderKLFlux2(block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=4).eval()
+    model.bn.running_mean.normal_()
+    model.bn.running_var.uniform_(0.25, 4)
+    model.save_pretrained(tmp_path)
+    vae = load_vae(str(tmp_path), device="cpu", dtype=dtype)
+    assert (vae.identity.width, vae.factor, vae.identity.options["class"]) == (32, 8, "AutoencoderKLFlux2")
+    model = model.to(getattr(torch, dtype))
+    with torch.no_grad():
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(model.dtype) / 127.5 - 1
+        raw = Flux2Pipeline._patchify_latents(model.encode(pixels).latent_dist.mean.float())
+    statistics = load_file(tmp_path / "diffusion_pytorch_model.safetensors")  # f32, whatever the network is in
+    mean, variance = (statistics[f"bn.running_{name}"][:, None, None] for name in ("mean", "var"))
+    expected = Flux2Pipeline._unpatchify_latents((raw - mean) / torch.sqrt(variance + 1e-4)).numpy()
+    latents = vae.encode(images)
+    np.testing.assert_allclose(latents.astype(np.float32), expected, rtol=2**-7, atol=1e-3)
+    with pytest.raises(PreprocessError, match=naming("--vae", "64x56", 16)):
+        vae.encode(np.zeros((1, 56, 64, 3), np.uint8))
+    if dtype == "bfloat16":
+        return  # one step of bfloat16 apart, a random network's pictures are levels apart
+    back = Flux2Pipeline._patchify_latents(torch.from_numpy(latents.astype(np.float32)))
+    back = Flux2Pipeline._unpatchify_latents(back * torch.sqrt(variance + 1e-4) + mean).to(model.dtype)
+    with torch.no_grad():
+        pixels = model.decode(back).sample.float().permute(0, 2, 3, 1).numpy()
+    expected = np.clip(pixels * 127.5 + 127.5, 0, 255)
+    assert np.abs(vae.decode(latents) - expected).max() <= 1
 
 
 def test_vae_in_a_vae_folder_and_in_bfloat16(tiny_vae_dir: Path, images: np.ndarray, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny, Flux2Pipeline
 from safetensors.numpy import load_file, save_file
 from wording import naming
 
@@ -53,6 +53,17 @@ def make_tiny(**changes):
     return randomise(AutoencoderTiny(**(settings | changes)), gain=2.0)
 
 
+def make_flux2(widths=(8, 16, 16, 16), **changes):
+    """A random AutoencoderKLFlux2 whose statistics differ by channel and by place in a patch."""
+    torch.manual_seed(0)
+    model = randomise(
+        AutoencoderKLFlux2(**({"block_out_channels": widths, "layers_per_block": 1, "norm_num_groups": 4} | changes))
+    )
+    model.bn.running_mean.normal_()
+    model.bn.running_var.uniform_(0.25, 4)
+    return model
+
+
 def randomise(model, gain=1.0):
     with torch.no_grad():
         for parameter in model.parameters():
@@ -76,6 +87,10 @@ def reference(model, z):
     z = torch.from_numpy(z)
     if isinstance(model, AutoencoderKL):
         z = z / model.config.scaling_factor + (model.config.shift_factor or 0.0)
+    if isinstance(model, AutoencoderKLFlux2):  # as diffusers' pipeline does
+        std = torch.sqrt(model.bn.running_var + model.config.batch_norm_eps)[:, None, None]
+        patches = Flux2Pipeline._patchify_latents(z) * std + model.bn.running_mean[:, None, None]
+        z = Flux2Pipeline._unpatchify_latents(patches)
     with torch.no_grad():
         return model.decode(z).sample.permute(0, 2, 3, 1).numpy()
 
@@ -119,6 +134,15 @@ def test_kl_equals_diffusers(tmp_path, changes):
     assert relative(decoder.decode_float(z), reference(model, z)) < 1e-4
 
 
+@pytest.mark.parametrize("changes", [{}, {"decoder_block_out_channels": (8, 8, 16, 16), "latent_channels": 8}])
+def test_flux2_equals_diffusers(tmp_path, changes):
+    model = make_flux2(**changes)
+    model.save_pretrained(tmp_path)
+    channels = model.config.latent_channels
+    z = latents(2, channels, 6, 10)
+    assert relative(load_decoder(identity(tmp_path, channels)).decode_float(z), reference(model, z)) < 1e-4
+
+
 @pytest.mark.parametrize("changes", [{}, {"act_fn": "mish", "num_decoder_blocks": (1, 2, 1, 1)}])
 def test_tiny_equals_diffusers(tmp_path, changes):
     model = make_tiny(**changes)
@@ -137,6 +161,27 @@ def test_full_flux_width_equals_diffusers(tmp_path):
     in_strips = load_decoder(identity(tmp_path), whole=1)
     in_strips.strip = 2**20
     assert relative(in_strips.decode_float(z), expected) < 1e-4
+
+
+@pytest.mark.slow
+def test_full_flux2_width_equals_diffusers(tmp_path):
+    model = make_flux2((128, 256, 512, 512), layers_per_block=2, norm_num_groups=32)
+    model.save_pretrained(tmp_path)
+    images = np.random.default_rng(0).integers(0, 256, (1, 64, 96, 3), np.uint8)
+    encoder = load_vae(str(tmp_path), device="cpu")
+    z = encoder.encode(images).astype(np.float32)
+    with torch.no_grad():
+        mean = model.encode(torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mean
+    patches = (Flux2Pipeline._patchify_latents(mean) - model.bn.running_mean[:, None, None]) / torch.sqrt(
+        model.bn.running_var + model.config.batch_norm_eps
+    )[:, None, None]
+    theirs = Flux2Pipeline._unpatchify_latents(patches).numpy()
+    assert relative(z, theirs) < 2**-8  # bfloat16
+    decoded = load_decoder(encoder.identity).decode_float(z)
+    assert relative(decoded, reference(model, z)) < 1e-4
+    in_strips = load_decoder(encoder.identity, whole=1)
+    in_strips.strip = 2**20
+    assert relative(in_strips.decode_float(z), decoded) < 1e-4
 
 
 def test_encoder_and_decoder_belong_together(kl, recwarn):
