@@ -63,6 +63,7 @@ class Variant:
 VARIANTS = {
     "muon": Variant({}),
     "adamw": Variant({"optim.name": "adamw", "optim.lr": 1e-3}),
+    "muon split": Variant({"optim.split_fused": True}),
     "routed": Variant({"routing.share": 0.5}),
     "shuffled": Variant({}, shuffled=True),
 }

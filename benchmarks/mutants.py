@@ -34,6 +34,7 @@ MODULES = {
     "fluxdit_jax/flow.py": ["test_flow"],
     "fluxdit_jax/train_step.py": ["test_train_step_by_hand"],
     "fluxdit_jax/optimizer.py": ["test_optimizer"],
+    "fluxdit_jax/muon.py": ["test_muon"],
     "fluxdit_jax/model/dit.py": ["model/test_dit_by_hand"],
     "fluxdit_jax/model/attention.py": ["model/test_attention"],
     "fluxdit_jax/sampling/solvers.py": ["sampling/test_solvers"],

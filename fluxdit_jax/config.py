@@ -144,6 +144,7 @@ KEYS = {
     "optim.name": Key(_OPTIM.name, ", ".join(optimizer.NAMES), one_of(*optimizer.NAMES)),
     "optim.lr": Key(_OPTIM.lr, "the highest learning rate", POSITIVE),
     "optim.adam_lr": Key(_OPTIM.adam_lr, "with muon: of everything but the matrices inside the blocks", POSITIVE),
+    "optim.split_fused": Key(_OPTIM.split_fused, "with muon: orthogonalise q, k, v, gate and up each by itself"),
     "optim.schedule": Key(_OPTIM.schedule, ", ".join(optimizer.SCHEDULES), one_of(*optimizer.SCHEDULES)),
     "optim.warmup_steps": Key(
         _OPTIM.warmup_steps, "steps of linear warm-up, from lr / warmup_steps to lr", NOT_NEGATIVE

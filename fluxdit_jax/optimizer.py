@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fluxdit_jax.muon import muon
+
 NAMES = ("adamw", "muon")
 SCHEDULES = ("constant", "cosine")
 
@@ -21,6 +23,7 @@ SCHEDULES = ("constant", "cosine")
 class OptimizerConfig:
     """Attributes:
     lr: peak learning rate. For Muon that of the matrices; `adam_lr` is that of the rest.
+    split_fused: Muon orthogonalises query, key and value, and gate and up, each by itself.
     warmup_steps, total_steps: optimizer steps, from `first_step` on.
     first_step: optimizer steps before, of other stages of the run.
     final_fraction: the cosine ends at this share of the peak.
@@ -32,6 +35,7 @@ class OptimizerConfig:
     name: str = "adamw"
     lr: float = 1e-4
     adam_lr: float = 1e-4
+    split_fused: bool = False
     schedule: str = "constant"
     warmup_steps: int = 1000
     final_fraction: float = 0.0
@@ -148,20 +152,15 @@ def build_optimizer(config: OptimizerConfig) -> optax.MultiSteps:
             mask=matrices,
         )
     elif config.name == "muon":
-        # Stacked kernels are [depth, in, out]: the leading axis is a batch, not part of the matrix.
-        def matrix_axes(params: Any) -> Any:
-            axes = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-            return by_path(lambda path, _: axes if is_hidden_matrix(path) else None, params)
-
-        rule = optax.contrib.muon(
+        rule = muon(
             learning_rate(config, config.lr),
+            learning_rate(config, config.adam_lr),
+            is_hidden_matrix,
+            split=config.split_fused,
             weight_decay=config.weight_decay,
-            weight_decay_mask=matrices,
-            adam_b1=config.b1,
-            adam_b2=config.b2,
-            adam_learning_rate=learning_rate(config, config.adam_lr),
-            muon_weight_dimension_numbers=matrix_axes,
-            consistent_rms=0.2,  # updates as large as AdamW's, so its learning rate carries over (2502.16982)
+            decayed=matrices,
+            b1=config.b1,
+            b2=config.b2,
         )
     else:
         raise ValueError(f"optim.name must be one of {NAMES}, got {config.name!r}")

@@ -1,4 +1,4 @@
-"""Schedules, masks, clipping, norms and Muon, against closed forms on the real parameter tree."""
+"""Schedules, masks, clipping and norms, against closed forms on the real parameter tree."""
 
 from __future__ import annotations
 
@@ -166,50 +166,6 @@ def test_adamw_is_optax_adamw(params):
         other, b = update_b(gradient, b, params)
         for name, value in leaves(mine).items():
             np.testing.assert_allclose(value, leaves(other)[name], rtol=1e-4, atol=1e-9, err_msg=name)
-
-
-# ------------------------------------------------------------------------------------------------ Muon
-
-
-def test_muon_on_stacked_layers_is_muon_on_each_layer():
-    rng = np.random.default_rng(0)
-    depth, rows, columns = 3, 24, 40
-
-    def tree(stack):
-        return {"blocks": {"mlp": {"down": {"kernel": stack}}, "table": stack[:, 0]}}
-
-    optimizer = build_optimizer(tiny_optimizer(name="muon", weight_decay=0.1))
-    update = jax.jit(optimizer.update)
-    weights = rng.normal(size=(depth, rows, columns)).astype(np.float32)
-    stacked, state = tree(weights), optimizer.init(tree(weights))
-    layers = [tree(weights[i : i + 1]) for i in range(depth)]
-    states = [optimizer.init(layer) for layer in layers]
-    for _ in range(3):
-        gradient = rng.normal(size=weights.shape).astype(np.float32)
-        gradient[1] *= 100  # one loud layer does not change the others
-        together, state = update(tree(gradient), state, stacked)
-        for i in range(depth):
-            alone, states[i] = update(tree(gradient[i : i + 1]), states[i], layers[i])
-            kernel = together["blocks"]["mlp"]["down"]["kernel"][i]
-            np.testing.assert_allclose(kernel, alone["blocks"]["mlp"]["down"]["kernel"][0], rtol=1e-3, atol=1e-7)
-
-
-def test_muon_orthogonalises_kernels_of_blocks_and_gives_the_rest_to_adam(params):
-    lr, adam_lr = 1e-2, 1e-3
-    optimizer = build_optimizer(tiny_optimizer(name="muon", lr=lr, adam_lr=adam_lr))
-    gradient = lively(params, seed=2)
-    updates, _ = jax.jit(optimizer.update)(gradient, optimizer.init(params), params)
-    for path, update in jax.tree_util.tree_leaves_with_path(updates):
-        update = np.asarray(update)
-        if is_hidden_matrix(path):
-            for layer in update:
-                singular = np.linalg.svd(layer, compute_uv=False) / lr
-                scale = 0.2 * np.sqrt(max(layer.shape))
-                assert np.mean(singular > 0.6 * scale) > 0.9 and singular.max() < 1.3 * scale, path_name(path)
-                assert 0.1 < np.sqrt(np.mean(layer**2)) / lr < 0.25  # as large as AdamW's
-        else:
-            # optax's Muon uses Nesterov momentum in its Adam too: the first update is 1.47 instead of 1
-            np.testing.assert_allclose(np.abs(update), 1.474 * adam_lr, rtol=0.02, err_msg=path_name(path))
 
 
 # ------------------------------------------------------------------------------------------------ accumulation, EMA
