@@ -390,7 +390,7 @@ def require_same_shapes(what: str, saved: Any, wanted: Any) -> None:
     """Raises `CheckpointError`, naming the first leaf that the trees do not share."""
     difference = shape_difference(saved, wanted)
     if difference:
-        raise CheckpointError(f"{what} does not fit config.model, config.alignment.block and config.optim: {difference}")
+        raise CheckpointError(f"{what} does not fit config.model, .alignment.block or .optim: {difference}")
 
 
 def first_line(error: Exception) -> str:
