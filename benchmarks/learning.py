@@ -3,7 +3,7 @@
     python -m benchmarks.cast --output cast          # a drawn set: train, heldout (combinations), shuffled
     for part in train heldout shuffled; do
         python -m preprocess build --input cast/$part --output cast-256/$part --resolution 256 --holdout 0 \
-            --vae builtin:dct --text-encoder builtin:hash --vision-encoder builtin:tone; done
+            --vae builtin:dct --text-encoder builtin:hash --vision-encoder builtin:tone --vision-patches 256; done
     python -m benchmarks.learning cast-256 cast-256/train --heldout cast-256/heldout --shuffled cast-256/shuffled
     python -m benchmarks.learning photographs photos-256    # its own holdout split
     python -m benchmarks.learning --show
@@ -11,7 +11,8 @@
 Every variant is a run of `fluxdit_jax.train`, which goes on where it was stopped; the variants of a seed follow each
 other, so that a slow hour of the machine meets all. The loss is that of the EMA by the dense network, over the same
 pictures, noise and uniform times for all. A difference is that of two runs of one seed, given with its standard error
-over the seeds; below 0 the variant is ahead. `shuffled` has the captions of other pictures: it must not help.
+over the seeds; below 0 the variant is ahead. Two must not help: `shuffled` has the captions of other pictures, `aligned
+to others` is held against their patches.
 
 These sizes show whether a mechanism is right and harmless, not how much it gains in a real run.
 """
@@ -54,17 +55,30 @@ BASE: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """`changes`: to BASE. `shuffled`: trained on the dataset whose captions are those of other pictures."""
+    """Attributes:
+    changes: to BASE.
+    shuffled: trained on the dataset whose captions are those of other pictures.
+    before: Python that the training process runs first.
+    """
 
     changes: dict[str, Any]
     shuffled: bool = False
+    before: str = ""
 
 
+ALIGNED = {"alignment.block": 2, "alignment.until": 200}
+# Every sample of a micro-batch is given the patches of the one before it.
+OTHERS = (
+    "import jax.numpy as jnp; from fluxdit_jax import alignment; true = alignment.targets; "
+    "alignment.targets = lambda patches, *more: true(jnp.roll(patches, 1, 0), *more)"
+)
 VARIANTS = {
     "muon": Variant({}),
     "adamw": Variant({"optim.name": "adamw", "optim.lr": 1e-3}),
     "muon split": Variant({"optim.split_fused": True}),
     "routed": Variant({"routing.share": 0.5}),
+    "aligned": Variant(ALIGNED),
+    "aligned to others": Variant(ALIGNED, before=OTHERS),
     "shuffled": Variant({}, shuffled=True),
 }
 
@@ -72,7 +86,8 @@ VARIANTS = {
 def train(variant: Variant, seed: int, steps: int, data: Path, workdir: Path) -> None:
     """Runs a variant, or goes on with it."""
     values = BASE | variant.changes | {"train.steps": steps, "seed": seed, "data.path": data, "workdir": workdir}
-    command = [sys.executable, "-m", "fluxdit_jax.train", "--config=configs/demo.py"]
+    start = f"{variant.before}\nimport runpy; runpy.run_module('fluxdit_jax.train', run_name='__main__')"
+    command = [sys.executable, "-c", start, "--config=configs/demo.py"]
     subprocess.run([*command, *(f"--config.{key}={value}" for key, value in values.items())], cwd=ROOT, check=True)
 
 
@@ -168,7 +183,7 @@ def main() -> None:
         parser.error("give SET and DATA, or --show")
     for seed in [] if a.show else a.seeds:
         for name in a.variants:
-            variant, run = VARIANTS[name], f"{a.set}-{name}-{seed}"
+            variant, run = VARIANTS[name], f"{a.set}-{name}-{seed}".replace(" ", "-")
             data = a.shuffled if variant.shuffled else a.data
             if data is None:
                 continue
