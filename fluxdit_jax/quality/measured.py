@@ -1,0 +1,70 @@
+"""A number with its interval, and what the same measure says of true pictures and of useless ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+RESAMPLES = 1000
+LEVEL = 0.95
+
+# What a statistic is of every resample: counts of each item [R, n] to float64 [R].
+Statistic = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Attributes:
+    value: the number.
+    low, high: the interval of 95 % by the bootstrap: what it may be with other captions of the same kind.
+    count: items that it is of.
+    best, worst: by name, the same measure of pictures that could not be better, and of useless ones.
+    """
+
+    value: float
+    low: float
+    high: float
+    count: int
+    best: dict[str, float] = dataclasses.field(default_factory=dict)
+    worst: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def bootstrap(statistic: Statistic, count: int, seed: int = 0) -> tuple[float, float, float]:
+    """(value, low, high): a statistic of items and its percentile interval over resamples of them.
+
+    Args:
+      statistic: given how often each item is taken [R, n], its values [R].
+      count: n.
+    """
+    value = float(statistic(np.ones((1, count)))[0])
+    if count < 2:
+        return value, float("nan"), float("nan")
+    counts = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES).astype(np.float64)
+    values = statistic(counts)
+    low, high = np.nanquantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return value, float(low), float(high)
+
+
+def mean(values: np.ndarray, **sides: dict[str, float]) -> Measured:
+    """The mean over items [n]; a share, if they are 0 and 1."""
+    values = np.asarray(values, np.float64)
+    value, low, high = bootstrap(lambda counts: counts @ values / len(values), len(values))
+    return Measured(value, low, high, len(values), **sides)
+
+
+def median(values: np.ndarray, **sides: dict[str, float]) -> Measured:
+    """The lower median over items [n]."""
+    ordered = np.sort(np.asarray(values, np.float64))
+
+    def of(counts: np.ndarray) -> np.ndarray:
+        return ordered[(counts[:, order].cumsum(1) >= len(ordered) / 2).argmax(1)]
+
+    order = np.argsort(np.asarray(values, np.float64), kind="stable")
+    value, low, high = bootstrap(of, len(ordered))
+    return Measured(value, low, high, len(ordered), **sides)

@@ -1,0 +1,162 @@
+"""Each measure against its definition, and moved by the fault that is its own."""
+
+import numpy as np
+import pytest
+
+from fluxdit_jax.quality import measures
+from fluxdit_jax.quality.measures import Reference
+
+
+def unit(vectors):
+    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def pictures(count, seed, width=24, spread=1.0):
+    """Vectors of a dataset: a few kinds of pictures, and how single ones differ."""
+    rng = np.random.default_rng(seed)
+    kinds = np.random.default_rng(99).normal(size=(8, width))
+    return unit(kinds[rng.integers(0, 8, count)] + spread * rng.normal(size=(count, width)))
+
+
+def test_distances_are_those_of_unit_vectors():
+    a, b = pictures(5, 0), pictures(7, 1)
+    expected = np.linalg.norm(a[:, None].astype(np.float64) - b[None], axis=2)
+    np.testing.assert_allclose(measures.distances(a, b), expected, atol=1e-6)
+    distance, row = measures.nearest(a, b)
+    np.testing.assert_allclose(distance, expected.min(1), atol=1e-6)
+    np.testing.assert_array_equal(row, expected.argmin(1))
+
+
+# ---------------------------------------------------------------------------------------------------- likeness
+
+
+def test_mmd_is_its_definition():
+    """Mean kernel of different pairs in each set, less twice that across, by loops."""
+    x, y = pictures(9, 0), pictures(12, 1, spread=2.0)
+    reference = Reference.of(y)
+    apart = [np.linalg.norm(a.astype(float) - b) for i, a in enumerate(y) for b in y[:i]]
+    assert reference.bandwidth == pytest.approx(np.median(apart), rel=0.05)
+
+    def kernel(a, b):
+        return np.exp(-np.sum((a.astype(float) - b) ** 2) / (2 * reference.bandwidth**2))
+
+    def within(z):
+        return np.mean([kernel(a, b) for i, a in enumerate(z) for j, b in enumerate(z) if i != j])
+
+    expected = within(x) + within(y) - 2 * np.mean([kernel(a, b) for a in x for b in y])
+    value, low, high = reference.mmd(x)
+    assert value == pytest.approx(1000 * expected, rel=1e-5) and low < value < high
+
+
+def test_mmd_of_the_dataset_against_itself_is_0_over_200_subsets():
+    reference = Reference.of(pictures(800, 0))
+    for count in (20, 100):
+        values = np.array([reference.mmd(pictures(count, 1000 + k))[0] for k in range(200)])
+        error = values.std(ddof=1) / 200**0.5
+        assert abs(values.mean()) < 3.5 * error + 1000 * 2 / 800  # 2 / 800: what the fixed reference itself may be off
+        assert (values < 0).mean() > 0.2  # unbiased: below 0 as well as above
+    biased = values + 1000 * (1 - reference.within) / 100  # counting each picture with itself
+    assert biased.mean() > 10 * error
+
+
+def test_likeness_tells_other_pictures_and_its_interval_holds_chance():
+    reference = Reference.of(pictures(600, 0))
+    true, off = pictures(400, 1), pictures(400, 2, spread=3.0)
+    found = measures.likeness(true, reference, {"holdout": pictures(400, 3)}, {"others": off})
+    assert abs(found.value) < 0.1 * found.worst["others"] and abs(found.best["holdout"]) < 0.1 * found.worst["others"]
+    assert found.high - found.low < found.worst["others"] and found.count == 400
+    half = measures.likeness(np.concatenate([true[:200], off[:200]]), reference, {}, {})
+    assert found.high < half.low < half.value < found.worst["others"]
+
+
+def test_a_collapsed_model_is_not_like_the_dataset():
+    reference = Reference.of(pictures(600, 0))
+    collapsed = np.repeat(pictures(1, 1), 150, axis=0)
+    assert reference.mmd(collapsed)[0] > 20 * abs(reference.mmd(pictures(150, 2))[0])
+
+
+# --------------------------------------------------------------------------------------- captions and vectors
+
+
+def test_ranks_by_hand():
+    true = unit(np.array([[1.0, 0], [0.9, 0.1], [0, 1.0]]))
+    drawn = unit(np.array([[0.9, 0.1], [0.9, 0.1], [1.0, 0.2]]))
+    assert measures.ranks(drawn, true).tolist() == [2, 1, 3]
+    twins = unit(np.array([[1.0, 0], [1.0, 0], [0, 1.0]]))  # one picture twice: either is right
+    assert measures.ranks(twins, twins).tolist() == [1, 1, 1]
+
+
+def test_captions_that_are_followed_half_of_the_time():
+    true = pictures(100, 0)
+    drawn = true.copy()
+    drawn[::2] = pictures(50, 1)
+    found = measures.captions(drawn, true, true)
+    assert found["recall@1"].value == pytest.approx(0.5, abs=0.05) and found["recall@1"].best == {"true pictures": 1.0}
+    assert found["recall@1"].low < 0.5 < found["recall@1"].high
+    assert found["recall@1"].worst["chance"] == 0.01 and found["recall@1"].worst["another caption's"] < 0.05
+    assert 0.5 < found["recall@10"].value < 0.8
+    assert found["median rank"].best == {"true pictures": 1.0} and found["median rank"].worst["chance"] == 50.5
+
+
+def test_one_picture_for_all_captions_is_chance():
+    true = pictures(100, 0)
+    found = measures.captions(np.repeat(pictures(1, 5), 100, axis=0), true, true)
+    assert found["recall@1"].value == 0.01 and found["recall@10"].value == 0.1
+    assert found["median rank"].value == pytest.approx(50, abs=1)
+
+
+def test_recall_at_more_than_there_are_is_not_told():
+    true = pictures(8, 0)
+    assert list(measures.captions(true, true, true)) == ["recall@1", "median rank"]
+
+
+def test_a_vector_that_is_followed_and_one_that_is_not():
+    given = pictures(80, 0)
+    near = unit(given + 0.1 * np.random.default_rng(1).normal(size=given.shape))
+    followed, ignored = measures.vector(near, given, given), measures.vector(pictures(80, 2), given, given)
+    assert followed.low > 0.85 and followed.best["true pictures"] == pytest.approx(1)
+    assert followed.worst["another's vector"] < 0.5 and ignored.high < 0.5
+    assert followed.value == pytest.approx(np.mean([float(a @ b) for a, b in zip(near, given, strict=True)]), abs=1e-6)
+
+
+# ----------------------------------------------------------------------------------------- copies and diversity
+
+
+def test_copies_are_counted_and_named():
+    train, holdout = pictures(400, 0), pictures(200, 1)
+    drawn = pictures(100, 2)
+    drawn[10:40] = train[7:37]
+    found = measures.copies(drawn, train, holdout)
+    assert found.share.value == pytest.approx(0.3, abs=0.04) and found.train[10:40].tolist() == list(range(7, 37))
+    assert found.distance[10:40].max() < 1e-3 < found.threshold
+    assert found.share.best["holdout pictures"] == pytest.approx(0.01, abs=0.006)
+    new = measures.copies(pictures(300, 3), train, holdout).share
+    assert new.value < 0.04 and new.low <= 0.01 <= new.high + 0.01
+
+
+def test_diversity_from_one_picture_to_the_dataset():
+    true = pictures(200, 0)
+    same = np.repeat(pictures(6, 1)[:, None], 4, axis=1)
+    other = pictures(24, 2).reshape(6, 4, -1)
+    assert measures.diversity(same, true).value == pytest.approx(0, abs=1e-3)
+    assert measures.diversity(other, true).value == pytest.approx(1, abs=0.1)
+    near = unit(same + 0.3 * np.random.default_rng(3).normal(size=same.shape) / 24**0.5)
+    assert 0.05 < measures.diversity(near, true).value < 0.5
+
+
+def test_collapsed_modes_are_found_and_healthy_sets_have_none():
+    true, drawn = pictures(200, 0), pictures(200, 1)
+    assert measures.collapsed_modes(drawn, true) == []
+    assert measures.collapsed_modes(true, true) == []
+    drawn[[3, 50, 51, 90]] = drawn[3]
+    drawn[[7, 8, 9]] = drawn[7]
+    drawn[[20, 21]] = drawn[20]  # two may happen
+    rows = [mode.rows for mode in measures.collapsed_modes(drawn, true)]
+    assert rows == [(3, 50, 51, 90), (7, 8, 9)]
+    everything = measures.collapsed_modes(np.repeat(drawn[:1], 30, axis=0), true)
+    assert [len(mode.rows) for mode in everything] == [30]
+
+
+def test_a_reference_of_one_picture_is_refused():
+    with pytest.raises(ValueError, match=r"two.*\b1\b"):
+        Reference.of(pictures(1, 0))
