@@ -35,7 +35,7 @@ from fluxdit_jax.device import devices
 from fluxdit_jax.gate.advice import advise, by_cause
 from fluxdit_jax.gate.edit import EditError
 from fluxdit_jax.gate.page import write_page
-from fluxdit_jax.gate.report import FOLDER, Circumstances, build_report, write_json, write_tensorboard
+from fluxdit_jax.gate.report import FOLDER, Circumstances, build_report, write_tensorboard
 from fluxdit_jax.gate.retrieval import Library
 from fluxdit_jax.gate.sampler import Request, Sampler
 from fluxdit_jax.gate.sheet import draw_sheet
@@ -49,6 +49,7 @@ from fluxdit_jax.sampling.pipeline import Generator
 from fluxdit_jax.sampling.prompts import SampleError
 from fluxdit_jax.shared import atomic_files
 from fluxdit_jax.shared import cli as programs
+from fluxdit_jax.shared.json_files import write_json
 from fluxdit_jax.shared.paths import expanded, given_path
 from fluxdit_jax.vae.files import DecoderError
 from preprocess import PreprocessError

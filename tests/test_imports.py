@@ -83,7 +83,7 @@ def test_only_sampling_and_decoding_use_encoders() -> None:
         for source, targets in graph().items()
         if source.startswith("fluxdit_jax") and any(target.startswith("preprocess.") for target in targets)
     }
-    assert using == {"fluxdit_jax.sampling", "fluxdit_jax.vae", "fluxdit_jax.validate"}
+    assert using == {"fluxdit_jax.quality", "fluxdit_jax.sampling", "fluxdit_jax.vae", "fluxdit_jax.validate"}
     assert not {
         source
         for source, targets in graph(lazy=False).items()

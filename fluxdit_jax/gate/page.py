@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +13,10 @@ from fluxdit_jax.gate import charts
 from fluxdit_jax.gate.advice import by_cause
 from fluxdit_jax.gate.report import chosen_cases
 from fluxdit_jax.gate.sheet import LEGEND
-from fluxdit_jax.gate.style import CSS
 from fluxdit_jax.gate.verdict import Case, Control, Verdict, grade, percent
+from fluxdit_jax.pages.parts import document, jpeg, picture, row, text
 from fluxdit_jax.shared.atomic_files import write_whole
 
-PICTURE = 192  # longer side at most, pixels; larger pictures are reduced
 WALL = 100  # pictures at most on the wall of originals and drawings, of a set that is no grid
 
 # What the numbers of the tests are called, and how they are written: share, db, plain, count.
@@ -49,13 +45,6 @@ NAMES: dict[str, tuple[str, str]] = {
 }
 
 
-# Captions are escaped; should one get through all the same, the browser runs and fetches nothing.
-_NOTHING_FOREIGN = (
-    '<meta http-equiv="Content-Security-Policy" '
-    "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
-)
-
-
 def write_page(
     verdicts: list[Verdict], report: dict[str, Any], log: list[dict[str, Any]], sheet: np.ndarray | None, path: Path
 ) -> None:
@@ -80,7 +69,7 @@ def page(
     body = [
         f'<header class="{"open" if open_ones else _grade(passed)}"><p class="stamp">{stamp}</p>',
         f"<h1>{_headline(verdicts)}</h1>",
-        f"<p>{_text(_about(report))}</p></header>",
+        f"<p>{text(_about(report))}</p></header>",
         '<nav class="cards">' + "".join(_card(verdict) for verdict in verdicts) + "</nav>",
         _advice(verdicts),
         _everything(sheet, verdicts),
@@ -88,16 +77,7 @@ def page(
         _training(log),
         _particulars(report),
     ]
-    title = _text(f"{stamp}: validation of {Path(report['weights']['workdir']).name}")
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8">{_NOTHING_FOREIGN}<title>{title}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{CSS}</style></head><body>{''.join(body)}</body></html>\n"
-    )
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))
+    return document(f"{stamp}: validation of {Path(report['weights']['workdir']).name}", "".join(body))
 
 
 def _grade(passed: bool) -> str:
@@ -107,9 +87,9 @@ def _grade(passed: bool) -> str:
 def _headline(verdicts: list[Verdict]) -> str:
     failed = [verdict.title.lower() for verdict in verdicts if verdict.judged and not verdict.passed]
     if failed:
-        return f"The model does not pass: {_text(' and '.join(failed))}."
+        return f"The model does not pass: {text(' and '.join(failed))}."
     if unknown := [verdict.title.lower() for verdict in verdicts if not verdict.judged]:
-        return f"This set does not allow a judgement: {_text(' and '.join(unknown))}."
+        return f"This set does not allow a judgement: {text(' and '.join(unknown))}."
     return "The model remembers its pictures, takes the light of another, and reads its captions."
 
 
@@ -130,9 +110,9 @@ def _about(report: dict[str, Any]) -> str:
 
 def _card(verdict: Verdict) -> str:
     return (
-        f'<a class="card {_class(verdict)}" href="#{verdict.name}"><h2>{_text(verdict.title)}</h2>'
+        f'<a class="card {_class(verdict)}" href="#{verdict.name}"><h2>{text(verdict.title)}</h2>'
         f'<p class="big">{percent(verdict.value) if verdict.judged else "not judged"}</p>{_gauge(verdict)}'
-        f"<p>{_text(verdict.statement)}</p></a>"
+        f"<p>{text(verdict.statement)}</p></a>"
     )
 
 
@@ -146,9 +126,9 @@ def _gauge(verdict: Verdict) -> str:
 def _section(number: int, verdict: Verdict) -> str:
     parts = [
         f'<section id="{verdict.name}"><h2><span class="mark {_class(verdict)}">'
-        f"{grade(verdict).lower()}</span> {number}. {_text(verdict.title)}</h2>",
-        f'<p class="question">{_text(verdict.question)}</p>',
-        f"<p><strong>{_text(verdict.statement)}</strong>; needed: {percent(verdict.threshold)}.</p>",
+        f"{grade(verdict).lower()}</span> {number}. {text(verdict.title)}</h2>",
+        f'<p class="question">{text(verdict.question)}</p>',
+        f"<p><strong>{text(verdict.statement)}</strong>; needed: {percent(verdict.threshold)}.</p>",
     ]
     if verdict.reasons:
         parts.append(_list("Why it failed" if verdict.judged else "Why it is not judged", verdict.reasons))
@@ -164,28 +144,28 @@ def _section(number: int, verdict: Verdict) -> str:
             parts.append(_figure("Over guidance scales", charts.shares(guidance, verdict.threshold, "guidance scale")))
         parts.append("</div></div>")
     for rank, cases in chosen_cases(verdict):
-        parts.append(f"<h3>{_text(rank)}</h3>{_cases(cases)}")
+        parts.append(f"<h3>{text(rank)}</h3>{_cases(cases)}")
     parts.append("</section>")
     return "".join(parts)
 
 
 def _figure(title: str, drawn: str) -> str:
-    return f"<figure><figcaption>{_text(title)}</figcaption>{drawn}</figure>"
+    return f"<figure><figcaption>{text(title)}</figcaption>{drawn}</figure>"
 
 
 def _everything(sheet: np.ndarray | None, verdicts: list[Verdict]) -> str:
     """All pictures of the set with all that was drawn of them; without a grid originals and drawings."""
     if sheet is None:
         return f"<section><h2>All pictures</h2>{_wall(verdicts[0].cases)}</section>"
-    image = _jpeg(sheet, longest=max(sheet.shape), quality=85)
+    image = jpeg(sheet, longest=max(sheet.shape), quality=85)
     return (
-        f'<section class="all"><h2>All pictures</h2><p>{_text(LEGEND)}</p>'
+        f'<section class="all"><h2>All pictures</h2><p>{text(LEGEND)}</p>'
         f'<img src="{image}" alt="photographs as rows, lights as columns"></section>'
     )
 
 
 def _list(title: str, lines: Sequence[str]) -> str:
-    items = "".join(f"<li>{_text(line)}</li>" for line in lines)
+    items = "".join(f"<li>{text(line)}</li>" for line in lines)
     return f'<h3>{title}</h3><ul class="why">{items}</ul>'
 
 
@@ -194,7 +174,7 @@ def _advice(verdicts: list[Verdict]) -> str:
     causes = by_cause(verdicts)
     if not causes:
         return ""
-    lists = "".join(_list(_text(f"{cause.name} ({', '.join(cause.tests)})"), cause.lines) for cause in causes)
+    lists = "".join(_list(text(f"{cause.name} ({', '.join(cause.tests)})"), cause.lines) for cause in causes)
     return f"<section><h2>Where to look first</h2>{lists}</section>"
 
 
@@ -202,7 +182,7 @@ def _control(control: Control) -> str:
     sign = "at most" if control.at_most else "at least"
     return (
         f'<tr><td><span class="mark {_grade(control.passed)}">{"ok" if control.passed else "failed"}</span></td>'
-        f"<td>{_text(control.name)}<small>{_text(control.meaning)}</small></td>"
+        f"<td>{text(control.name)}<small>{text(control.meaning)}</small></td>"
         f'<td class="number">{percent(control.value)}</td><td>{sign} {percent(control.bound)}</td></tr>'
     )
 
@@ -212,16 +192,11 @@ def _numbers(numbers: dict[str, Any]) -> list[str]:
     for key, value in numbers.items():
         if isinstance(value, dict):
             shares = ", ".join(f"{_format(part, 'plain')} {percent(share)}" for part, share in value.items())
-            rows.append(_row(key.replace("_", " "), shares))
+            rows.append(row(key.replace("_", " "), shares))
         else:
             name, kind = NAMES.get(key, (key.replace("_", " "), "plain"))
-            rows.append(_row(name, _format(value, kind)))
+            rows.append(row(name, _format(value, kind)))
     return rows
-
-
-def _row(name: str, value: str) -> str:
-    kind = "number" if len(value) < 25 else "long"
-    return f'<tr><td>{_text(name)}</td><td class="{kind}">{_text(value)}</td></tr>'
 
 
 def _format(value: float | int | str | None, kind: str) -> str:
@@ -240,22 +215,11 @@ def _cases(cases: Sequence[Case]) -> str:
 
 
 def _case(case: Case) -> str:
-    figures = "".join(
-        f'<figure><img src="{_jpeg(image)}" alt="{_text(title)}"><figcaption>{_text(title)}</figcaption></figure>'
-        for title, image in case.pictures
-    )
+    figures = "".join(picture(image, title) for title, image in case.pictures)
     return (
         f'<article class="{_grade(case.passed)}"><div class="row">{figures}</div>'
-        f"<p>{_text(case.label)}<small>{_text(case.note)}</small></p></article>"
+        f"<p>{text(case.label)}<small>{text(case.note)}</small></p></article>"
     )
-
-
-def _jpeg(image: np.ndarray, longest: int = PICTURE, quality: int = 88) -> str:
-    picture = Image.fromarray(image)
-    picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=quality, subsampling=0)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _wall(cases: Sequence[Case]) -> str:
@@ -269,7 +233,7 @@ def _wall(cases: Sequence[Case]) -> str:
             small = Image.fromarray(case.pictures[which][1]).resize((side, side), Image.Resampling.LANCZOS)
             y, x = side * (k // columns), side * (k % columns)
             sheet[y : y + side, x : x + side] = np.asarray(small)
-        source = _jpeg(sheet, longest=side * columns, quality=85)
+        source = jpeg(sheet, longest=side * columns, quality=85)
         sheets.append(f'<figure><img src="{source}" alt="{title}"><figcaption>{title}</figcaption></figure>')
     of_all = "" if len(shown) == len(cases) else f" (the first {len(shown)} of {len(cases)})"
     return f'<h3>all of them{of_all}</h3><div class="wall">{"".join(sheets)}</div>'
@@ -291,19 +255,19 @@ def _training(log: list[dict[str, Any]]) -> str:
 def _particulars(report: dict[str, Any]) -> str:
     weights = report["weights"]
     identity = f"EMA of step {weights['ema_step']:,}, digest {weights.get('digest') or 'not known'}"
-    rows = [_row("weights", identity)]
+    rows = [row("weights", identity)]
     rows += [
-        _row(f"{name} encoder", f"{e['id']} {e['revision']} (width {e['width']}, sha256 {e['sha256'][:16]})")
+        row(f"{name} encoder", f"{e['id']} {e['revision']} (width {e['width']}, sha256 {e['sha256'][:16]})")
         for name, e in report["encoders"].items()
     ]
     model, data, sampling = report["model"], report["dataset"], report["sampling"]
     rows += [
-        _row("model family", ", ".join(f"{key} {value}" for key, value in model["family"].items())),
-        _row("data set", f"{data['name']}, format version {data['format_version']}, {data['resolution']} px"),
-        _row("pictures", _pictures(data)),
-        _row("shards", ", ".join(digest[:16] for digest in data["shards_sha256"][:8])),
-        _row("network evaluations", f"{sampling['network_evaluations']:,} (seed {sampling['seed']})"),
-        _row("time", ", ".join(f"{name} {value:.1f} s" for name, value in report["seconds"].items())),
+        row("model family", ", ".join(f"{key} {value}" for key, value in model["family"].items())),
+        row("data set", f"{data['name']}, format version {data['format_version']}, {data['resolution']} px"),
+        row("pictures", _pictures(data)),
+        row("shards", ", ".join(digest[:16] for digest in data["shards_sha256"][:8])),
+        row("network evaluations", f"{sampling['network_evaluations']:,} (seed {sampling['seed']})"),
+        row("time", ", ".join(f"{name} {value:.1f} s" for name, value in report["seconds"].items())),
     ]
     return f"<section><h2>Particulars</h2><table>{''.join(rows)}</table></section>"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from fluxdit_jax.model.dit import ModelConfig, count_parameters
 from fluxdit_jax.run.checkpoint import EMA
 from fluxdit_jax.run.summary_writer import SummaryWriter
 from fluxdit_jax.shared import image_grid
-from fluxdit_jax.shared.atomic_files import write_whole
 
 FOLDER = "validation"
 SHOWN = 4  # cases of each kind: best, middle, worst
@@ -109,22 +107,6 @@ def _not_passed(verdicts: list[Verdict]) -> list[str]:
         ("NOT JUDGED", [verdict for verdict in verdicts if not verdict.judged]),
     )
     return [f"{kind}: {', '.join(one.title.lower() for one in found)}" for kind, found in kinds if found]
-
-
-def write_json(report: dict[str, Any], path: Path) -> None:
-    """Writes atomically; a number that is not finite becomes null, because JSON has none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(_finite(report), indent=1) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else None
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def chosen_cases(verdict: Verdict, each: int = SHOWN) -> list[tuple[str, list[Case]]]:

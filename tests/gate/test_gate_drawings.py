@@ -9,9 +9,9 @@ from training_helpers import tiny_config
 from wording import lines_naming
 
 from fluxdit_jax.dataset.manifest import load_manifest
-from fluxdit_jax.gate.report import write_json
 from fluxdit_jax.loader.reader import RecordSource
 from fluxdit_jax.settings import resolve
+from fluxdit_jax.shared.json_files import write_json
 from fluxdit_jax.train import train
 from fluxdit_jax.validate import count_drawn
 from preprocess.build.build import build

@@ -22,6 +22,7 @@ from fluxdit_jax.gate.eval_set import EvalSet
 from fluxdit_jax.gate.sheet import draw_sheet
 from fluxdit_jax.gate.verdict import Case, Verdict
 from fluxdit_jax.model.dit import ModelConfig
+from fluxdit_jax.shared.json_files import write_json
 
 MODEL = ModelConfig(
     width=48, depth=2, heads=3, patch=2, channels=16, conditions=conditions(1024, 1024), dtype="float32", remat="none",
@@ -119,7 +120,7 @@ def content(verdicts):
 
 def test_the_json_has_the_verdict_and_everything_behind_it(passing, tmp_path):
     path = tmp_path / "validation" / "report.json"
-    report.write_json(content(passing), path)
+    write_json(content(passing), path)
     read_back = json.loads(path.read_text())
     assert read_back["passed"] is True and read_back["verdict"].startswith("PASS")
     assert set(read_back["metrics"]) == {"memorisation", "vision_swap", "text_edit"}
@@ -147,7 +148,7 @@ def test_a_failed_report_says_which_and_why(failing):
 
 
 def test_a_report_says_what_was_not_judged(unjudged, failing, tmp_path):
-    report.write_json(content(unjudged), tmp_path / "x.json")
+    write_json(content(unjudged), tmp_path / "x.json")
     found = json.loads((tmp_path / "x.json").read_text())
     assert found["passed"] is False and found["verdict"] == "NOT JUDGED: vision swap, text edit"
     assert {name: metric["judged"] for name, metric in found["metrics"].items()} == {
@@ -161,9 +162,7 @@ def test_a_report_says_what_was_not_judged(unjudged, failing, tmp_path):
 
 
 def test_json_has_no_nan(tmp_path):
-    report.write_json(
-        {"a": float("nan"), "b": [np.float32("inf"), np.int64(3)], "c": np.bool_(True)}, tmp_path / "x.json"
-    )
+    write_json({"a": float("nan"), "b": [np.float32("inf"), np.int64(3)], "c": np.bool_(True)}, tmp_path / "x.json")
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": None, "b": [None, 3], "c": True}
 
 

@@ -9,10 +9,11 @@ from training_helpers import conditions
 from wording import lines_naming, naming
 
 from fluxdit_jax.dataset.manifest import EncoderIdentity, Manifest, Shard
-from fluxdit_jax.gate.report import Circumstances, build_report, write_json
+from fluxdit_jax.gate.report import Circumstances, build_report
 from fluxdit_jax.gate.requirement import GateError, encoder_summary, family, is_of, report_pictures, require_report
 from fluxdit_jax.gate.verdict import Verdict, not_judged
 from fluxdit_jax.model.dit import ModelConfig
+from fluxdit_jax.shared.json_files import write_json
 
 pytest_plugins = ("training_fixtures",)
 

@@ -76,4 +76,5 @@ svg circle.bad { fill: var(--bad); fill-opacity: .85; }
 svg polyline { fill: none; }
 svg .raw { stroke: var(--accent); opacity: .35; }
 svg .mean { stroke: var(--accent); stroke-width: 2; }
+svg line.mean { stroke-width: 6; stroke-linecap: round; }
 """

@@ -1,0 +1,99 @@
+"""What a model draws for an exam, as vision vectors and thumbnails."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fluxdit_jax.quality.exam import Exam, thumbnail
+from fluxdit_jax.quality.eye import Eye
+from fluxdit_jax.sampling.pipeline import Generator, conditions, grid_of
+from fluxdit_jax.sampling.solvers import Guidance
+from fluxdit_jax.vae.decoder import Decoder, decode_all
+
+VISION = "vision"
+
+
+@dataclasses.dataclass(frozen=True)
+class Amounts:
+    """How much is drawn.
+
+    Attributes:
+      with_vector: questions that are drawn with their vector, too.
+      captions, drawings: captions that are drawn several times, and how many times.
+    """
+
+    with_vector: int = 256
+    captions: int = 16
+    drawings: int = 4
+
+    def pictures(self, questions: int) -> int:
+        """In all, for so many questions."""
+        return questions + min(self.with_vector, questions) + min(self.captions, questions) * self.drawings
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Answers:
+    """Attributes:
+    drawn: f32 [n, V], for each question from its caption without its vector.
+    pictures: the same as thumbnails.
+    with_vector: f32 [k, V], for the first k questions from caption and vector.
+    several: f32 [G, S, V], S drawings of each of the first G captions, from other noise.
+    """
+
+    drawn: np.ndarray
+    pictures: tuple[np.ndarray, ...]
+    with_vector: np.ndarray
+    several: np.ndarray
+
+
+class Pupil:
+    """A model that is examined: draws by its EMA weights. The noise depends on question and drawing alone."""
+
+    def __init__(self, generator: Generator, ema: Any, decoder: Decoder, eye: Eye, text_limit: int | None, text: float):
+        """
+        Args:
+          text_limit: tokens that longer captions are cut to, as in training.
+          text: guidance scale of what is made from the caption.
+        """
+        self._generator, self._params, self._decoder, self._eye = generator, generator.cast(ema), decoder, eye
+        self._text_limit, self._text = text_limit, text
+
+    def answer(self, exam: Exam, patch: int, amounts: Amounts, progress: Callable[[int], Any]) -> Answers:
+        """Draws everything; `progress` is called with the number of pictures done."""
+        rows = range(len(exam.questions))
+        drawn, pictures = self._draw(exam, patch, rows, False, 0, progress)
+        vector, _ = self._draw(exam, patch, rows[: amounts.with_vector], True, 0, progress)
+        several = [
+            self._draw(exam, patch, rows[: amounts.captions], False, 1 + k, progress)[0]
+            for k in range(amounts.drawings)
+        ]
+        return Answers(drawn, tuple(pictures), vector, np.stack(several, axis=1))
+
+    def _draw(
+        self, exam: Exam, patch: int, rows: Sequence[int], vector: bool, drawing: int, progress: Callable[[int], Any]
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        vectors: list[np.ndarray] = []
+        pictures: list[np.ndarray] = []
+        kinds = self._generator.conditions
+        for start in range(0, len(rows), self._generator.batch_size):
+            part = rows[start : start + self._generator.batch_size]
+            records = [exam.questions[row] for row in part]
+            wanted: list[Mapping[str, np.ndarray | None]] = [
+                record.conditions | {"text": record.text[: self._text_limit]} | ({} if vector else {VISION: None})
+                for record in records
+            ]
+            latents = self._generator.latents(
+                self._params,
+                conditions(kinds, wanted, [grid_of(record, patch) for record in records]),
+                self._generator.noise([drawing * 1_000_003 + row for row in part]),
+                guidance=Guidance({kind.name: self._text for kind in kinds if kind.sequence}),
+            )
+            images = decode_all(self._decoder, latents)
+            vectors.append(self._eye.vectors(images))
+            pictures += map(thumbnail, images)
+            progress(len(part))
+        return np.concatenate(vectors), pictures

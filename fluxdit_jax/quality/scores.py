@@ -1,0 +1,123 @@
+"""All measures of a model's answers, with the names, directions and words under which they are told."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from fluxdit_jax.quality import measures
+from fluxdit_jax.quality.answers import Answers
+from fluxdit_jax.quality.exam import Exam
+from fluxdit_jax.quality.measured import Measured
+from fluxdit_jax.quality.measures import Copies, Mode
+
+HOLDOUT, AGAIN = "holdout pictures", "holdout pictures through the VAE"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a measure is called. `share`: written in per cent. `better`: "low", "high" or "" (neither is)."""
+
+    title: str
+    question: str
+    better: str
+    share: bool = False
+
+
+KINDS = {
+    "likeness": Kind(
+        "Likeness of all pictures",
+        "Are the drawn pictures, all together, like those of the dataset? 1,000 times the squared MMD of their vision "
+        "vectors: 0 for pictures of the dataset, on average.",
+        "low",
+    ),
+    "recall@1": Kind(
+        "Caption followed, recall@1",
+        "Of all true pictures, is that of the caption the nearest to the drawn one?",
+        "high",
+        share=True,
+    ),
+    "recall@10": Kind(
+        "Caption followed, recall@10",
+        "Is the true picture of the caption among the ten that are nearest to the drawn one?",
+        "high",
+        share=True,
+    ),
+    "median rank": Kind("Caption followed, median rank", "The rank of the true picture of the caption.", "low"),
+    "vector": Kind(
+        "Vector followed", "Drawn with the vision vector of a picture: the cosine of what came to that vector.", "high"
+    ),
+    "copies": Kind(
+        "Copies of training pictures",
+        "Drawn pictures that are nearer to a training picture than all but 1 % of the holdout pictures are.",
+        "low",
+        share=True,
+    ),
+    "diversity": Kind(
+        "Diversity",
+        "How different drawings of one caption are, as a share of how different two pictures of the dataset are.",
+        "",
+        share=True,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scores:
+    """Attributes:
+    numbers: by the names of `KINDS`; those that could not be measured are missing.
+    copies: of training pictures, drawing by drawing.
+    modes: drawings of different captions that are one picture.
+    ranks: int [n], of the true picture of each caption.
+    """
+
+    numbers: dict[str, Measured]
+    copies: Copies
+    modes: list[Mode]
+    ranks: np.ndarray
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "numbers": {name: one.to_json() for name, one in self.numbers.items()},
+            "collapsed_modes": [list(mode.rows) for mode in self.modes],
+        }
+
+
+def judge(exam: Exam, answers: Answers) -> Scores:
+    """Measures everything."""
+    holdout = {HOLDOUT: exam.true, AGAIN: exam.again}
+    useless = {"blurred": exam.blurred, "noise": exam.noise}
+    copied = measures.copies(answers.drawn, exam.reference.vectors, exam.true)
+    numbers = {"likeness": measures.likeness(answers.drawn, exam.reference, holdout, useless)}
+    numbers |= measures.captions(answers.drawn, exam.true, exam.again)
+    if k := len(answers.with_vector):
+        numbers["vector"] = measures.vector(answers.with_vector, exam.true[:k], exam.again[:k])
+    numbers["copies"] = copied.share
+    if answers.several.shape[1] > 1:
+        numbers["diversity"] = measures.diversity(answers.several, exam.true)
+    return Scores(
+        numbers=numbers,
+        copies=copied,
+        modes=measures.collapsed_modes(answers.drawn, exam.true),
+        ranks=measures.ranks(answers.drawn, exam.true),
+    )
+
+
+def written(value: float, kind: Kind) -> str:
+    """A number as it is told."""
+    if not np.isfinite(value):
+        return "-"
+    return f"{value:.1%}" if kind.share else f"{value:.3g}"
+
+
+def told(scores: Scores) -> list[str]:
+    """A line for each number: its value, interval, and what true and useless pictures have."""
+    lines = []
+    for name, one in scores.numbers.items():
+        kind = KINDS[name]
+        sides = [f"{word}: {written(value, kind)}" for side in (one.best, one.worst) for word, value in side.items()]
+        interval = f"{written(one.low, kind)} to {written(one.high, kind)}"
+        lines.append(f"{kind.title:<32} {written(one.value, kind):>8}  ({interval})   {', '.join(sides)}")
+    return lines

@@ -1,0 +1,201 @@
+"""`score` on a trained run, and models of which it is known what they draw: each moves the number that is its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from build_fixtures import options, write_image
+from drawing_helpers import config
+from training_helpers import tree_equal
+from wording import naming
+
+from fluxdit_jax import score
+from fluxdit_jax.dataset.manifest import load_manifest
+from fluxdit_jax.loader.reader import RecordSource
+from fluxdit_jax.quality.answers import Amounts, Pupil
+from fluxdit_jax.quality.exam import Exam
+from fluxdit_jax.quality.eye import STAND_IN, Eye
+from fluxdit_jax.quality.scores import judge
+from fluxdit_jax.run.run_directory import RunError
+from fluxdit_jax.run.weights import restore_weights
+from fluxdit_jax.sampling.prompts import SampleError
+from fluxdit_jax.settings import resolve
+from fluxdit_jax.train import train
+from fluxdit_jax.vae.decoder import load_decoder
+from preprocess.build.build import build
+
+pytest_plugins = ("training_fixtures",)
+AMOUNTS = Amounts(with_vector=8, captions=3, drawings=3)
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory, draw_photo, quick_compile) -> Path:
+    """photos/, ds/ with a holdout split, and run/ of a few steps."""
+    root = tmp_path_factory.mktemp("score")
+    words = ("red", "blue", "old", "small", "green", "tall", "new", "dark")
+    for seed in range(150):
+        caption = f"<b>{words[seed % 8]}</b> {words[seed // 8 % 8]} picture {seed}"
+        write_image(root / "photos" / f"p{seed:03}.png", seed, caption, draw_photo)
+    build(options(root / "photos", root / "ds", resolution=64, holdout=0.3, shard_size=200))
+    assert train(config(root / "ds", root / "run")) == 0
+    return root
+
+
+@pytest.fixture(scope="module")
+def examined(scene: Path):
+    """(exam, what the pupils need: manifest, decoder, eye, kinds of conditions)."""
+    manifest = load_manifest(scene / "ds")
+    holdout, train_split = (RecordSource(scene / "ds", manifest, name) for name in ("holdout", "train"))
+    decoder, eye = load_decoder(manifest.vae), Eye.open(manifest)
+    exam = Exam.of(holdout, train_split, eye, decoder, count=40, references=200)
+    return exam, manifest, decoder, eye, list(train_split)
+
+
+class Drawer:
+    """Stands where the network stands: draws a latent that is a function of the question's row."""
+
+    batch_size = 7
+
+    def __init__(self, exam: Exam, kinds, draw):
+        self.conditions, self._draw = kinds, draw
+        self._rows = {record.text.astype(np.float32).tobytes(): row for row, record in enumerate(exam.questions)}
+
+    def cast(self, ema):
+        return ema
+
+    def noise(self, seeds):
+        return np.array(seeds)
+
+    def latents(self, params, wanted, noise, guidance):
+        texts = zip(wanted["text"], wanted["text_length"], strict=True)
+        rows = [self._rows[text[:length].astype(np.float32).tobytes()] for text, length in texts]
+        return [self._draw(row).astype(np.float32) for row in rows]
+
+
+def scores_of(examined, scene, draw):
+    exam, manifest, decoder, eye, _ = examined
+    settings = resolve(config(scene / "ds", scene / "run"), manifest, 0)
+    pupil = Pupil(Drawer(exam, settings.model.conditions, draw), None, decoder, eye, None, 1.0)
+    counted = []
+    answers = pupil.answer(exam, settings.model.patch, AMOUNTS, counted.append)
+    assert sum(counted) == AMOUNTS.pictures(len(exam.questions)) == 40 + 8 + 9
+    return judge(exam, answers)
+
+
+def test_a_perfect_model_has_what_true_pictures_have(examined, scene):
+    exam = examined[0]
+    found = scores_of(examined, scene, lambda row: exam.questions[row].latent)
+    for name in ("recall@1", "recall@10", "median rank"):
+        assert found.numbers[name].value == found.numbers[name].best["true pictures"]
+    likeness = found.numbers["likeness"]
+    assert likeness.value == likeness.best["holdout pictures through the VAE"] < 0.3 * min(likeness.worst.values())
+    assert found.numbers["recall@1"].value > 0.9 and found.numbers["vector"].value > 0.9 and found.modes == []
+    assert found.numbers["vector"].value == pytest.approx(found.numbers["vector"].best["true pictures"])
+    assert found.numbers["copies"].value < 0.15
+    assert found.numbers["diversity"].value == pytest.approx(0, abs=1e-3)  # the same picture at every noise
+
+
+def test_a_memorising_model_copies(examined, scene):
+    records = examined[-1]
+    found = scores_of(examined, scene, lambda row: records[row % 30].latent)
+    assert found.numbers["copies"].value > 0.9 and found.numbers["copies"].low > 0.8
+    assert found.numbers["recall@1"].high < 0.3 and found.numbers["likeness"].value < 20
+    assert [examined[0].train[k] for k in found.copies.train[:5]] == [0, 1, 2, 3, 4]
+
+
+def test_a_collapsed_model_is_one_mode_and_follows_nothing(examined, scene):
+    exam = examined[0]
+    found = scores_of(examined, scene, lambda row: exam.questions[0].latent)
+    assert [len(mode.rows) for mode in found.modes] == [40]
+    chance = found.numbers["recall@1"].worst["chance"]
+    assert found.numbers["recall@1"].value == chance == 1 / 40
+    assert found.numbers["likeness"].low > max(found.numbers["likeness"].best.values())
+
+
+def test_noise_and_flat_pictures_are_not_like_the_dataset(examined, scene):
+    exam = examined[0]
+    flat = scores_of(examined, scene, lambda row: 0 * exam.questions[row].latent.astype(np.float32))
+    perfect = scores_of(examined, scene, lambda row: exam.questions[row].latent)
+    assert flat.numbers["likeness"].low > 10 * abs(perfect.numbers["likeness"].value)
+    assert all(np.isfinite(one.value) for one in flat.numbers.values())
+
+
+def test_a_model_that_knows_half_of_its_captions(examined, scene):
+    exam, *_, records = examined
+    found = scores_of(examined, scene, lambda row: (exam.questions if row % 2 else records)[row].latent)
+    recall = found.numbers["recall@1"]
+    assert recall.low <= 0.5 <= recall.high and recall.worst["another caption's"] < recall.low
+
+
+# --------------------------------------------------------------------------------------------------- the command
+
+
+def run(scene: Path, *more: str) -> dict:
+    few = ["--steps", "2", "--count", "12", "--with-vector", "4", "--captions", "2", "--drawings", "2"]
+    return score.score(score.parse_arguments(["--workdir", str(scene / "run"), *few, *more]))
+
+
+def test_the_command_writes_the_same_numbers_each_time_and_leaves_the_run_alone(scene, capsys):
+    before = restore_weights(scene / "run")
+    files = {path for path in (scene / "run").rglob("*") if "score" not in path.parts}
+    first = run(scene)
+    told = capsys.readouterr().out
+    again = run(scene)
+    assert first["numbers"] == again["numbers"] and first["questions"] == 12
+    folder = scene / "run" / "score" / str(before.step)
+    assert json.loads((folder / "score.json").read_text())["numbers"]["likeness"]["count"] == 12
+    for word in ("Likeness", "recall@1", "Vector followed", "Copies", "Diversity", "holdout pictures", "blurred"):
+        assert word in told
+    assert first["digest"] == before.digest and tree_equal(before.ema, restore_weights(scene / "run").ema)
+    assert files == {path for path in (scene / "run").rglob("*") if "score" not in path.parts}
+
+
+def test_the_page_shows_pairs_and_runs_nothing(scene):
+    report = run(scene)
+    page = (scene / "run" / "score" / str(report["step"]) / "report.html").read_text()
+    assert page.count("data:image/jpeg;base64,") >= 2 * 12 + 2 * 12
+    assert "&lt;b&gt;" in page and "<b>red" not in page and "<script" not in page
+    assert re.search(r"default-src 'none'", page)
+    for title in ("Likeness of all pictures", "Nearest to a training picture", "Captions and what was drawn for them"):
+        assert title in page
+
+
+def test_without_a_holdout_split_it_says_what_to_do(scene, tmp_path):
+    build(options(scene / "photos", tmp_path / "ds", resolution=64, holdout=0.0, limit=12))
+    assert train(config(tmp_path / "ds", tmp_path / "run")) == 0
+    with pytest.raises(RunError, match=naming("no holdout split", "--holdout")):
+        score.score(score.parse_arguments(["--workdir", str(tmp_path / "run")]))
+
+
+def test_another_vision_encoder_is_refused(scene, tiny_dino_dir):
+    with pytest.raises(SampleError, match=naming("builtin:tone", "--vision-encoder", tiny_dino_dir)):
+        run(scene, "--vision-encoder", str(tiny_dino_dir))
+
+
+# ------------------------------------------------------------------------------------------------------- the eye
+
+
+def test_without_the_datasets_encoder_a_stand_in_looks_at_everything(examined, scene):
+    _, manifest, decoder, _, _ = examined
+    gone = dataclasses.replace(manifest.vision, id="/no/such/encoder", sha256="0" * 64)
+    eye = Eye.open(dataclasses.replace(manifest, encoders=manifest.encoders | {"vision": gone}))
+    assert not eye.own and STAND_IN in eye.note and "--vision-encoder" in eye.note and "/no/such/encoder" in eye.note
+    splits = (RecordSource(scene / "ds", manifest, name) for name in ("holdout", "train"))
+    exam = Exam.of(*splits, eye, decoder, count=6, references=20)
+    np.testing.assert_array_equal(exam.true, exam.again)  # seen through the VAE, all of them
+    assert exam.reference.vectors.shape == (20, 1024)
+
+
+def test_it_is_shown_pictures_of_the_size_that_build_showed(examined, draw_photo):
+    manifest = examined[1]
+    eye = Eye.open(dataclasses.replace(manifest, vision_resolution=manifest.resolution * 2))
+    picture = draw_photo(48, 64, 3)
+    assert eye._shown(picture).shape == (96, 128, 3)
+    vectors = eye.vectors([picture, draw_photo(64, 48, 4), picture])
+    np.testing.assert_array_equal(vectors[0], vectors[2])
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
