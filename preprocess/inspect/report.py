@@ -21,6 +21,7 @@ from preprocess import buckets
 from preprocess.build import advice
 from preprocess.build.units import Rows, read_rows
 from preprocess.inspect import separation
+from preprocess.inspect.wording import wording
 
 SAMPLED = 256  # records behind the histograms
 
@@ -168,9 +169,10 @@ def _text_lines(dataset: Dataset) -> list[str]:
             f"  {dataset.several:,} records have several captions; {len(tokens) + dataset.others:,} captions in all. "
             "The tokens are those of a record's longest caption"
         )
+    captions = dataset.index["caption"].to_pylist()
     if dataset.grid:  # the pictures of one photograph share its caption on purpose
         return lines
-    return lines + advice.repeated_captions(dataset.index["caption"].to_pylist())
+    return [*lines, *wording(captions), *advice.repeated_captions(captions)]
 
 
 _QUANTILES = (("min", 0), ("p5", 0.05), ("median", 0.5), ("p95", 0.95), ("p99", 0.99), ("max", 1))
