@@ -8,7 +8,8 @@ pictures have, with an interval of 95 % over captions:
 * whether captions are followed (the rank of the true picture), and vectors, where they are given;
 * copies of training pictures; diversity of drawings of one caption; modes that many captions fell into.
 
-Writes RUN/score/STEP/score.json and report.html.
+Writes RUN/score/STEP/score.json and report.html. With --against OTHER_RUN both runs are asked the same, from the same
+noise, and the differences are told with their standard errors (against.json, against.png).
 """
 
 from __future__ import annotations
@@ -21,26 +22,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging as absl_logging
 from tqdm import tqdm
 
 from fluxdit_jax.config import ConfigError
-from fluxdit_jax.dataset.fields import CAPTION, field_named
-from fluxdit_jax.dataset.manifest import DatasetError, parts_of
+from fluxdit_jax.dataset.manifest import DatasetError
 from fluxdit_jax.device import devices
-from fluxdit_jax.loader.reader import RecordSource
-from fluxdit_jax.quality.answers import Amounts, Pupil
+from fluxdit_jax.quality.answers import Amounts, Answers
+from fluxdit_jax.quality.candidate import Candidate
+from fluxdit_jax.quality.comparison import compare, paired
 from fluxdit_jax.quality.exam import DECODED, Exam
 from fluxdit_jax.quality.eye import Eye
-from fluxdit_jax.quality.page import write_page
-from fluxdit_jax.quality.scores import judge, told
+from fluxdit_jax.quality.page import draw_pairs, write_page
+from fluxdit_jax.quality.scores import judge, told, write_tensorboard
 from fluxdit_jax.run.checkpoint import CheckpointError
-from fluxdit_jax.run.run_directory import RunError, RunLock, load_config, load_stage, require_dataset
-from fluxdit_jax.run.weights import restore_weights
+from fluxdit_jax.run.metrics import LogError
+from fluxdit_jax.run.run_directory import RunError, RunLock
 from fluxdit_jax.sampling import solvers
-from fluxdit_jax.sampling.pipeline import Generator
 from fluxdit_jax.sampling.prompts import SampleError
-from fluxdit_jax.settings import Settings, resolve
 from fluxdit_jax.shared import atomic_files
 from fluxdit_jax.shared import cli as programs
 from fluxdit_jax.shared.json_files import write_json
@@ -51,7 +51,7 @@ from preprocess import PreprocessError
 
 FOLDER = "score"
 USER_ERRORS = (
-    CheckpointError, ConfigError, DatasetError, DecoderError, PreprocessError, RunError, SampleError, OSError,
+    CheckpointError, ConfigError, DatasetError, DecoderError, LogError, PreprocessError, RunError, SampleError, OSError,
 )  # fmt: skip
 
 
@@ -66,6 +66,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--workdir", type=given_path, required=True, help="run directory of fluxdit_jax.train (required)")
     add("--data", type=given_path, help="dataset directory; default: where it was when the run was trained")
     add("--step", type=int, help="weights of this step; default: the newest, of ema/ or of a checkpoint")
+    add("--against", type=given_path, help="another run, of the same dataset: both are asked the same")
+    add("--against-step", type=int, help="weights of that run; default: the newest")
     add("--count", type=int, default=1024, help="holdout captions at most, spread evenly; default: 1024")
     add("--references", type=int, default=5000, help="training pictures at most, to compare with; default: 5000")
     add("--with-vector", type=int, default=256, help="captions drawn with their vision vector, too; default: 256")
@@ -87,68 +89,63 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def score(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Draws, measures, writes and tells; returns the content of `score.json`."""
+    """Draws, measures, writes and tells; returns the content of `score.json`, or of `against.json`."""
     started = time.monotonic()
 
     # ------------------------------------------------------------ the run, its dataset, what looks at pictures
-    load_config(arguments.workdir)
-    weights = restore_weights(arguments.workdir, arguments.step)
-    stage, manifest = load_stage(arguments.workdir, weights.step)
-    config, settings = stage.config, resolve(stage.config, manifest, stage.first)
-    directory = arguments.data or Path(config.data.path)
-    if arguments.data is not None and config.data.resolution in parts_of(directory):
-        directory = parts_of(directory)[config.data.resolution]
-    require_dataset(directory, arguments.workdir, stage.name)
-    holdout = _split(directory, manifest, config, "holdout")
-    train = _split(directory, manifest, config, "train")
-    decoder = load_decoder(manifest.vae, arguments.vae or config.log.vae)
-    eye = Eye.open(manifest, arguments.vision_encoder, arguments.device)
-    text = config.log.preview_guidance if arguments.guidance_text is None else arguments.guidance_text
-    notes = [eye.note] if eye.note else []
-    notes += _untrained(settings)
-    print(f"weights: {weights}\ncaptions: {min(arguments.count, len(holdout)):,} of the {len(holdout):,} held out")
+    run = Candidate.load(arguments.workdir, arguments.step, arguments.data)
+    other = Candidate.load(arguments.against, arguments.against_step, arguments.data) if arguments.against else None
+    if other is not None:
+        require_comparable(run, other)
+    holdout, train = run.split("holdout"), run.split("train")
+    decoder = load_decoder(run.manifest.vae, arguments.vae or run.config.log.vae)
+    eye = Eye.open(run.manifest, arguments.vision_encoder, arguments.device)
+    candidates = [run] if other is None else [run, other]
+    questions = min(arguments.count, len(holdout))
+    references = min(len(train), arguments.references if eye.own else min(arguments.references, DECODED))
+    notes = [note for note in (eye.note, *(each.untrained for each in candidates)) if note]
+    for each in candidates:
+        print(f"weights: {each.weights}")
+    print(f"captions: {questions:,} of the {len(holdout):,} held out")
     for note in notes:
         print(f"note: {note}")
 
     # ------------------------------------------------------------ what is asked, and what is drawn
-    references = min(len(train), arguments.references if eye.own else min(arguments.references, DECODED))
-    questions = min(arguments.count, len(holdout))
     with _bar(questions + references, "looking at the dataset") as bar:
         exam = Exam.of(holdout, train, eye, decoder, count=questions, references=references, progress=bar.update)
     seconds = {"dataset": time.monotonic() - started}
-    generator = Generator.of(
-        settings, manifest, steps=arguments.steps, batch_size=arguments.batch_size, method=arguments.method
-    )
-    pupil = Pupil(generator, weights.ema, decoder, eye, settings.text_limit, text)
     amounts = Amounts(arguments.with_vector, arguments.captions, arguments.drawings)
+    how = {"steps": arguments.steps, "method": arguments.method, "batch": arguments.batch_size}
     drawing = time.monotonic()
-    with _bar(amounts.pictures(questions), "drawing") as bar:
-        answers = pupil.answer(exam, settings.model.patch, amounts, bar.update)
+    answers = []
+    for each in candidates:
+        pupil = each.pupil(decoder, eye, arguments.guidance_text, **how)
+        with _bar(amounts.pictures(questions), f"drawing {each.workdir.name}") as bar:
+            answers.append(pupil.answer(exam, each.settings.model.patch, amounts, bar.update))
     seconds["drawing"] = time.monotonic() - drawing
+    losses = [each.heldout_losses(questions) for each in candidates]
+    seconds["all"] = time.monotonic() - started
 
     # ------------------------------------------------------------ the numbers
-    scores = judge(exam, answers)
-    seconds["all"] = time.monotonic() - started
-    epochs = config.optim.global_batch_size * (weights.step - stage.first) / len(train)
-    report = {
-        **scores.to_json(),
-        "step": weights.step,
-        "epochs": epochs,
-        "digest": weights.digest,
-        "workdir": str(arguments.workdir.absolute()),
-        "dataset": str(directory),
+    about = {
+        "dataset": str(run.directory),
         "questions": questions,
         "references": references,
         "eye": {"encoder": eye.encoder.identity.id, "own": eye.own},
-        "sampling": {"method": arguments.method, "steps": arguments.steps, "guidance_text": text},
+        "sampling": {**how, "guidance_text": run.guidance(arguments.guidance_text)},
         "notes": notes,
         "device": f"{jax.default_backend()}: {jax.devices()[0].device_kind}",
         "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
     }
-    folder = arguments.workdir / FOLDER / str(weights.step)
+    folder = run.workdir / FOLDER / str(run.weights.step)
+    if other is not None:
+        return _tell_difference(exam, candidates, answers, losses, about, folder)
+    scores = judge(exam, answers[0], losses[0])
+    report = {**scores.to_json(), **_of(run), **about}
     write_json(report, folder / "score.json")
-    write_page(exam, answers, scores, report, train, decoder, folder / "report.html")
+    write_page(exam, answers[0], scores, report, train, decoder, folder / "report.html")
+    write_tensorboard(scores, run.weights.step, run.workdir / "tensorboard")
     for line in told(scores):
         print(line)
     for mode in scores.modes[:5]:
@@ -158,23 +155,60 @@ def score(arguments: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def _split(directory: Path, manifest: Any, config: Any, split: str) -> RecordSource:
-    if not manifest.records(split):
-        raise RunError(
-            f"{directory} has no {split} split, so there are no captions that the model has not seen: build the "
-            "dataset with a --holdout above 0"
-        )
-    return RecordSource(directory, manifest, split, config.data.get("on_corrupt", "stop"))
+def _of(run: Candidate) -> dict[str, Any]:
+    return {
+        "workdir": str(run.workdir.absolute()),
+        "step": run.weights.step,
+        "digest": run.weights.digest,
+        "epochs": run.epochs,
+        "cost": run.cost(),
+    }
 
 
-def _untrained(settings: Settings) -> list[str]:
-    """What to know of a model that never met a caption without a vector, or nothing at all."""
-    names = [condition.name for condition in settings.model.conditions]
-    vectors = [name for name in names if name == "vision"]
-    if vectors and not any(share and set(vectors) <= set(dropped) for dropped, share in settings.flow.drop):
-        made = [name for name in names if field_named(name).made_from == CAPTION]
-        return [f"this model never trained with {' and '.join(made)} alone (flow.drop); expect little of it"]
-    return []
+def require_comparable(run: Candidate, other: Candidate) -> None:
+    """Raises `RunError` unless both runs can be asked the same: of one dataset, at one resolution."""
+
+    def shards(each: Candidate) -> list[str]:
+        return [shard.sha256 for shard in each.manifest.shards.get("holdout", ())]
+
+    for what, ours, theirs in (
+        ("holdout pictures", shards(run), shards(other)),
+        ("vision encoders", run.manifest.vision.sha256, other.manifest.vision.sha256),
+        ("VAEs", run.manifest.vae.sha256, other.manifest.vae.sha256),
+    ):
+        if ours != theirs:
+            raise RunError(f"{run.workdir} and {other.workdir} have other {what}: their numbers do not compare")
+
+
+def _tell_difference(
+    exam: Exam,
+    candidates: list[Candidate],
+    answers: list[Answers],
+    losses: list[np.ndarray],
+    about: dict[str, Any],
+    folder: Path,
+) -> dict[str, Any]:
+    """Prints and writes the second run's numbers less the first's; the sheet shows both beside the true pictures."""
+    found = {"held-out loss": paired(losses, "low")} | compare(exam, *answers)
+    first, second = (_of(each) for each in candidates)
+    report = {
+        "first": first,
+        "second": second,
+        "differences": {name: each.to_json() for name, each in found.items()},
+        **about,
+    }
+    write_json(report, folder / "against.json")
+    draw_pairs(exam, [each.workdir.name for each in candidates], answers, folder / "against.png")
+    print(f"{'second less first':<28} {'first':>9} {'second':>9} {'difference':>11} {'error':>8}")
+    for name, each in found.items():
+        numbers = f"{each.first:>9.4g} {each.second:>9.4g} {each.value:>+11.4g} {each.error:>8.2g}"
+        print(f"{name:<28} {numbers}  {each.verdict}")
+    for name, one in (("first", first), ("second", second)):
+        cost = one["cost"]
+        hours = "unknown time" if cost["seconds"] is None else programs.duration(cost["seconds"])
+        print(f"{name}: step {one['step']:,} of {one['workdir']}, {cost['tflop']:,.0f} TFLOP, {hours}")
+    print(f"{folder / 'against.png'}")
+    return report
 
 
 def _bar(total: int, what: str) -> tqdm:

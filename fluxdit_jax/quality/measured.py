@@ -35,6 +35,11 @@ class Measured:
         return dataclasses.asdict(self)
 
 
+def resamples(count: int, seed: int = 0) -> np.ndarray:
+    """How often each of `count` items is taken by each resample, float64 [RESAMPLES, count]."""
+    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES).astype(np.float64)
+
+
 def bootstrap(statistic: Statistic, count: int, seed: int = 0) -> tuple[float, float, float]:
     """(value, low, high): a statistic of items and its percentile interval over resamples of them.
 
@@ -45,8 +50,7 @@ def bootstrap(statistic: Statistic, count: int, seed: int = 0) -> tuple[float, f
     value = float(statistic(np.ones((1, count)))[0])
     if count < 2:
         return value, float("nan"), float("nan")
-    counts = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES).astype(np.float64)
-    values = statistic(counts)
+    values = statistic(resamples(count, seed))
     low, high = np.nanquantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return value, float(low), float(high)
 

@@ -70,6 +70,14 @@ class Reference:
 
         The interval is over other drawn pictures; the reference stays what it is.
         """
+        return bootstrap(self._squared_mmd(vectors), len(vectors))
+
+    def resampled_mmd(self, vectors: np.ndarray) -> tuple[float, np.ndarray]:
+        """(value, float64 [RESAMPLES]): that of the drawn pictures and of resamples, the same for all of one number."""
+        statistic = self._squared_mmd(vectors)
+        return float(statistic(np.ones((1, len(vectors))))[0]), statistic(measured.resamples(len(vectors)))
+
+    def _squared_mmd(self, vectors: np.ndarray) -> measured.Statistic:
         inside = _kernel(vectors, vectors, self.bandwidth)
         np.fill_diagonal(inside, 0.0)
         across = np.concatenate(
@@ -85,7 +93,7 @@ class Reference:
             of_pairs = np.einsum("rn,rn->r", counts_RxN @ inside, counts_RxN) / np.maximum(pairs, 1)
             return 1000 * (of_pairs + self.within - 2 * counts_RxN @ across / total)
 
-        return bootstrap(squared, len(vectors))
+        return squared
 
 
 def _kernel(a: np.ndarray, b: np.ndarray, bandwidth: float) -> np.ndarray:

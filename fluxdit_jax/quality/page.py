@@ -15,6 +15,7 @@ from fluxdit_jax.quality.answers import Answers
 from fluxdit_jax.quality.exam import Exam, thumbnail
 from fluxdit_jax.quality.measured import Measured
 from fluxdit_jax.quality.scores import KINDS, Kind, Scores, written
+from fluxdit_jax.shared import image_grid
 from fluxdit_jax.shared.atomic_files import write_whole
 from fluxdit_jax.vae.decoder import Decoder, decode_all
 
@@ -154,3 +155,15 @@ def _particulars(report: dict[str, Any]) -> str:
         row("time", seconds),
     ]
     return f"<section><h2>Particulars</h2><table>{''.join(rows)}</table></section>"
+
+
+def draw_pairs(exam: Exam, names: list[str], answers: Sequence[Answers], path: Path) -> None:
+    """A sheet of captions spread over all: the held-out picture, and what each model drew from the same noise."""
+    rows = sorted({round(k) for k in np.linspace(0, len(exam.questions) - 1, min(2 * SHOWN, len(exam.questions)))})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet = image_grid.grid(
+        [[exam.pictures[k], *(one.pictures[k] for one in answers)] for k in rows],
+        column_titles=["held out", *names],
+        row_titles=[exam.caption(k) for k in rows],
+    )
+    image_grid.save(sheet, path)

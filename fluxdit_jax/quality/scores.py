@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fluxdit_jax.quality import measures
+from fluxdit_jax.quality import measured, measures
 from fluxdit_jax.quality.answers import Answers
 from fluxdit_jax.quality.exam import Exam
 from fluxdit_jax.quality.measured import Measured
 from fluxdit_jax.quality.measures import Copies, Mode
+from fluxdit_jax.run.summary_writer import SummaryWriter
 
 HOLDOUT, AGAIN = "holdout pictures", "holdout pictures through the VAE"
 
@@ -27,6 +29,12 @@ class Kind:
 
 
 KINDS = {
+    "held-out loss": Kind(
+        "Held-out loss",
+        "The loss of holdout pictures from caption and vector, over a uniform grid of times. Its best is not known; it "
+        "compares runs on one dataset.",
+        "low",
+    ),
     "likeness": Kind(
         "Likeness of all pictures",
         "Are the drawn pictures, all together, like those of the dataset? 1,000 times the squared MMD of their vision "
@@ -85,12 +93,13 @@ class Scores:
         }
 
 
-def judge(exam: Exam, answers: Answers) -> Scores:
-    """Measures everything."""
+def judge(exam: Exam, answers: Answers, losses: np.ndarray | None = None) -> Scores:
+    """Measures everything; `losses` are of the holdout pictures."""
     holdout = {HOLDOUT: exam.true, AGAIN: exam.again}
     useless = {"blurred": exam.blurred, "noise": exam.noise}
     copied = measures.copies(answers.drawn, exam.reference.vectors, exam.true)
-    numbers = {"likeness": measures.likeness(answers.drawn, exam.reference, holdout, useless)}
+    numbers = {} if losses is None else {"held-out loss": measured.mean(losses)}
+    numbers["likeness"] = measures.likeness(answers.drawn, exam.reference, holdout, useless)
     numbers |= measures.captions(answers.drawn, exam.true, exam.again)
     if k := len(answers.with_vector):
         numbers["vector"] = measures.vector(answers.with_vector, exam.true[:k], exam.again[:k])
@@ -121,3 +130,16 @@ def told(scores: Scores) -> list[str]:
         interval = f"{written(one.low, kind)} to {written(one.high, kind)}"
         lines.append(f"{kind.title:<32} {written(one.value, kind):>8}  ({interval})   {', '.join(sides)}")
     return lines
+
+
+def write_tensorboard(scores: Scores, step: int, folder: Path) -> None:
+    """Numbers under `score/` at the step of the weights, what true and useless pictures have as lines beside them."""
+    about = "Of `fluxdit_jax.score` at the step of its weights; `score/STEP/report.html` explains it."
+    values: dict[tuple[str, str], float] = {}
+    for name, one in scores.numbers.items():
+        values[f"score/{name}", about] = one.value
+        for side, word in ((one.best, "true"), (one.worst, "useless")):
+            values |= {(f"score/{name}/{word}: {what}", about): value for what, value in side.items()}
+    values["score/collapsed modes", about] = float(len(scores.modes))
+    with SummaryWriter(folder, suffix=".score") as board:
+        board.scalars(step, {name: value for name, value in values.items() if np.isfinite(value)})

@@ -70,7 +70,7 @@ class ValidationLoss:
             batch["weight"] = weights[start : start + batch_size]
             self._batches.append({name: array[own].copy() for name, array in batch.items()})
 
-        def measure(ema: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def measure(ema: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
             params = jax.tree.map(lambda p: p.astype(config.dtype), ema)
             x0, valid = normalize_latents(batch, *statistics)
             noise = flow.draw_noise(0, batch["index"], x0.shape[1:])
@@ -79,19 +79,26 @@ class ValidationLoss:
             loss_B, *_ = flow_loss(graph, params, batch["grid"], conditions, x0, valid, batch["t"], noise)
             loss_B = loss_B * batch["weight"]
             bin_loss, bin_count = flow.loss_by_time(loss_B, batch["t"], batch["weight"])
-            return jnp.sum(loss_B), bin_loss, bin_count
+            return jnp.sum(loss_B), bin_loss, bin_count, loss_B
 
         self.pictures = len(records)
-        self._count = float(weights.sum())
+        self._count, self._times = float(weights.sum()), times
         self._measure = jax.jit(measure)
 
     def __call__(self, ema: Any) -> dict[str, float]:
         """`heldout_loss` and its split by time, of f32 EMA weights."""
         total, bins, counts = 0.0, np.zeros(flow.TIME_BINS), np.zeros(flow.TIME_BINS)
         for batch in self._batches:
-            loss, bin_loss, bin_count = jax.device_get(self._measure(ema, sharding.put_batch(self._mesh, batch)))
+            made = self._measure(ema, sharding.put_batch(self._mesh, batch))
+            loss, bin_loss, bin_count = jax.device_get(made[:3])
             total, bins, counts = total + float(loss), bins + bin_loss, counts + bin_count
         scalars = {"heldout_loss": total / self._count}
         for i in np.flatnonzero(counts):
             scalars[f"heldout_loss_by_time/{i / flow.TIME_BINS:.3f}"] = float(bins[i] / counts[i])
         return scalars
+
+    def of_pictures(self, ema: Any) -> np.ndarray:
+        """The loss of each picture, mean over its times: float64 [pictures]. For one process."""
+        rows = [self._measure(ema, sharding.put_batch(self._mesh, batch))[3] for batch in self._batches]
+        losses = np.concatenate([np.asarray(part, np.float64) for part in rows])
+        return losses[: self.pictures * self._times].reshape(self.pictures, self._times).mean(1)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fluxdit_jax.quality import measures
+from fluxdit_jax.quality import comparison, measures
 from fluxdit_jax.quality.measures import Reference
 
 
@@ -160,3 +160,25 @@ def test_collapsed_modes_are_found_and_healthy_sets_have_none():
 def test_a_reference_of_one_picture_is_refused():
     with pytest.raises(ValueError, match=r"two.*\b1\b"):
         Reference.of(pictures(1, 0))
+
+
+# ----------------------------------------------------------------------------------------------------- two models
+
+
+def test_a_paired_difference_in_closed_form():
+    rng = np.random.default_rng(0)
+    shared, gain = rng.normal(0, 5, 300), rng.normal(0.5, 1, 300)
+    found = comparison.paired([shared, shared + gain], "high")
+    assert found.value == pytest.approx(gain.mean()) and found.error == pytest.approx(gain.std(ddof=1) / 300**0.5)
+    assert found.verdict == "second" and comparison.paired([shared + gain, shared], "high").verdict == "first"
+    assert comparison.paired([shared + gain, shared], "low").verdict == "second"
+    assert comparison.paired([shared, shared + 0.01 * (gain - 0.5)], "high").verdict == "not told apart"
+    assert comparison.paired([shared, shared + gain], "").verdict == "not told apart"
+
+
+def test_likeness_of_two_models_is_compared_over_the_same_resamples():
+    reference = Reference.of(pictures(300, 0))
+    worse, better = pictures(200, 1, spread=2.0), pictures(200, 1, spread=1.2)
+    (a, many), (b, other) = reference.resampled_mmd(worse), reference.resampled_mmd(better)
+    assert a == pytest.approx(reference.mmd(worse)[0]) and b < a
+    assert (other - many).std() < 0.9 * np.hypot(other.std(), many.std())  # they share their captions

@@ -152,7 +152,34 @@ def test_the_command_writes_the_same_numbers_each_time_and_leaves_the_run_alone(
     for word in ("Likeness", "recall@1", "Vector followed", "Copies", "Diversity", "holdout pictures", "blurred"):
         assert word in told
     assert first["digest"] == before.digest and tree_equal(before.ema, restore_weights(scene / "run").ema)
-    assert files == {path for path in (scene / "run").rglob("*") if "score" not in path.parts}
+    more = {path for path in (scene / "run").rglob("*") if "score" not in path.parts} - files
+    assert {path.parent.name for path in more} == {"tensorboard"} and all(path.suffix == ".score" for path in more)
+
+
+def test_two_runs_are_asked_the_same(scene, tmp_path, capsys):
+    """Against its own earlier weights, and against itself, where every difference is 0."""
+    itself = run(scene, "--against", str(scene / "run"))
+    for name, one in itself["differences"].items():
+        assert one["difference"] == 0 and one["error"] == 0 and one["ahead"] == "not told apart", name
+    other = run(scene, "--against", str(scene / "run"), "--against-step", "4")
+    told = capsys.readouterr().out
+    loss = other["differences"]["held-out loss"]
+    assert loss["difference"] == pytest.approx(loss["second"] - loss["first"]) and loss["error"] > 0
+    assert loss["ahead"] == "first"  # 8 steps against 4
+    assert set(other["differences"]) >= {"likeness", "recall@1", "recall@10", "vector", "copies"}
+    assert other["first"]["cost"]["tflop"] == pytest.approx(2 * other["second"]["cost"]["tflop"]) and "TFLOP" in told
+    folder = scene / "run" / "score" / "8"
+    assert json.loads((folder / "against.json").read_text())["second"]["step"] == 4
+    assert (folder / "against.png").is_file()
+    alone = run(scene)["numbers"]["held-out loss"]
+    assert alone["value"] == pytest.approx(loss["first"], rel=1e-6) and alone["best"] == {}
+
+
+def test_runs_of_other_datasets_do_not_compare(scene, tmp_path):
+    build(options(scene / "photos", tmp_path / "ds", resolution=64, holdout=0.2))
+    assert train(config(tmp_path / "ds", tmp_path / "run")) == 0
+    with pytest.raises(RunError, match=naming("other holdout pictures", tmp_path / "run")):
+        run(scene, "--against", str(tmp_path / "run"))
 
 
 def test_the_page_shows_pairs_and_runs_nothing(scene):

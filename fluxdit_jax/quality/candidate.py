@@ -1,0 +1,132 @@
+"""A run that is scored: its weights, its dataset, and what it took to train it so far."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from fluxdit_jax.dataset.manifest import Manifest, parts_of
+from fluxdit_jax.flow import FlowConfig
+from fluxdit_jax.loader.reader import RecordSource
+from fluxdit_jax.plan import training_flops
+from fluxdit_jax.quality.answers import VISION, Pupil
+from fluxdit_jax.quality.eye import Eye
+from fluxdit_jax.run.metrics import METRICS, read_metrics
+from fluxdit_jax.run.run_directory import RunError, load_config, load_stage, require_dataset
+from fluxdit_jax.run.validation_loss import ValidationLoss
+from fluxdit_jax.run.weights import Weights, restore_weights
+from fluxdit_jax.sampling.pipeline import Generator
+from fluxdit_jax.settings import Settings, resolve
+from fluxdit_jax.stages import stages_of
+from fluxdit_jax.train_step import patch_statistics
+from fluxdit_jax.vae.decoder import Decoder
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Candidate:
+    """Attributes:
+    config, manifest, settings: of the run, or of its stage that the weights are of.
+    directory: of the dataset.
+    first: steps of the stages before.
+    """
+
+    workdir: Path
+    config: ConfigDict
+    manifest: Manifest
+    settings: Settings
+    weights: Weights
+    directory: Path
+    first: int
+
+    @classmethod
+    def load(cls, workdir: Path, step: int | None, data: Path | None) -> Candidate:
+        """
+        Args:
+          step: of the weights; None: the newest.
+          data: directory of the dataset; None: where it was when the run was trained.
+        """
+        if not workdir.is_dir():
+            raise RunError(f"{workdir} does not exist")
+        load_config(workdir)  # raises for a folder that is no run, before its weights are looked for
+        weights = restore_weights(workdir, step)
+        stage, manifest = load_stage(workdir, weights.step)
+        config = stage.config
+        directory = data or Path(config.data.path)
+        if data is not None and config.data.resolution in parts_of(data):
+            directory = parts_of(data)[config.data.resolution]
+        require_dataset(directory, workdir, stage.name)
+        settings = resolve(config, manifest, stage.first)
+        return cls(workdir, config, manifest, settings, weights, directory, stage.first)
+
+    def split(self, name: str) -> RecordSource:
+        """Raises `RunError` if the dataset has no such split."""
+        if not self.manifest.records(name):
+            raise RunError(
+                f"{self.directory} has no {name} split, so there are no captions that the model has not seen: build "
+                "the dataset with a --holdout above 0"
+            )
+        return RecordSource(self.directory, self.manifest, name, self.config.data.get("on_corrupt", "stop"))
+
+    @property
+    def untrained(self) -> str:
+        """What to know of a model that was never asked for a caption without a vector; "" for others."""
+        if self.settings.flow.dropped([VISION]):
+            return ""
+        return f"{self.workdir} never trained on captions without their vector (flow.drop); expect little of it"
+
+    @property
+    def epochs(self) -> float:
+        """Of this dataset, in the present stage."""
+        pictures = self.config.optim.global_batch_size * (self.weights.step - self.first)
+        return pictures / self.manifest.records("train")
+
+    def pupil(self, decoder: Decoder, eye: Eye, text: float | None, *, steps: int, method: str, batch: int) -> Pupil:
+        """The model, to be asked.
+
+        Args:
+          text: guidance scale of the caption; None: `log.preview_guidance`.
+        """
+        generator = Generator.of(self.settings, self.manifest, steps=steps, batch_size=batch, method=method)
+        return Pupil(generator, self.weights.ema, decoder, eye, self.settings.text_limit, self.guidance(text))
+
+    def guidance(self, text: float | None) -> float:
+        return float(self.config.log.preview_guidance if text is None else text)
+
+    def heldout_losses(self, pictures: int) -> np.ndarray:
+        """Flow loss of holdout pictures, all conditions given, over a uniform grid of times, float64 [pictures]."""
+        batch = self.config.data.micro_batch_size
+        mean, std = self.manifest.latent_mean, self.manifest.latent_std
+        return ValidationLoss(
+            self.settings.model,
+            FlowConfig(uniform_share=1.0),
+            self.split("holdout"),
+            mesh=jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp")),
+            statistics=patch_statistics(mean, std, self.settings.model.patch),
+            layout=self.settings.batch,
+            batch_size=batch,
+            pictures=pictures,
+        ).of_pictures(self.weights.without_projector().ema)
+
+    def cost(self) -> dict[str, Any]:
+        """FLOPs of the training steps up to the weights, and seconds by the rates that were logged; None: unknown."""
+        flops = seconds = 0.0
+        path = self.workdir / METRICS
+        log = read_metrics(path) if path.exists() else []
+        known = True
+        for stage in stages_of(load_config(self.workdir)):
+            steps = min(self.weights.step, stage.last) - stage.first
+            if steps <= 0:
+                break
+            _, manifest = load_stage(self.workdir, stage.last)
+            pictures = steps * stage.config.optim.global_batch_size
+            flops += pictures * training_flops(resolve(stage.config, manifest, stage.first))
+            rates = [e["images_per_second"] for e in log if stage.first < e["step"] <= stage.last
+                     and e.get("images_per_second")]  # fmt: skip
+            known = known and bool(rates)
+            seconds += pictures / float(np.median(rates)) if rates else 0.0
+        return {"tflop": flops / 1e12, "seconds": seconds if known else None}
