@@ -186,7 +186,13 @@ KEYS = {
     "log.heldout_count": Key(128, "pictures of the holdout split", POSITIVE),
     "log.peak_tflops": Key(float, "of one device in bfloat16, for the MFU; None: by the device's name", POSITIVE),
     "log.vae": Key(str, "directory or id of the decoder; None: the one named in the dataset", path=True),
-    # plan, gate, mesh, resume
+    # score, plan, gate, mesh, resume
+    "score.every": Key(0, "steps between scores of what is drawn for held-out captions; 0: none", NOT_NEGATIVE),
+    "score.count": Key(256, "captions of the holdout split", POSITIVE),
+    "score.references": Key(2000, "training pictures that drawn ones are compared with", POSITIVE),
+    "score.steps": Key(12, "solver steps", POSITIVE),
+    "score.vision_encoder": Key(str, "directory or id; None: the one named in the dataset", path=True),
+    "score.device": Key("cpu", "of the vision encoder: cpu, cuda, mps; on the training GPU it needs room"),
     "plan.utilisation": Key(0.4, "share of the devices' peak rate that the plan takes training to reach", POSITIVE),
     "plan.watts": Key(450.0, "of the whole machine while it trains", POSITIVE),
     "gate.required": Key(False, "refuse to train without a passing validation report"),

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +92,7 @@ def run_stage(run: Run, present: Prepared, position: Position) -> Ended:
         step = first = int(state.step)
         batches = _batches(present, samples)
         batch = sharding.put_batch(present.mesh, next(batches))
-        heldout = _make_heldout(present)
-        preview = make_preview(config.data.path, present.manifest, settings, **_preview_options(config))
+        looks = _looks(run, present)
         reporter = closing.enter_context(_reporter(run, present, step, position.unfinished))
 
         # ------------------------------------------------------------ the loop
@@ -124,9 +123,8 @@ def run_stage(run: Run, present: Prepared, position: Position) -> Ended:
             )
             show_due = show_due and (last or not stopping)
             ema_due = last or step % config.checkpoint.ema_every == 0
-            preview_due = preview is not None and (show_due or step % config.log.preview_every == 0)
-            heldout_due = heldout is not None and (show_due or step % config.log.heldout_every == 0)
-            if not (stopping or save_due or ema_due or preview_due or heldout_due):
+            looks_due = [look for look in looks if look.due(step, last, show_due)]
+            if not (stopping or save_due or ema_due or looks_due):
                 run.checkpoints.poll()
                 continue
             reporter.read()  # waits for the device
@@ -139,16 +137,9 @@ def run_stage(run: Run, present: Prepared, position: Position) -> Ended:
                 log.warning("no finite gradient in the last micro-batches: the state of step %d is not saved", step)
             elif stopping:  # first, so that pictures do not delay the end
                 run.checkpoints.save(step, state, state_meta)
-            if heldout is not None and heldout_due:
-                with reporter.progress.doing("measuring the held-out loss"):
-                    _measure_heldout(heldout, state, step, run.writer, stage.name)
-                    # At a switch of all stages, so that what a switch changes is seen.
-                    for other in (each for each in run.stages if last and each is not present):
-                        if (measure := _make_heldout(other)) is not None:
-                            _measure_other(measure, state, step, run.writer, other.stage.name)
-            if preview is not None and preview_due:
-                with reporter.progress.doing("drawing pictures"):
-                    _write_preview(preview, state.ema, step, run.workdir, run.writer)
+            for look in looks_due:
+                with reporter.progress.doing(look.doing):
+                    look.show(state, step, last)
             if show_due:
                 run.show_timer.done()
             if ema_due and not suspect:
@@ -220,6 +211,74 @@ def _constants(run: Run, present: Prepared) -> dict[str, float]:
     if not present.stage.name:
         return {}
     return {"stage": run.stages.index(present) + 1, "resolution": present.manifest.resolution}
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """What is looked at while a run trains.
+
+    Attributes:
+      doing: it, in words.
+      every: steps; 0: never, but by time.
+      by_time: also after `log.minutes`.
+      show: given the state, the step, and whether it is the last of the stage.
+    """
+
+    doing: str
+    every: int
+    by_time: bool
+    show: Callable[[TrainState, int, bool], None]
+
+    def due(self, step: int, last: bool, show_due: bool) -> bool:
+        return last or step % self.every == 0 or (self.by_time and show_due)
+
+
+def _looks(run: Run, present: Prepared) -> list[Look]:
+    """Held-out loss first, then pictures, then the score, as far as they are asked for and can be had."""
+    config = present.stage.config
+    looks = []
+    if (heldout := _make_heldout(present)) is not None:
+        looks.append(_heldout_look(run, present, heldout))
+    if (
+        preview := make_preview(config.data.path, present.manifest, present.settings, **_preview_options(config))
+    ) is not None:
+
+        def draw(state: TrainState, step: int, last: bool) -> None:
+            _write_preview(preview, state.ema, step, run.workdir, run.writer)
+
+        looks.append(Look("drawing pictures", config.log.preview_every, True, draw))
+    if config.score.every and (scoring := _scoring(run, present)) is not None:
+        looks.append(scoring)
+    return looks
+
+
+def _scoring(run: Run, present: Prepared) -> Look | None:
+    from fluxdit_jax.quality.scorer import Scorer  # late: few runs are scored while they train
+
+    config, settings = present.stage.config, present.settings
+    first = jax.process_index() == 0
+    scorer = Scorer.make(config, present.manifest, settings, run.workdir) if first else None
+    if not any_process([scorer is not None])[0]:
+        return None
+
+    def score(state: TrainState, step: int, last: bool) -> None:
+        ema = sharding.gather(state.ema)
+        if scorer is not None:
+            pictures = (step - present.stage.first) * settings.global_batch_size
+            scorer.visit(ema, step, pictures / present.manifest.records("train"))
+
+    return Look("scoring", config.score.every, False, score)
+
+
+def _heldout_look(run: Run, present: Prepared, heldout: ValidationLoss) -> Look:
+    def measure(state: TrainState, step: int, last: bool) -> None:
+        _measure_heldout(heldout, state, step, run.writer, present.stage.name)
+        # At a switch of all stages, so that what a switch changes is seen.
+        for other in (each for each in run.stages if last and each is not present):
+            if (of_other := _make_heldout(other)) is not None:
+                _measure_other(of_other, state, step, run.writer, other.stage.name)
+
+    return Look("measuring the held-out loss", present.stage.config.log.heldout_every, True, measure)
 
 
 def _make_heldout(each: Prepared) -> ValidationLoss | None:

@@ -8,7 +8,7 @@ pictures have, with an interval of 95 % over captions:
 * whether captions are followed (the rank of the true picture), and vectors, where they are given;
 * copies of training pictures; diversity of drawings of one caption; modes that many captions fell into.
 
-Writes RUN/score/STEP/score.json and report.html. With --against OTHER_RUN both runs are asked the same, from the same
+Writes RUN/score/score.json and report.html. With --against OTHER_RUN both runs are asked the same, from the same
 noise, and the differences are told with their standard errors (against.json, against.png).
 """
 
@@ -29,11 +29,13 @@ from tqdm import tqdm
 from fluxdit_jax.config import ConfigError
 from fluxdit_jax.dataset.manifest import DatasetError
 from fluxdit_jax.device import devices
+from fluxdit_jax.quality import files
 from fluxdit_jax.quality.answers import Amounts, Answers
 from fluxdit_jax.quality.candidate import Candidate
 from fluxdit_jax.quality.comparison import compare, paired
 from fluxdit_jax.quality.exam import DECODED, Exam
 from fluxdit_jax.quality.eye import Eye
+from fluxdit_jax.quality.files import FOLDER
 from fluxdit_jax.quality.page import draw_pairs, write_page
 from fluxdit_jax.quality.scores import judge, told, write_tensorboard
 from fluxdit_jax.run.checkpoint import CheckpointError
@@ -49,7 +51,6 @@ from fluxdit_jax.vae.decoder import load_decoder
 from fluxdit_jax.vae.files import DecoderError
 from preprocess import PreprocessError
 
-FOLDER = "score"
 USER_ERRORS = (
     CheckpointError, ConfigError, DatasetError, DecoderError, LogError, PreprocessError, RunError, SampleError, OSError,
 )  # fmt: skip
@@ -138,13 +139,13 @@ def score(arguments: argparse.Namespace) -> dict[str, Any]:
         "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
     }
-    folder = run.workdir / FOLDER / str(run.weights.step)
+    folder = run.workdir / FOLDER
     if other is not None:
         return _tell_difference(exam, candidates, answers, losses, about, folder)
     scores = judge(exam, answers[0], losses[0])
     report = {**scores.to_json(), **_of(run), **about}
-    write_json(report, folder / "score.json")
-    write_page(exam, answers[0], scores, report, train, decoder, folder / "report.html")
+    files.write(report, folder)
+    write_page(exam, answers[0], scores, report, train, decoder, folder)
     write_tensorboard(scores, run.weights.step, run.workdir / "tensorboard")
     for line in told(scores):
         print(line)

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fluxdit_jax.gate import charts
 from fluxdit_jax.gate.advice import by_cause
 from fluxdit_jax.gate.report import chosen_cases
 from fluxdit_jax.gate.sheet import LEGEND
 from fluxdit_jax.gate.verdict import Case, Control, Verdict, grade, percent
+from fluxdit_jax.pages import charts
 from fluxdit_jax.pages.parts import document, jpeg, picture, row, text
 from fluxdit_jax.shared.atomic_files import write_whole
 

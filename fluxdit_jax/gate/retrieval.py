@@ -16,7 +16,7 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
 from fluxdit_jax.gate.eval_set import EvalSet
-from fluxdit_jax.gate.verdict import Chart
+from fluxdit_jax.pages.charts import Chart
 from fluxdit_jax.shared.distances import root_mean_squares
 
 THUMBNAIL = 32  # side, pixels

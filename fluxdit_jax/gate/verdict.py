@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from fluxdit_jax.pages.charts import Chart
+
 
 @dataclasses.dataclass(frozen=True)
 class Control:
@@ -56,25 +58,6 @@ class Case:
     def drawn(self) -> np.ndarray:
         """The picture that was judged: the last of `pictures`."""
         return self.pictures[-1][1]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Chart:
-    """A scatter plot of the cases.
-
-    Attributes:
-      x, y: per case. passed: per case. x_title, y_title, title: in words.
-      x_lines, y_lines: positions of the thresholds.
-    """
-
-    title: str
-    x_title: str
-    y_title: str
-    x: tuple[float, ...]
-    y: tuple[float, ...]
-    passed: tuple[bool, ...]
-    x_lines: tuple[float, ...] = ()
-    y_lines: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

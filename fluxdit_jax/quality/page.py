@@ -1,4 +1,4 @@
-"""`score/STEP/report.html`: one file, without scripts, that a person reads from top to bottom."""
+"""`score/report.html`: one file, without scripts, that a person reads from top to bottom."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from fluxdit_jax.loader.reader import RecordSource
+from fluxdit_jax.pages import charts
 from fluxdit_jax.pages.parts import document, picture, row, text
+from fluxdit_jax.quality import files
 from fluxdit_jax.quality.answers import Answers
 from fluxdit_jax.quality.exam import Exam, thumbnail
 from fluxdit_jax.quality.measured import Measured
@@ -30,26 +32,30 @@ def write_page(
     report: dict[str, Any],
     train: RecordSource,
     decoder: Decoder,
-    path: Path,
+    folder: Path,
 ) -> None:
-    """Writes the page atomically.
+    """Writes the page atomically, with curves over the steps that were scored in the same way.
 
     Args:
       report: the content of `score.json`.
       train: the training split, whose nearest pictures are shown. decoder: of the VAE.
     """
+    earlier = files.history(report, folder)
     body = [
         f"<header><h1>Step {report['step']:,}: {report['questions']:,} captions that were not trained on</h1>",
         f"<p>{text(_about(report))}</p></header>",
         *(f"<section><p>{text(note)}</p></section>" for note in report["notes"]),
-        *(_number(name, one) for name, one in scores.numbers.items()),
+        *(_number(name, one, earlier) for name, one in scores.numbers.items()),
         _modes(exam, answers, scores),
         _questions(exam, answers, scores),
         _nearest(exam, answers, scores, train, decoder),
         _particulars(report),
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, document(f"score of {Path(report['workdir']).name}, step {report['step']:,}", "".join(body)))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(
+        folder / files.REPORT,
+        document(f"score of {Path(report['workdir']).name}, step {report['step']:,}", "".join(body)),
+    )
 
 
 def _about(report: dict[str, Any]) -> str:
@@ -57,18 +63,32 @@ def _about(report: dict[str, Any]) -> str:
     return (
         f"{report['workdir']} after {report['epochs']:.1f} epochs of {report['dataset']}. Drawn from the caption "
         f"alone, guidance {sampling['guidance_text']:g}, {sampling['method']} in {sampling['steps']} steps; seen by "
-        f"{eye['encoder']}. Intervals are of 95 % over captions. {report['made']}, {report['seconds']['all']:.0f} s."
+        f"{eye['encoder']}. Intervals are of 95 % over captions."
     )
 
 
-def _number(name: str, one: Measured) -> str:
+def _number(name: str, one: Measured, reports: list[dict[str, Any]]) -> str:
     kind = KINDS[name]
     interval = f"{written(one.low, kind)} to {written(one.high, kind)}, {one.count:,} of them"
     return (
         f'<section id="{text(name)}"><h2>{text(kind.title)}: {text(written(one.value, kind))} '
         f"<small>{text(interval)}</small></h2>"
-        f'<p class="question">{text(kind.question)}</p>{_scale(one, kind)}</section>'
+        f'<p class="question">{text(kind.question)}</p>{_scale(one, kind)}{_curve(name, one, reports)}</section>'
     )
+
+
+def _curve(name: str, one: Measured, reports: list[dict[str, Any]]) -> str:
+    """The number over the steps at which it was measured in the same way; "" for one step."""
+    points = []
+    for report in reports:
+        found = report["numbers"].get(name)
+        if found is not None and found["value"] is not None:
+            low, high = (math.nan if found[side] is None else found[side] for side in ("low", "high"))
+            points.append((report["step"], found["value"], low, high))
+    if len(points) < 2:
+        return ""
+    drawn = charts.line(points, one.best, "step", name, lambda value: written(value, KINDS[name]))
+    return f'<figure class="curve"><figcaption>over the run; dashed: true pictures</figcaption>{drawn}</figure>'
 
 
 def _scale(one: Measured, kind: Kind) -> str:
@@ -148,12 +168,8 @@ def _nearest(exam: Exam, answers: Answers, scores: Scores, train: RecordSource, 
 
 def _particulars(report: dict[str, Any]) -> str:
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in report["seconds"].items())
-    rows = [
-        row("weights", f"EMA of step {report['step']:,}, digest {report['digest']}"),
-        row("training pictures compared with", f"{report['references']:,}"),
-        row("device", report["device"]),
-        row("time", seconds),
-    ]
+    rows = [row("training pictures compared with", f"{report['references']:,}"), row("time", seconds)]
+    rows += [row(name, report[name]) for name in ("digest", "device", "made") if name in report]
     return f"<section><h2>Particulars</h2><table>{''.join(rows)}</table></section>"
 
 

@@ -134,7 +134,7 @@ def told(scores: Scores) -> list[str]:
 
 def write_tensorboard(scores: Scores, step: int, folder: Path) -> None:
     """Numbers under `score/` at the step of the weights, what true and useless pictures have as lines beside them."""
-    about = "Of `fluxdit_jax.score` at the step of its weights; `score/STEP/report.html` explains it."
+    about = "Of `fluxdit_jax.score` at the step of its weights; `score/report.html` explains it."
     values: dict[tuple[str, str], float] = {}
     for name, one in scores.numbers.items():
         values[f"score/{name}", about] = one.value

@@ -47,6 +47,7 @@ FREE_KEYS = (
     "checkpoint.",
     "health.",
     "log.",
+    "score.",
     "gate.",
     "plan.",
     "mesh.",

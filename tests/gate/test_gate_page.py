@@ -16,12 +16,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training_helpers import conditions
 
 from fluxdit_jax.dataset.manifest import EncoderIdentity, Manifest
-from fluxdit_jax.gate import charts, page, report
+from fluxdit_jax.gate import page, report
 from fluxdit_jax.gate.advice import advise
 from fluxdit_jax.gate.eval_set import EvalSet
 from fluxdit_jax.gate.sheet import draw_sheet
 from fluxdit_jax.gate.verdict import Case, Verdict
 from fluxdit_jax.model.dit import ModelConfig
+from fluxdit_jax.pages import charts
 from fluxdit_jax.shared.json_files import write_json
 
 MODEL = ModelConfig(

@@ -12,7 +12,8 @@ from gate_scenes import Oracle, eval_set, measured
 from PIL import Image, JpegImagePlugin
 
 from fluxdit_jax.gate.page import NAMES, page, write_page
-from fluxdit_jax.gate.verdict import Case, Chart, Control, Verdict, not_judged
+from fluxdit_jax.gate.verdict import Case, Control, Verdict, not_judged
+from fluxdit_jax.pages.charts import Chart
 
 REPORT = {
     "passed": True,

@@ -17,6 +17,7 @@ from wording import naming
 from fluxdit_jax import score
 from fluxdit_jax.dataset.manifest import load_manifest
 from fluxdit_jax.loader.reader import RecordSource
+from fluxdit_jax.quality import files
 from fluxdit_jax.quality.answers import Amounts, Pupil
 from fluxdit_jax.quality.exam import Exam
 from fluxdit_jax.quality.eye import STAND_IN, Eye
@@ -147,7 +148,7 @@ def test_the_command_writes_the_same_numbers_each_time_and_leaves_the_run_alone(
     told = capsys.readouterr().out
     again = run(scene)
     assert first["numbers"] == again["numbers"] and first["questions"] == 12
-    folder = scene / "run" / "score" / str(before.step)
+    folder = scene / "run" / "score"
     assert json.loads((folder / "score.json").read_text())["numbers"]["likeness"]["count"] == 12
     for word in ("Likeness", "recall@1", "Vector followed", "Copies", "Diversity", "holdout pictures", "blurred"):
         assert word in told
@@ -168,7 +169,7 @@ def test_two_runs_are_asked_the_same(scene, tmp_path, capsys):
     assert loss["ahead"] == "first"  # 8 steps against 4
     assert set(other["differences"]) >= {"likeness", "recall@1", "recall@10", "vector", "copies"}
     assert other["first"]["cost"]["tflop"] == pytest.approx(2 * other["second"]["cost"]["tflop"]) and "TFLOP" in told
-    folder = scene / "run" / "score" / "8"
+    folder = scene / "run" / "score"
     assert json.loads((folder / "against.json").read_text())["second"]["step"] == 4
     assert (folder / "against.png").is_file()
     alone = run(scene)["numbers"]["held-out loss"]
@@ -184,12 +185,57 @@ def test_runs_of_other_datasets_do_not_compare(scene, tmp_path):
 
 def test_the_page_shows_pairs_and_runs_nothing(scene):
     report = run(scene)
-    page = (scene / "run" / "score" / str(report["step"]) / "report.html").read_text()
+    assert report["step"] == 8
+    page = (scene / "run" / "score" / "report.html").read_text()
     assert page.count("data:image/jpeg;base64,") >= 2 * 12 + 2 * 12
     assert "&lt;b&gt;" in page and "<b>red" not in page and "<script" not in page
     assert re.search(r"default-src 'none'", page)
     for title in ("Likeness of all pictures", "Nearest to a training picture", "Captions and what was drawn for them"):
         assert title in page
+
+
+def test_scores_of_several_steps_are_curves(scene):
+    run(scene)
+    run(scene, "--step", "4")
+    page = (scene / "run" / "score" / "report.html").read_text()
+    assert page.count("over the run; dashed") >= 5
+    run(scene, "--step", "4", "--steps", "1")  # in another way: no curve with the others
+    assert "over the run; dashed" not in (scene / "run" / "score" / "report.html").read_text()
+
+
+def scored_while_training(scene, workdir):
+    c = config(scene / "ds", workdir)
+    c.score.every, c.score.count, c.score.references, c.score.steps = 4, 10, 30, 2
+    assert train(c) == 0
+    return restore_weights(workdir)
+
+
+def test_a_run_that_is_scored_trains_to_the_same_bits(scene, tmp_path, package_log):
+    weights = scored_while_training(scene, tmp_path / "run")
+    assert weights.digest == restore_weights(scene / "run").digest
+    folder = tmp_path / "run" / "score"
+    assert sorted(path.stem for path in (folder / "steps").iterdir()) == ["4", "8"]
+    last = json.loads((folder / "score.json").read_text())
+    assert last["step"] == 8 and last["questions"] == 10 and set(last["numbers"]) >= {"likeness", "recall@1", "copies"}
+    assert sum("score: likeness" in message for message in package_log) == 2
+    assert "over the run; dashed" in (folder / "report.html").read_text()
+
+
+def test_a_run_without_what_scoring_needs_goes_on(scene, tmp_path, package_log):
+    build(options(scene / "photos", tmp_path / "ds", resolution=64, holdout=0.0, limit=12))
+    c = config(tmp_path / "ds", tmp_path / "run")
+    c.score.every = 4
+    assert train(c) == 0 and not (tmp_path / "run" / "score").exists()
+    assert any("no score while training" in message and "--holdout" in message for message in package_log)
+
+
+def test_a_full_disk_costs_a_score_and_not_the_run(scene, tmp_path, package_log, monkeypatch):
+    def full(report, folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "write", full)
+    assert scored_while_training(scene, tmp_path / "run").digest == restore_weights(scene / "run").digest
+    assert sum("no score of this step" in message and "No space" in message for message in package_log) == 2
 
 
 def test_without_a_holdout_split_it_says_what_to_do(scene, tmp_path):

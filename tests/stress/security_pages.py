@@ -31,7 +31,8 @@ EVIL = [
 def report_page(evil: str) -> str:
     """`report.html` with this text everywhere that a caption, a path, a name or a number's name can come to stand."""
     from fluxdit_jax.gate import page
-    from fluxdit_jax.gate.verdict import Case, Chart, Control, Verdict
+    from fluxdit_jax.gate.verdict import Case, Control, Verdict
+    from fluxdit_jax.pages.charts import Chart
 
     case = Case(evil, evil, 1.0, True, ((evil, np.zeros((16, 16, 3), np.uint8)),) * 2)
     chart = Chart(evil, evil, evil, (0.1, 0.9), (0.2, 0.8), (True, False))

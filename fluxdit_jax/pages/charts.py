@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from fluxdit_jax.gate.verdict import Chart
-
 _WIDTH, _HEIGHT = 620, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 12, 44
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Chart:
+    """A scatter plot of the cases.
+
+    Attributes:
+      x, y: per case. passed: per case. x_title, y_title, title: in words.
+      x_lines, y_lines: positions of the thresholds.
+    """
+
+    title: str
+    x_title: str
+    y_title: str
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    passed: tuple[bool, ...]
+    x_lines: tuple[float, ...] = ()
+    y_lines: tuple[float, ...] = ()
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -81,6 +99,32 @@ def shares(points: Mapping[float, float], needed: float, x_title: str) -> str:
     parts.append(_line("limit", _LEFT, place_y(needed), _WIDTH - _RIGHT, place_y(needed)))
     path = " ".join(f"{place_x(x):.1f},{place_y(y):.1f}" for x, y in points.items())
     return _svg([*parts, f'<polyline class="mean" points="{path}"/>'], f"share over {x_title}")
+
+
+def line(
+    points: Sequence[tuple[float, float, float, float]],
+    limits: Mapping[str, float],
+    x_title: str,
+    y_title: str,
+    name_y: Callable[[float], str] = lambda v: f"{v:g}",
+) -> str:
+    """A line through (x, y, low, high) with the interval as an upright line at each point.
+
+    Args:
+      limits: values that are drawn as dashed lines, by name, which is shown under the mouse.
+    """
+    finite = [v for point in points for v in point[1:] if math.isfinite(v)]
+    y_low, y_high = _padded([*finite, *limits.values()])
+    place_x, place_y = _axes(*_padded([x for x, *_ in points]), y_low, y_high)
+    parts = [_frame([x for x, *_ in points], ticks(y_low, y_high), place_x, place_y, x_title, y_title, name_y)]
+    for name, value in limits.items():
+        drawn = _line("limit", _LEFT, place_y(value), _WIDTH - _RIGHT, place_y(value))
+        parts.append(f"<g><title>{html.escape(name)}</title>{drawn}</g>")
+    for x, _, low, high in points:
+        if math.isfinite(low):
+            parts.append(_line("raw", place_x(x), place_y(low), place_x(x), place_y(high)))
+    path = " ".join(f"{place_x(x):.1f},{place_y(y):.1f}" for x, y, *_ in points)
+    return _svg([*parts, f'<polyline class="mean" points="{path}"/>'], f"{y_title} over {x_title}")
 
 
 def _padded(values: Sequence[float]) -> tuple[float, float]:

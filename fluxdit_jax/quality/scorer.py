@@ -1,0 +1,112 @@
+"""Scoring a model while it trains: the same questions and noise at every visit, so that its points compare."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from fluxdit_jax.dataset.manifest import Manifest
+from fluxdit_jax.loader.reader import RecordSource
+from fluxdit_jax.quality import files
+from fluxdit_jax.quality.answers import Amounts, Pupil
+from fluxdit_jax.quality.exam import DECODED, Exam
+from fluxdit_jax.quality.eye import Eye
+from fluxdit_jax.quality.page import write_page
+from fluxdit_jax.quality.scores import Scores, judge, write_tensorboard
+from fluxdit_jax.sampling.pipeline import Generator
+from fluxdit_jax.settings import Settings
+from fluxdit_jax.shared.cli import explain
+from fluxdit_jax.vae.decoder import Decoder, load_decoder
+from fluxdit_jax.vae.files import DecoderError
+
+log = logging.getLogger(__name__)
+BATCH = 16  # pictures drawn at once
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scorer:
+    """Attributes:
+    config, settings: of the stage. directory: of its dataset.
+    workdir: of the run. exam: made at the first visit.
+    """
+
+    config: ConfigDict
+    settings: Settings
+    directory: Path
+    workdir: Path
+    exam: Exam
+    train: RecordSource
+    decoder: Decoder
+    eye: Eye
+    generator: Generator
+
+    @classmethod
+    def make(cls, config: ConfigDict, manifest: Manifest, settings: Settings, workdir: Path) -> Scorer | None:
+        """None, with a warning, where there is no holdout split or no decoder; raises as `Exam.of`."""
+        if not manifest.records("holdout"):
+            log.warning("no score while training: the dataset has no holdout split (build --holdout)")
+            return None
+        try:
+            decoder = load_decoder(manifest.vae, config.log.vae)
+        except DecoderError as error:
+            log.warning("no score while training: %s", error)
+            return None
+        begin = time.monotonic()
+        directory = Path(config.data.path)
+        holdout, train = (
+            RecordSource(directory, manifest, split, config.data.on_corrupt) for split in ("holdout", "train")
+        )
+        eye = Eye.open(manifest, config.score.vision_encoder, config.score.device)
+        if eye.note:
+            log.warning("score: %s", eye.note)
+        references = config.score.references if eye.own else min(config.score.references, DECODED)
+        exam = Exam.of(holdout, train, eye, decoder, count=config.score.count, references=references)
+        generator = Generator.of(settings, manifest, steps=config.score.steps, batch_size=BATCH, method="heun")
+        log.info("score: %d captions and %d training pictures ready after %.0f s", len(exam.questions),
+                 len(exam.train), time.monotonic() - begin)  # fmt: skip
+        return cls(config, settings, directory, workdir, exam, train, decoder, eye, generator)
+
+    def visit(self, ema: Any, step: int, epochs: float) -> None:
+        """Scores and logs; what cannot be measured or written is logged, and does not stop the run."""
+        from preprocess import PreprocessError
+
+        begin = time.monotonic()
+        try:
+            scores = self.score(ema, step, epochs)
+        except (OSError, PreprocessError) as error:
+            log.error("no score of this step, the run goes on: %s", explain(error))
+            return
+        told = ", ".join(f"{name} {one.value:.3g}" for name, one in scores.numbers.items())
+        log.info("step %d: score: %s (%.0f s)", step, told, time.monotonic() - begin)
+
+    def score(self, ema: Any, step: int, epochs: float) -> Scores:
+        """Draws by f32 EMA weights, measures, and writes RUN/score and TensorBoard."""
+        begin = time.monotonic()
+        guidance = float(self.config.log.preview_guidance)
+        pupil = Pupil(self.generator, ema, self.decoder, self.eye, self.settings.text_limit, guidance)
+        amounts = Amounts(min(64, len(self.exam.questions)), 8, 4)
+        answers = pupil.answer(self.exam, self.settings.model.patch, amounts, lambda n: None)
+        scores = judge(self.exam, answers)
+        report = {
+            **scores.to_json(),
+            "workdir": str(self.workdir.absolute()),
+            "step": step,
+            "epochs": epochs,
+            "dataset": str(self.directory),
+            "questions": len(self.exam.questions),
+            "references": len(self.exam.train),
+            "eye": {"encoder": self.eye.encoder.identity.id, "own": self.eye.own},
+            "sampling": {"steps": self.config.score.steps, "method": "heun", "batch": BATCH, "guidance_text": guidance},
+            "notes": [self.eye.note] if self.eye.note else [],
+            "seconds": {"all": round(time.monotonic() - begin, 2)},
+        }
+        folder = self.workdir / files.FOLDER
+        files.write(report, folder)
+        write_page(self.exam, answers, scores, report, self.train, self.decoder, folder)
+        write_tensorboard(scores, step, self.workdir / "tensorboard")
+        return scores
