@@ -104,6 +104,7 @@ ZERO_IS_FINE = {
     "log.minutes",
     "log.preview_every",
     "log.heldout_every",
+    "score.every",
     "mesh.process_id",
     "routing.first",
     "routing.last",

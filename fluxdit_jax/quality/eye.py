@@ -52,7 +52,7 @@ class Eye:
         try:
             encoder = load_vision_encoder(spec or manifest.vision.id, device, manifest.vision.dtype or "auto")
         except PreprocessError as error:
-            if spec:
+            if spec or "--device" in str(error):
                 raise
             note = (
                 f"the dataset's vision encoder is not here, so {STAND_IN} looks at the pictures: it sees colours and "

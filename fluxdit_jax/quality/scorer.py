@@ -10,6 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from fluxdit_jax.config import ConfigError
 from fluxdit_jax.dataset.manifest import Manifest
 from fluxdit_jax.loader.reader import RecordSource
 from fluxdit_jax.quality import files
@@ -19,6 +20,7 @@ from fluxdit_jax.quality.eye import Eye
 from fluxdit_jax.quality.page import write_page
 from fluxdit_jax.quality.scores import Scores, judge, write_tensorboard
 from fluxdit_jax.sampling.pipeline import Generator
+from fluxdit_jax.sampling.prompts import SampleError
 from fluxdit_jax.settings import Settings
 from fluxdit_jax.shared.cli import explain
 from fluxdit_jax.vae.decoder import Decoder, load_decoder
@@ -47,7 +49,14 @@ class Scorer:
 
     @classmethod
     def make(cls, config: ConfigDict, manifest: Manifest, settings: Settings, workdir: Path) -> Scorer | None:
-        """None, with a warning, where there is no holdout split or no decoder; raises as `Exam.of`."""
+        """None, with a warning, where there is no holdout split or no decoder.
+
+        Raises:
+          ConfigError: `score.vision_encoder` or `score.device` cannot be had.
+          DatasetError: a record is damaged.
+        """
+        from preprocess import PreprocessError
+
         if not manifest.records("holdout"):
             log.warning("no score while training: the dataset has no holdout split (build --holdout)")
             return None
@@ -61,7 +70,10 @@ class Scorer:
         holdout, train = (
             RecordSource(directory, manifest, split, config.data.on_corrupt) for split in ("holdout", "train")
         )
-        eye = Eye.open(manifest, config.score.vision_encoder, config.score.device)
+        try:
+            eye = Eye.open(manifest, config.score.vision_encoder, config.score.device)
+        except (PreprocessError, SampleError) as error:
+            raise ConfigError(f"config.score.vision_encoder and config.score.device: {error}") from error
         if eye.note:
             log.warning("score: %s", eye.note)
         references = config.score.references if eye.own else min(config.score.references, DECODED)

@@ -15,6 +15,7 @@ from training_helpers import tree_equal
 from wording import naming
 
 from fluxdit_jax import score
+from fluxdit_jax.config import ConfigError
 from fluxdit_jax.dataset.manifest import load_manifest
 from fluxdit_jax.loader.reader import RecordSource
 from fluxdit_jax.quality import files
@@ -227,6 +228,13 @@ def test_a_run_without_what_scoring_needs_goes_on(scene, tmp_path, package_log):
     c.score.every = 4
     assert train(c) == 0 and not (tmp_path / "run" / "score").exists()
     assert any("no score while training" in message and "--holdout" in message for message in package_log)
+
+
+def test_an_encoder_that_cannot_be_had_is_named_before_training(scene, tmp_path):
+    c = config(scene / "ds", tmp_path / "run")
+    c.score.every, c.score.vision_encoder = 4, "./nowhere"
+    with pytest.raises(ConfigError, match=naming("config.score.vision_encoder", "./nowhere")):
+        train(c)
 
 
 def test_a_full_disk_costs_a_score_and_not_the_run(scene, tmp_path, package_log, monkeypatch):

@@ -109,7 +109,9 @@ MAY_CHANGE = {
     "workdir", "profile", "device_memory_gb", "data.path", "data.micro_batch_size", "data.threads", "data.prefetch",
     "data.on_corrupt", "model.remat", "checkpoint.minutes", "checkpoint.keep", "checkpoint.ema_every", "health.action",
     "health.max_skipped", "log.every", "log.minutes", "log.preview_every", "log.preview_count", "log.preview_steps",
-    "log.preview_guidance", "log.heldout_every", "log.heldout_count", "log.peak_tflops", "log.vae", "gate.required",
+    "log.preview_guidance", "log.heldout_every", "log.heldout_count", "log.peak_tflops", "log.vae",
+    "score.every", "score.count", "score.references", "score.steps", "score.vision_encoder", "score.device",
+    "gate.required",
     "gate.report", "plan.utilisation", "plan.watts", "mesh.data", "mesh.fsdp", "mesh.coordinator",
     "mesh.num_processes", "mesh.process_id", "resume.allow_changes", "resume.from_run", "resume.take",
 }  # fmt: skip
