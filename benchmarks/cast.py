@@ -55,7 +55,9 @@ def drawings(people: int = len(CHARACTERS)) -> list[Drawing]:
 
 
 def draw(drawing: Drawing, folder: Path) -> None:
-    """Writes the pictures of a composition under all lights, each with its caption."""
+    """Writes the pictures of a composition under all lights, each with its caption; not again what is there."""
+    if (folder / f"{drawing.stem}_{len(LIGHTS) - 1}.json").exists():  # the last that is written
+        return
     scene = compose(drawing.composition)
     for number, light in enumerate(LIGHTS):
         path = folder / f"{drawing.stem}_{number}.png"
