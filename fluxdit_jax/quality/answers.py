@@ -71,12 +71,13 @@ class Pupil:
             self._draw(exam, patch, rows[: amounts.captions], False, 1 + k, progress)[0]
             for k in range(amounts.drawings)
         ]
-        return Answers(drawn, tuple(pictures), vector, np.stack(several, axis=1))
+        nothing = np.empty((0, 0, exam.true.shape[1]), np.float32)
+        return Answers(drawn, tuple(pictures), vector, np.stack(several, axis=1) if several else nothing)
 
     def _draw(
         self, exam: Exam, patch: int, rows: Sequence[int], vector: bool, drawing: int, progress: Callable[[int], Any]
     ) -> tuple[np.ndarray, list[np.ndarray]]:
-        vectors: list[np.ndarray] = []
+        vectors = [np.empty((0, exam.true.shape[1]), np.float32)]
         pictures: list[np.ndarray] = []
         kinds = self._generator.conditions
         for start in range(0, len(rows), self._generator.batch_size):

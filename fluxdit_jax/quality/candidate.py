@@ -64,11 +64,11 @@ class Candidate:
         return cls(workdir, config, manifest, settings, weights, directory, stage.first)
 
     def split(self, name: str) -> RecordSource:
-        """Raises `RunError` if the dataset has no such split."""
-        if not self.manifest.records(name):
+        """Raises `RunError` if the dataset has fewer than two records in this split."""
+        if (count := self.manifest.records(name)) < 2:
             raise RunError(
-                f"{self.directory} has no {name} split, so there are no captions that the model has not seen: build "
-                "the dataset with a --holdout above 0"
+                f"{self.directory} has {count} records in its {name} split, and a score takes two at least, with "
+                "captions that the model has not seen: build the dataset with a larger --holdout"
             )
         return RecordSource(self.directory, self.manifest, name, self.config.data.get("on_corrupt", "stop"))
 

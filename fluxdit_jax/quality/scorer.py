@@ -57,8 +57,10 @@ class Scorer:
         """
         from preprocess import PreprocessError
 
-        if not manifest.records("holdout"):
-            log.warning("no score while training: the dataset has no holdout split (build --holdout)")
+        if (held := manifest.records("holdout")) < 2:
+            log.warning(
+                "no score while training: the dataset has %d records held out, two are needed (build --holdout)", held
+            )
             return None
         try:
             decoder = load_decoder(manifest.vae, config.log.vae)

@@ -104,7 +104,7 @@ def judge(exam: Exam, answers: Answers, losses: np.ndarray | None = None) -> Sco
     if k := len(answers.with_vector):
         numbers["vector"] = measures.vector(answers.with_vector, exam.true[:k], exam.again[:k])
     numbers["copies"] = copied.share
-    if answers.several.shape[1] > 1:
+    if len(answers.several) and answers.several.shape[1] > 1:
         numbers["diversity"] = measures.diversity(answers.several, exam.true)
     return Scores(
         numbers=numbers,

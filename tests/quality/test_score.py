@@ -25,7 +25,7 @@ from fluxdit_jax.quality.eye import STAND_IN, Eye
 from fluxdit_jax.quality.scores import judge
 from fluxdit_jax.run.run_directory import RunError
 from fluxdit_jax.run.weights import restore_weights
-from fluxdit_jax.sampling.prompts import SampleError
+from fluxdit_jax.sampling.prompts import SampleError, read_reference
 from fluxdit_jax.settings import resolve
 from fluxdit_jax.train import train
 from fluxdit_jax.vae.decoder import load_decoder
@@ -184,6 +184,12 @@ def test_runs_of_other_datasets_do_not_compare(scene, tmp_path):
         run(scene, "--against", str(tmp_path / "run"))
 
 
+def test_two_captions_are_enough_to_run_and_say_little(scene):
+    numbers = run(scene, "--count", "2", "--with-vector", "0", "--captions", "0")["numbers"]
+    assert set(numbers) == {"held-out loss", "likeness", "recall@1", "median rank", "copies"}
+    assert numbers["recall@1"]["high"] - numbers["recall@1"]["low"] in (0, 0.5, 1)
+
+
 def test_the_page_shows_pairs_and_runs_nothing(scene):
     report = run(scene)
     assert report["step"] == 8
@@ -249,7 +255,7 @@ def test_a_full_disk_costs_a_score_and_not_the_run(scene, tmp_path, package_log,
 def test_without_a_holdout_split_it_says_what_to_do(scene, tmp_path):
     build(options(scene / "photos", tmp_path / "ds", resolution=64, holdout=0.0, limit=12))
     assert train(config(tmp_path / "ds", tmp_path / "run")) == 0
-    with pytest.raises(RunError, match=naming("no holdout split", "--holdout")):
+    with pytest.raises(RunError, match=naming("0 records", "holdout split", "--holdout")):
         score.score(score.parse_arguments(["--workdir", str(tmp_path / "run")]))
 
 
@@ -270,6 +276,20 @@ def test_without_the_datasets_encoder_a_stand_in_looks_at_everything(examined, s
     exam = Exam.of(*splits, eye, decoder, count=6, references=20)
     np.testing.assert_array_equal(exam.true, exam.again)  # seen through the VAE, all of them
     assert exam.reference.vectors.shape == (20, 1024)
+
+
+def test_it_sees_what_build_saw(tmp_path, draw_photo, tiny_vae_dir, tiny_dino_dir):
+    """A real encoder at the size of the dataset: the vectors of the pictures themselves are the stored ones."""
+    for seed in range(4):
+        write_image(tmp_path / "photos" / f"p{seed}.png", seed, "a dog", draw_photo)
+    real = {"vae": str(tiny_vae_dir), "vision_encoder": str(tiny_dino_dir), "device": "cpu", "holdout": 0.0}
+    build(options(tmp_path / "photos", tmp_path / "ds", resolution=128, **real))
+    manifest = load_manifest(tmp_path / "ds")
+    eye = Eye.open(manifest)
+    assert eye.own and eye.note == ""
+    for record in RecordSource(tmp_path / "ds", manifest, "train"):
+        pixels = read_reference(tmp_path / "photos" / record.key, manifest)[0]
+        np.testing.assert_allclose(eye.vectors([pixels])[0], record.vision, atol=1e-5)
 
 
 def test_it_is_shown_pictures_of_the_size_that_build_showed(examined, draw_photo):
