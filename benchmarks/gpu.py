@@ -11,7 +11,7 @@ both that and Python 3.11 with JAX 0.10; not yet on a 24 GB card.)
 configs/prod.py at 1024, 512 and 256 px and configs/nano.py at 512 px. Each configuration runs in a process of its own
 that may use 24 GB (`--memory-gb`, 0: all), so that a larger card stands in for a 24 GB one in memory, though not in
 speed. Ours is the step of `fluxdit_jax.train` (accumulation, EMA, norms, metrics; random batches put on the device as
-the loop does it). The other side is the same network in PyTorch (`torch_dit.py`): bf16 autocast, `torch.compile`,
+the loop does it). The other side is the same network in PyTorch (`portable`): bf16 autocast, `torch.compile`,
 scaled dot product attention by PyTorch's choice, fused AdamW, accumulation, no EMA or metrics. For each target: our
 configurations and PyTorch's in turn, the best of ours without cuDNN's attention, then rounds of the two best in turn,
 which give the ratio. MFU counts 3 forward passes, no recomputation, against `fluxdit_jax.device.devices.PEAK_TFLOPS`.

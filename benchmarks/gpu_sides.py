@@ -212,7 +212,8 @@ def run_torch(spec: dict[str, Any], a: argparse.Namespace, result: dict[str, Any
     """
     import torch
 
-    from benchmarks.torch_dit import TorchDiT
+    from fluxdit_jax.portable.modeling_fluxdit import FluxDiT
+    from fluxdit_jax.sampling.torch_names import torch_arguments
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not a.cpu:
@@ -227,7 +228,7 @@ def run_torch(spec: dict[str, Any], a: argparse.Namespace, result: dict[str, Any
     torch.manual_seed(0)
     target = TARGETS[spec["target"]]
     accumulate = max(1, target.global_batch_size // spec["batch"])
-    module = TorchDiT(network(target))
+    module = FluxDiT(**torch_arguments(network(target)))
     if spec["remat"] == "block":
         module.blocks = torch.nn.ModuleList(checkpointed(block) for block in module.blocks)
     module.to(device)
@@ -239,13 +240,14 @@ def run_torch(spec: dict[str, Any], a: argparse.Namespace, result: dict[str, Any
     latent, text = torch.randn(B, N, 64, **half), torch.randn(B, T, target.text_width, **half)
     lengths = torch.full((B,), T, device=device)
     vision = torch.nn.functional.normalize(torch.randn(B, target.vision_width, device=device), dim=-1)
+    given = {"text": text, "text_length": lengths, "vision": vision}
 
     def micro_batch():
         x0 = latent.float()
         t, noise = torch.rand(B, device=device), torch.randn_like(x0)
         mixed = torch.lerp(x0, noise, t[:, None, None])
         with torch.autocast(device, torch.bfloat16):
-            prediction = called(mixed, t, target.side, target.side, text, lengths, vision)
+            prediction = called(mixed, t, (target.side, target.side), given)
         loss = (prediction - (noise - x0)).square().mean()
         (loss / accumulate).backward()
         return loss.detach()

@@ -183,12 +183,13 @@ def torch_network(side: str, size: Size):
             return y.permute(0, 2, 3, 1).reshape(x.shape).float()
 
         return network, forward
-    from benchmarks.torch_dit import TorchDiT
+    from fluxdit_jax.portable.modeling_fluxdit import FluxDiT
+    from fluxdit_jax.sampling.torch_names import torch_arguments
 
-    network = TorchDiT(settings(size, "float32", "none").model)
+    network = FluxDiT(**torch_arguments(settings(size, "float32", "none").model))
 
     def forward(network, x, t, b):
-        return network(x, t, size.side, size.side, b["text"], b["text_length"], b["vision"])
+        return network(x, t, (size.side, size.side), {name: b[name] for name in ("text", "text_length", "vision")})
 
     return network, forward
 
@@ -233,9 +234,11 @@ def agree(size: Size) -> dict[str, float]:
     import jax
     import torch
 
-    from benchmarks.torch_dit import TorchDiT
     from fluxdit_jax.model import dit
     from fluxdit_jax.model.conditions import given
+    from fluxdit_jax.portable.modeling_fluxdit import FluxDiT
+    from fluxdit_jax.sampling.exported import flatten
+    from fluxdit_jax.sampling.torch_names import torch_arguments, torch_weights
 
     config = settings(size, "float32", "none").model
     graph, shapes = dit.build(config)
@@ -251,14 +254,15 @@ def agree(size: Size) -> dict[str, float]:
         return jax.numpy.mean(dit.apply(graph, params, b["latent"], t, b["grid"], conditions) ** 2)
 
     ours, gradient = jax.jit(jax.value_and_grad(loss))(params)
-    network = TorchDiT(config)
-    network.load(params)
-    parts = (torch.from_numpy(b[name]) for name in ("text", "text_length", "vision"))
-    theirs = network(torch.from_numpy(b["latent"]), torch.from_numpy(t), size.side, size.side, *parts)
+    network = FluxDiT(**torch_arguments(config))
+    weights = torch_weights(flatten(params), config.conditions)
+    network.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
+    parts = {name: torch.from_numpy(b[name]) for name in ("text", "text_length", "vision")}
+    theirs = network(torch.from_numpy(b["latent"]), torch.from_numpy(t), (size.side, size.side), parts)
     theirs = theirs.square().mean()
     theirs.backward()
     a = np.asarray(gradient["blocks"]["attention"]["qkv"]["kernel"])
-    g = np.stack([block.qkv.weight.grad.numpy().T for block in network.blocks])
+    g = np.stack([block.attention.qkv.weight.grad.numpy().T for block in network.blocks])
     return {
         "loss_jax": float(ours),
         "loss_torch": float(theirs.detach()),

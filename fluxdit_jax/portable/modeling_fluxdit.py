@@ -114,7 +114,7 @@ class Block(nn.Module):
         sin: torch.Tensor,
         valid: torch.Tensor | None,
     ) -> torch.Tensor:
-        m = (modulation + self.table)[:, :, None]
+        m = (modulation + self.table.to(modulation.dtype))[:, :, None]
         x = x + m[:, 2] * self.attention(rms_norm(x) * (1 + m[:, 1]) + m[:, 0], cos, sin, valid)
         x = x + m[:, 3] * self.cross(rms_norm(x), sequence, sequence_valid)
         return x + m[:, 6] * self.mlp(rms_norm(x) * (1 + m[:, 5]) + m[:, 4])

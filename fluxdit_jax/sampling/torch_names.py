@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from fluxdit_jax.model.conditions import Condition
+from fluxdit_jax.model.dit import ModelConfig
 
 _LEAVES = {"kernel": "weight", "bias": "bias"}
+
+
+def torch_arguments(config: ModelConfig) -> dict[str, Any]:
+    """What the PyTorch network is constructed with."""
+    return {
+        "width": config.width,
+        "depth": config.depth,
+        "heads": config.heads,
+        "patch": config.patch,
+        "channels": config.channels,
+        "conditions": [(c.name, c.width, "sequence" if c.sequence else "vector") for c in config.conditions],
+        "positions": config.positions,
+        "mlp_hidden": config.mlp_hidden,
+    }
 
 
 def torch_weights(tensors: dict[str, np.ndarray], conditions: Sequence[Condition]) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ from fluxdit_jax.model import dit
 from fluxdit_jax.model.conditions import Condition, given
 from fluxdit_jax.portable.modeling_fluxdit import FluxDiT
 from fluxdit_jax.sampling.exported import flatten
-from fluxdit_jax.sampling.torch_names import torch_weights
+from fluxdit_jax.sampling.torch_names import torch_arguments, torch_weights
 
 pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -28,10 +28,7 @@ def networks(seed=0, **changes):
     """(JAX parameters, the same in PyTorch, config) with nothing at zero."""
     config = tiny_model(**changes)
     params = lively(dit.build(config)[1], seed, scale=0.15)
-    kinds = [(c.name, c.width, "sequence" if c.sequence else "vector") for c in config.conditions]
-    model = FluxDiT(
-        config.width, config.depth, config.heads, config.patch, config.channels, kinds, positions=config.positions
-    )
+    model = FluxDiT(**torch_arguments(config))
     weights = {
         name: torch.from_numpy(array) for name, array in torch_weights(flatten(params), config.conditions).items()
     }
@@ -134,8 +131,7 @@ def test_a_tensor_without_a_place_is_named():
 
 def test_it_has_as_many_parameters():
     config = tiny_model()
-    kinds = [(c.name, c.width, "sequence" if c.sequence else "vector") for c in config.conditions]
-    model = FluxDiT(config.width, config.depth, config.heads, config.patch, config.channels, kinds)
+    model = FluxDiT(**torch_arguments(config))
     assert sum(parameter.numel() for parameter in model.parameters()) == dit.count_parameters(config)
 
 
