@@ -36,6 +36,7 @@ class Bounds:
 
 
 POSITIVE = Bounds(lambda x: 0 < x < math.inf, "a finite number above 0")
+TWO_OR_MORE = Bounds(lambda x: 2 <= x < math.inf, "2 or above")
 NOT_NEGATIVE = Bounds(lambda x: 0 <= x < math.inf, "0 or above")
 FINITE = Bounds(math.isfinite, "a finite number")
 SHARE = Bounds(lambda x: 0 <= x <= 1, "between 0 and 1")
@@ -188,8 +189,8 @@ KEYS = {
     "log.vae": Key(str, "directory or id of the decoder; None: the one named in the dataset", path=True),
     # score, plan, gate, mesh, resume
     "score.every": Key(0, "steps between scores of what is drawn for held-out captions; 0: none", NOT_NEGATIVE),
-    "score.count": Key(256, "captions of the holdout split", POSITIVE),
-    "score.references": Key(2000, "training pictures that drawn ones are compared with", POSITIVE),
+    "score.count": Key(256, "captions of the holdout split", TWO_OR_MORE),
+    "score.references": Key(2000, "training pictures that drawn ones are compared with", TWO_OR_MORE),
     "score.steps": Key(12, "solver steps", POSITIVE),
     "score.vision_encoder": Key(str, "directory or id; None: the one named in the dataset", path=True),
     "score.device": Key("cpu", "of the vision encoder: cpu, cuda, mps; on the training GPU it needs room"),

@@ -15,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fluxdit_jax import overview
+from fluxdit_jax.config import ConfigError
 from fluxdit_jax.device import devices, sharding
 from fluxdit_jax.loader import reader
 from fluxdit_jax.model import dit
@@ -92,7 +93,7 @@ def run_stage(run: Run, present: Prepared, position: Position) -> Ended:
         step = first = int(state.step)
         batches = _batches(present, samples)
         batch = sharding.put_batch(present.mesh, next(batches))
-        looks = _looks(run, present)
+        looks = _looks(run, present) if first < stage.last else []
         reporter = closing.enter_context(_reporter(run, present, step, position.unfinished))
 
         # ------------------------------------------------------------ the loop
@@ -123,7 +124,7 @@ def run_stage(run: Run, present: Prepared, position: Position) -> Ended:
             )
             show_due = show_due and (last or not stopping)
             ema_due = last or step % config.checkpoint.ema_every == 0
-            looks_due = [look for look in looks if look.due(step, last, show_due)]
+            looks_due = [look for look in looks if look.due(step, last, show_due, stopping)]
             if not (stopping or save_due or ema_due or looks_due):
                 run.checkpoints.poll()
                 continue
@@ -138,8 +139,9 @@ def run_stage(run: Run, present: Prepared, position: Position) -> Ended:
             elif stopping:  # first, so that pictures do not delay the end
                 run.checkpoints.save(step, state, state_meta)
             for look in looks_due:
-                with reporter.progress.doing(look.doing):
-                    look.show(state, step, last)
+                if not look.late:
+                    with reporter.progress.doing(look.doing):
+                        look.show(state, step, last)
             if show_due:
                 run.show_timer.done()
             if ema_due and not suspect:
@@ -148,6 +150,10 @@ def run_stage(run: Run, present: Prepared, position: Position) -> Ended:
                 with reporter.progress.doing("saving"):
                     run.checkpoints.save(step, state, state_meta)
                 run.save_timer.done()
+            for look in looks_due:
+                if look.late:
+                    with reporter.progress.doing(look.doing):
+                        look.show(state, step, last)
             reporter.pause(time.monotonic() - asked)
             if stopping:
                 break
@@ -219,18 +225,20 @@ class Look:
 
     Attributes:
       doing: it, in words.
-      every: steps; 0: never, but by time.
-      by_time: also after `log.minutes`.
+      every: steps.
       show: given the state, the step, and whether it is the last of the stage.
+      late: it takes long: after all is saved, not when a run stops, and not by `log.minutes`.
     """
 
     doing: str
     every: int
-    by_time: bool
     show: Callable[[TrainState, int, bool], None]
+    late: bool = False
 
-    def due(self, step: int, last: bool, show_due: bool) -> bool:
-        return last or step % self.every == 0 or (self.by_time and show_due)
+    def due(self, step: int, last: bool, show_due: bool, stopping: bool) -> bool:
+        if self.late:
+            return (last or step % self.every == 0) and not stopping
+        return last or step % self.every == 0 or show_due
 
 
 def _looks(run: Run, present: Prepared) -> list[Look]:
@@ -246,7 +254,7 @@ def _looks(run: Run, present: Prepared) -> list[Look]:
         def draw(state: TrainState, step: int, last: bool) -> None:
             _write_preview(preview, state.ema, step, run.workdir, run.writer)
 
-        looks.append(Look("drawing pictures", config.log.preview_every, True, draw))
+        looks.append(Look("drawing pictures", config.log.preview_every, draw))
     if config.score.every and (scoring := _scoring(run, present)) is not None:
         looks.append(scoring)
     return looks
@@ -256,18 +264,27 @@ def _scoring(run: Run, present: Prepared) -> Look | None:
     from fluxdit_jax.quality.scorer import Scorer  # late: few runs are scored while they train
 
     config, settings = present.stage.config, present.settings
-    first = jax.process_index() == 0
-    scorer = Scorer.make(config, present.manifest, settings, run.workdir) if first else None
-    if not any_process([scorer is not None])[0]:
+    scorer, failure = None, None
+    if jax.process_index() == 0:
+        try:
+            scorer = Scorer.make(config, present.manifest, settings, run.workdir)
+        except Exception as error:  # noqa: BLE001  raised again below, once all processes know
+            failure = error
+    found, failed = any_process([scorer is not None, failure is not None])
+    if failed:
+        raise failure or ConfigError("config.score.every: process 0 cannot score, and says why")
+    if not found:
         return None
 
     def score(state: TrainState, step: int, last: bool) -> None:
         ema = sharding.gather(state.ema)
         if scorer is not None:
             pictures = (step - present.stage.first) * settings.global_batch_size
-            scorer.visit(ema, step, pictures / present.manifest.records("train"))
+            values = scorer.visit(ema, step, pictures / present.manifest.records("train"))
+            if values:
+                run.writer.scalars(step, values)
 
-    return Look("scoring", config.score.every, False, score)
+    return Look("scoring", config.score.every, score, late=True)
 
 
 def _heldout_look(run: Run, present: Prepared, heldout: ValidationLoss) -> Look:
@@ -278,7 +295,7 @@ def _heldout_look(run: Run, present: Prepared, heldout: ValidationLoss) -> Look:
             if (of_other := _make_heldout(other)) is not None:
                 _measure_other(of_other, state, step, run.writer, other.stage.name)
 
-    return Look("measuring the held-out loss", present.stage.config.log.heldout_every, True, measure)
+    return Look("measuring the held-out loss", present.stage.config.log.heldout_every, measure)
 
 
 def _make_heldout(each: Prepared) -> ValidationLoss | None:

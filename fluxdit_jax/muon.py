@@ -76,11 +76,17 @@ def muon(
         return rule.init(apart(params))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        with jax.default_matmul_precision("BF16_BF16_F32"):
+        with jax.default_matmul_precision(_precision()):
             made, state = rule.update(apart(updates), state, apart(params))
         return jax.tree.map(lambda new, old: new.reshape(old.shape), made, updates), state
 
     return optax.GradientTransformation(init, update)
+
+
+def _precision() -> str:
+    """Of the iteration's products. XLA has no bfloat16 for NVIDIA's cards before Ampere."""
+    capability = getattr(jax.devices()[0], "compute_capability", "") if jax.default_backend() == "gpu" else ""
+    return "default" if capability and float(capability) < 8 else "BF16_BF16_F32"
 
 
 def _parts(path: Path) -> int:

@@ -15,6 +15,7 @@ noise, and the differences are told with their standard errors (against.json, ag
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import sys
 import time
@@ -40,17 +41,19 @@ from fluxdit_jax.quality.page import draw_pairs, write_page
 from fluxdit_jax.quality.scores import judge, told, write_tensorboard
 from fluxdit_jax.run.checkpoint import CheckpointError
 from fluxdit_jax.run.metrics import LogError
-from fluxdit_jax.run.run_directory import RunError, RunLock
+from fluxdit_jax.run.run_directory import RunError, RunLock, dataset_difference
 from fluxdit_jax.sampling import solvers
 from fluxdit_jax.sampling.prompts import SampleError
 from fluxdit_jax.shared import atomic_files
 from fluxdit_jax.shared import cli as programs
 from fluxdit_jax.shared.json_files import write_json
 from fluxdit_jax.shared.paths import expanded, given_path
+from fluxdit_jax.shared.sanitize import shown
 from fluxdit_jax.vae.decoder import load_decoder
 from fluxdit_jax.vae.files import DecoderError
 from preprocess import PreprocessError
 
+LOSSES = 128  # holdout pictures whose loss is measured, at 8 times each
 USER_ERRORS = (
     CheckpointError, ConfigError, DatasetError, DecoderError, LogError, PreprocessError, RunError, SampleError, OSError,
 )  # fmt: skip
@@ -102,29 +105,31 @@ def score(arguments: argparse.Namespace) -> dict[str, Any]:
     decoder = load_decoder(run.manifest.vae, arguments.vae or run.config.log.vae)
     eye = Eye.open(run.manifest, arguments.vision_encoder, arguments.device)
     candidates = [run] if other is None else [run, other]
+    costs = [each.cost() for each in candidates]  # before an hour of drawing: a log may be damaged
     questions = min(arguments.count, len(holdout))
     references = min(len(train), arguments.references if eye.own else min(arguments.references, DECODED))
     notes = [note for note in (eye.note, *(each.untrained for each in candidates)) if note]
     for each in candidates:
-        print(f"weights: {each.weights}")
+        print(f"weights: {shown(str(each.weights))}")
     print(f"captions: {questions:,} of the {len(holdout):,} held out")
     for note in notes:
-        print(f"note: {note}")
+        print(f"note: {shown(note)}")
 
     # ------------------------------------------------------------ what is asked, and what is drawn
     with _bar(questions + references, "looking at the dataset") as bar:
         exam = Exam.of(holdout, train, eye, decoder, count=questions, references=references, progress=bar.update)
     seconds = {"dataset": time.monotonic() - started}
     amounts = Amounts(arguments.with_vector, arguments.captions, arguments.drawings)
+    text = run.config.log.preview_guidance if arguments.guidance_text is None else arguments.guidance_text
     how = {"steps": arguments.steps, "method": arguments.method, "batch": arguments.batch_size}
+    losses = [each.heldout_losses(min(questions, LOSSES)) for each in candidates]
     drawing = time.monotonic()
     answers = []
     for each in candidates:
-        pupil = each.pupil(decoder, eye, arguments.guidance_text, **how)
+        pupil = each.pupil(decoder, eye, float(text), **how)
         with _bar(amounts.pictures(questions), f"drawing {each.workdir.name}") as bar:
             answers.append(pupil.answer(exam, each.settings.model.patch, amounts, bar.update))
     seconds["drawing"] = time.monotonic() - drawing
-    losses = [each.heldout_losses(questions) for each in candidates]
     seconds["all"] = time.monotonic() - started
 
     # ------------------------------------------------------------ the numbers
@@ -133,7 +138,8 @@ def score(arguments: argparse.Namespace) -> dict[str, Any]:
         "questions": questions,
         "references": references,
         "eye": {"encoder": eye.encoder.identity.id, "own": eye.own},
-        "sampling": {**how, "guidance_text": run.guidance(arguments.guidance_text)},
+        "sampling": {**how, "guidance_text": float(text)},
+        "amounts": dataclasses.asdict(amounts),
         "notes": notes,
         "device": f"{jax.default_backend()}: {jax.devices()[0].device_kind}",
         "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -141,9 +147,10 @@ def score(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     folder = run.workdir / FOLDER
     if other is not None:
-        return _tell_difference(exam, candidates, answers, losses, about, folder)
+        told_of = [_of(each, cost) for each, cost in zip(candidates, costs, strict=True)]
+        return _tell_difference(exam, told_of, answers, losses, about, folder)
     scores = judge(exam, answers[0], losses[0])
-    report = {**scores.to_json(), **_of(run), **about}
+    report = {**scores.to_json(), **_of(run, costs[0]), **about}
     files.write(report, folder)
     write_page(exam, answers[0], scores, report, train, decoder, folder)
     write_tensorboard(scores, run.weights.step, run.workdir / "tensorboard")
@@ -156,34 +163,32 @@ def score(arguments: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def _of(run: Candidate) -> dict[str, Any]:
+def _of(run: Candidate, cost: dict[str, Any]) -> dict[str, Any]:
     return {
         "workdir": str(run.workdir.absolute()),
         "step": run.weights.step,
         "digest": run.weights.digest,
         "epochs": run.epochs,
-        "cost": run.cost(),
+        "cost": cost,
     }
 
 
 def require_comparable(run: Candidate, other: Candidate) -> None:
     """Raises `RunError` unless both runs can be asked the same: of one dataset, at one resolution."""
 
-    def shards(each: Candidate) -> list[str]:
+    def held_out(each: Candidate) -> list[str]:
         return [shard.sha256 for shard in each.manifest.shards.get("holdout", ())]
 
-    for what, ours, theirs in (
-        ("holdout pictures", shards(run), shards(other)),
-        ("vision encoders", run.manifest.vision.sha256, other.manifest.vision.sha256),
-        ("VAEs", run.manifest.vae.sha256, other.manifest.vae.sha256),
-    ):
-        if ours != theirs:
-            raise RunError(f"{run.workdir} and {other.workdir} have other {what}: their numbers do not compare")
+    difference = dataset_difference(run.manifest, other.manifest)
+    if not difference and held_out(run) != held_out(other):
+        difference = "other pictures are held out"
+    if difference:
+        raise RunError(f"{run.workdir} and {other.workdir} were trained on other data: {difference}")
 
 
 def _tell_difference(
     exam: Exam,
-    candidates: list[Candidate],
+    runs: list[dict[str, Any]],
     answers: list[Answers],
     losses: list[np.ndarray],
     about: dict[str, Any],
@@ -191,7 +196,7 @@ def _tell_difference(
 ) -> dict[str, Any]:
     """Prints and writes the second run's numbers less the first's; the sheet shows both beside the true pictures."""
     found = {"held-out loss": paired(losses, "low")} | compare(exam, *answers)
-    first, second = (_of(each) for each in candidates)
+    first, second = runs
     report = {
         "first": first,
         "second": second,
@@ -199,15 +204,16 @@ def _tell_difference(
         **about,
     }
     write_json(report, folder / "against.json")
-    draw_pairs(exam, [each.workdir.name for each in candidates], answers, folder / "against.png")
-    print(f"{'second less first':<28} {'first':>9} {'second':>9} {'difference':>11} {'error':>8}")
+    names = [f"{which}: {Path(one['workdir']).name}" for which, one in (("first", first), ("second", second))]
+    draw_pairs(exam, names, answers, folder / "against.png")
+    print(f"{'second less first':<28} {'first':>9} {'second':>9} {'difference':>11} {'error':>8}  ahead")
     for name, each in found.items():
         numbers = f"{each.first:>9.4g} {each.second:>9.4g} {each.value:>+11.4g} {each.error:>8.2g}"
         print(f"{name:<28} {numbers}  {each.verdict}")
     for name, one in (("first", first), ("second", second)):
         cost = one["cost"]
         hours = "unknown time" if cost["seconds"] is None else programs.duration(cost["seconds"])
-        print(f"{name}: step {one['step']:,} of {one['workdir']}, {cost['tflop']:,.0f} TFLOP, {hours}")
+        print(f"{name}: step {one['step']:,} of {shown(one['workdir'])}, {cost['tflop']:,.0f} TFLOP, {hours}")
     print(f"{folder / 'against.png'}")
     return report
 

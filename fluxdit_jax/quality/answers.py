@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from fluxdit_jax.dataset.fields import CAPTION, TEXT, field_named
+from fluxdit_jax.loader.reader import spread
+from fluxdit_jax.model.conditions import Condition
 from fluxdit_jax.quality.exam import Exam, thumbnail
 from fluxdit_jax.quality.eye import Eye
-from fluxdit_jax.sampling.pipeline import Generator, conditions, grid_of
+from fluxdit_jax.sampling.pipeline import Generator, conditions
 from fluxdit_jax.sampling.solvers import Guidance
 from fluxdit_jax.vae.decoder import Decoder, decode_all
 
-VISION = "vision"
+
+def besides_captions(kinds: Iterable[Condition]) -> list[str]:
+    """The conditions that are not made from the caption: they would tell what the true picture is."""
+    return [kind.name for kind in kinds if field_named(kind.name).made_from != CAPTION]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +28,7 @@ class Amounts:
     """How much is drawn.
 
     Attributes:
-      with_vector: questions that are drawn with their vector, too.
+      with_vector: questions that are drawn with all of their conditions, too.
       captions, drawings: captions that are drawn several times, and how many times.
     """
 
@@ -38,14 +44,15 @@ class Amounts:
 @dataclasses.dataclass(frozen=True, eq=False)
 class Answers:
     """Attributes:
-    drawn: f32 [n, V], for each question from its caption without its vector.
+    drawn: f32 [n, V], for each question from its caption alone.
     pictures: the same as thumbnails.
-    with_vector: f32 [k, V], for the first k questions from caption and vector.
-    several: f32 [G, S, V], S drawings of each of the first G captions, from other noise.
+    rows: int [k], of questions spread over all. with_vector: f32 [k, V], for these from all of their conditions.
+    several: f32 [G, S, V], S drawings of each of G captions spread over all, from other noise.
     """
 
     drawn: np.ndarray
     pictures: tuple[np.ndarray, ...]
+    rows: np.ndarray
     with_vector: np.ndarray
     several: np.ndarray
 
@@ -64,15 +71,15 @@ class Pupil:
 
     def answer(self, exam: Exam, patch: int, amounts: Amounts, progress: Callable[[int], Any]) -> Answers:
         """Draws everything; `progress` is called with the number of pictures done."""
-        rows = range(len(exam.questions))
-        drawn, pictures = self._draw(exam, patch, rows, False, 0, progress)
-        vector, _ = self._draw(exam, patch, rows[: amounts.with_vector], True, 0, progress)
-        several = [
-            self._draw(exam, patch, rows[: amounts.captions], False, 1 + k, progress)[0]
-            for k in range(amounts.drawings)
-        ]
+        count = len(exam.questions)
+        drawn, pictures = self._draw(exam, patch, range(count), False, 0, progress)
+        rows = spread(count, amounts.with_vector) if amounts.with_vector else []
+        vector, _ = self._draw(exam, patch, rows, True, 0, progress)
+        captions = spread(count, amounts.captions) if amounts.captions else []
+        several = [self._draw(exam, patch, captions, False, 1 + k, progress)[0] for k in range(amounts.drawings)]
         nothing = np.empty((0, 0, exam.true.shape[1]), np.float32)
-        return Answers(drawn, tuple(pictures), vector, np.stack(several, axis=1) if several else nothing)
+        stacked = np.stack(several, axis=1) if several else nothing
+        return Answers(drawn, tuple(pictures), np.array(rows, int), vector, stacked)
 
     def _draw(
         self, exam: Exam, patch: int, rows: Sequence[int], vector: bool, drawing: int, progress: Callable[[int], Any]
@@ -80,18 +87,21 @@ class Pupil:
         vectors = [np.empty((0, exam.true.shape[1]), np.float32)]
         pictures: list[np.ndarray] = []
         kinds = self._generator.conditions
+        others = besides_captions(kinds)
+        guidance = Guidance({kind.name: self._text for kind in kinds if kind.name not in others})
         for start in range(0, len(rows), self._generator.batch_size):
             part = rows[start : start + self._generator.batch_size]
-            records = [exam.questions[row] for row in part]
+            questions = [exam.questions[row] for row in part]
+            absent = {} if vector else dict.fromkeys(others)
             wanted: list[Mapping[str, np.ndarray | None]] = [
-                record.conditions | {"text": record.text[: self._text_limit]} | ({} if vector else {VISION: None})
-                for record in records
+                {**one.conditions, TEXT.name: one.conditions[TEXT.name][: self._text_limit], **absent}
+                for one in questions
             ]
             latents = self._generator.latents(
                 self._params,
-                conditions(kinds, wanted, [grid_of(record, patch) for record in records]),
+                conditions(kinds, wanted, [one.grid(patch) for one in questions]),
                 self._generator.noise([drawing * 1_000_003 + row for row in part]),
-                guidance=Guidance({kind.name: self._text for kind in kinds if kind.sequence}),
+                guidance=guidance,
             )
             images = decode_all(self._decoder, latents)
             vectors.append(self._eye.vectors(images))

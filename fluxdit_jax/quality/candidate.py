@@ -14,7 +14,7 @@ from fluxdit_jax.dataset.manifest import Manifest, parts_of
 from fluxdit_jax.flow import FlowConfig
 from fluxdit_jax.loader.reader import RecordSource
 from fluxdit_jax.plan import training_flops
-from fluxdit_jax.quality.answers import VISION, Pupil
+from fluxdit_jax.quality.answers import Pupil, besides_captions
 from fluxdit_jax.quality.eye import Eye
 from fluxdit_jax.run.metrics import METRICS, read_metrics
 from fluxdit_jax.run.run_directory import RunError, load_config, load_stage, require_dataset
@@ -74,10 +74,12 @@ class Candidate:
 
     @property
     def untrained(self) -> str:
-        """What to know of a model that was never asked for a caption without a vector; "" for others."""
-        if self.settings.flow.dropped([VISION]):
+        """What to know of a model that was never asked for a caption alone; "" for others."""
+        others = besides_captions(self.settings.model.conditions)
+        if self.settings.flow.dropped(others):
             return ""
-        return f"{self.workdir} never trained on captions without their vector (flow.drop); expect little of it"
+        what = " and ".join(others)
+        return f"{self.workdir} never trained on captions without {what} (flow.drop); expect little of it"
 
     @property
     def epochs(self) -> float:
@@ -85,21 +87,14 @@ class Candidate:
         pictures = self.config.optim.global_batch_size * (self.weights.step - self.first)
         return pictures / self.manifest.records("train")
 
-    def pupil(self, decoder: Decoder, eye: Eye, text: float | None, *, steps: int, method: str, batch: int) -> Pupil:
-        """The model, to be asked.
-
-        Args:
-          text: guidance scale of the caption; None: `log.preview_guidance`.
-        """
+    def pupil(self, decoder: Decoder, eye: Eye, text: float, *, steps: int, method: str, batch: int) -> Pupil:
+        """The model, to be asked, with a guidance scale of the caption."""
         generator = Generator.of(self.settings, self.manifest, steps=steps, batch_size=batch, method=method)
-        return Pupil(generator, self.weights.ema, decoder, eye, self.settings.text_limit, self.guidance(text))
-
-    def guidance(self, text: float | None) -> float:
-        return float(self.config.log.preview_guidance if text is None else text)
+        return Pupil(generator, self.weights.ema, decoder, eye, self.settings.text_limit, text)
 
     def heldout_losses(self, pictures: int) -> np.ndarray:
         """Flow loss of holdout pictures, all conditions given, over a uniform grid of times, float64 [pictures]."""
-        batch = self.config.data.micro_batch_size
+        batch = max(1, self.config.data.micro_batch_size // (self.config.mesh.fsdp * max(1, self.config.mesh.data)))
         mean, std = self.manifest.latent_mean, self.manifest.latent_std
         return ValidationLoss(
             self.settings.model,
@@ -110,7 +105,7 @@ class Candidate:
             layout=self.settings.batch,
             batch_size=batch,
             pictures=pictures,
-        ).of_pictures(self.weights.without_projector().ema)
+        ).of_pictures(jax.device_put(self.weights.ema, jax.devices()[0]))
 
     def cost(self) -> dict[str, Any]:
         """FLOPs of the training steps up to the weights, and seconds by the rates that were logged; None: unknown."""

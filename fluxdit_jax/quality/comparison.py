@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy.stats import t as student
 
 from fluxdit_jax.quality import measures
 from fluxdit_jax.quality.answers import Answers
 from fluxdit_jax.quality.exam import Exam
+
+FEW = 10  # items; fewer tell nothing apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +38,8 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """Which model is ahead, if the difference is more than two standard errors."""
-        if not self.better or not abs(self.value) > 2 * self.error:
+        """Which model is ahead, if the difference is beyond the interval of 95 % around 0 (Student's t)."""
+        if self.count < FEW or not self.better or not abs(self.value) > student.ppf(0.975, self.count - 1) * self.error:
             return "not told apart"
         return "second" if (self.value > 0) == (self.better == "high") else "first"
 
@@ -53,19 +56,21 @@ def paired(both: Sequence[np.ndarray], better: str) -> Difference:
 
 
 def compare(exam: Exam, first: Answers, second: Answers) -> dict[str, Difference]:
-    """Differences of all measures, by name."""
+    """Differences by name: of all measures that are means over captions, and of the likeness."""
     both = (first, second)
     ranks = [measures.ranks(one.drawn, exam.true) for one in both]
     found = {
         "likeness": _of_likeness(exam, first, second),
         "recall@1": paired([each <= 1 for each in ranks], "high"),
-        "recall@10": paired([each <= 10 for each in ranks], "high"),
+        **({"recall@10": paired([each <= 10 for each in ranks], "high")} if len(exam.true) > 10 else {}),
         "cosine to the true picture": paired([_cosines(one.drawn, exam.true) for one in both], "high"),
     }
-    if k := min(len(one.with_vector) for one in both):
-        found["vector"] = paired([_cosines(one.with_vector[:k], exam.true[:k]) for one in both], "high")
-    copied = [measures.copies(one.drawn, exam.reference.vectors, exam.true) for one in both]
-    found["copies"] = paired([each.distance < each.threshold for each in copied], "low")
+    if len(first.rows) > 1:
+        found["vector"] = paired([_cosines(one.with_vector, exam.true[one.rows]) for one in both], "high")
+    copied = [measures.copies(one.drawn, exam.reference.vectors, exam.again, exam.train_again) for one in both]
+    found["copies"] = paired([each.distance <= each.threshold for each in copied], "low")
+    if len(first.several) and first.several.shape[1] > 1:
+        found["diversity"] = paired([measures.spread_within(one.several, exam.true) for one in both], "")
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,6 +20,7 @@ from fluxdit_jax.vae.decoder import Decoder, decode_all
 
 _Item = TypeVar("_Item")
 THUMBNAIL = 160  # longer side, pixels
+COPIED = 64  # training pictures that are looked at through the VAE
 CHUNK = 32  # pictures decoded at a time
 # Without the dataset's own encoder every training picture must be decoded and looked at.
 DECODED = 1000
@@ -33,20 +34,39 @@ def thumbnail(image: np.ndarray) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Question:
+    """What of a holdout record is asked: its first caption, its conditions, and the size of its latent."""
+
+    caption: str
+    conditions: Mapping[str, np.ndarray]
+    size: tuple[int, int]
+
+    @classmethod
+    def of(cls, record: Record) -> Question:
+        _, height, width = record.latent.shape
+        return cls(record.caption, record.conditions, (height, width))
+
+    def grid(self, patch: int) -> tuple[int, int]:
+        """(rows, columns) of its tokens."""
+        return self.size[0] // patch, self.size[1] // patch
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Exam:
     """n holdout pictures and m training pictures, seen by one eye.
 
     Attributes:
-      questions: the holdout records.
+      questions: of the holdout records.
       true: f32 [n, V], vectors of their pictures: stored ones, if the eye is the dataset's own.
       again: f32 [n, V], of the pictures as the VAE keeps them: the most that a model can draw.
       reference: of the training pictures.
       blurred, noise: f32 [n, V], of useless pictures: the true ones blurred, and what drawing starts from.
       pictures: of the questions, as the VAE keeps them; thumbnails.
       train: rows of the training split that the reference is of.
+      train_again: of some of them through the VAE: what copies of training pictures look like.
     """
 
-    questions: tuple[Record, ...]
+    questions: tuple[Question, ...]
     true: np.ndarray
     again: np.ndarray
     reference: Reference
@@ -54,6 +74,7 @@ class Exam:
     noise: np.ndarray
     pictures: tuple[np.ndarray, ...]
     train: tuple[int, ...]
+    train_again: np.ndarray
 
     @classmethod
     def of(
@@ -72,10 +93,12 @@ class Exam:
           count, references: holdout and training pictures at most, spread evenly over their splits.
           progress: called with the number of pictures done, `work` in all.
         """
-        questions = tuple(record for _, record in holdout.iter_valid(spread(len(holdout), count)))
-        again, blurred, noise = [], [], []
+        again, blurred, noise, true = [], [], [], []
+        questions: list[Question] = []
         pictures: list[np.ndarray] = []
-        for part in _chunks(questions):
+        for part in _chunks(record for _, record in holdout.iter_valid(spread(len(holdout), count))):
+            questions += map(Question.of, part)
+            true.append(np.stack([record.vision for record in part]))
             images = decode_all(decoder, [record.latent for record in part])
             again.append(eye.vectors(images))
             blurred.append(eye.vectors([_blurred(image) for image in images]))
@@ -83,21 +106,25 @@ class Exam:
             pictures += map(thumbnail, images)
             progress(len(part))
         rows: list[int] = []
+        copied: list[np.ndarray] = []
         vectors = []
         order = spread(len(train), references if eye.own else min(references, DECODED))
         for numbered in _chunks(train.iter_valid(order)):
             rows += [row for row, _ in numbered]
             vectors.append(_stored([record for _, record in numbered], eye, decoder))
+            if len(copied) < COPIED:  # the first ones: any will do
+                copied += [record.latent for _, record in numbered][: COPIED - len(copied)]
             progress(len(numbered))
         return cls(
-            questions=questions,
-            true=np.stack([record.vision for record in questions]) if eye.own else np.concatenate(again),
+            questions=tuple(questions),
+            true=np.concatenate(true if eye.own else again),
             again=np.concatenate(again),
             reference=Reference.of(np.concatenate(vectors)),
             blurred=np.concatenate(blurred),
             noise=np.concatenate(noise),
             pictures=tuple(pictures),
             train=tuple(rows),
+            train_again=eye.vectors(decode_all(decoder, copied)),
         )
 
     def caption(self, row: int) -> str:

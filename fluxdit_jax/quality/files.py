@@ -11,7 +11,7 @@ from fluxdit_jax.shared.json_files import write_json
 FOLDER = "score"
 SCORE, REPORT, STEPS = "score.json", "report.html", "steps"
 # What two scorings share whose numbers make one curve.
-CIRCUMSTANCES = ("dataset", "questions", "references", "eye", "sampling")
+CIRCUMSTANCES = ("dataset", "questions", "references", "eye", "sampling", "amounts")
 
 
 def write(report: dict[str, Any], folder: Path) -> None:
@@ -26,8 +26,9 @@ def history(report: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     for path in sorted((folder / STEPS).glob("*.json")):
         try:
             other = json.loads(path.read_text(encoding="utf-8"))
-            if all(other[name] == json.loads(json.dumps(report[name])) for name in CIRCUMSTANCES):
+            same = all(other[name] == json.loads(json.dumps(report[name])) for name in CIRCUMSTANCES)
+            if same and all(set(one) >= {"value", "low", "high"} for one in other["numbers"].values()):
                 found.setdefault(int(other["step"]), other)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
     return [found[step] for step in sorted(found)]

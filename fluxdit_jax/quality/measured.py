@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from scipy.stats import norm
 
 RESAMPLES = 1000
 LEVEL = 0.95
@@ -55,11 +57,25 @@ def bootstrap(statistic: Statistic, count: int, seed: int = 0) -> tuple[float, f
     return value, float(low), float(high)
 
 
+def share(found: np.ndarray, **sides: dict[str, float]) -> Measured:
+    """The share of items bool [n] that are True, with Wilson's interval, which has a width at 0 and 1 as well."""
+    n, value = len(found), float(np.mean(found))
+    z = float(norm.ppf((1 + LEVEL) / 2))
+    middle = (value + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * math.sqrt(value * (1 - value) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    return Measured(value, max(0.0, middle - half), min(1.0, middle + half), n, **sides)
+
+
 def mean(values: np.ndarray, **sides: dict[str, float]) -> Measured:
-    """The mean over items [n]; a share, if they are 0 and 1."""
+    """The mean over items [n]."""
     values = np.asarray(values, np.float64)
     value, low, high = bootstrap(lambda counts: counts @ values / len(values), len(values))
     return Measured(value, low, high, len(values), **sides)
+
+
+def lower_median(values: np.ndarray) -> float:
+    """Of items [n]: one of them, of an even number the smaller of the two in the middle."""
+    return float(np.sort(np.asarray(values, np.float64))[(len(values) - 1) // 2])
 
 
 def median(values: np.ndarray, **sides: dict[str, float]) -> Measured:

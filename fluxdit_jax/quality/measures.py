@@ -9,7 +9,7 @@ show why a Fréchet distance of so few pictures is biased; recall@k of retrieval
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -20,6 +20,7 @@ from fluxdit_jax.quality.measured import Measured, bootstrap
 
 COPY_PERCENTILE = 1.0  # of holdout-to-train distances: nearer than that is a copy
 ALIKE_PERCENTILE = 1.0  # of the distances from dataset pictures to their nearest others: nearer is the same picture
+TWIN = 1e-3  # distance up to which two vectors are of one picture
 _ROWS = 2048  # of a matrix of distances held at a time
 
 
@@ -68,14 +69,18 @@ class Reference:
     def mmd(self, vectors: np.ndarray) -> tuple[float, float, float]:
         """(value, low, high) of 1,000 times the squared MMD, unbiased: 0 on average for pictures of the dataset.
 
-        The interval is over other drawn pictures; the reference stays what it is.
+        The interval is over other drawn pictures; the reference stays what it is. For pictures that are hardly told
+        from the reference it is too wide rather than too narrow.
         """
         return bootstrap(self._squared_mmd(vectors), len(vectors))
 
     def resampled_mmd(self, vectors: np.ndarray) -> tuple[float, np.ndarray]:
         """(value, float64 [RESAMPLES]): that of the drawn pictures and of resamples, the same for all of one number."""
-        statistic = self._squared_mmd(vectors)
-        return float(statistic(np.ones((1, len(vectors))))[0]), statistic(measured.resamples(len(vectors)))
+        return self.value(vectors), self._squared_mmd(vectors)(measured.resamples(len(vectors)))
+
+    def value(self, vectors: np.ndarray) -> float:
+        """That of `mmd`, without an interval."""
+        return float(self._squared_mmd(vectors)(np.ones((1, len(vectors))))[0])
 
     def _squared_mmd(self, vectors: np.ndarray) -> measured.Statistic:
         inside = _kernel(vectors, vectors, self.bandwidth)
@@ -90,7 +95,8 @@ class Reference:
         def squared(counts_RxN: np.ndarray) -> np.ndarray:
             total = counts_RxN.sum(1)
             pairs = total**2 - np.square(counts_RxN).sum(1)  # without those of an item with itself
-            of_pairs = np.einsum("rn,rn->r", counts_RxN @ inside, counts_RxN) / np.maximum(pairs, 1)
+            with np.errstate(invalid="ignore"):  # a resample of one item again and again has no pairs
+                of_pairs = np.einsum("rn,rn->r", counts_RxN @ inside, counts_RxN) / pairs
             return 1000 * (of_pairs + self.within - 2 * counts_RxN @ across / total)
 
         return squared
@@ -103,13 +109,13 @@ def _kernel(a: np.ndarray, b: np.ndarray, bandwidth: float) -> np.ndarray:
 def likeness(
     drawn: np.ndarray, reference: Reference, best: Mapping[str, np.ndarray], worst: Mapping[str, np.ndarray]
 ) -> Measured:
-    """1,000 times the squared MMD between drawn pictures and the dataset's.
+    """1,000 times the squared MMD between drawn pictures, at least two, and the dataset's.
 
     Args:
       best, worst: vectors of true and of useless pictures, by name.
     """
     value, low, high = reference.mmd(drawn)
-    sides = [{name: reference.mmd(vectors)[0] for name, vectors in side.items()} for side in (best, worst)]
+    sides = [{name: reference.value(vectors) for name, vectors in side.items()} for side in (best, worst)]
     return Measured(value, low, high, len(drawn), *sides)
 
 
@@ -140,7 +146,7 @@ def captions(
     """
     found, perfect, other = ranks(drawn, true), ranks(again, true), ranks(np.roll(drawn, 1, axis=0), true)
     result = {
-        f"recall@{k}": measured.mean(
+        f"recall@{k}": measured.share(
             found <= k,
             best={"true pictures": float(np.mean(perfect <= k))},
             worst={"another caption's": float(np.mean(other <= k)), "chance": min(1.0, k / len(true))},
@@ -150,14 +156,14 @@ def captions(
     }
     result["median rank"] = measured.median(
         found,
-        best={"true pictures": float(np.median(perfect))},
-        worst={"another caption's": float(np.median(other)), "chance": (len(true) + 1) / 2},
+        best={"true pictures": measured.lower_median(perfect)},
+        worst={"another caption's": measured.lower_median(other), "chance": (len(true) + 1) / 2},
     )
     return result
 
 
 def vector(drawn: np.ndarray, given: np.ndarray, again: np.ndarray) -> Measured:
-    """Cosine of drawn pictures to the vectors that they were drawn with."""
+    """Cosine of drawn pictures, at least two, to the vectors that they were drawn with."""
 
     def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.einsum("nv,nv->n", a.astype(np.float64), b.astype(np.float64))
@@ -175,9 +181,9 @@ def vector(drawn: np.ndarray, given: np.ndarray, again: np.ndarray) -> Measured:
 @dataclasses.dataclass(frozen=True, eq=False)
 class Copies:
     """Attributes:
-    share: of drawn pictures that are nearer to a training picture than all but 1 % of the holdout pictures are.
+    share: of drawn pictures that are as near to a training picture as only 1 % of the holdout pictures are.
     distance: float64 [n], to the nearest training picture. train: int [n], its row.
-    threshold: the distance below which a picture counts.
+    threshold: the distance up to which a picture counts.
     """
 
     share: Measured
@@ -186,14 +192,23 @@ class Copies:
     threshold: float
 
 
-def copies(drawn: np.ndarray, train: np.ndarray, holdout: np.ndarray) -> Copies:
-    """How much of what is drawn is a training picture over again."""
+def copies(drawn: np.ndarray, train: np.ndarray, holdout: np.ndarray, again: np.ndarray) -> Copies:
+    """How much of what is drawn is a training picture over again.
+
+    Args:
+      train: the training pictures that are looked through; copies of others are not seen.
+      holdout: pictures through the VAE, as drawn ones have come; those that are training pictures themselves (`TWIN`)
+        do not count.
+      again: some of the training pictures through the VAE: what copies look like.
+    """
     usual, _ = nearest(holdout, train)
-    threshold = float(np.percentile(usual, COPY_PERCENTILE))
+    own = usual[usual > TWIN] if (usual > TWIN).any() else usual
+    threshold = float(np.percentile(own, COPY_PERCENTILE))
     distance, row = nearest(drawn, train)
-    near = distance < threshold
-    share = measured.mean(
-        near, best={"holdout pictures": float(np.mean(usual < threshold))}, worst={"training pictures": 1.0}
+    share = measured.share(
+        distance <= threshold,
+        best={"holdout pictures": float(np.mean(usual <= threshold))},
+        worst={"training pictures": float(np.mean(nearest(again, train)[0] <= threshold))},
     )
     return Copies(share, distance, row, threshold)
 
@@ -204,10 +219,15 @@ def diversity(drawn_GxSxV: np.ndarray, true: np.ndarray) -> Measured:
     Args:
       drawn_GxSxV: S >= 2 drawings of each of G captions, from other noise.
     """
+    within = spread_within(drawn_GxSxV, true)
+    return measured.mean(within, best={"pictures of the dataset": 1.0}, worst={"one picture": 0.0})
+
+
+def spread_within(drawn_GxSxV: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """float64 [G]: the mean distance of each caption's drawings, as a share of that of two dataset pictures."""
     upper = np.triu_indices(drawn_GxSxV.shape[1], 1)
     within = np.array([distances(one, one)[upper].mean() for one in drawn_GxSxV])
-    usual = max(float(distances(true, true)[np.triu_indices(len(true), 1)].mean()), 1e-9)
-    return measured.mean(within / usual, best={"pictures of the dataset": 1.0}, worst={"one picture": 0.0})
+    return within / max(float(distances(true, true)[np.triu_indices(len(true), 1)].mean()), 1e-9)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,18 +237,28 @@ class Mode:
     rows: tuple[int, ...]
 
 
-def collapsed_modes(drawn: np.ndarray, true: np.ndarray, least: int = 3) -> list[Mode]:
-    """Groups of at least `least` drawings for different captions that are nearer than dataset pictures are.
+def collapsed_modes(
+    drawn: np.ndarray, true: np.ndarray, again: np.ndarray, captions: Sequence[str], least: int = 3
+) -> list[Mode]:
+    """Groups of drawings for at least `least` different captions that are one picture, the largest first.
 
-    Nearer than 99 % of as many dataset pictures are to their nearest other one, directly or by way of others; the
-    largest group first.
+    As near, directly or by way of others, as a picture is to itself through the VAE, or as only 1 % of as many
+    different dataset pictures are to their nearest other one.
+
+    Args:
+      true, again: of as many dataset pictures, as they are and through the VAE.
+      captions: of the drawn ones.
     """
-    some = true[np.linspace(0, len(true) - 1, min(len(true), len(drawn))).round().astype(int)]
-    apart = distances(some, some)
+    some = np.linspace(0, len(true) - 1, min(len(true), len(drawn))).round().astype(int)
+    apart = distances(true[some], true[some])
     np.fill_diagonal(apart, np.inf)
-    threshold = np.percentile(apart.min(1), ALIKE_PERCENTILE)
+    usual = apart.min(1)
+    usual = usual[(usual > TWIN) & np.isfinite(usual)]
+    itself = float(np.median(np.linalg.norm(true.astype(np.float64) - again, axis=1)))
+    threshold = max(float(np.percentile(usual, ALIKE_PERCENTILE)) if len(usual) else 0.0, itself, TWIN)
     a, b = np.nonzero(np.triu(distances(drawn, drawn) < threshold, 1))
     count = len(drawn)
     _, label = connected_components(coo_array((np.ones(len(a)), (a, b)), shape=(count, count)), directed=False)
     groups = [tuple(np.flatnonzero(label == each).tolist()) for each in np.unique(label)]
-    return [Mode(rows) for rows in sorted(groups, key=lambda rows: (-len(rows), rows)) if len(rows) >= least]
+    different = [rows for rows in groups if len({captions[row] for row in rows}) >= least]
+    return [Mode(rows) for rows in sorted(different, key=lambda rows: (-len(rows), rows))]

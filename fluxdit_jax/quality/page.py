@@ -19,6 +19,7 @@ from fluxdit_jax.quality.measured import Measured
 from fluxdit_jax.quality.scores import KINDS, Kind, Scores, written
 from fluxdit_jax.shared import image_grid
 from fluxdit_jax.shared.atomic_files import write_whole
+from fluxdit_jax.shared.sanitize import shown
 from fluxdit_jax.vae.decoder import Decoder, decode_all
 
 SHOWN = 12  # pairs of a kind
@@ -54,16 +55,16 @@ def write_page(
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(
         folder / files.REPORT,
-        document(f"score of {Path(report['workdir']).name}, step {report['step']:,}", "".join(body)),
+        document(f"score of {shown(Path(report['workdir']).name)}, step {report['step']:,}", "".join(body)),
     )
 
 
 def _about(report: dict[str, Any]) -> str:
     sampling, eye = report["sampling"], report["eye"]
     return (
-        f"{report['workdir']} after {report['epochs']:.1f} epochs of {report['dataset']}. Drawn from the caption "
-        f"alone, guidance {sampling['guidance_text']:g}, {sampling['method']} in {sampling['steps']} steps; seen by "
-        f"{eye['encoder']}. Intervals are of 95 % over captions."
+        f"{shown(report['workdir'])} after {report['epochs']:.1f} epochs of {shown(report['dataset'])}. Drawn from the "
+        f"caption alone, guidance {sampling['guidance_text']:g}, {sampling['method']} in {sampling['steps']} steps; "
+        f"seen by {eye['encoder']}. Intervals are of 95 % over captions."
     )
 
 
@@ -155,11 +156,12 @@ def _nearest(exam: Exam, answers: Answers, scores: Scores, train: RecordSource, 
     originals: Sequence[np.ndarray] = [thumbnail(one) for one in decode_all(decoder, [r.latent for r in records])]
     parts = [
         "<section><h2>Nearest to a training picture</h2><p>By the distance of their vectors; "
-        f"below {found.threshold:.3f} it counts as a copy.</p>",
+        f"up to {found.threshold:.3f} it counts as a copy. Copies of other training pictures than the "
+        f"{len(exam.train):,} compared with are not seen.</p>",
         '<div class="cases narrow">',
     ]
     for k, original in zip(order, originals, strict=True):
-        name = "bad" if found.distance[k] < found.threshold else "good"
+        name = "bad" if found.distance[k] <= found.threshold else "good"
         pair = picture(original, "trained on") + picture(answers.pictures[k], "drawn")
         label = f"{text(exam.caption(k)[:200])}<small>distance {found.distance[k]:.3f}</small>"
         parts.append(f'<article class="{name}"><div class="row">{pair}</div><p>{label}</p></article>')
@@ -179,7 +181,7 @@ def draw_pairs(exam: Exam, names: list[str], answers: Sequence[Answers], path: P
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet = image_grid.grid(
         [[exam.pictures[k], *(one.pictures[k] for one in answers)] for k in rows],
-        column_titles=["held out", *names],
+        column_titles=["held out", *map(shown, names)],
         row_titles=[exam.caption(k) for k in rows],
     )
     image_grid.save(sheet, path)

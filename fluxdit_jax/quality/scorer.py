@@ -18,7 +18,7 @@ from fluxdit_jax.quality.answers import Amounts, Pupil
 from fluxdit_jax.quality.exam import DECODED, Exam
 from fluxdit_jax.quality.eye import Eye
 from fluxdit_jax.quality.page import write_page
-from fluxdit_jax.quality.scores import Scores, judge, write_tensorboard
+from fluxdit_jax.quality.scores import Scores, judge, scalars
 from fluxdit_jax.sampling.pipeline import Generator
 from fluxdit_jax.sampling.prompts import SampleError
 from fluxdit_jax.settings import Settings
@@ -27,7 +27,7 @@ from fluxdit_jax.vae.decoder import Decoder, load_decoder
 from fluxdit_jax.vae.files import DecoderError
 
 log = logging.getLogger(__name__)
-BATCH = 16  # pictures drawn at once
+BATCH = 16  # pictures drawn at once at most
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,32 +80,34 @@ class Scorer:
             log.warning("score: %s", eye.note)
         references = config.score.references if eye.own else min(config.score.references, DECODED)
         exam = Exam.of(holdout, train, eye, decoder, count=config.score.count, references=references)
-        generator = Generator.of(settings, manifest, steps=config.score.steps, batch_size=BATCH, method="heun")
+        batch = min(BATCH, config.data.micro_batch_size)  # training's own size fits
+        generator = Generator.of(settings, manifest, steps=config.score.steps, batch_size=batch, method="heun")
         log.info("score: %d captions and %d training pictures ready after %.0f s", len(exam.questions),
                  len(exam.train), time.monotonic() - begin)  # fmt: skip
         return cls(config, settings, directory, workdir, exam, train, decoder, eye, generator)
 
-    def visit(self, ema: Any, step: int, epochs: float) -> None:
-        """Scores and logs; what cannot be measured or written is logged, and does not stop the run."""
-        from preprocess import PreprocessError
-
+    def visit(self, ema: Any, step: int, epochs: float) -> dict[str, float]:
+        """Scores and logs; returns scalars by name. Whatever goes wrong is logged, and does not stop the run."""
         begin = time.monotonic()
         try:
             scores = self.score(ema, step, epochs)
-        except (OSError, PreprocessError) as error:
-            log.error("no score of this step, the run goes on: %s", explain(error))
-            return
+        except Exception as error:  # noqa: BLE001  disk, device memory, a damaged record: the run is worth more
+            log.error("no score of this step, the run goes on: %s: %s", type(error).__name__, explain(error))
+            return {}
         told = ", ".join(f"{name} {one.value:.3g}" for name, one in scores.numbers.items())
         log.info("step %d: score: %s (%.0f s)", step, told, time.monotonic() - begin)
+        return scalars(scores)
 
     def score(self, ema: Any, step: int, epochs: float) -> Scores:
         """Draws by f32 EMA weights, measures, and writes RUN/score and TensorBoard."""
         begin = time.monotonic()
         guidance = float(self.config.log.preview_guidance)
         pupil = Pupil(self.generator, ema, self.decoder, self.eye, self.settings.text_limit, guidance)
-        amounts = Amounts(min(64, len(self.exam.questions)), 8, 4)
+        amounts = Amounts(64, 8, 4)
         answers = pupil.answer(self.exam, self.settings.model.patch, amounts, lambda n: None)
         scores = judge(self.exam, answers)
+        how = {"steps": self.config.score.steps, "method": "heun", "batch": self.generator.batch_size}
+        how |= {"guidance_text": guidance}
         report = {
             **scores.to_json(),
             "workdir": str(self.workdir.absolute()),
@@ -115,12 +117,12 @@ class Scorer:
             "questions": len(self.exam.questions),
             "references": len(self.exam.train),
             "eye": {"encoder": self.eye.encoder.identity.id, "own": self.eye.own},
-            "sampling": {"steps": self.config.score.steps, "method": "heun", "batch": BATCH, "guidance_text": guidance},
+            "sampling": how,
+            "amounts": dataclasses.asdict(amounts),
             "notes": [self.eye.note] if self.eye.note else [],
             "seconds": {"all": round(time.monotonic() - begin, 2)},
         }
         folder = self.workdir / files.FOLDER
         files.write(report, folder)
         write_page(self.exam, answers, scores, report, self.train, self.decoder, folder)
-        write_tensorboard(scores, step, self.workdir / "tensorboard")
         return scores

@@ -59,7 +59,8 @@ KINDS = {
     ),
     "copies": Kind(
         "Copies of training pictures",
-        "Drawn pictures that are nearer to a training picture than all but 1 % of the holdout pictures are.",
+        "Drawn pictures that are as near to one of the training pictures compared with as only 1 % of the holdout "
+        "pictures are.",
         "low",
         share=True,
     ),
@@ -97,19 +98,21 @@ def judge(exam: Exam, answers: Answers, losses: np.ndarray | None = None) -> Sco
     """Measures everything; `losses` are of the holdout pictures."""
     holdout = {HOLDOUT: exam.true, AGAIN: exam.again}
     useless = {"blurred": exam.blurred, "noise": exam.noise}
-    copied = measures.copies(answers.drawn, exam.reference.vectors, exam.true)
+    copied = measures.copies(answers.drawn, exam.reference.vectors, exam.again, exam.train_again)
     numbers = {} if losses is None else {"held-out loss": measured.mean(losses)}
     numbers["likeness"] = measures.likeness(answers.drawn, exam.reference, holdout, useless)
     numbers |= measures.captions(answers.drawn, exam.true, exam.again)
-    if k := len(answers.with_vector):
-        numbers["vector"] = measures.vector(answers.with_vector, exam.true[:k], exam.again[:k])
+    if len(answers.rows) > 1:
+        numbers["vector"] = measures.vector(answers.with_vector, exam.true[answers.rows], exam.again[answers.rows])
     numbers["copies"] = copied.share
     if len(answers.several) and answers.several.shape[1] > 1:
         numbers["diversity"] = measures.diversity(answers.several, exam.true)
     return Scores(
         numbers=numbers,
         copies=copied,
-        modes=measures.collapsed_modes(answers.drawn, exam.true),
+        modes=measures.collapsed_modes(
+            answers.drawn, exam.true, exam.again, [question.caption for question in exam.questions]
+        ),
         ranks=measures.ranks(answers.drawn, exam.true),
     )
 
@@ -132,14 +135,18 @@ def told(scores: Scores) -> list[str]:
     return lines
 
 
-def write_tensorboard(scores: Scores, step: int, folder: Path) -> None:
-    """Numbers under `score/` at the step of the weights, what true and useless pictures have as lines beside them."""
-    about = "Of `fluxdit_jax.score` at the step of its weights; `score/report.html` explains it."
-    values: dict[tuple[str, str], float] = {}
+def scalars(scores: Scores) -> dict[str, float]:
+    """Numbers under `score/`, with what true and useless pictures have as lines beside them; finite ones."""
+    values = {"score/collapsed modes": float(len(scores.modes))}
     for name, one in scores.numbers.items():
-        values[f"score/{name}", about] = one.value
+        values[f"score/{name}"] = one.value
         for side, word in ((one.best, "true"), (one.worst, "useless")):
-            values |= {(f"score/{name}/{word}: {what}", about): value for what, value in side.items()}
-    values["score/collapsed modes", about] = float(len(scores.modes))
+            values |= {f"score/{name}/{word}: {what}": value for what, value in side.items()}
+    return {name: value for name, value in values.items() if np.isfinite(value)}
+
+
+def write_tensorboard(scores: Scores, step: int, folder: Path) -> None:
+    """`scalars` at the step of the weights, beside what a run has written."""
+    about = "Of `fluxdit_jax.score` at the step of its weights; `score/report.html` explains it."
     with SummaryWriter(folder, suffix=".score") as board:
-        board.scalars(step, {name: value for name, value in values.items() if np.isfinite(value)})
+        board.scalars(step, {(name, about): value for name, value in scalars(scores).items()})

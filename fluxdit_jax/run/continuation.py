@@ -131,6 +131,7 @@ def set_aside(workdir: Path, step: int, digests: dict[str, str]) -> tuple[Path, 
     names = _weights_beyond(workdir, step, digests)
     others_at_step = any(name.endswith(f"/{step}") for name in names)
     names += _pictures_beyond(workdir, step - others_at_step)
+    names += _scores_beyond(workdir, step - others_at_step)
     if _report_is_beyond(workdir, step, digests.get(EMA)):
         names.append("validation")
     for name in names:
@@ -158,6 +159,14 @@ def _weights_beyond(workdir: Path, step: int, digests: dict[str, str]) -> list[s
 def _pictures_beyond(workdir: Path, step: int) -> list[str]:
     matches = [_PICTURE.fullmatch(path.name) for path in sorted((workdir / "samples").glob("step_*.png"))]
     return [f"samples/{match[0]}" for match in matches if match and int(match[1]) > step]
+
+
+def _scores_beyond(workdir: Path, step: int) -> list[str]:
+    """Of later steps, with the report, which is of the last one or shows them."""
+    steps = [path for path in sorted((workdir / "score" / "steps").glob("*.json")) if path.stem.isdigit()]
+    names = [f"score/steps/{path.name}" for path in steps if int(path.stem) > step]
+    reports = [name for name in ("score/score.json", "score/report.html") if names and (workdir / name).exists()]
+    return names + reports
 
 
 def _report_is_beyond(workdir: Path, step: int, digest: str | None) -> bool:

@@ -29,11 +29,13 @@ from preprocess.build.publish import load_options
 from preprocess.decoding.images import Rejected, decode, read_header
 from preprocess.input.findings import InputImage, Reject
 from preprocess.input.scan import scan
-from preprocess.input.system_folders import MARK
+from preprocess.input.system_folders import MARK, is_plot
 from preprocess.inspect.reconstruction import Reconstruction, reconstruct
 from preprocess.inspect.report import byte_size
 
+MEMORY = 6_000_000_000  # bytes of pictures, originals and reconstructions
 MOST = 8  # VAEs side by side
+SHEETS = ("pictures.png", "details.png")
 ROWS = 12  # of a sheet
 WINDOW = 96  # side of a detail, pixels
 MANY = 100_000  # pictures that disk is told for
@@ -65,6 +67,12 @@ class CompareOptions:
         ):
             if not low <= value <= high:
                 raise PreprocessError(f"--{name} must be from {low} to {high}, got {value}")
+        needed = 3 * self.count * self.resolution**2 * (1 + len(self.vaes))
+        if needed > MEMORY:
+            raise PreprocessError(
+                f"--count {self.count} at --resolution {self.resolution} with {len(self.vaes)} VAEs takes "
+                f"{byte_size(needed)} of memory, more than {byte_size(MEMORY)}: give a smaller --count"
+            )
         return self
 
 
@@ -76,6 +84,7 @@ def compare(options: CompareOptions) -> None:
     """
     options = options.checked()
     journal = Journal(None)
+    _require_free(Path(options.output))
     build = Options(input=_folder(options.input), output=options.output, resolution=options.resolution)
     build = dataclasses.replace(build, workers=options.workers).checked()
     loaded = encoders.load_all(
@@ -106,6 +115,13 @@ def compare(options: CompareOptions) -> None:
         "a VAE keeps is the most that a model can draw; how fast a model learns its latents is another question, "
         "docs/learning.md."
     )
+
+
+def _require_free(folder: Path) -> None:
+    """Raises `PreprocessError` if a sheet would replace a picture that is no sheet."""
+    for name in SHEETS:
+        if (folder / name).exists() and not is_plot(folder / name, False):
+            raise PreprocessError(f"--output {folder} has a {name} that this program did not draw: give another folder")
 
 
 def _folder(path: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import re
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,7 +24,8 @@ _NUMBER = re.compile(r"\d+")
 
 def words(caption: str) -> list[str]:
     """The words of a caption, in lower case; each Chinese, Japanese or Korean character is one."""
-    return _WORD.findall(caption.casefold())
+    marks_in = "".join("x" if unicodedata.category(c)[0] == "M" else c for c in unicodedata.normalize("NFC", caption))
+    return _WORD.findall(marks_in.casefold())
 
 
 def skeleton(caption: str) -> str:
@@ -31,10 +33,21 @@ def skeleton(caption: str) -> str:
     return " ".join(word for word in words(_NUMBER.sub(" ", caption)) if word)
 
 
+def _nearly_the_same(captions: Sequence[str]) -> str:
+    """A caption that another one is nearly, and not quite."""
+    first: dict[str, str] = {}
+    return next(text for text in captions if first.setdefault(skeleton(text), text) != text)
+
+
 def wording(captions: Sequence[str]) -> list[str]:
     """Lines about the first captions of all pictures, with a warning for what costs most."""
-    split = [words(caption) for caption in captions]
-    lengths = np.array([len(each) for each in split])
+    lengths, openings, groups = np.zeros(len(captions), int), collections.Counter[str](), collections.Counter[str]()
+    for position, caption in enumerate(captions):
+        each = words(caption)
+        lengths[position] = len(each)
+        groups[skeleton(caption)] += 1
+        if len(each) > _OPENING:
+            openings[" ".join(each[:_OPENING])] += 1
     total = len(captions)
     middle = " ".join(f"{name} {np.quantile(lengths, q):.0f}" for name, q in _QUANTILES)
     lines = [f"  words: min {lengths.min()} {middle} max {lengths.max()} mean {lengths.mean():.1f}"]
@@ -45,7 +58,6 @@ def wording(captions: Sequence[str]) -> list[str]:
             "asked for later, and short captions cost more quality than anything else that was measured "
             "(docs/captions.md)"
         )
-    groups = collections.Counter(map(skeleton, captions))
     distinct, most = len(groups), groups.most_common(1)[0][1]
     if most > 1:
         lines.append(
@@ -54,12 +66,11 @@ def wording(captions: Sequence[str]) -> list[str]:
         )
     near = total - distinct - (total - len(set(captions)))
     if near > _FEW * total:
-        example = next(text for text in captions if groups[skeleton(text)] > 1)
+        example = _nearly_the_same(captions)
         lines.append(
             f"  warning: {near:,} captions differ from others in numbers, capitals or punctuation only, as "
             f"{shown(example[:90])!r}: nobody will ask for the number"
         )
-    openings = collections.Counter(" ".join(each[:_OPENING]) for each in split if len(each) > _OPENING)
     if openings and (common := openings.most_common(1)[0])[1] > max(1, 0.2 * total):
         lines.append(
             f"  {common[1] / total:.0%} of the captions begin with {shown(common[0])!r}: a manner is good, words that "

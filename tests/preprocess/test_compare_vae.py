@@ -118,6 +118,7 @@ def test_the_command(folder: Path, tiny_vae_dir: Path, tmp_path: Path, capsys) -
         ({"vaes": ("builtin:dct", "builtin:dct")}, ["different", "builtin:dct, builtin:dct"]),
         ({"count": 0}, ["--count", 1000, 0]),
         ({"resolution": 0}, ["--resolution", 0]),
+        ({"resolution": 4096, "count": 200}, ["--count 200", "smaller --count"]),
         ({"vaes": ("builtin:dct", "./nowhere")}, ["--vae ./nowhere", "no such directory"]),
     ],
 )
@@ -125,6 +126,12 @@ def test_impossible_options_are_named(folder: Path, tmp_path: Path, changes: dic
     usual = {"vaes": ("builtin:dct", "builtin:other"), "input": str(folder), "output": str(tmp_path / "out")}
     with pytest.raises(PreprocessError, match=naming(*named)):
         compare(CompareOptions(**(usual | changes)))
+
+
+def test_a_picture_of_the_users_is_not_replaced(folder: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "details.png")
+    with pytest.raises(PreprocessError, match=naming("--output", "details.png")):
+        compare(CompareOptions(("builtin:dct", "builtin:other"), str(folder), str(tmp_path)))
 
 
 def test_a_folder_without_pictures_is_named(tmp_path: Path, tiny_vae_dir: Path) -> None:

@@ -1,5 +1,7 @@
 """What `inspect` says of captions."""
 
+import unicodedata
+
 import pytest
 
 from preprocess.inspect.wording import SHORT, skeleton, wording, words
@@ -19,7 +21,9 @@ def test_words_of_many_scripts():
     assert words("A red-brown dog, 3 years old.") == ["a", "red", "brown", "dog", "3", "years", "old"]
     assert words("紅い犬 dog") == ["紅", "い", "犬", "dog"]
     assert words("") == words("...") == []
-    assert len(words("Ein Hund läuft über die Wiese")) == 6
+    for form in ("NFC", "NFD"):
+        assert len(words(unicodedata.normalize(form, "Ein Hund läuft über die Wiese"))) == 6
+    assert len(words("हिन्दी में एक कुत्ता")) == 4
 
 
 @pytest.mark.parametrize("other", ["Photo 13: a DOG", "photo 7 - a dog!", "photo a dog"])
@@ -46,7 +50,7 @@ def test_short_captions_are_warned_about():
 
 def test_captions_that_differ_in_numbers_only_are_counted():
     text = told([f"IMG {k:04}" for k in range(30)] + [LONG.format(thing) for thing in THINGS])
-    assert "29 captions differ from others in numbers" in text and "'IMG 0000'" in text
+    assert "29 captions differ from others in numbers" in text and "'IMG 0001'" in text
     assert "30 at most" in text and f"{38 / 9:.2f} pictures on average" in text
 
 
@@ -54,6 +58,10 @@ def test_equal_captions_are_not_counted_twice():
     """They have a line of their own, of `advice.repeated_captions`."""
     text = told(["a dog on a lawn"] * 10 + [LONG.format(thing) for thing in THINGS])
     assert "differ from others" not in text and "10 at most" in text
+
+
+def test_the_example_is_of_captions_that_differ():
+    assert "as 'IMG 0001'" in told(["a dog on a lawn"] * 3 + [f"IMG {k:04}" for k in range(30)])
 
 
 def test_one_caption_and_one_without_words():

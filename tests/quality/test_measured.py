@@ -19,9 +19,17 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     rng = np.random.default_rng(1)
     inside = 0
     for _ in range(200):
-        found = measured.mean(rng.random(60) < 0.3)
+        found = measured.share(rng.random(60) < 0.3)
         inside += found.low <= 0.3 <= found.high
     assert 180 <= inside <= 199  # of 200; 95 % are 190
+
+
+def test_a_share_of_none_has_a_width():
+    found = measured.share(np.zeros(100, bool))
+    assert (
+        found.value == 0 and found.low == pytest.approx(0, abs=1e-12) and found.high == pytest.approx(0.037, abs=0.001)
+    )  # Wilson's
+    assert measured.share(np.ones(100, bool)).low == pytest.approx(0.963, abs=0.001)
 
 
 def test_the_median():
