@@ -14,7 +14,7 @@ from wording import naming
 
 from fluxdit_jax.dataset.manifest import load_manifest
 from fluxdit_jax.export import ExportError, export
-from fluxdit_jax.gate.report import Circumstances, build_report, write_json
+from fluxdit_jax.gate.report import Circumstances, build_report
 from fluxdit_jax.gate.requirement import GateError, is_of, require_report
 from fluxdit_jax.gate.verdict import Verdict
 from fluxdit_jax.model import dit
@@ -24,6 +24,7 @@ from fluxdit_jax.run.digest import tree_digest
 from fluxdit_jax.run.run_directory import record_start
 from fluxdit_jax.run.weights import restore_weights
 from fluxdit_jax.settings import resolve
+from fluxdit_jax.shared.json_files import write_json
 from fluxdit_jax.state import create_state
 
 pytest_plugins = ("training_fixtures",)

@@ -62,7 +62,8 @@ def test_every_key_that_is_a_path(home: Path) -> None:
     for key in PATHS:
         c.update_from_flattened_dict({key: f"~/{key}"})
     check(c)
-    assert [c.workdir, c.data.path, c.log.vae, c.gate.report, c.resume.from_run] == [f"{home}/{key}" for key in PATHS]
+    given = [c.workdir, c.data.path, c.log.vae, c.score.vision_encoder, c.gate.report, c.resume.from_run]
+    assert given == [f"{home}/{key}" for key in PATHS]
     c.log.vae = "~nobody-of-that-name/vae"
     with pytest.raises(ConfigError, match=r"config\.log\.vae"):
         check(c)
