@@ -15,6 +15,7 @@ from fluxdit_jax.dataset.records import Record
 from fluxdit_jax.model import dit
 from fluxdit_jax.model.conditions import Condition, given
 from fluxdit_jax.model.patches import unpatchify
+from fluxdit_jax.portable.noise import normal
 from fluxdit_jax.sampling import solvers
 from fluxdit_jax.settings import Settings
 from fluxdit_jax.train_step import patch_statistics, valid_tokens
@@ -131,9 +132,7 @@ class Generator:
 
     def noise(self, seeds: list[int]) -> np.ndarray:
         """Starting noise f32 [B, N, P]; a picture's noise depends on its own seed only."""
-        shape = (self._tokens, self._config.token_width)
-        draw = jax.jit(jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape)))
-        return np.asarray(draw(np.asarray(seeds, np.uint32)))
+        return np.stack([normal(seed, (self._tokens, self._config.token_width)) for seed in seeds])
 
     def latents(
         self,
