@@ -35,6 +35,7 @@ from fluxdit_jax.quality.answers import Amounts, Answers
 from fluxdit_jax.quality.candidate import Candidate
 from fluxdit_jax.quality.comparison import compare, paired
 from fluxdit_jax.quality.exam import DECODED, Exam
+from fluxdit_jax.quality.exam_file import kept_exam
 from fluxdit_jax.quality.eye import Eye
 from fluxdit_jax.quality.files import FOLDER
 from fluxdit_jax.quality.page import draw_pairs, write_page
@@ -117,7 +118,9 @@ def score(arguments: argparse.Namespace) -> dict[str, Any]:
 
     # ------------------------------------------------------------ what is asked, and what is drawn
     with _bar(questions + references, "looking at the dataset") as bar:
-        exam = Exam.of(holdout, train, eye, decoder, count=questions, references=references, progress=bar.update)
+        vae = str(arguments.vae or run.config.log.vae)
+        amount: dict[str, Any] = {"count": questions, "references": references, "progress": bar.update}
+        exam = kept_exam(run.workdir / FOLDER, holdout, train, eye, decoder, vae=vae, **amount)
     seconds = {"dataset": time.monotonic() - started}
     amounts = Amounts(arguments.with_vector, arguments.captions, arguments.drawings)
     text = run.config.log.preview_guidance if arguments.guidance_text is None else arguments.guidance_text

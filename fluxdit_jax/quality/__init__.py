@@ -2,6 +2,7 @@
 
 eye.py           what looks at pictures: the dataset's vision encoder
 exam.py          what a model is asked, and what true and useless pictures would answer
+exam_file.py     an exam that is kept
 answers.py       what it draws (`Pupil`)
 measured.py      a number with its interval, and its best and worst
 measures.py      likeness, following captions and vectors, copies, diversity: of vision vectors, in numpy

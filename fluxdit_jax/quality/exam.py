@@ -56,7 +56,7 @@ class Exam:
     """n holdout pictures and m training pictures, seen by one eye.
 
     Attributes:
-      questions: of the holdout records.
+      questions: of the holdout records; rows: of the split.
       true: f32 [n, V], vectors of their pictures: stored ones, if the eye is the dataset's own.
       again: f32 [n, V], of the pictures as the VAE keeps them: the most that a model can draw.
       reference: of the training pictures.
@@ -67,6 +67,7 @@ class Exam:
     """
 
     questions: tuple[Question, ...]
+    rows: tuple[int, ...]
     true: np.ndarray
     again: np.ndarray
     reference: Reference
@@ -94,15 +95,16 @@ class Exam:
           progress: called with the number of pictures done, `work` in all.
         """
         again, blurred, noise, true = [], [], [], []
-        questions: list[Question] = []
+        questions: dict[int, Question] = {}
         pictures: list[np.ndarray] = []
-        for part in _chunks(record for _, record in holdout.iter_valid(spread(len(holdout), count))):
-            questions += map(Question.of, part)
+        for numbered in _chunks(holdout.iter_valid(spread(len(holdout), count))):
+            part = [record for _, record in numbered]
+            questions |= {row: Question.of(record) for row, record in numbered}
             true.append(np.stack([record.vision for record in part]))
             images = decode_all(decoder, [record.latent for record in part])
             again.append(eye.vectors(images))
             blurred.append(eye.vectors([_blurred(image) for image in images]))
-            noise.append(eye.vectors(decode_all(decoder, _noise(part, holdout.manifest))))
+            noise.append(eye.vectors(decode_all(decoder, _noise(part, holdout.manifest, len(questions)))))
             pictures += map(thumbnail, images)
             progress(len(part))
         rows: list[int] = []
@@ -116,7 +118,8 @@ class Exam:
                 copied += [record.latent for _, record in numbered][: COPIED - len(copied)]
             progress(len(numbered))
         return cls(
-            questions=tuple(questions),
+            questions=tuple(questions.values()),
+            rows=tuple(questions),
             true=np.concatenate(true if eye.own else again),
             again=np.concatenate(again),
             reference=Reference.of(np.concatenate(vectors)),
@@ -150,8 +153,8 @@ def _blurred(image: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(radius)))
 
 
-def _noise(records: Sequence[Record], manifest: Manifest) -> list[np.ndarray]:
+def _noise(records: Sequence[Record], manifest: Manifest, seed: int) -> list[np.ndarray]:
     """Normal latents with the dataset's statistics, of the records' sizes."""
     mean, std = (np.array(each, np.float32)[:, None, None] for each in (manifest.latent_mean, manifest.latent_std))
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     return [mean + std * rng.standard_normal(record.latent.shape, np.float32) for record in records]

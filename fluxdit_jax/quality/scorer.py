@@ -16,6 +16,7 @@ from fluxdit_jax.loader.reader import RecordSource
 from fluxdit_jax.quality import files
 from fluxdit_jax.quality.answers import Amounts, Pupil
 from fluxdit_jax.quality.exam import DECODED, Exam
+from fluxdit_jax.quality.exam_file import kept_exam
 from fluxdit_jax.quality.eye import Eye
 from fluxdit_jax.quality.page import write_page
 from fluxdit_jax.quality.scores import Scores, judge, scalars
@@ -79,7 +80,9 @@ class Scorer:
         if eye.note:
             log.warning("score: %s", eye.note)
         references = config.score.references if eye.own else min(config.score.references, DECODED)
-        exam = Exam.of(holdout, train, eye, decoder, count=config.score.count, references=references)
+        amount = {"count": config.score.count, "references": references}
+        folder = workdir / files.FOLDER
+        exam = kept_exam(folder, holdout, train, eye, decoder, vae=str(config.log.vae), **amount)
         batch = min(BATCH, config.data.micro_batch_size)  # training's own size fits
         generator = Generator.of(settings, manifest, steps=config.score.steps, batch_size=batch, method="heun")
         log.info("score: %d captions and %d training pictures ready after %.0f s", len(exam.questions),

@@ -23,6 +23,7 @@ from fluxdit_jax.model.conditions import Condition
 from fluxdit_jax.quality import files
 from fluxdit_jax.quality.answers import Amounts, Pupil, besides_captions
 from fluxdit_jax.quality.exam import Exam
+from fluxdit_jax.quality.exam_file import kept_exam
 from fluxdit_jax.quality.eye import STAND_IN, Eye
 from fluxdit_jax.quality.scores import judge
 from fluxdit_jax.run.continuation import set_aside
@@ -318,6 +319,29 @@ def test_another_vision_encoder_is_refused(scene, tiny_dino_dir):
 
 
 # ------------------------------------------------------------------------------------------------------- the eye
+
+
+def test_an_exam_is_made_once(examined, scene, tmp_path, package_log):
+    _, manifest, decoder, eye, *_ = examined
+    splits = [RecordSource(scene / "ds", manifest, name) for name in ("holdout", "train")]
+
+    def made(counted, count=6):
+        amount = {"count": count, "references": 20, "progress": counted.append}
+        return kept_exam(tmp_path, *splits, eye, decoder, vae="None", **amount)
+
+    first, again, other = [], [], []
+    exam, same = made(first), made(again)
+    assert sum(first) == 26 and again == [] and len(list(tmp_path.glob("exam-*.npz"))) == 1
+    for name in ("true", "again", "blurred", "noise", "train_again"):
+        np.testing.assert_array_equal(getattr(same, name), getattr(exam, name))
+    assert [q.caption for q in same.questions] == [q.caption for q in exam.questions] and same.train == exam.train
+    np.testing.assert_array_equal(same.reference.vectors, exam.reference.vectors)
+    assert same.reference.within == exam.reference.within
+    assert len(made(other, count=5).questions) == 5 and other  # other amounts are another exam
+    (path,) = [path for path in tmp_path.glob("exam-*.npz") if np.load(path)["rows"].size == 6]
+    path.write_bytes(path.read_bytes()[:100])
+    assert len(made(again).questions) == 6 and sum(again) == 26
+    assert any("made again" in message for message in package_log)
 
 
 def test_without_the_datasets_encoder_a_stand_in_looks_at_everything(examined, scene):
