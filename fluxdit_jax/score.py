@@ -39,7 +39,7 @@ from fluxdit_jax.quality.exam_file import kept_exam
 from fluxdit_jax.quality.eye import Eye
 from fluxdit_jax.quality.files import FOLDER
 from fluxdit_jax.quality.page import draw_pairs, write_page
-from fluxdit_jax.quality.scores import judge, told, write_tensorboard
+from fluxdit_jax.quality.scores import Scores, judge, told, write_tensorboard
 from fluxdit_jax.run.checkpoint import CheckpointError
 from fluxdit_jax.run.metrics import LogError
 from fluxdit_jax.run.run_directory import RunError, RunLock, dataset_difference
@@ -50,7 +50,7 @@ from fluxdit_jax.shared import cli as programs
 from fluxdit_jax.shared.json_files import write_json
 from fluxdit_jax.shared.paths import expanded, given_path
 from fluxdit_jax.shared.sanitize import shown
-from fluxdit_jax.vae.decoder import load_decoder
+from fluxdit_jax.vae.decoder import Decoder, load_decoder
 from fluxdit_jax.vae.files import DecoderError
 from preprocess import PreprocessError
 
@@ -127,11 +127,7 @@ def score(arguments: argparse.Namespace) -> dict[str, Any]:
     how = {"steps": arguments.steps, "method": arguments.method, "batch": arguments.batch_size}
     losses = [each.heldout_losses(min(questions, LOSSES)) for each in candidates]
     drawing = time.monotonic()
-    answers = []
-    for each in candidates:
-        pupil = each.pupil(decoder, eye, float(text), **how)
-        with _bar(amounts.pictures(questions), f"drawing {each.workdir.name}") as bar:
-            answers.append(pupil.answer(exam, each.settings.model.patch, amounts, bar.update))
+    answers = [_answers(each, exam, decoder, eye, amounts, float(text), how) for each in candidates]
     seconds["drawing"] = time.monotonic() - drawing
     seconds["all"] = time.monotonic() - started
 
@@ -157,13 +153,26 @@ def score(arguments: argparse.Namespace) -> dict[str, Any]:
     files.write(report, folder)
     write_page(exam, answers[0], scores, report, train, decoder, folder)
     write_tensorboard(scores, run.weights.step, run.workdir / "tensorboard")
+    _tell(exam, scores)
+    print(f"{seconds['all']:.0f} s  {folder / 'report.html'}")
+    return report
+
+
+def _answers(
+    run: Candidate, exam: Exam, decoder: Decoder, eye: Eye, amounts: Amounts, text: float, how: dict[str, Any]
+) -> Answers:
+    """What a run draws, with a progress bar; `text` is the guidance scale of captions."""
+    pupil = run.pupil(decoder, eye, text, **how)
+    with _bar(amounts.pictures(len(exam.questions)), f"drawing {shown(run.workdir.name)}") as bar:
+        return pupil.answer(exam, run.settings.model.patch, amounts, bar.update)
+
+
+def _tell(exam: Exam, scores: Scores) -> None:
     for line in told(scores):
         print(line)
     for mode in scores.modes[:5]:
         captions = "; ".join(repr(exam.caption(row)[:60]) for row in mode.rows[:3])
-        print(f"collapsed: {len(mode.rows)} of {questions} captions came to one picture: {captions}, ...")
-    print(f"{seconds['all']:.0f} s  {folder / 'report.html'}")
-    return report
+        print(f"collapsed: {len(mode.rows)} captions came to one picture: {captions}, ...")
 
 
 def _of(run: Candidate, cost: dict[str, Any]) -> dict[str, Any]:
