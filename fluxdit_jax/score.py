@@ -9,7 +9,7 @@ pictures have, with an interval of 95 % over captions:
 * copies of training pictures; diversity of drawings of one caption; modes that many captions fell into.
 
 Writes RUN/score/score.json and report.html. With --against OTHER_RUN both runs are asked the same, from the same
-noise, and the differences are told with their standard errors (against.json, against.png).
+noise, and the differences are printed with their standard errors (against.json, against.png).
 """
 
 from __future__ import annotations

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from fluxdit_jax.dataset.fields import CAPTION, TEXT, field_named
+from fluxdit_jax.dataset.fields import TEXT
 from fluxdit_jax.loader.reader import spread
-from fluxdit_jax.model.conditions import Condition
 from fluxdit_jax.quality.exam import Exam, thumbnail
 from fluxdit_jax.quality.eye import Eye
-from fluxdit_jax.sampling.pipeline import Generator, conditions
+from fluxdit_jax.sampling.pipeline import Generator, besides_captions, conditions
 from fluxdit_jax.sampling.solvers import Guidance
 from fluxdit_jax.vae.decoder import Decoder, decode_all
-
-
-def besides_captions(kinds: Iterable[Condition]) -> list[str]:
-    """The conditions that are not made from the caption: they would tell what the true picture is."""
-    return [kind.name for kind in kinds if field_named(kind.name).made_from != CAPTION]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +81,7 @@ class Pupil:
         vectors = [np.empty((0, exam.true.shape[1]), np.float32)]
         pictures: list[np.ndarray] = []
         kinds = self._generator.conditions
-        others = besides_captions(kinds)
+        others = besides_captions(kinds)  # they would tell what the true picture is
         guidance = Guidance({kind.name: self._text for kind in kinds if kind.name not in others})
         for start in range(0, len(rows), self._generator.batch_size):
             part = rows[start : start + self._generator.batch_size]

@@ -14,13 +14,13 @@ from fluxdit_jax.dataset.manifest import Manifest, parts_of
 from fluxdit_jax.flow import FlowConfig
 from fluxdit_jax.loader.reader import RecordSource
 from fluxdit_jax.plan import training_flops
-from fluxdit_jax.quality.answers import Pupil, besides_captions
+from fluxdit_jax.quality.answers import Pupil
 from fluxdit_jax.quality.eye import Eye
 from fluxdit_jax.run.metrics import METRICS, read_metrics
 from fluxdit_jax.run.run_directory import RunError, load_config, load_stage, require_dataset
 from fluxdit_jax.run.validation_loss import ValidationLoss
 from fluxdit_jax.run.weights import Weights, restore_weights
-from fluxdit_jax.sampling.pipeline import Generator
+from fluxdit_jax.sampling.pipeline import Generator, besides_captions
 from fluxdit_jax.settings import Settings, resolve
 from fluxdit_jax.stages import stages_of
 from fluxdit_jax.train_step import patch_statistics

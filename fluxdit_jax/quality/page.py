@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fluxdit_jax.loader.reader import RecordSource
+from fluxdit_jax.loader.reader import RecordSource, spread
 from fluxdit_jax.pages import charts
 from fluxdit_jax.pages.parts import document, picture, row, text
 from fluxdit_jax.quality import files
@@ -177,7 +177,7 @@ def _particulars(report: dict[str, Any]) -> str:
 
 def draw_pairs(exam: Exam, names: list[str], answers: Sequence[Answers], path: Path) -> None:
     """A sheet of captions spread over all: the held-out picture, and what each model drew from the same noise."""
-    rows = sorted({round(k) for k in np.linspace(0, len(exam.questions) - 1, min(2 * SHOWN, len(exam.questions)))})
+    rows = spread(len(exam.questions), 2 * SHOWN)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet = image_grid.grid(
         [[exam.pictures[k], *(one.pictures[k] for one in answers)] for k in rows],

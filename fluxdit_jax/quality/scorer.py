@@ -35,7 +35,7 @@ BATCH = 16  # pictures drawn at once at most
 class Scorer:
     """Attributes:
     config, settings: of the stage. directory: of its dataset.
-    workdir: of the run. exam: made at the first visit.
+    workdir: of the run. exam: what is asked at every visit.
     """
 
     config: ConfigDict
@@ -102,7 +102,7 @@ class Scorer:
         return scalars(scores)
 
     def score(self, ema: Any, step: int, epochs: float) -> Scores:
-        """Draws by f32 EMA weights, measures, and writes RUN/score and TensorBoard."""
+        """Draws by f32 EMA weights, measures, and writes RUN/score."""
         begin = time.monotonic()
         guidance = float(self.config.log.preview_guidance)
         pupil = Pupil(self.generator, ema, self.decoder, self.eye, self.settings.text_limit, guidance)

@@ -1,4 +1,4 @@
-"""All measures of a model's answers, with the names, directions and words under which they are told."""
+"""All measures of a model's answers, with their titles and which direction is better."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def judge(exam: Exam, answers: Answers, losses: np.ndarray | None = None) -> Sco
 
 
 def written(value: float, kind: Kind) -> str:
-    """A number as it is told."""
+    """A number as text, with the precision of its kind."""
     if not np.isfinite(value):
         return "-"
     return f"{value:.1%}" if kind.share else f"{value:.3g}"

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fluxdit_jax.dataset.fields import BF16
+from fluxdit_jax.dataset.fields import BF16, CAPTION, field_named
 from fluxdit_jax.dataset.manifest import Manifest
 from fluxdit_jax.dataset.records import Record
 from fluxdit_jax.model import dit
@@ -53,6 +53,11 @@ def conditions(
             if value is not None:
                 stacked[kind.name][(row, slice(len(value))) if kind.sequence else row] = value
     return stacked
+
+
+def besides_captions(kinds: Sequence[Condition]) -> list[str]:
+    """Names of the conditions that are not made from the caption."""
+    return [kind.name for kind in kinds if field_named(kind.name).made_from != CAPTION]
 
 
 def grid_of(record: Record, patch: int) -> tuple[int, int]:

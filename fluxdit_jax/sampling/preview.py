@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fluxdit_jax.dataset.fields import CAPTION, field_named
 from fluxdit_jax.dataset.manifest import Manifest
 from fluxdit_jax.dataset.records import Record
 from fluxdit_jax.loader import reader
 from fluxdit_jax.loader.reader import RecordSource
 from fluxdit_jax.model import dit
 from fluxdit_jax.sampling import solvers
-from fluxdit_jax.sampling.pipeline import Generator, record_conditions
+from fluxdit_jax.sampling.pipeline import Generator, besides_captions, record_conditions
 from fluxdit_jax.settings import Settings
 from fluxdit_jax.shared import image_grid
 from fluxdit_jax.vae.decoder import Decoder, decode_all, load_decoder
@@ -47,7 +46,7 @@ class Preview:
           guidance: text scale of all pictures.
           caption_alone: also draws each caption without the other conditions.
         """
-        others = _besides_captions(model)
+        others = besides_captions(model.conditions)
         of_captions = [c.name for c in model.conditions if c.name not in others]
         self._guidance = solvers.Guidance(dict.fromkeys(of_captions, guidance))
         self._records = records
@@ -72,11 +71,6 @@ class Preview:
             column_titles=("data set", *self._columns),
             row_titles=[record.caption for record in self._records],
         )
-
-
-def _besides_captions(model: dit.ModelConfig) -> list[str]:
-    """The conditions that are not made from the caption."""
-    return [c.name for c in model.conditions if field_named(c.name).made_from != CAPTION]
 
 
 def make_preview(
@@ -112,5 +106,5 @@ def make_preview(
     generator = Generator.of(settings, manifest, steps=steps, batch_size=count)
     records = [record for _, record in source.iter_valid(reader.spread(len(source), count))]
     # Otherwise a picture of the caption alone means nothing.
-    trained = settings.flow.dropped(_besides_captions(settings.model)) > 0
+    trained = settings.flow.dropped(besides_captions(settings.model.conditions)) > 0
     return Preview(records, generator, decoder, settings.model, settings.text_limit, guidance, trained)

@@ -6,7 +6,6 @@ import collections
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import string
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from PIL import PngImagePlugin
 
 from fluxdit_jax.dataset.manifest import MANIFEST
 from fluxdit_jax.shared import image_grid
-from fluxdit_jax.shared.atomic_files import replacing
+from fluxdit_jax.shared.json_files import write_json
 from fluxdit_jax.shared.sanitize import shown
 from preprocess import PreprocessError, buckets, encoders
 from preprocess.build.journal import Journal
@@ -38,7 +37,7 @@ MOST = 8  # VAEs side by side
 SHEETS = ("pictures.png", "details.png")
 ROWS = 12  # of a sheet
 WINDOW = 96  # side of a detail, pixels
-MANY = 100_000  # pictures that disk is told for
+MANY = 100_000  # pictures whose size on disk is printed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +107,7 @@ def compare(options: CompareOptions) -> None:
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     _draw(folder, options.vaes, labels, names, pictures, made)
-    with replacing(folder / "comparison.json") as temporary:
-        temporary.write_text(json.dumps(_numbers(options, names, made), indent=1) + "\n", encoding="utf-8")
+    write_json(_numbers(options, names, made), folder / "comparison.json")
     journal.say(
         f"\nLook at {folder}/details.png (where they differ most) and pictures.png; all numbers: comparison.json. What "
         "a VAE keeps is the most that a model can draw; how fast a model learns its latents is another question, "

@@ -21,7 +21,7 @@ from fluxdit_jax.dataset.manifest import load_manifest
 from fluxdit_jax.loader.reader import RecordSource, spread
 from fluxdit_jax.model.conditions import Condition
 from fluxdit_jax.quality import files
-from fluxdit_jax.quality.answers import Amounts, Pupil, besides_captions
+from fluxdit_jax.quality.answers import Amounts, Pupil
 from fluxdit_jax.quality.exam import Exam
 from fluxdit_jax.quality.exam_file import kept_exam
 from fluxdit_jax.quality.eye import STAND_IN, Eye
@@ -30,6 +30,7 @@ from fluxdit_jax.run.continuation import set_aside
 from fluxdit_jax.run.metrics import LogError
 from fluxdit_jax.run.run_directory import RunError
 from fluxdit_jax.run.weights import restore_weights
+from fluxdit_jax.sampling.pipeline import besides_captions
 from fluxdit_jax.sampling.prompts import SampleError, read_reference
 from fluxdit_jax.settings import resolve
 from fluxdit_jax.train import train
