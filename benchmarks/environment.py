@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 import json
 import os
 import platform
@@ -52,10 +53,19 @@ def write(name: str, rows: Any) -> Path:
 
 
 def replace_rows(name: str, run: str, rows: list[dict[str, Any]]) -> None:
-    """Writes benchmarks/results/`name`.json with these rows in the place of those that "run" names already."""
+    """Writes benchmarks/results/`name`.json with these rows in the place of those that "run" names already.
+
+    Processes that do so at once wait for each other.
+    """
+    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    known = json.loads(path.read_text())["rows"] if path.exists() else []
-    write(name, [row for row in known if row["run"] != run] + rows)
+    folder = os.open(RESULTS, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        known = json.loads(path.read_text())["rows"] if path.exists() else []
+        write(name, [row for row in known if row["run"] != run] + rows)
+    finally:
+        os.close(folder)
 
 
 def table(header: list[str], rows: list[list[Any]]) -> str:

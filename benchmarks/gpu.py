@@ -99,6 +99,10 @@ def agreement() -> dict[str, Any]:
         return {"error": repr(error)}
 
 
+# Measured with the best configuration of ours, beside it.
+CHANGES: list[dict[str, Any]] = [{"routing.share": 0.5}, {"optim.name": "muon"}]
+
+
 def make(target: str, side: str, batch: int, remat: str, attention: str = "auto") -> dict[str, Any]:
     return {"target": target, "side": side, "batch": batch, "remat": remat, "attention": attention}
 
@@ -219,7 +223,7 @@ class Bench:
         command += ["--cpu"] if a.smoke else []
         command += ["--eager"] if a.eager else []
         command += ["--trace", str(trace)] if trace else []
-        variables = os.environ | {"JAX_COMPILATION_CACHE_DIR": self._cache.name, "PYTHONUNBUFFERED": "1"}
+        variables = {"JAX_COMPILATION_CACHE_DIR": self._cache.name} | os.environ | {"PYTHONUNBUFFERED": "1"}
         variables["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
         variables.setdefault("CUDA_VISIBLE_DEVICES", "0")
         variables.pop("XLA_CLIENT_MEM_FRACTION", None)  # JAX refuses to start with both names of it
@@ -308,6 +312,9 @@ def run_target(bench: Bench, target: str, sides: list[str], share_s: float) -> N
         plain = champion["spec"] | {"attention": "xla"}
         if not bench.done(plain):
             bench.measure(plain, "0", ends)
+    for changes in CHANGES if champion and a.changes else []:
+        if not bench.done(changed := champion["spec"] | {"changes": changes}):
+            bench.measure(changed, "0", ends)
     if champion and rival:
         for number in range(len(pairs(bench.rows, champion["spec"], rival["spec"])), a.rounds):
             if not all(bench.measure(row["spec"], str(number + 1), ends) for row in (champion, rival)):
@@ -338,6 +345,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--targets", nargs="+", choices=real, default=order)
     parser.add_argument("--sides", nargs="+", choices=list(NEEDED), default=list(NEEDED))
     parser.add_argument("--only", nargs="+", metavar="TARGET:MICRO-BATCH:REMAT", help="these and no other")
+    parser.add_argument("--changes", action="store_true", help=f"the best of each target also with {CHANGES}")
     parser.add_argument("--rounds", type=int, default=3, help="of the two best in turn, for the ratio")
     parser.add_argument("--repeats", type=int, default=10, help="timed micro-batches of a process")
     parser.add_argument("--memory-gb", type=float, default=24.0, help="of the device (1e9 bytes); 0: all")

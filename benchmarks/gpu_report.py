@@ -25,7 +25,7 @@ def allowed(row: Row, memory_gb: float = 0.0) -> bool:
 
 def best(rows: list[Row], target: str, side: str, memory_gb: float = 0.0) -> Row | None:
     """The row with most images/s that a configuration could say; of equals the one with least memory."""
-    found = [row for row in timed(rows, target, side) if allowed(row, memory_gb)]
+    found = [row for row in timed(rows, target, side) if allowed(row, memory_gb) and "changes" not in row["spec"]]
     if not found:
         return None
     most = max(row["images_s"] for row in found)
@@ -47,6 +47,11 @@ def number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+def changed(spec: dict[str, Any]) -> list[str]:
+    """What a configuration has that its file does not say, in words."""
+    return [f"{key} {value}" for key, value in spec.get("changes", {}).items()]
+
+
 def table(rows: list[Row]) -> str:
     cells = []
     for row in rows:
@@ -54,12 +59,14 @@ def table(rows: list[Row]) -> str:
         low, middle, high = (min(seconds), statistics.median(seconds), max(seconds)) if seconds else (None, None, None)
         spread = f"{1e3 * middle:.1f} ({1e3 * low:.1f} to {1e3 * high:.1f})" if seconds else row["status"]
         cells.append(
-            [spec["target"], spec["side"], row.get("attention", "-"), spec["remat"], spec["batch"], spread,
+            [spec["target"], ", ".join([spec["side"], *changed(spec)]),
+             row.get("attention", "-"), spec["remat"], spec["batch"], spread,
+             number(1e3 * statistics.median(row["update_seconds"]) if row.get("update_seconds") else None, ".1f"),
              number(row.get("images_s"), ".2f"), number(row.get("mfu"), ".1%"), number(row.get("plan_gb"), ".2f"),
              number(row.get("peak_gb"), ".2f"), number(row.get("compile_s"), ".0f")]
         )  # fmt: skip
-    header = ["target", "side", "attention", "remat", "micro-batch", "ms", "images/s", "MFU", "plan GB", "peak GB",
-              "compile s"]  # fmt: skip
+    header = ["target", "side", "attention", "remat", "micro-batch", "ms", "update ms", "images/s", "MFU", "plan GB",
+              "peak GB", "compile s"]  # fmt: skip
     return environment.table(header, cells)
 
 
@@ -80,6 +87,12 @@ def verdict(rows: list[Row], target: str, memory_gb: float) -> list[str]:
     plain = [row for row in timed(rows, target, "jax") if row["spec"] == champion["spec"] | {"attention": "xla"}]
     if plain and champion["attention"] == "cudnn":
         said.append(f"{target}: cuDNN's attention {champion['images_s'] / plain[-1]['images_s']:.2f} times XLA's")
+    for row in timed(rows, target, "jax"):
+        if changed(row["spec"]) and {key: row["spec"][key] for key in champion["spec"]} == champion["spec"]:
+            rate, memory = row["images_s"] / champion["images_s"], row["peak_gb"] or 0.0
+            said.append(
+                f"{target}: with {', '.join(changed(row['spec']))} {rate:.2f} times the images/s, {memory:.2f} GB"
+            )
     wanted = {"prod-1024": " (target 50%)", "nano-512": " (target 40%)"}.get(target, "")
     if champion.get("mfu") is not None:
         said.append(f"{target}: MFU {champion['mfu']:.1%}{wanted}")

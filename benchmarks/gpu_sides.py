@@ -102,6 +102,7 @@ def settings(target: Target, spec: dict[str, Any]) -> tuple[Any, tuple[np.ndarra
             f"benchmarks/gpu_sides.py {expected}: make them the same"
         )
     c.optim.global_batch_size = max(c.optim.global_batch_size, spec["batch"])
+    c.update_from_flattened_dict(spec.get("changes", {}))
 
     def encoder(width: int, **options: Any) -> EncoderIdentity:
         return EncoderIdentity("random numbers", "", "00", "float32", width, options)
@@ -190,6 +191,18 @@ def run_jax(spec: dict[str, Any], a: argparse.Namespace, result: dict[str, Any])
         np.asarray(unread)
         return [*read_at, time.perf_counter()]
 
+    def updates(count: int) -> list[float]:
+        """Seconds of the optimizer's part of a step, by itself."""
+        nonlocal state
+        taken = []
+        for _ in range(count + 1):  # the first is not counted
+            jax.block_until_ready(state)
+            start = time.perf_counter()
+            state, _ = compiled.update(state)
+            jax.block_until_ready(state)
+            taken.append(time.perf_counter() - start)
+        return taken[1:]
+
     turns(WARM_UP)
     if a.trace:
         from benchmarks.gpu_trace import summary
@@ -202,6 +215,7 @@ def run_jax(spec: dict[str, Any], a: argparse.Namespace, result: dict[str, Any])
         result["profile"] = summary(Path(a.trace), text, a.repeats)
     else:
         result["seconds"] = intervals(turns(a.repeats + 2))
+        result["update_seconds"] = updates(3)
     result["peak_gb"] = devices.peak_memory_gb()
 
 

@@ -6,6 +6,7 @@
             --vae builtin:dct --text-encoder builtin:hash --vision-encoder builtin:tone --vision-patches 256; done
     python -m benchmarks.learning cast-256 cast-256/train --heldout cast-256/heldout --shuffled cast-256/shuffled
     python -m benchmarks.learning photographs photos-256    # its own holdout split
+    python -m benchmarks.learning cast-256-nano ... --changes model.width=384 model.depth=12 model.heads=6
     python -m benchmarks.learning --show
 
 Every variant is a run of `fluxdit_jax.train`, which goes on where it was stopped; the variants of a seed follow each
@@ -83,9 +84,9 @@ VARIANTS = {
 }
 
 
-def train(variant: Variant, seed: int, steps: int, data: Path, workdir: Path) -> None:
-    """Runs a variant, or goes on with it."""
-    values = BASE | variant.changes | {"train.steps": steps, "seed": seed, "data.path": data, "workdir": workdir}
+def train(variant: Variant, given: dict[str, Any], data: Path, workdir: Path) -> None:
+    """Runs a variant with keys of the configuration, or goes on with it."""
+    values = BASE | given | variant.changes | {"data.path": data, "workdir": workdir}
     start = f"{variant.before}\nimport runpy; runpy.run_module('fluxdit_jax.train', run_name='__main__')"
     command = [sys.executable, "-c", start, "--config=configs/demo.py"]
     subprocess.run([*command, *(f"--config.{key}={value}" for key, value in values.items())], cwd=ROOT, check=True)
@@ -176,6 +177,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--changes", nargs="+", default=[], metavar="KEY=VALUE", help="of the configuration, for all")
     parser.add_argument("--runs", type=Path, default=Path("runs/learning"), help="where the runs are kept")
     parser.add_argument("--show", action="store_true", help="print the tables of what is measured")
     a = parser.parse_args()
@@ -187,7 +189,8 @@ def main() -> None:
             data = a.shuffled if variant.shuffled else a.data
             if data is None:
                 continue
-            train(variant, seed, a.steps, data.absolute(), a.runs.absolute() / run)
+            given = {"train.steps": a.steps, "seed": seed} | dict(change.split("=", 1) for change in a.changes)
+            train(variant, given, data.absolute(), a.runs.absolute() / run)
             points = curve(a.runs.absolute() / run, a.heldout)
             replace_rows(NAME, run, [{"run": run, "set": a.set, "variant": name, "seed": seed, "curve": points}])
     print(show(json.loads((RESULTS / f"{NAME}.json").read_text())["rows"]))

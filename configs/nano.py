@@ -25,16 +25,15 @@ def get_config() -> ConfigDict:
     c.model.remat = "attention"
     c.data.micro_batch_size = 8
     c.optim.global_batch_size = 8
-    c.optim.lr = 1e-3
+    c.optim.name = "muon"
+    c.optim.lr = 5e-3
+    c.optim.adam_lr = 2e-3
     c.optim.schedule = "cosine"
     c.optim.warmup_steps = 200
     c.optim.final_fraction = 0.02
-    # As measured on the demonstration set: over many steps uniform time memorises further
-    # (benchmarks/results/convergence.md), and without dropped conditions the vector silences the caption
-    # (configs/demo.py).
-    c.flow.uniform_share = 1.0
-    c.flow.shift = 3.0
-    c.flow.drop = "all 0.05, text 0.05, vision 0.1"
+    # As in configs/demo.py, with the vector dropped less often: a hundred different photographs are recognised by it.
+    c.flow.shift = 5.0
+    c.flow.drop = "all 0.02, text 0.03, vision 0.1"
     c.train.steps = 5000
     c.checkpoint.ema_every = 1000
     c.log.preview_every = 1000
