@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from tqdm import tqdm
 
 from benchmarks.environment import replace_rows, table
 from fluxdit_jax import validate
@@ -64,7 +65,7 @@ def memorised(run: Path, step: int, options: list[str]) -> dict[str, Any]:
 
 
 def measure(run: Path, options: list[str], only_memorised: bool) -> list[dict[str, Any]]:
-    """A row for each step, oldest first.
+    """A row for each step, oldest first; each is written once it is there.
 
     Args:
       options: of `validate`.
@@ -81,7 +82,11 @@ def measure(run: Path, options: list[str], only_memorised: bool) -> list[dict[st
         "steps": config.train.steps,
     }
     at = memorised if only_memorised else gate
-    return [settings | {"step": step} | at(run, step, options) for step in sorted(ema_steps(run))]
+    rows: list[dict[str, Any]] = []
+    for step in tqdm(sorted(ema_steps(run)), desc=run.name, unit="step", disable=None):
+        rows.append(settings | {"step": step} | at(run, step, options))
+        replace_rows(NAME, run.name, rows)
+    return rows
 
 
 def show(rows: list[dict[str, Any]]) -> str:
@@ -121,9 +126,7 @@ def main() -> None:
     cut = words.index("--") if "--" in words else len(words)
     arguments = parser.parse_args(words[:cut])
     for run in arguments.runs:
-        measured = measure(run, words[cut + 1 :], arguments.memorised)
-        replace_rows(NAME, run.name, measured)
-        print(show(measured))
+        print(show(measure(run, words[cut + 1 :], arguments.memorised)))
 
 
 if __name__ == "__main__":

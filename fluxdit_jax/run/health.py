@@ -5,7 +5,7 @@ What the numbers mean:
   * one that jumps and stays up means the weights were thrown somewhere bad: the learning rate is too high;
   * a loss that goes back to where it began, after having fallen, means the same;
   * one that sinks towards zero while the prediction stays weak means the network has given up and predicts
-    the mean of everything, which decodes to grey;
+    the mean of everything, which decodes to grey; where the loss sinks to nothing with it, all is memorised;
   * a part whose gradient is exactly zero is not connected, or sits behind two zero initialisations.
 """
 
@@ -21,7 +21,7 @@ BASELINE = 200  # steps before the window that it is compared with
 SPIKE = 5.0  # a window's median this many times the baseline's
 SINK = 0.02  # a window's median at this share of the largest window so far
 WEAK = 0.3  # predicted RMS below this share of the target's
-TRIVIAL = 0.01  # a loss below this means that there is nothing to predict
+TRIVIAL = 0.01  # a loss below this means that nothing is left to learn
 BROKEN = 10  # bad steps within a window that are no accident
 LOUD_RMS_RATIO = 1.5  # predicted RMS above this many times the target's; a healthy step never has that
 OUTBURSTS = 3  # loud steps within a window that are no accident
@@ -110,6 +110,7 @@ class Monitor:
             self._spiked(seen),
             self._diverged(seen),
             self._sinking(seen),
+            self._trivial(seen),
             self._disconnected(seen),
             self._starved(seen),
         ]
@@ -220,16 +221,29 @@ class Monitor:
         now, _ = medians
         self._largest = max(self._largest, now)
         ratio = median(self._ratios) if self._ratios else math.nan
-        weak = ratio < WEAK
-        trivial = bool(self._losses) and median(self._losses) < TRIVIAL
+        sunk = now < SINK * self._largest or self._seen > self._warmup_steps + BASELINE
         return self._change(
             "collapsed",
-            (now < SINK * self._largest and (weak or trivial)) or (weak and self._seen > self._warmup_steps + BASELINE),
+            ratio < WEAK and sunk,
             f"step {seen.step}: the gradient norm sank to {now:.3g} (it was {self._largest:.3g}) and the prediction "
             f"has {ratio:.2f} of the target's size: it collapses to the mean of all, "
             "which is a grey image. Look at the latent statistics in the manifest, at the conditions, and at layers "
             "that start at zero",
             f"step {seen.step}: the gradient norm is back at {now:.3g}",
+        )
+
+    def _trivial(self, seen: Observation) -> Diagnosis | None:
+        if len(self._losses) < WINDOW:
+            return None
+        now = median(self._losses)
+        return self._change(
+            "nothing left to learn",
+            now < (2 * TRIVIAL if "nothing left to learn" in self._active else TRIVIAL),
+            f"step {seen.step}: the loss is {now:.2g}: every picture is predicted. A small set that is memorised comes "
+            "to that; if yours is large, its pictures or latents are all alike: look at the contact sheet of "
+            "`python -m preprocess inspect` and at the latent statistics in the manifest",
+            f"step {seen.step}: the loss is back at {now:.3g}",
+            serious=False,
         )
 
     def _disconnected(self, seen: Observation) -> Diagnosis | None:

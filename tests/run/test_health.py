@@ -162,17 +162,19 @@ def test_a_prediction_that_stays_weak_is_named_after_the_warmup():
     assert watch(run[200:], monitor) == [] and monitor.summary() == "healthy"  # slow, but it came
 
 
-def test_a_loss_of_nothing_is_named():
-    """Targets without information: everything is predicted, and nothing is left to learn."""
+def test_a_loss_of_nothing_is_named_once_and_stops_no_run():
+    """Targets without information, or a set that is memorised: the prediction is right and nothing is left to learn."""
     run = [
         changed(
             seen,
             gradient_norm=seen.gradient_norm * math.exp(-seen.step / 100),
-            loss=seen.loss * math.exp(-seen.step / 100),
+            loss=0.008 + 0.003 * math.sin(seen.step) + seen.loss * math.exp(-seen.step / 100),
         )
         for seen in healthy(1500)
     ]
-    assert kinds(watch(run)) == ["collapsed"]
+    said = watch(run)
+    assert kinds(said) == ["nothing left to learn"] and not said[0][1].serious
+    assert "memorised" in said[0][1].message and "grey" not in said[0][1].message
 
 
 def test_a_memorised_set_is_not_sinking():
