@@ -150,6 +150,10 @@ def run_jax(spec: dict[str, Any], a: argparse.Namespace, result: dict[str, Any])
         raise RuntimeError(f"JAX {jax.__version__} sees no GPU but {jax.devices()}: is its CUDA plugin installed?")
     target = TARGETS[spec["target"]]
     resolved, statistics = settings(target, spec)
+    if spec.get("changes"):
+        from fluxdit_jax.plan import training_flops
+
+        result["flops_per_image"] = training_flops(resolved)
     result["device"], result["versions"] = jax.devices()[0].device_kind, {"jax": jax.__version__}
     with contextlib.suppress(AttributeError):
         result["versions"]["cuda"] = jax.devices()[0].client.platform_version
