@@ -230,8 +230,8 @@ def run_torch(spec: dict[str, Any], a: argparse.Namespace, result: dict[str, Any
     """
     import torch
 
+    from fluxdit_jax.exporting.torch_names import torch_arguments
     from fluxdit_jax.portable.modeling_fluxdit import FluxDiT
-    from fluxdit_jax.sampling.torch_names import torch_arguments
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not a.cpu:

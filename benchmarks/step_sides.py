@@ -183,8 +183,8 @@ def torch_network(side: str, size: Size):
             return y.permute(0, 2, 3, 1).reshape(x.shape).float()
 
         return network, forward
+    from fluxdit_jax.exporting.torch_names import torch_arguments
     from fluxdit_jax.portable.modeling_fluxdit import FluxDiT
-    from fluxdit_jax.sampling.torch_names import torch_arguments
 
     network = FluxDiT(**torch_arguments(settings(size, "float32", "none").model))
 
@@ -234,11 +234,11 @@ def agree(size: Size) -> dict[str, float]:
     import jax
     import torch
 
+    from fluxdit_jax.exporting.torch_names import torch_arguments, torch_weights
     from fluxdit_jax.model import dit
     from fluxdit_jax.model.conditions import given
     from fluxdit_jax.portable.modeling_fluxdit import FluxDiT
     from fluxdit_jax.sampling.exported import flatten
-    from fluxdit_jax.sampling.torch_names import torch_arguments, torch_weights
 
     config = settings(size, "float32", "none").model
     graph, shapes = dit.build(config)

@@ -3,6 +3,9 @@
 DIR gets `model.safetensors` (f32, names joined by dots; without what serves training alone), `config.json` (all that is
 needed to use it, see `exported`) and `README.md`, a model card. `python -m fluxdit_jax.sample --model=DIR` draws from
 it. Without --step the weights are the newest of `ema/` and of the resumable checkpoints.
+
+With `--format diffusers` DIR is one for `DiffusionPipeline.from_pretrained(DIR, trust_remote_code=True)`, which needs
+neither JAX nor this project: see `exporting.diffusers_folder`.
 """
 
 from __future__ import annotations
@@ -11,162 +14,127 @@ import argparse
 import contextlib
 import json
 import logging
+import re
 import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 from absl import logging as absl_logging
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from fluxdit_jax.config import ConfigError
-from fluxdit_jax.dataset.manifest import DatasetError, Manifest
-from fluxdit_jax.gate.requirement import is_of
+from fluxdit_jax.dataset.manifest import DatasetError
+from fluxdit_jax.exporting import diffusers_folder
+from fluxdit_jax.exporting.card import card, verdict_of
 from fluxdit_jax.run.checkpoint import EMA, SHORT_EMA, CheckpointError
 from fluxdit_jax.run.run_directory import RunError, RunLock, load_stage
-from fluxdit_jax.run.weights import Weights, restore_weights
+from fluxdit_jax.run.weights import restore_weights
 from fluxdit_jax.sampling.exported import DESCRIPTION, WEIGHTS, ExportError, describe, flatten
-from fluxdit_jax.sampling.sizes import in_words, pictures_by_size
-from fluxdit_jax.settings import Settings, resolve
+from fluxdit_jax.settings import resolve
 from fluxdit_jax.shared import atomic_files, cli
 from fluxdit_jax.shared.paths import given_path
 
 log = logging.getLogger(__name__)
 
 WORK = ".export"  # everything is written in this folder of DIR and then moved
+CARD = "README.md"
+OURS, DIFFUSERS = "fluxdit_jax", "diffusers"
+USAGE = """    python -m fluxdit_jax.sample --model=DIR --prompt "..." --out picture.png
 
+draws from this directory. `config.json` holds or names everything that sampling needs. The VAE, the text encoder and,
+for a reference, the vision encoder are not in here: they are looked for under the names above, or where `--vae`,
+`--text-encoder` and `--vision-encoder` say, and are checked by their digests."""
 
 USER_ERRORS = (RunError, CheckpointError, ConfigError, DatasetError, ExportError, OSError)
 
 
-def export(workdir: Path, out: Path, step: int | None = None, folder: str = EMA) -> Path:
-    """Writes the EMA of `step` (None: the newest) and says which; returns the path of the weights.
+def export(
+    workdir: Path,
+    out: Path,
+    step: int | None = None,
+    folder: str = EMA,
+    *,
+    form: str = OURS,
+    dtype: str = "float32",
+    license: str | None = None,
+    bundle: str = "none",
+) -> Path:
+    """Writes the EMA of `step` (None: the newest) and says which; returns the path of what describes the export.
 
     Args:
       folder: which average, see `restore_weights`.
+      form: `OURS` or `DIFFUSERS`. dtype, bundle: of the latter, see `diffusers_folder.write`.
+      license: identifier of the Hub, for the card.
+
+    Raises:
+      ExportError: it cannot be written; a licence is missing that others would need.
     """
+    if form == DIFFUSERS and not license:
+        raise ExportError(
+            "--license is missing: who loads the model has to know what it may be used for, which the licences of your "
+            "training images decide; give an identifier of the Hub, as apache-2.0, cc-by-nc-4.0 or other"
+        )
+    if license and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+        raise ExportError(f"--license {license!r}: must be an identifier of the Hub, as apache-2.0 or other")
     atomic_files.require_writable(out)
     weights = restore_weights(workdir, step, folder)
     stage, manifest = load_stage(workdir, weights.step)
     settings = resolve(stage.config, manifest, stage.first)
     print(f"weights: {weights}")
-    verdict = _verdict(workdir, weights)
+    verdict = verdict_of(workdir, weights)
     weights = weights.without_projector()
     tensors = flatten(weights.ema)
-    texts = {
-        "README.md": card(settings, manifest, weights, tensors, workdir, verdict),
-        DESCRIPTION: json.dumps(describe(stage.config, settings, manifest, weights), indent=1) + "\n",
-    }
+    ours = form == OURS
+    text = card(
+        settings, manifest, weights, tensors, workdir, verdict=verdict, license=license,
+        usage=USAGE if ours else diffusers_folder.USAGE, library=form,
+    )  # fmt: skip
+
+    def write(work: Path) -> None:
+        if ours:
+            metadata = {"format": "fluxdit_jax", "ema_step": str(weights.step)}
+            save_file(tensors, work / WEIGHTS, metadata=metadata)
+            description = json.dumps(describe(stage.config, settings, manifest, weights), indent=1)
+            atomic_files.write_whole(work / DESCRIPTION, description + "\n")
+        else:
+            diffusers_folder.write(work, settings, manifest, weights, dtype=dtype, bundle=bundle)
+        atomic_files.write_whole(work / CARD, text)
+
+    marker = DESCRIPTION if ours else diffusers_folder.INDEX
+    _replace(out, write, marker)
+    return out / (WEIGHTS if ours else marker)
+
+
+def _replace(out: Path, write: Callable[[Path], None], marker: str) -> None:
+    """Lets `write` fill a folder, and moves what is in it to `out`, the marker last.
+
+    While the marker is missing nobody takes new files beside old ones for an export.
+    """
     lock, work = RunLock(out, f"{WORK}/lock", temporary=True, option="--out"), out / WORK
+    files = work / "files"
     try:
         with cli.undoing(lambda: shutil.rmtree(work, ignore_errors=True)):
-            _clear(work)  # of what a killed process left
-            _write(work, tensors, {"format": "fluxdit_jax", "ema_step": str(weights.step)}, texts)
-            # While config.json is missing nobody takes new weights with an old description for an export.
-            (out / DESCRIPTION).unlink(missing_ok=True)
-            for name in (WEIGHTS, *texts):
-                (work / name).replace(out / name)
+            shutil.rmtree(files, ignore_errors=True)  # of what a killed process left
+            files.mkdir()
+            try:
+                write(files)
+            except SafetensorError as error:
+                raise ExportError(f"{out}: {error}") from error
+            (out / marker).unlink(missing_ok=True)
+            found = [path for path in sorted(files.rglob("*")) if path.is_file()]
+            for path in sorted(found, key=lambda path: path == files / marker):
+                target = out / path.relative_to(files)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if path.suffix == ".safetensors":  # safetensors makes its file for the owner alone
+                    shutil.copymode(files / marker, path)
+                path.replace(target)
     finally:
-        _clear(work)
+        shutil.rmtree(files, ignore_errors=True)
         lock.release()
         with contextlib.suppress(OSError):  # the next one is in it already
             work.rmdir()
-    return out / WEIGHTS
-
-
-def _write(work: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str], texts: dict[str, str]) -> None:
-    try:
-        save_file(tensors, work / WEIGHTS, metadata=metadata)
-    except SafetensorError as error:
-        raise ExportError(f"{work / WEIGHTS}: {error}") from error
-    for name, text in texts.items():
-        atomic_files.write_whole(work / name, text)
-    shutil.copymode(work / DESCRIPTION, work / WEIGHTS)  # safetensors makes its file for the owner alone
-
-
-def _clear(work: Path) -> None:
-    for path in work.iterdir():
-        if path.name != "lock":
-            path.unlink()
-
-
-def card(
-    settings: Settings,
-    manifest: Manifest,
-    weights: Weights,
-    tensors: dict[str, np.ndarray],
-    workdir: Path,
-    verdict: str,
-) -> str:
-    """The model card, Markdown; `verdict` is what it says of the validation."""
-    m = settings.model
-    parameters = sum(tensor.size for tensor in tensors.values())
-    average = "EMA" if weights.folder == EMA else "short EMA"
-    held = [(size, count) for size, count in pictures_by_size(manifest).items() if count]
-    sizes = ", ".join(f"{in_words(size)} ({count:,})" for size, count in held[:12])
-    sizes += f" and {len(held) - 12} more in `{DESCRIPTION}`" if len(held) > 12 else ""
-    dropout = ", ".join(f"{'+'.join(subset)} {share:g}" for subset, share in settings.flow.drop) or "none"
-    further = "".join(
-        f"| condition {name} | `{manifest.encoders[name].id}`, width {manifest.encoders[name].width} |\n"
-        for name in manifest.further()
-    )
-    return f"""---
-library_name: fluxdit_jax
-pipeline_tag: text-to-image
-tags: [diffusion, rectified-flow, dit]
----
-
-# {workdir.name}
-
-A text-to-image diffusion transformer trained from scratch with fluxdit_jax.
-
-| | |
-|---|---|
-| weights | {average} of step {weights.step:,}, float32 |
-| digest of the weights | `{weights.digest}` |
-| parameters | {parameters / 1e6:.1f} M: width {m.width}, depth {m.depth}, heads {m.heads}, patch {m.patch} |
-| trained on | {manifest.records("train"):,} images at {manifest.resolution} px |
-| sizes, width x height (images) | {sizes} |
-| VAE | `{manifest.vae.id}` (sha256 `{manifest.vae.sha256[:16]}`) |
-| text encoder | `{manifest.text.id}` (sha256 `{manifest.text.sha256[:16]}`) |
-| vision encoder | `{manifest.vision.id}` (sha256 `{manifest.vision.sha256[:16]}`) |
-{further}| time shift | {settings.flow.shift:.3f} |
-| condition dropout | {dropout} |
-| validation | {verdict} |
-
-    python -m fluxdit_jax.sample --model=DIR --prompt "..." --out picture.png
-
-draws from this directory. `config.json` holds or names everything that sampling needs. The VAE, the text encoder and,
-for a reference, the vision encoder are not in here: they are looked for under the names above, or where `--vae`,
-`--text-encoder` and `--vision-encoder` say, and are checked by their digests.
-
-The licences and the content of the
-training images, which this card does not know, decide what the model may be used for.
-"""
-
-
-def _verdict(workdir: Path, weights: Weights) -> str:
-    """What the run's validation says of these weights; a report of others of its weights says nothing of them."""
-    path = workdir / "validation" / "report.json"
-    if not path.exists():
-        log.warning("%s does not exist: the card says that the model was not validated", path)
-        return "not validated"
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        if is_of(report, weights.step, weights.digest, weights.folder):
-            if not report["passed"]:
-                log.warning("these weights failed the gate (%s), and the card says so", path)
-            return "passed" if report["passed"] else "failed"
-        measured = report.get("weights")
-        other = measured.get("ema_step") if isinstance(measured, dict) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ExportError(f"{path} cannot be read: {error}; validate the run again, or move it away") from error
-    if type(other) is not int:
-        log.warning("%s does not say of which weights it is: the card says not validated", path)
-        return "not validated (the report of this run does not say of which weights it is)"
-    log.warning("%s is of other weights, of step %d: the card says that these were not validated", path, other)
-    return f"not validated (other weights of this run were: those of step {other:,})"
 
 
 def main() -> None:
@@ -176,14 +144,30 @@ def main() -> None:
     add("--out", type=given_path, required=True, help="directory to write (required)")
     add("--step", type=int, help="weights of this step; default: the newest, of ema/ or of a checkpoint")
     add("--weights", choices=(EMA, SHORT_EMA), default=EMA, help="which average; default: ema")
+    add("--format", choices=(OURS, DIFFUSERS), default=OURS, help="diffusers: a folder for DiffusionPipeline, which "
+        f"needs no JAX; default: {OURS}")  # fmt: skip
+    add("--dtype", choices=tuple(diffusers_folder.DTYPES), default="float32", help="of the weights for diffusers; "
+        "default: float32")  # fmt: skip
+    add("--license", metavar="ID", help="for the card, as apache-2.0 or other; diffusers needs it; default: not said")
+    add("--bundle", choices=tuple(diffusers_folder.BUNDLES), default="none", help="encoders that are copied into a "
+        "folder for diffusers: none, the vae, or all; others are fetched by their names; default: none")  # fmt: skip
     arguments = parser.parse_args()
+    if arguments.format == OURS and (arguments.dtype != "float32" or arguments.bundle != "none"):
+        parser.error("--dtype and --bundle go with --format diffusers")
     absl_logging.set_verbosity(absl_logging.WARNING)
     logging.basicConfig(format="warning: %(message)s", level=logging.WARNING, force=True)
 
     def work() -> None:
-        print(export(arguments.workdir, arguments.out, arguments.step, arguments.weights))
-        out = shlex.quote(str(arguments.out))
-        print(f"Draw from it: python -m fluxdit_jax.sample --model {out} --prompt TEXT --out FILE.png")
+        path = export(
+            arguments.workdir, arguments.out, arguments.step, arguments.weights, form=arguments.format,
+            dtype=arguments.dtype, license=arguments.license, bundle=arguments.bundle,
+        )  # fmt: skip
+        print(path)
+        out = str(arguments.out)
+        if arguments.format == OURS:
+            print(f"Draw from it: python -m fluxdit_jax.sample --model {shlex.quote(out)} --prompt TEXT --out FILE.png")
+        else:
+            print(f"Draw from it: DiffusionPipeline.from_pretrained({out!r}, trust_remote_code=True)(TEXT).images[0]")
 
     cli.run(work, USER_ERRORS)
 

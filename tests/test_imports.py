@@ -73,7 +73,7 @@ def test_preprocess_imports_the_contract_and_what_is_shared() -> None:
         for target in targets
         if source.startswith("preprocess") and target.startswith("fluxdit_jax")
     }
-    assert used == {"fluxdit_jax.dataset", "fluxdit_jax.shared"}
+    assert used == {"fluxdit_jax.dataset", "fluxdit_jax.shared", "fluxdit_jax.portable"}
 
 
 def test_only_sampling_and_decoding_use_encoders() -> None:
@@ -83,7 +83,13 @@ def test_only_sampling_and_decoding_use_encoders() -> None:
         for source, targets in graph().items()
         if source.startswith("fluxdit_jax") and any(target.startswith("preprocess.") for target in targets)
     }
-    assert using == {"fluxdit_jax.quality", "fluxdit_jax.sampling", "fluxdit_jax.vae", "fluxdit_jax.validate"}
+    assert using == {
+        "fluxdit_jax.exporting",
+        "fluxdit_jax.quality",
+        "fluxdit_jax.sampling",
+        "fluxdit_jax.vae",
+        "fluxdit_jax.validate",
+    }
     assert not {
         source
         for source, targets in graph(lazy=False).items()

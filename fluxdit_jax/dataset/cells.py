@@ -10,6 +10,8 @@ import math
 
 import numpy as np
 
+from fluxdit_jax.portable.builtin import area_weights
+
 COUNTS = (256, 1024)  # cells of a square picture
 FACTOR_BYTES = 2
 
@@ -40,14 +42,6 @@ def pooled(patches: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """f32 [rows, columns, V] of patches [h, w, V]: the mean over the area of each cell."""
     rows, columns = (area_weights(size, count) for size, count in zip(patches.shape[:2], grid, strict=True))
     return np.einsum("rh,hwv,cw->rcv", rows, patches.astype(np.float32), columns, optimize=True)
-
-
-def area_weights(size: int, count: int) -> np.ndarray:
-    """f32 [count, size], of exact area averaging: each row averages `size / count` neighbours, at its ends in part."""
-    edges = np.linspace(0, size, count + 1)
-    place = np.arange(size)
-    overlap = np.minimum(edges[1:, None], place + 1) - np.maximum(edges[:-1, None], place)
-    return (np.clip(overlap, 0, None) * count / size).astype(np.float32)
 
 
 def packed(cells: np.ndarray) -> np.ndarray:

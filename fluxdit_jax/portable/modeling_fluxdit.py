@@ -129,6 +129,7 @@ class FluxDiT(ModelMixin, ConfigMixin):
       conditions: name, width and kind ("sequence" or "vector") of each, in the order of the run.
       positions: "index" or "scaled".
       mlp_hidden: of the MLPs; None: 8/3 of the width, rounded up to a multiple of 64.
+      auto_map: kept in config.json for diffusers' `AutoModel`.
     """
 
     _no_split_modules = ["Block"]  # noqa: RUF012  diffusers' name
@@ -145,6 +146,7 @@ class FluxDiT(ModelMixin, ConfigMixin):
         conditions: tuple[tuple[str, int, str], ...] = (("text", 1024, "sequence"), ("vision", 1024, "vector")),
         positions: str = "index",
         mlp_hidden: int | None = None,
+        auto_map: dict[str, str] | None = None,
     ):
         super().__init__()
         self.sequences = [name for name, _, kind in conditions if kind == "sequence"]

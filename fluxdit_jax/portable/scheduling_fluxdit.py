@@ -18,12 +18,33 @@ METHODS = {"euler": 1, "heun": 2, "rk3": 3}  # evaluations of the network, for e
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+def guide(velocities: Sequence[torch.Tensor], scales: Sequence[float], rescale: float = 0.0) -> torch.Tensor:
+    """Guidance with one scale per condition (arXiv:2211.09800, equation 3).
+
+    v_0 + s_1 (v_1 - v_0) + s_2 (v_2 - v_1) + ...; all scales at 1 give the last of them.
+
+    Args:
+      velocities: [B, N, P] each: without conditions, with the first, with the first and the second, and so on.
+      scales: of each condition, one less than velocities.
+      rescale: share by which each sample's standard deviation is pulled back to that of the last velocity
+        (arXiv:2305.08891, section 3.4).
+    """
+    guided, last = velocities[0], velocities[-1]
+    for scale, (before, after) in zip(scales, itertools.pairwise(velocities), strict=True):
+        guided = guided + scale * (after - before)
+    axes = tuple(range(1, guided.ndim))
+    factor = last.std(axes, keepdim=True, correction=0) / (guided.std(axes, keepdim=True, correction=0) + 1e-8)
+    return guided * (rescale * factor + 1 - rescale)
+
+
 class RectifiedFlowSolver(SchedulerMixin, ConfigMixin):
     """Solves dx/dt = velocity(x, t) from noise, t = 1, to a latent, t = 0.
 
     Args:
       shift: of the times, s t / (1 + (s - 1) t), as in training (arXiv:2403.03206).
     """
+
+    guide = staticmethod(guide)
 
     @register_to_config
     def __init__(self, shift: float = 1.0):
@@ -71,22 +92,3 @@ class RectifiedFlowSolver(SchedulerMixin, ConfigMixin):
             if after_step is not None:
                 after_step(number, x)
         return x
-
-
-def guide(velocities: Sequence[torch.Tensor], scales: Sequence[float], rescale: float = 0.0) -> torch.Tensor:
-    """Guidance with one scale per condition (arXiv:2211.09800, equation 3).
-
-    v_0 + s_1 (v_1 - v_0) + s_2 (v_2 - v_1) + ...; all scales at 1 give the last of them.
-
-    Args:
-      velocities: [B, N, P] each: without conditions, with the first, with the first and the second, and so on.
-      scales: of each condition, one less than velocities.
-      rescale: share by which each sample's standard deviation is pulled back to that of the last velocity
-        (arXiv:2305.08891, section 3.4).
-    """
-    guided, last = velocities[0], velocities[-1]
-    for scale, (before, after) in zip(scales, itertools.pairwise(velocities), strict=True):
-        guided = guided + scale * (after - before)
-    axes = tuple(range(1, guided.ndim))
-    factor = last.std(axes, keepdim=True, correction=0) / (guided.std(axes, keepdim=True, correction=0) + 1e-8)
-    return guided * (rescale * factor + 1 - rescale)

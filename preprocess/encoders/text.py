@@ -13,7 +13,7 @@ from preprocess.encoders import device as devices
 from preprocess.encoders import weights
 
 OPTION = "--text-encoder"
-_TOKENIZER_FILES = ("tokenizer*.json", "spiece.model", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = ("tokenizer*.json", "spiece.model", "special_tokens_map.json", "added_tokens.json")
 _BATCH_TOKENS = 8192  # padded tokens in one batch: 16 captions of 512, or 128 of 64
 _BATCH_CAPTIONS = 128
 
@@ -28,7 +28,7 @@ class T5Text:
     """
 
     def __init__(self, spec: str, device: str, dtype: str, max_tokens: int) -> None:
-        found = weights.find(spec, OPTION, weights.TRANSFORMERS_WEIGHTS, extra=_TOKENIZER_FILES)
+        found = weights.find(spec, OPTION, weights.TRANSFORMERS_WEIGHTS, extra=TOKENIZER_FILES)
         if found.config.get("model_type") not in ("t5", "mt5", "umt5"):
             raise PreprocessError(
                 f"{OPTION} {spec}: config.json says model_type {found.config.get('model_type')!r}; a T5 model is needed"

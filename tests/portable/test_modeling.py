@@ -13,11 +13,11 @@ import pytest
 import torch
 from training_helpers import lively, network_inputs, tiny_model
 
+from fluxdit_jax.exporting.torch_names import torch_arguments, torch_weights
 from fluxdit_jax.model import dit
 from fluxdit_jax.model.conditions import Condition, given
 from fluxdit_jax.portable.modeling_fluxdit import FluxDiT
 from fluxdit_jax.sampling.exported import flatten
-from fluxdit_jax.sampling.torch_names import torch_arguments, torch_weights
 
 pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.usefixtures("quick_compile")

@@ -1,0 +1,312 @@
+"""Text to image with a diffusion transformer of fluxdit_jax, as a pipeline of diffusers.
+
+    from diffusers import DiffusionPipeline
+    pipe = DiffusionPipeline.from_pretrained(DIR, trust_remote_code=True)
+    pipe("a lighthouse at dusk", seed=0, guidance_text=4).images[0].save("lighthouse.png")
+
+It draws what `python -m fluxdit_jax.sample` draws. The encoders and the VAE are those of the training set. One that is
+not bundled is fetched under its name when it is first needed; the built-in ones need no files.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from PIL import Image
+
+from .builtin import DctVae, HashText, ToneVision
+from .encoders import Size, decode, encode_picture, encode_texts, fitted
+from .noise import normal
+
+_T5 = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
+
+
+class FluxDiTPipeline(DiffusionPipeline):
+    """See the module.
+
+    Args:
+      transformer: `FluxDiT`. scheduler: `RectifiedFlowSolver`.
+      vae, text_encoder with its tokenizer, vision_encoder: of the training set; None: built in, or fetched when needed.
+      facts: what the model was trained with. encoders: vae, text and vision, with id, revision, dtype and options.
+        latent_mean, latent_std: of the latent's channels. sizes: [width, height, pictures], the most common first. fit,
+        resolution, vision_resolution: how a picture was shown to the vision encoder. text_tokens: of the longest
+        prompt; None: as the text encoder has it.
+    """
+
+    model_cpu_offload_seq = "text_encoder->vision_encoder->transformer->vae"
+    _optional_components = ["vae", "text_encoder", "tokenizer", "vision_encoder"]  # noqa: RUF012  diffusers' name
+
+    def __init__(
+        self,
+        transformer: Any,
+        scheduler: Any,
+        vae: Any = None,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        vision_encoder: Any = None,
+        facts: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        self.register_modules(
+            transformer=transformer,
+            scheduler=scheduler,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            vision_encoder=vision_encoder,
+        )
+        self.register_to_config(facts=facts)
+
+    @property
+    def sizes(self) -> list[Size]:
+        """(width, height) of the pictures that it was trained on, the most common first."""
+        return [(width, height) for width, height, pictures in self.config.facts["sizes"] if pictures]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        reference: Image.Image | None = None,
+        conditions: dict[str, np.ndarray] | None = None,
+        guidance_text: float = 1.0,
+        guidance_vision: float = 1.0,
+        guidance: dict[str, float] | None = None,
+        rescale: float = 0.0,
+        num_inference_steps: int = 32,
+        method: str = "heun",
+        width: int | None = None,
+        height: int | None = None,
+        seed: int = 0,
+        num_images_per_prompt: int = 1,
+        output_type: str = "pil",
+        callback_on_step_end: Callable[..., Any] | None = None,
+    ) -> ImagePipelineOutput:
+        """Draws pictures.
+
+        Args:
+          prompt: one or several; "" is a prompt as well.
+          reference: a picture whose light and mood to take, through the vision encoder.
+          conditions: others of the training set by name, f32: "vision" [V] instead of a reference, or a further one.
+          guidance_text, guidance_vision: 1 draws what the model learned; 3 to 7 and 1 to 3 are usual. guidance: of
+            further conditions. Each condition that is guided costs one more evaluation of the network.
+          rescale: 0 to 1, takes back the saturation of strong guidance.
+          num_inference_steps, method: of the solver: "euler", "heun" or "rk3" (1, 2 or 3 evaluations a step).
+          width, height: one of `sizes`; default: the most common.
+          seed: of the first picture, 0 to 2**31 - 1; the others count up.
+          output_type: "pil", "np" (f32 [B, H, W, 3] in 0 to 1) or "latent" (f32 [B, C, h, w] as the dataset stores it).
+          callback_on_step_end: called with the pipeline, the step's number, the time after it and
+            {"latents": tokens [B, N, P]}.
+
+        Raises:
+          ValueError: an argument that cannot be drawn; the message names it.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        self._check(prompts, rescale, seed, num_images_per_prompt, output_type)
+        size = self._size(width, height)
+        texts = [text for text in self.encode_prompts(prompts) for _ in range(num_images_per_prompt)]
+        wanted = self._wanted(texts, reference, conditions or {})
+        config, device, count = self.transformer.config, self._execution_device, len(texts)
+        columns, rows = (side // (self._factor * config.patch) for side in size)
+        shape = (rows * columns, config.channels * config.patch**2)
+        start = torch.from_numpy(np.stack([normal(seed + row, shape) for row in range(count)])).to(device)
+
+        scales = {"text": guidance_text, "vision": guidance_vision} | (guidance or {})
+        # Guidance adds the conditions one by one, in the order in which the network has them.
+        names = [name for name, *_ in config.conditions if name in wanted]
+        guided = names if any(scale != 1 for scale in scales.values()) else []
+        levels = [names[:number] for number in range(len(guided) + 1)] if guided else [names]
+        given = [{key: value for name in level for key, value in wanted[name].items()} for level in levels]
+
+        def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            # One level after the other: guidance costs time and no memory.
+            found = [self.transformer(x, t.expand(count), (rows, columns), each) for each in given]
+            if not guided:
+                return found[0]
+            return self.scheduler.guide(found, [scales.get(name, 1.0) for name in guided], rescale)
+
+        times = self.scheduler.times(num_inference_steps)
+        with self.progress_bar(total=num_inference_steps) as bar:
+
+            def after(number: int, x: torch.Tensor) -> None:
+                bar.update()
+                if callback_on_step_end is not None:
+                    callback_on_step_end(self, number, float(times[number + 1]), {"latents": x})
+
+            tokens = self.scheduler.solve(velocity, start, num_inference_steps, method, after)
+        latents = self._unpatched(tokens, rows, columns)
+        images = latents.cpu().numpy() if output_type == "latent" else self.decode(latents)
+        self.maybe_free_model_hooks()
+        if output_type == "pil":
+            images = [Image.fromarray(image) for image in images]
+        elif output_type == "np":
+            images = images.astype(np.float32) / 255
+        return ImagePipelineOutput(images=images)
+
+    def save_pretrained(self, save_directory: str | Path, *arguments: Any, **options: Any) -> None:
+        """As diffusers does it, with the code, which it leaves out."""
+        super().save_pretrained(save_directory, *arguments, **options)
+        folder = Path(save_directory)
+        index = json.loads((folder / self.config_name).read_text())
+        index["_class_name"] = ["pipeline", type(self).__name__]
+        shutil.copyfile(inspect.getfile(type(self)), folder / "pipeline.py")
+        for name in ("transformer", "scheduler"):
+            part = getattr(self, name)
+            kind = type(getattr(part, "_orig_mod", part))  # within torch.compile's
+            file = Path(inspect.getfile(kind))
+            shutil.copyfile(file, folder / name / file.name)
+            index[name] = [file.stem, kind.__name__]
+        (folder / self.config_name).write_text(json.dumps(index, indent=2))
+
+    # ------------------------------------------------------------------------------------------------- encoders
+
+    def encode_prompts(self, prompts: Sequence[str]) -> list[torch.Tensor]:
+        """bfloat16 [n, E] of each prompt, cut where training cuts."""
+        trained = self.config.facts["encoders"]["text"]
+        limit = trained["options"].get("max_tokens", 512)
+        if trained["id"] == "builtin:hash":
+            texts = [torch.from_numpy(text).to(torch.bfloat16) for text in HashText(limit).encode(list(prompts))]
+        else:
+            if self.text_encoder is None or self.tokenizer is None:
+                import transformers
+
+                directory = self._fetched("text")
+                name = _T5[transformers.AutoConfig.from_pretrained(directory).model_type]
+                self.register_modules(
+                    tokenizer=transformers.AutoTokenizer.from_pretrained(directory),
+                    text_encoder=self._loaded(getattr(transformers, name), "text", directory),
+                )
+            texts = encode_texts(self._ready("text_encoder"), self.tokenizer, prompts, limit)
+        return [text[: self.config.facts["text_tokens"]] for text in texts]
+
+    def encode_reference(self, picture: Image.Image) -> np.ndarray:
+        """f32 [V]: what the vision encoder says of a picture as the training pictures were shown to it."""
+        facts = self.config.facts
+        trained, side = facts["encoders"]["vision"], facts["resolution"]
+        seen = facts["vision_resolution"] or side
+        shown = fitted(picture, [(w * seen // side, h * seen // side) for w, h, _ in facts["sizes"]], facts["fit"])
+        if trained["id"] == "builtin:tone":
+            return ToneVision().encode(shown[None])[0]
+        if self.vision_encoder is None:
+            import transformers
+
+            model = self._loaded(transformers.AutoModel, "vision", self._fetched("vision"))
+            self.register_modules(vision_encoder=model)
+        return encode_picture(self._ready("vision_encoder"), shown, trained["options"])
+
+    def decode(self, latents: torch.Tensor) -> np.ndarray:
+        """uint8 [B, H, W, 3] of f32 [B, C, h, w]."""
+        trained = self.config.facts["encoders"]["vae"]
+        if trained["id"] == "builtin:dct":
+            return DctVae().decode(latents.cpu().numpy())
+        if self.vae is None:
+            import diffusers
+
+            kind = getattr(diffusers, trained["options"]["class"])
+            self.register_modules(vae=self._loaded(kind, "vae", self._fetched("vae")))
+        return decode(self._ready("vae"), latents.to(self._execution_device))
+
+    def _fetched(self, name: str) -> str:
+        """The folder of an encoder that is not bundled: where its id says, or the Hub's files in the cache."""
+        from huggingface_hub import snapshot_download
+
+        trained = self.config.facts["encoders"][name]
+        repository, _, revision = trained["id"].partition("@")
+        if Path(trained["id"]).is_dir():
+            folder = Path(trained["id"])
+        elif repository.count("/") == 1 and not repository.startswith((".", "/", "~")):
+            files = ["*.json", "*.safetensors", "spiece.model"]
+            files += [f"vae/{file}" for file in files] if name == "vae" else []
+            folder = Path(snapshot_download(repository, revision=trained["revision"] or revision, allow_patterns=files))
+        else:
+            raise ValueError(
+                f"the {name} encoder {trained['id']!r} of the training set is not here; load it and give it to "
+                "from_pretrained (vae=, text_encoder= with tokenizer=, vision_encoder=), or export with --bundle all"
+            )
+        return str(folder / "vae" if name == "vae" and (folder / "vae").is_dir() else folder)
+
+    def _loaded(self, kind: Any, name: str, folder: str) -> Any:
+        """In the dtype that the dataset was made with."""
+        dtype = getattr(torch, self.config.facts["encoders"][name]["dtype"])
+        return kind.from_pretrained(folder, use_safetensors=True).to(dtype).eval()
+
+    def _ready(self, name: str) -> Any:
+        """A component, on the device where this pipeline runs unless offloading looks after it."""
+        component = getattr(self, name)
+        return component if hasattr(component, "_hf_hook") else component.to(self._execution_device)
+
+    # ------------------------------------------------------------------------------------------------- arguments
+
+    @property
+    def _factor(self) -> int:
+        """Pixels a latent's side."""
+        return self.config.facts["encoders"]["vae"]["options"]["factor"]
+
+    def _check(self, prompts: list[str], rescale: float, seed: int, count: int, output_type: str) -> None:
+        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(f"prompt must be a text or several, got {prompts!r}")
+        if not 0 <= rescale <= 1:
+            raise ValueError(f"rescale must be between 0 and 1, got {rescale}")
+        if count < 1:
+            raise ValueError(f"num_images_per_prompt must be at least 1, got {count}")
+        if seed < 0 or seed + count * len(prompts) > 2**31:
+            raise ValueError(f"seed must be 0 to 2**31 - 1, counted up for every picture, got {seed}")
+        if output_type not in ("pil", "np", "latent"):
+            raise ValueError(f"output_type must be pil, np or latent, got {output_type!r}")
+
+    def _size(self, width: int | None, height: int | None) -> Size:
+        if width is None and height is None:
+            return self.sizes[0]
+        known = [(w, h) for w, h, _ in self.config.facts["sizes"]]
+        if (width, height) not in known:
+            trained = ", ".join(f"{w}x{h}" for w, h in self.sizes)
+            raise ValueError(
+                f"width x height is {width}x{height}, which this model was not trained on. It was on {trained}"
+            )
+        return width, height
+
+    def _wanted(
+        self, texts: list[torch.Tensor], reference: Image.Image | None, conditions: dict[str, np.ndarray]
+    ) -> dict[str, dict[str, torch.Tensor]]:
+        """What the network is given of each condition, for all pictures."""
+        given = {name: np.asarray(value, np.float32) for name, value in conditions.items()}
+        if reference is not None:
+            given["vision"] = self.encode_reference(reference)
+        kinds = {name: (width, kind == "sequence") for name, width, kind in self.transformer.config.conditions}
+        lengths = [len(text) for text in texts]
+        text = torch.zeros(len(texts), max(lengths), texts[0].shape[1], dtype=texts[0].dtype)
+        for row, one in enumerate(texts):
+            text[row, : len(one)] = one
+        wanted = {"text": {"text": text, "text_length": torch.tensor(lengths)}}
+        for name, value in given.items():
+            if name not in kinds or name == "text":
+                others = ", ".join(other for other in kinds if other != "text")
+                raise ValueError(f"conditions has {name!r}; besides the prompt this model takes {others}")
+            width, sequence = kinds[name]
+            if value.ndim != 1 + sequence or value.shape[-1] != width:
+                raise ValueError(
+                    f"conditions[{name!r}] must be {'[tokens, ' if sequence else '['}{width}], got {list(value.shape)}"
+                )
+            wanted[name] = {name: torch.from_numpy(value).expand(len(texts), *value.shape)}
+            if sequence:
+                wanted[name][f"{name}_length"] = torch.full((len(texts),), len(value))
+        device = self._execution_device
+        return {name: {key: value.to(device) for key, value in parts.items()} for name, parts in wanted.items()}
+
+    def _unpatched(self, tokens: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        """Tokens [B, N, P] to latents f32 [B, C, h, w] as the dataset stores them."""
+        facts, config = self.config.facts, self.transformer.config
+        C, p = config.channels, config.patch
+        grid = tokens.float().reshape(len(tokens), rows, columns, p, p, C)
+        latents = grid.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), C, rows * p, columns * p)
+        mean, std = (
+            torch.tensor(facts[name], device=tokens.device)[:, None, None] for name in ("latent_mean", "latent_std")
+        )
+        return latents * std + mean

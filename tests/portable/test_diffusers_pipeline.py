@@ -1,0 +1,275 @@
+"""The exported pipeline in diffusers against `fluxdit_jax.sample`: built-in encoders, and tiny real ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from build_fixtures import options
+from diffusers import AutoModel, DiffusionPipeline
+from drawing_helpers import config
+from PIL import Image
+from safetensors.numpy import load_file
+from training_helpers import lively
+from wording import naming
+
+from fluxdit_jax import export as command
+from fluxdit_jax.dataset.manifest import Manifest, load_manifest
+from fluxdit_jax.export import export
+from fluxdit_jax.exporting import diffusers_folder
+from fluxdit_jax.model import dit
+from fluxdit_jax.run.checkpoint import Checkpoints
+from fluxdit_jax.run.run_directory import record_start
+from fluxdit_jax.sample import sample
+from fluxdit_jax.sampling.arguments import parse_arguments
+from fluxdit_jax.sampling.exported import ExportError
+from fluxdit_jax.settings import resolve
+from preprocess.build.build import build
+
+pytest_plugins = ("training_fixtures",)
+pytestmark = pytest.mark.usefixtures("quick_compile")
+TRUSTED = {"trust_remote_code": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """A folder with photos/, ds/, run/ and exported/, which diffusers draws from."""
+
+    root: Path
+    manifest: Manifest
+
+    def ours(self, *given: str) -> list[np.ndarray]:
+        out = str(self.root / "ours.png")
+        return sample(parse_arguments(["--workdir", str(self.root / "run"), "--out", out, *given]))
+
+    def pipe(self, folder: str = "exported", **more: Any) -> Any:
+        pipe = DiffusionPipeline.from_pretrained(self.root / folder, **TRUSTED, **more)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+
+def make(root: Path, draw_photo: Any, bundle: str = "none", **encoders: Any) -> Scene:
+    (root / "photos").mkdir()
+    for number in range(3):
+        height, width = (64, 160) if number else (96, 96)
+        Image.fromarray(draw_photo(height, width, number)).save(root / "photos" / f"p{number}.png")
+        (root / "photos" / f"p{number}.txt").write_text(f"photo number {number} of a dog")
+    build(options(root / "photos", root / "ds", resolution=64, holdout=0.0, **encoders))
+    manifest = load_manifest(root / "ds")
+    c = config(root / "ds", root / "run")
+    c.model.width, c.model.depth, c.flow.shift = 32, 2, 2.0
+    settings = resolve(c, manifest)
+    with Checkpoints(root / "run", keep=2) as checkpoints:
+        checkpoints.save_ema(3, lively(dit.build(settings.model)[1], seed=3, scale=0.1))
+    record_start(root / "run", c, manifest)
+    export(root / "run", root / "exported", form="diffusers", license="cc0-1.0", bundle=bundle)
+    return Scene(root, manifest)
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory, draw_photo, quick_compile) -> Scene:
+    return make(tmp_path_factory.mktemp("builtin"), draw_photo)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory, draw_photo, quick_compile, tiny_vae_dir, tiny_t5_dir, tiny_dino_dir) -> Scene:
+    encoders = {"vae": str(tiny_vae_dir), "text_encoder": str(tiny_t5_dir), "vision_encoder": str(tiny_dino_dir)}
+    return make(tmp_path_factory.mktemp("real"), draw_photo, bundle="all", **encoders)
+
+
+def within_one_level(theirs: list[Any], ours: list[np.ndarray]) -> None:
+    assert len(theirs) == len(ours)
+    for a, b in zip(theirs, ours, strict=True):
+        pixels = np.asarray(a).astype(int)
+        assert pixels.shape == b.shape and np.std(b) > 5
+        assert np.abs(pixels - b).max() <= 1
+
+
+REQUESTS = {
+    "prompt": ([], {}),
+    "guided": (["--guidance-text", "3", "--rescale", "0.5", "--method", "euler"],
+               {"guidance_text": 3.0, "rescale": 0.5, "method": "euler"}),
+    "reference": (["--reference", "p0", "--guidance-text", "2", "--guidance-vision", "1.5", "--method", "rk3"],
+                  {"reference": "p0", "guidance_text": 2.0, "guidance_vision": 1.5, "method": "rk3"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("request_", REQUESTS)
+@pytest.mark.parametrize("name", ["scene", "real"])
+def test_pictures_are_those_of_sample(name, request_, request):
+    """Two prompts of unequal length, two pictures each, in a size that is not the most common."""
+    here = request.getfixturevalue(name)
+    theirs, given = REQUESTS[request_][0], dict(REQUESTS[request_][1])
+    photo = here.root / "photos" / "p0.png"
+    if "reference" in given:
+        given["reference"] = Image.open(photo)
+    words = [str(photo) if word == "p0" else word for word in theirs]
+    ours = here.ours("--prompt", "a dog", "--prompt", "photo number 2 of a cat", "--count", "2", "--seed", "5",
+                     "--size", "64x64", "--steps", "3", *words)  # fmt: skip
+    drawn = here.pipe()(["a dog", "photo number 2 of a cat"], num_images_per_prompt=2, seed=5, width=64, height=64,
+                        num_inference_steps=3, **given).images  # fmt: skip
+    within_one_level(drawn, ours)
+
+
+def test_the_most_common_size_is_drawn_and_latents_and_numbers_can_be_had(scene):
+    pipe = scene.pipe()
+    seen = []
+    given = {"num_inference_steps": 2, "output_type": "np"}
+    (picture,) = pipe("a dog", **given, callback_on_step_end=lambda p, k, t, x: seen.append((k, t))).images
+    width, height = pipe.sizes[0]
+    assert width != height and picture.shape == (height, width, 3) and 0 <= picture.min() < picture.max() <= 1
+    assert [k for k, _ in seen] == [0, 1] and seen[-1][1] == 0.0 < seen[0][1] < 1
+    latents = pipe("a dog", num_inference_steps=2, output_type="latent").images
+    assert latents.shape == (1, 16, height // 8, width // 8)
+    np.testing.assert_array_equal(pipe.decode(torch.from_numpy(latents))[0], np.rint(picture * 255).astype(np.uint8))
+
+
+def test_a_vector_can_be_given_instead_of_a_reference(scene):
+    pipe, photo = scene.pipe(), Image.open(scene.root / "photos" / "p1.png")
+    given = {"num_inference_steps": 2, "output_type": "latent"}
+    by_picture = pipe("a dog", reference=photo, **given).images
+    by_vector = pipe("a dog", conditions={"vision": pipe.encode_reference(photo)}, **given).images
+    np.testing.assert_array_equal(by_vector, by_picture)
+    assert np.abs(pipe("a dog", **given).images - by_picture).max() > 0.05
+
+
+def test_it_draws_in_a_process_without_jax_and_this_project(scene, tmp_path):
+    code = (
+        "import sys\n"
+        "from diffusers import DiffusionPipeline\n"
+        f"pipe = DiffusionPipeline.from_pretrained({str(scene.root / 'exported')!r}, trust_remote_code=True)\n"
+        "pipe('a dog', num_inference_steps=1).images[0].save('drawn.png')\n"
+        "print([name for name in ('jax', 'flax', 'fluxdit_jax', 'preprocess') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "[]"
+    within_one_level([Image.open(tmp_path / "drawn.png")], scene.ours("--prompt", "a dog", "--steps", "1"))
+
+
+def test_nothing_is_run_without_trust(scene):
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        DiffusionPipeline.from_pretrained(scene.root / "exported")
+
+
+@pytest.mark.parametrize("name", ["scene", "real"])
+def test_it_can_be_saved_and_loaded_again(name, request, tmp_path):
+    here = request.getfixturevalue(name)
+    pipe = here.pipe()
+    pipe.save_pretrained(tmp_path / "again")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "again", **TRUSTED)
+    given = {"num_inference_steps": 2, "output_type": "latent"}
+    np.testing.assert_array_equal(again("a dog", **given).images, pipe("a dog", **given).images)
+
+
+def test_the_network_alone_is_found_by_auto_model(scene):
+    found = AutoModel.from_pretrained(str(scene.root / "exported" / "transformer"), **TRUSTED)
+    assert type(found).__name__ == "FluxDiT" and found.config.width == 32
+
+
+def test_a_compiled_network_draws_the_same(scene):
+    pipe = scene.pipe()
+    given = {"num_inference_steps": 1, "method": "euler", "output_type": "latent"}
+    plain = pipe("a dog", **given).images
+    pipe.transformer = torch.compile(pipe.transformer, backend="aot_eager")
+    np.testing.assert_allclose(pipe("a dog", **given).images, plain, atol=1e-4)
+
+
+def test_bfloat16_is_near(scene, tmp_path):
+    """Weights stored in bfloat16, computed with as such, and as f32."""
+    export(scene.root / "run", tmp_path / "half", form="diffusers", license="other", dtype="bfloat16")
+    stored = load_file(tmp_path / "half" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {array.dtype.name for array in stored.values()} == {"bfloat16"}
+    given = {"num_inference_steps": 4, "output_type": "latent"}
+    exact = scene.pipe()("a dog", **given).images
+    for dtype in (torch.bfloat16, torch.float32):
+        pipe = DiffusionPipeline.from_pretrained(tmp_path / "half", dtype=dtype, **TRUSTED)
+        assert pipe.transformer.dtype is dtype
+        difference = np.abs(pipe("a dog", **given).images - exact).max() / np.abs(exact).max()
+        assert 0 < difference < 0.05, dtype
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"width": 64, "height": 72}, ("64x72", "trained")),
+        ({"seed": -1}, ("seed", -1)),
+        ({"method": "dopri"}, ("method", "dopri")),
+        ({"rescale": 2.0}, ("rescale", 2.0)),
+        ({"output_type": "tiff"}, ("output_type", "tiff")),
+        ({"conditions": {"depth": np.zeros(3)}}, ("depth", "vision")),
+        ({"conditions": {"vision": np.zeros(3)}}, ("vision", 1024, 3)),
+        ({"prompt": []}, ("prompt",)),
+    ],
+)
+def test_what_cannot_be_drawn_is_named(scene, given, words):
+    with pytest.raises(ValueError, match=naming(*words)):
+        scene.pipe()(**({"prompt": "a dog", "num_inference_steps": 1} | given))
+
+
+# ------------------------------------------------------------------------------------------------- the export
+
+
+def test_the_card_has_the_licence_and_the_use(scene):
+    card = (scene.root / "exported" / "README.md").read_text()
+    assert "license: cc0-1.0" in card and "library_name: diffusers" in card and "DiffusionPipeline" in card
+    assert "not validated" in card
+
+
+@pytest.mark.parametrize(("license", "words"), [(None, ("--license", "missing")), ("My Licence", ("My Licence",))])
+def test_a_licence_is_not_guessed(scene, tmp_path, license, words):
+    with pytest.raises(ExportError, match=naming(*words)):
+        export(scene.root / "run", tmp_path / "out", form="diffusers", license=license)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bundled_encoders_are_those_of_the_dataset(real, tmp_path):
+    folder = real.root / "exported"
+    for name in ("vae", "text_encoder", "vision_encoder"):
+        assert list((folder / name).glob("*.safetensors"))
+    index = json.loads((folder / diffusers_folder.INDEX).read_text())
+    moved = dataclasses.replace(real.manifest.text, sha256="0" * 64)
+    assert index["facts"]["encoders"]["text"]["sha256"] == real.manifest.text.sha256
+    with pytest.raises(ExportError, match=naming("--bundle all", "text", "000000000000")):
+        diffusers_folder._encoder(tmp_path, "text", moved, "all")
+
+
+def test_without_bundling_they_are_found_where_the_dataset_found_them(real, tmp_path):
+    export(real.root / "run", tmp_path / "named", form="diffusers", license="other")
+    assert not (tmp_path / "named" / "vae").exists()
+    given = {"num_inference_steps": 1, "seed": 2}
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "named", **TRUSTED)
+    assert pipe.vae is None
+    photo = Image.open(real.root / "photos" / "p1.png")
+    a, b = pipe("a dog", reference=photo, **given).images[0], real.pipe()("a dog", reference=photo, **given).images[0]
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    pipe.config.facts["encoders"]["vae"]["id"] = str(tmp_path / "gone")
+    pipe.vae = None
+    with pytest.raises(ValueError, match=naming("vae", "gone", "--bundle all")):
+        pipe("a dog", **given)
+
+
+def test_an_export_over_another_leaves_no_half(scene, tmp_path, monkeypatch):
+    """While files are replaced the index is missing; the new one comes last."""
+    out = tmp_path / "out"
+    export(scene.root / "run", out, form="diffusers", license="other")
+    moved = []
+    replace = Path.replace
+
+    def watched(self, target):
+        if command.WORK in self.parts and command.WORK not in Path(target).parts:
+            moved.append((Path(target).name, (out / diffusers_folder.INDEX).exists()))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", watched)
+    export(scene.root / "run", out, form="diffusers", license="other")
+    assert moved[-1] == (diffusers_folder.INDEX, False) and len(moved) > 6
+    assert not any(there for _, there in moved)
+    assert not (out / command.WORK).exists()
