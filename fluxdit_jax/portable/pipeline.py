@@ -264,13 +264,11 @@ class FluxDiTPipeline(DiffusionPipeline):
     def _size(self, width: int | None, height: int | None) -> Size:
         if width is None and height is None:
             return self.sizes[0]
-        known = [(w, h) for w, h, _ in self.config.facts["sizes"]]
-        if (width, height) not in known:
-            trained = ", ".join(f"{w}x{h}" for w, h in self.sizes)
-            raise ValueError(
-                f"width x height is {width}x{height}, which this model was not trained on. It was on {trained}"
-            )
-        return width, height
+        for w, h, _ in self.config.facts["sizes"]:
+            if (w, h) == (width, height):
+                return int(w), int(h)
+        trained = ", ".join(f"{w}x{h}" for w, h in self.sizes)
+        raise ValueError(f"{width}x{height} (width x height): this model was not trained on it, but on {trained}")
 
     def _wanted(
         self, texts: list[torch.Tensor], reference: Image.Image | None, conditions: dict[str, np.ndarray]
