@@ -168,6 +168,10 @@ KEYS = {
     "checkpoint.minutes": Key(30.0, "between resumable checkpoints; the first comes after a tenth", POSITIVE),
     "checkpoint.keep": Key(2, "resumable checkpoints kept", POSITIVE),
     "checkpoint.ema_every": Key(5000, "steps between EMA weights; all are kept", POSITIVE),
+    "checkpoint.after": Key(
+        "", "command run in the background after each complete save, with {checkpoint} and {workdir}; empty: none"
+    ),
+    "checkpoint.after_minutes": Key(30.0, "the command is killed after", POSITIVE),
     # health, log
     "health.action": Key("warn", "what a diagnosis does: warn, stop", one_of("warn", "stop")),
     "health.max_skipped": Key(
@@ -187,6 +191,7 @@ KEYS = {
     "log.heldout_count": Key(128, "pictures of the holdout split", POSITIVE),
     "log.peak_tflops": Key(float, "of one device in bfloat16, for the MFU; None: by the device's name", POSITIVE),
     "log.vae": Key(str, "directory or id of the decoder; None: the one named in the dataset", path=True),
+    "log.tracker": Key("", "MODULE:OBJECT that gets what TensorBoard gets; empty: none"),
     # score, plan, gate, mesh, resume
     "score.every": Key(0, "steps between scores of what is drawn for held-out captions; 0: none", NOT_NEGATIVE),
     "score.count": Key(256, "captions of the holdout split", TWO_OR_MORE),

@@ -33,6 +33,7 @@ from fluxdit_jax.plan import in_words
 from fluxdit_jax.prepared import Prepared, of_one_image_set
 from fluxdit_jax.program import Program
 from fluxdit_jax.run import continuation, reporting
+from fluxdit_jax.run.after_save import AfterSave
 from fluxdit_jax.run.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -46,6 +47,7 @@ from fluxdit_jax.run.run_directory import RunError, RunLock, check_resume, diffe
 from fluxdit_jax.run.signals import Signals
 from fluxdit_jax.run.soundness import BrokenRun
 from fluxdit_jax.run.timer import IntervalTimer
+from fluxdit_jax.run.tracker import Tracker
 from fluxdit_jax.run.weights import Weights, places, restore_weights
 from fluxdit_jax.shared import cli
 from fluxdit_jax.shared.host_memory import keep_freed_memory
@@ -97,7 +99,11 @@ def train(config: ConfigDict) -> int:
                 overview.describe_memory(each)
 
         # ------------------------------------------------------------ the state: resumed, continued or new
-        checkpoints = closing.enter_context(Checkpoints(workdir, config.checkpoint.keep))
+        saved = None
+        if jax.process_index() == 0:
+            after = AfterSave(config.checkpoint.after, workdir, config.checkpoint.after_minutes)
+            saved = closing.enter_context(after).saved
+        checkpoints = closing.enter_context(Checkpoints(workdir, config.checkpoint.keep, saved=saved))
         position = _first_position(config, first, checkpoints)
         step = int(position.state.step)
         ends = [each.stage.last for each in stages]
@@ -110,7 +116,10 @@ def train(config: ConfigDict) -> int:
         trace = Trace(workdir / "profile", configuration.profile_steps(config.profile) if config.profile else range(0))
         closing.callback(trace.stop)
         save_timer, show_timer = IntervalTimer(config.checkpoint.minutes), IntervalTimer(config.log.minutes)
-        writer = MetricsWriter(workdir, step, enabled=jax.process_index() == 0)
+        tracker = None
+        if config.log.tracker and jax.process_index() == 0:
+            tracker = Tracker(config.log.tracker, workdir, flatten(config.to_dict()), step)
+        writer = MetricsWriter(workdir, step, enabled=jax.process_index() == 0, tracker=tracker)
         closing.callback(writer.close)
         if step == 0:
             writer.hyperparameters(flatten(config.to_dict()))

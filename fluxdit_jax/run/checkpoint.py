@@ -55,11 +55,13 @@ class CheckpointError(Exception):
 class Checkpoints:
     """Saves and restores one run's checkpoints. Use as a context manager, or `close` it."""
 
-    def __init__(self, workdir: Path, keep: int, read_only: bool = False):
+    def __init__(self, workdir: Path, keep: int, read_only: bool = False, saved: Callable[[Path], None] | None = None):
         """
         Args:
           keep: resumable checkpoints kept. read_only: touches nothing, not even what a killed process left.
+          saved: called with each checkpoint that is complete.
         """
+        self._saved = saved
         self._root = workdir.absolute()
         self._keep, self._read_only = keep, read_only
         self._pending: tuple[str, int] | None = None  # folder that is being written to, and the step: one at a time
@@ -112,8 +114,7 @@ class Checkpoints:
             if step not in self._own:
                 raise CheckpointError(f"{self._root / CHECKPOINTS / str(step)} is there already: move it away")
             return True
-        fault = state_fault(state)
-        if fault:
+        if fault := state_fault(state):
             raise BrokenRun(f"the state of step {step} is not saved: {fault}. {_LOWER_RATE}")
         self._own.add(step)
         meta = json.loads(json.dumps(meta))  # the caller's lists grow while it is being written
@@ -143,8 +144,7 @@ class Checkpoints:
             if ema_digest(self._root, step, folder) != digest:
                 raise CheckpointError(f"{path} is there already, with other numbers: move it away")
             return True
-        fault = weights_fault(ema)
-        if fault:
+        if fault := weights_fault(ema):
             raise BrokenRun(f"the EMA weights of step {step} are not saved: {fault}. {_LOWER_RATE}")
 
         def write() -> None:
@@ -190,6 +190,8 @@ class Checkpoints:
             return
         if folder == CHECKPOINTS:
             self._note(step)
+            if self._saved is not None:
+                self._saved(self._root / CHECKPOINTS / str(step))
 
     def _note(self, step: int) -> None:
         """Says once in the run's history that a checkpoint is complete: from then on one must be there."""

@@ -16,6 +16,7 @@ import numpy as np
 
 from fluxdit_jax.run.scalars import LAYOUT, on_board
 from fluxdit_jax.run.summary_writer import SummaryWriter
+from fluxdit_jax.run.tracker import Tracker
 from fluxdit_jax.shared.atomic_files import Appended, write_whole
 
 log = logging.getLogger(__name__)
@@ -44,11 +45,13 @@ class MetricsWriter:
     see `atomic_files.Appended` and `SummaryWriter`.
     """
 
-    def __init__(self, workdir: Path, step: int, enabled: bool = True):
+    def __init__(self, workdir: Path, step: int, enabled: bool = True, tracker: Tracker | None = None):
         """
         Args:
           step: the run's step now. enabled: False writes nothing (all processes of a run but one).
+          tracker: gets scalars and pictures as well.
         """
+        self._tracker = tracker
         path = workdir / METRICS if enabled else Path(os.devnull)
         first = _first(step)
         if enabled and path.exists():
@@ -67,6 +70,8 @@ class MetricsWriter:
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         if self._board is not None:
             self._board.scalars(step, {on_board(name): value for name, value in values.items()})
+        if self._tracker is not None:
+            self._tracker.scalars(step, values)
 
     def text(self, step: int, name: str, text: str) -> None:
         """A message, under `name` in TensorBoard's text page and as a string in `metrics.jsonl`."""
@@ -84,9 +89,13 @@ class MetricsWriter:
     def image(self, step: int, name: str, image_HxWx3: np.ndarray) -> None:
         if self._board is not None:
             self._board.image(step, name, image_HxWx3)
+        if self._tracker is not None:
+            self._tracker.image(step, name, image_HxWx3)
 
     def close(self) -> None:
         self._file.close()
+        if self._tracker is not None:
+            self._tracker.close()
         if self._board is not None:
             self._board.close()
 

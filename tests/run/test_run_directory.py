@@ -107,7 +107,8 @@ def test_a_change_of_the_mathematics_is_refused_by_key_with_both_values(config, 
 
 MAY_CHANGE = {
     "workdir", "profile", "device_memory_gb", "data.path", "data.micro_batch_size", "data.threads", "data.prefetch",
-    "data.on_corrupt", "model.remat", "checkpoint.minutes", "checkpoint.keep", "checkpoint.ema_every", "health.action",
+    "data.on_corrupt", "model.remat", "checkpoint.minutes", "checkpoint.keep", "checkpoint.ema_every",
+    "checkpoint.after", "checkpoint.after_minutes", "log.tracker", "health.action",
     "health.max_skipped", "log.every", "log.minutes", "log.preview_every", "log.preview_count", "log.preview_steps",
     "log.preview_guidance", "log.heldout_every", "log.heldout_count", "log.peak_tflops", "log.vae",
     "score.every", "score.count", "score.references", "score.steps", "score.vision_encoder", "score.device",

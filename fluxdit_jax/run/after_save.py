@@ -1,0 +1,131 @@
+"""A command that runs in the background after each complete save, to copy what is saved to another machine."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from fluxdit_jax.config import ConfigError
+
+log = logging.getLogger(__name__)
+OUTPUT = "after_save.log"
+NICENESS = 10
+
+
+class AfterSave:
+    """Runs a command for one checkpoint at a time. Use as a context manager.
+
+    What is saved while it runs waits, and of several that wait only the newest is done. It never stops the run: a
+    command that fails, or takes longer than it may, is named in the log, and the next save is tried again.
+    """
+
+    def __init__(self, command: str, workdir: Path, minutes: float):
+        """
+        Args:
+          command: as in `config.checkpoint.after`; empty: nothing is run. minutes: it is killed after.
+
+        Raises:
+          ConfigError: the command cannot be read.
+        """
+        self._workdir, self._seconds = workdir.absolute(), 60 * minutes
+        try:
+            self._words = shlex.split(command)
+            for word in self._words:
+                word.format(checkpoint="", workdir="")
+        except (ValueError, KeyError, IndexError) as error:
+            raise ConfigError(
+                f"config.checkpoint.after is {command!r}: {error!r}; it must be a command with {{checkpoint}} and "
+                "{workdir} that no shell reads: for pipes and variables give bash -c '...'"
+            ) from error
+        self._changed = threading.Condition()
+        self._waiting: Path | None = None
+        self._running: Path | None = None
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> AfterSave:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Waits for what still runs or waits: the last save is the one that matters."""
+        with self._changed:
+            if self._busy:
+                log.info("waiting for config.checkpoint.after, at most %.3g minutes for a save", self._seconds / 60)
+            while self._busy:
+                self._changed.wait(1.0)
+
+    @property
+    def _busy(self) -> bool:
+        return self._waiting is not None or self._running is not None
+
+    def saved(self, checkpoint: Path) -> None:
+        """Says that a checkpoint is complete; returns at once."""
+        if not self._words:
+            return
+        with self._changed:
+            self._waiting = checkpoint
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._work, name="after save", daemon=True)
+                self._thread.start()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._running, self._waiting = self._waiting, None
+                self._changed.notify_all()
+                if self._running is None:
+                    self._thread = None
+                    return
+            try:
+                self._run(self._running)
+            except Exception as error:  # noqa: BLE001  whatever it is, training goes on
+                log.warning("config.checkpoint.after could not be run for %s: %s", self._running, error)
+
+    def _locked(self, file: BinaryIO) -> bool:
+        """Waits for a command of an earlier process, as long as one may take; False if it is still there."""
+        until = time.monotonic() + self._seconds
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    return False
+                time.sleep(0.2)
+
+    def _run(self, checkpoint: Path) -> None:
+        words = [word.format(checkpoint=checkpoint, workdir=self._workdir) for word in self._words]
+        output = self._workdir / OUTPUT
+        # The command's output holds the lock as long as it lives: that of a run that was killed may still be there.
+        with output.open("ab") as file:
+            if not self._locked(file):
+                log.warning("config.checkpoint.after: an earlier one still runs; %s is not done", checkpoint.name)
+                return
+            file.truncate(0)  # of the last one only: it must not fill the disk over weeks
+            process = subprocess.Popen(
+                words, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
+            try:
+                code: Any = process.wait(self._seconds)
+            except subprocess.TimeoutExpired:
+                code = f"killed after {self._seconds / 60:.3g} minutes (checkpoint.after_minutes)"
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # the command, or what it has left behind
+            process.wait()
+        if code:
+            said = output.read_bytes()[-2000:].decode("utf-8", "replace").strip().splitlines() or ["-"]
+            why = f"exit code {code}" if isinstance(code, int) else code
+            words = "config.checkpoint.after failed for %s: %s: %s (all it said: %s)"
+            log.warning(words, checkpoint.name, why, said[-1], output)
+        else:
+            log.info("config.checkpoint.after is done for checkpoint %s", checkpoint.name)
