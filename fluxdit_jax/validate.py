@@ -34,6 +34,7 @@ from fluxdit_jax.dataset.records import Record
 from fluxdit_jax.device import devices
 from fluxdit_jax.gate.advice import advise, by_cause
 from fluxdit_jax.gate.edit import EditError
+from fluxdit_jax.gate.noise_levels import of_lights
 from fluxdit_jax.gate.page import write_page
 from fluxdit_jax.gate.report import FOLDER, Circumstances, build_report, write_tensorboard
 from fluxdit_jax.gate.retrieval import Library
@@ -145,7 +146,9 @@ def validate(arguments: argparse.Namespace) -> int:
     # ------------------------------------------------------------ measuring
     measuring = time.monotonic()
     measured = [test.measure(sampler, library) for test in tests]
-    verdicts = advise(measured, subject.log, subject.weights.step, subject.config.train.steps)
+    manifest, flow = subject.manifest, subject.settings.flow
+    levels = of_lights(subject.records, subject.grid, manifest.latent_mean, manifest.latent_std, flow)
+    verdicts = advise(measured, subject.log, subject.weights.step, subject.config.train.steps, levels)
     seconds["measure"] = time.monotonic() - measuring
     seconds["total"] = time.monotonic() - started
 

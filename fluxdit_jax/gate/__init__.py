@@ -7,8 +7,9 @@
     swap.py          2: the caption of one photograph with the vector of another
     edit.py          3: the caption of the other view
     verdict.py       what a test found: value, threshold, controls, cases
+    noise_levels.py  how much of the training teaches the light
     advice.py        where to look when one fails
-    page.py          the report for people (charts.py and style.py are its drawings and its looks)
+    page.py          the report for people
     requirement.py   what training asks of a report before it starts
 
 A test is a plan (what to draw, and which picture of the set is right) and a measure (what the drawings retrieve). Both

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from fluxdit_jax.gate.noise_levels import NoiseLevels
 from fluxdit_jax.gate.training import LEARNED, Training, read_training
 from fluxdit_jax.gate.verdict import Verdict, percent
 
@@ -47,12 +48,14 @@ def advise(
     log: list[dict[str, Any]],
     step: int | None = None,
     planned: int | None = None,
+    levels: NoiseLevels | None = None,
 ) -> list[Verdict]:
     """The verdicts with advice for those that did not pass; `by_cause` is the same for people.
 
     Args:
       verdicts: of the three tests, in order.
       log, step, planned: see `read_training`.
+      levels: of the set's lights.
     """
     memorisation, swap, edit = verdicts
     training = read_training(log, step, planned)
@@ -60,7 +63,7 @@ def advise(
     told = []
     edited = functools.partial(_edit, remembered=memorisation.numbers["retrieved"])
     for verdict, own in ((memorisation, _memorisation), (swap, _swap), (edit, edited)):
-        found = _found(verdict, training, general, own)
+        found = [*_levels(verdict, levels), *_found(verdict, training, general, own)]
         causes = list(dict.fromkeys(cause for cause, _ in found))
         lines = [(cause, line) for name in causes for cause, line in found if cause == name]
         for name in causes:
@@ -70,6 +73,17 @@ def advise(
         advice, names = tuple(line for _, line in lines), tuple(cause for cause, _ in lines)
         told.append(dataclasses.replace(verdict, advice=advice, causes=names))
     return told
+
+
+def _levels(verdict: Verdict, levels: NoiseLevels | None) -> Advice:
+    if verdict.passed or not verdict.judged or levels is None or not levels.too_few:
+        return []
+    seen = (
+        f"Only {100 * levels.share:.2g} % of the training's samples are so noisy (t above {levels.time:.3f}) that the "
+        f"light must come from the vector; the others show it. Train with --config.flow.shift={levels.shift:.0f}, "
+        "which makes it 6 %."
+    )
+    return [("time shift", seen)]
 
 
 def _found(

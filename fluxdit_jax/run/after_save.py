@@ -125,7 +125,7 @@ class AfterSave:
         if code:
             said = output.read_bytes()[-2000:].decode("utf-8", "replace").strip().splitlines() or ["-"]
             why = f"exit code {code}" if isinstance(code, int) else code
-            words = "config.checkpoint.after failed for %s: %s: %s (all it said: %s)"
-            log.warning(words, checkpoint.name, why, said[-1], output)
+            form = "config.checkpoint.after failed for %s: %s: %s (all it said: %s)"
+            log.warning(form, checkpoint.name, why, said[-1], output)
         else:
             log.info("config.checkpoint.after is done for checkpoint %s", checkpoint.name)

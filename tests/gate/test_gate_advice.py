@@ -5,6 +5,7 @@ import re
 import pytest
 
 from fluxdit_jax.gate.advice import LOOK, advise, by_cause
+from fluxdit_jax.gate.noise_levels import NoiseLevels
 from fluxdit_jax.gate.training import read_training
 from fluxdit_jax.gate.verdict import Control, Verdict, not_judged
 
@@ -371,3 +372,13 @@ def test_the_cause_behind_most_tests_comes_first():
     assert len(text.lines) == 3 and text.lines[-1] == LOOK["text path"]
     failing = {"memorisation": {}, "vision_swap": {"right_row": 0.5}, "text_edit": {"stayed": 0.5}}
     assert [cause.name for cause in by_cause(advise(verdicts(failing), FLAT))] == ["text path", "unfinished pictures"]
+
+
+@pytest.mark.parametrize(("share", "named"), [(0.0016, True), (0.06, False)])
+def test_a_time_shift_that_hardly_teaches_the_light_comes_first(share, named):
+    numbers = {"retrieved": 0.81, "right_light": 0.81}
+    levels = NoiseLevels(time=0.9896, share=share, shift=20.1)
+    told = advise(verdicts({"memorisation": numbers}), FLAT, levels=levels)[0]
+    assert (told.causes[0] == "time shift") == named
+    if named:
+        assert "0.16 %" in told.advice[0] and "0.990" in told.advice[0] and "flow.shift=20" in told.advice[0]

@@ -1,0 +1,69 @@
+"""How much of the training teaches which light a condition asks for: the samples that are too noisy to show it.
+
+A noisy latent x_t = (1 - t) x + t noise shows by itself which of two pictures it was made from where their distance
+is clearly above the noise: (1 - t) / t |a - b| > 2, the best detector's ratio of signal to noise. Only above that
+time must the network read its conditions. Distances grow with the square root of the number of tokens, so one time
+shift leaves less and less of the training there as pictures grow (the ratio of arXiv:2403.03206, section 5.3.2).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from fluxdit_jax.dataset.grid import Grid
+from fluxdit_jax.dataset.records import Record
+from fluxdit_jax.flow import FlowConfig, time_at_quantile
+
+CLEAR = 2.0  # signal to noise above which two pictures are told apart in 98 of 100 cases
+LITTLE = 0.02  # share of the samples below which the light is hardly taught
+ENOUGH = 0.06  # what a shift is proposed for: configs/demo.py has it at 128 px
+_QUANTILES = 20_000
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseLevels:
+    """Attributes:
+    time: above it a noisy picture does not show its light.
+    share: of the training's samples above it.
+    shift: the time shift at which `ENOUGH` of them are.
+    """
+
+    time: float
+    share: float
+    shift: float
+
+    @property
+    def too_few(self) -> bool:
+        return self.share < LITTLE
+
+
+def of_lights(
+    records: Sequence[Record], grid: Grid, mean: Sequence[float], std: Sequence[float], flow: FlowConfig
+) -> NoiseLevels | None:
+    """Of the median pair of lights of a photograph; None without such pairs.
+
+    Args:
+      mean, std: of the latent's channels.
+    """
+    shift, scale = (np.asarray(values, np.float32)[:, None, None] for values in (mean, std))
+    views: dict[tuple[str, str], list[np.ndarray]] = {}
+    for record in records:
+        if record.key in grid:
+            place = grid[record.key]
+            latent = (np.asarray(record.latent, np.float32) - shift) / scale
+            views.setdefault((place.photograph, place.view), []).append(latent)
+    pairs = [pair for latents in views.values() for pair in itertools.combinations(latents, 2)]
+    distances = [float(np.linalg.norm(a - b)) for a, b in pairs if a.shape == b.shape]
+    if not distances or not np.median(distances):
+        return None
+    time = 1 / (1 + CLEAR / float(np.median(distances)))
+    u = (jnp.arange(_QUANTILES) + 0.5) / _QUANTILES
+    share = float(np.mean(np.asarray(time_at_quantile(flow, u)) > time))
+    # Of the times before the shift, those above q become those above s q / (1 + (s - 1) q).
+    q = float(np.quantile(np.asarray(time_at_quantile(dataclasses.replace(flow, shift=1.0), u)), 1 - ENOUGH))
+    return NoiseLevels(time, share, time * (1 - q) / (q * (1 - time)))
