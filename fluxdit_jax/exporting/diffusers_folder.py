@@ -38,10 +38,10 @@ USAGE = """    from diffusers import DiffusionPipeline
     pipe = DiffusionPipeline.from_pretrained(DIR, trust_remote_code=True)
     pipe("...", seed=0, guidance_text=4).images[0].save("picture.png")
 
-On a GPU add `torch_dtype=torch.bfloat16` and `.to("cuda")`. `trust_remote_code` lets diffusers run `pipeline.py` and
-the two other Python files of this directory: read them first. `reference=` takes a picture whose light and mood to
-draw, see `help(pipe.__call__)`. Encoders that are not in here are looked for under the names above when they are first
-needed. `app.py` is a page for a Space."""
+On a GPU add `.to("cuda")` and `pipe.transformer.to(torch.bfloat16)`. `trust_remote_code` lets diffusers run
+`pipeline.py` and the two other Python files of this directory: read them first. `reference=` takes a picture whose
+light and mood to draw, see `help(pipe.__call__)`. Encoders that are not in here are looked for under the names above
+when they are first needed. `app.py` is a page for a Space."""
 
 
 def write(

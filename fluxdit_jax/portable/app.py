@@ -11,7 +11,8 @@ from diffusers import DiffusionPipeline
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = torch.bfloat16 if device == "cuda" else torch.float32
-pipe = DiffusionPipeline.from_pretrained(Path(__file__).parent, trust_remote_code=True, torch_dtype=dtype).to(device)
+pipe = DiffusionPipeline.from_pretrained(Path(__file__).parent, trust_remote_code=True).to(device)
+pipe.transformer.to(dtype)
 sizes = [f"{width}x{height}" for width, height in pipe.sizes]
 
 
