@@ -36,8 +36,8 @@ DOCUMENTS = [
     REPOSITORY / "CONTRIBUTING.md",
     *sorted((REPOSITORY / "docs").glob("*.md")),
 ]
-OTHERS = {"bash", "source", "tensorboard", "pip", ".venv/bin/pip", "pre-commit", "rm"}  # not of this project
-FOREIGN = {"--logdir", "--index-url", "--no-deps"}  # options of those
+OTHERS = {"bash", "source", "tensorboard", "pip", ".venv/bin/pip", "pre-commit", "rm", "rclone"}  # not of this project
+FOREIGN = {"--logdir", "--index-url", "--no-deps", "--exclude", "--transfers"}  # options of those
 
 
 @dataclasses.dataclass(frozen=True)

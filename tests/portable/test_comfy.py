@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_diffusers_pipeline import Scene, make, within_one_level
+from test_diffusers_pipeline import Scene, make
 from training_helpers import REPOSITORY
 from wording import naming
 
@@ -45,7 +45,7 @@ def test_what_comfyui_asks_of_a_node_is_there():
         assert kind.RETURN_TYPES and kind.CATEGORY and name in node.NODE_DISPLAY_NAME_MAPPINGS
 
 
-def test_it_draws_what_sample_draws(scene):
+def test_it_draws_what_the_pipeline_draws(scene):
     node = load_node()
     photo = scene.root / "photos" / "p0.png"
     pixels = np.asarray(Image.open(photo).convert("RGB"))
@@ -53,10 +53,11 @@ def test_it_draws_what_sample_draws(scene):
     (model,) = node.FluxDiTLoader().load("", "auto", True, str(scene.root / "exported"))
     (images,) = node.FluxDiTSampler().draw(model, "a dog", reference=reference, **GIVEN)
     assert images.dtype == torch.float32 and images.shape == (2, 64, 64, 3)
-    words = ["--guidance-text", "2", "--guidance-vision", "1.5", "--rescale", "0.2", "--reference", str(photo)]
-    words += ["--count", "2", "--seed", "3", "--size", "64x64", "--steps", "2"]
-    ours = scene.ours("--prompt", "a dog", *words)
-    within_one_level([(image.numpy() * 255).round() for image in images], ours)
+    pipe = scene.pipe()
+    given = {"guidance_text": 2.0, "guidance_vision": 1.5, "rescale": 0.2, "seed": 3, "num_inference_steps": 2}
+    size = {"width": 64, "height": 64, "num_images_per_prompt": 2, "output_type": "np"}
+    drawn = pipe("a dog", reference=Image.open(photo), **given, **size).images
+    np.testing.assert_array_equal(images.numpy(), drawn)
 
 
 def test_without_trust_and_without_a_model_it_says_what_to_do(scene, tmp_path):

@@ -101,8 +101,7 @@ REQUESTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("request_", REQUESTS)
-@pytest.mark.parametrize("name", ["scene", "real"])
+@pytest.mark.parametrize(("name", "request_"), [*(("scene", each) for each in REQUESTS), ("real", "reference")])
 def test_pictures_are_those_of_sample(name, request_, request):
     """Two prompts of unequal length, two pictures each, in a size that is not the most common."""
     here = request.getfixturevalue(name)
