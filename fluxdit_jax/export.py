@@ -28,6 +28,7 @@ from fluxdit_jax.config import ConfigError
 from fluxdit_jax.dataset.manifest import DatasetError
 from fluxdit_jax.exporting import diffusers_folder
 from fluxdit_jax.exporting.card import card, verdict_of
+from fluxdit_jax.exporting.samples import draw
 from fluxdit_jax.run.checkpoint import EMA, SHORT_EMA, CheckpointError
 from fluxdit_jax.run.run_directory import RunError, RunLock, load_stage
 from fluxdit_jax.run.weights import restore_weights
@@ -35,6 +36,7 @@ from fluxdit_jax.sampling.exported import DESCRIPTION, WEIGHTS, ExportError, des
 from fluxdit_jax.settings import resolve
 from fluxdit_jax.shared import atomic_files, cli
 from fluxdit_jax.shared.paths import given_path
+from fluxdit_jax.vae.files import DecoderError
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ draws from this directory. `config.json` holds or names everything that sampling
 for a reference, the vision encoder are not in here: they are looked for under the names above, or where `--vae`,
 `--text-encoder` and `--vision-encoder` say, and are checked by their digests."""
 
-USER_ERRORS = (RunError, CheckpointError, ConfigError, DatasetError, ExportError, OSError)
+USER_ERRORS = (RunError, CheckpointError, ConfigError, DatasetError, DecoderError, ExportError, OSError)
 
 
 def export(
@@ -60,13 +62,14 @@ def export(
     dtype: str = "float32",
     license: str | None = None,
     bundle: str = "none",
+    samples: int = 0,
 ) -> Path:
     """Writes the EMA of `step` (None: the newest) and says which; returns the path of what describes the export.
 
     Args:
       folder: which average, see `restore_weights`.
       form: `OURS` or `DIFFUSERS`. dtype, bundle: of the latter, see `diffusers_folder.write`.
-      license: identifier of the Hub, for the card.
+      license: identifier of the Hub, for the card. samples: pictures in the card.
 
     Raises:
       ExportError: it cannot be written; a licence is missing that others would need.
@@ -87,10 +90,6 @@ def export(
     weights = weights.without_projector()
     tensors = flatten(weights.ema)
     ours = form == OURS
-    text = card(
-        settings, manifest, weights, tensors, workdir, verdict=verdict, license=license,
-        usage=USAGE if ours else diffusers_folder.USAGE, library=form,
-    )  # fmt: skip
 
     def write(work: Path) -> None:
         if ours:
@@ -100,6 +99,11 @@ def export(
             atomic_files.write_whole(work / DESCRIPTION, description + "\n")
         else:
             diffusers_folder.write(work, settings, manifest, weights, dtype=dtype, bundle=bundle)
+        drawn = draw(work, settings, manifest, weights, Path(stage.config.data.path), samples) if samples else []
+        text = card(
+            settings, manifest, weights, tensors, workdir, verdict=verdict, license=license,
+            usage=USAGE if ours else diffusers_folder.USAGE, library=form, samples=drawn,
+        )  # fmt: skip
         atomic_files.write_whole(work / CARD, text)
 
     marker = DESCRIPTION if ours else diffusers_folder.INDEX
@@ -151,7 +155,11 @@ def main() -> None:
     add("--license", metavar="ID", help="for the card, as apache-2.0 or other; diffusers needs it; default: not said")
     add("--bundle", choices=tuple(diffusers_folder.BUNDLES), default="none", help="encoders that are copied into a "
         "folder for diffusers: none, the vae, or all; others are fetched by their names; default: none")  # fmt: skip
+    add("--samples", type=int, default=0, metavar="N", help="pictures drawn for the card, of captions of the dataset, "
+        "which the card then shows; default: 0")  # fmt: skip
     arguments = parser.parse_args()
+    if arguments.samples < 0:
+        parser.error("--samples must be 0 or more")
     if arguments.format == OURS and (arguments.dtype != "float32" or arguments.bundle != "none"):
         parser.error("--dtype and --bundle go with --format diffusers")
     absl_logging.set_verbosity(absl_logging.WARNING)
@@ -160,7 +168,7 @@ def main() -> None:
     def work() -> None:
         path = export(
             arguments.workdir, arguments.out, arguments.step, arguments.weights, form=arguments.format,
-            dtype=arguments.dtype, license=arguments.license, bundle=arguments.bundle,
+            dtype=arguments.dtype, license=arguments.license, bundle=arguments.bundle, samples=arguments.samples,
         )  # fmt: skip
         print(path)
         out = str(arguments.out)

@@ -25,11 +25,14 @@ from fluxdit_jax.dataset.manifest import Manifest, load_manifest
 from fluxdit_jax.export import export
 from fluxdit_jax.exporting import diffusers_folder
 from fluxdit_jax.model import dit
-from fluxdit_jax.run.checkpoint import Checkpoints
-from fluxdit_jax.run.run_directory import record_start
+from fluxdit_jax.run.checkpoint import Checkpoints, restore_ema
+from fluxdit_jax.run.run_directory import load_stage, record_start
 from fluxdit_jax.sample import sample
+from fluxdit_jax.sampling import solvers
 from fluxdit_jax.sampling.arguments import parse_arguments
 from fluxdit_jax.sampling.exported import ExportError
+from fluxdit_jax.sampling.pipeline import Generator, conditions
+from fluxdit_jax.sampling.prompts import encode_prompts
 from fluxdit_jax.settings import resolve
 from preprocess.build.build import build
 
@@ -115,6 +118,25 @@ def test_pictures_are_those_of_sample(name, request_, request):
     drawn = here.pipe()(["a dog", "photo number 2 of a cat"], num_images_per_prompt=2, seed=5, width=64, height=64,
                         num_inference_steps=3, **given).images  # fmt: skip
     within_one_level(drawn, ours)
+
+
+@pytest.mark.parametrize("method", ["euler", "heun", "rk3"])
+def test_latents_are_those_of_the_generator(scene, method):
+    """To 1e-4 of the largest value, with guidance of both conditions, and taken back by rescaling."""
+    pipe, photo = scene.pipe(), Image.open(scene.root / "photos" / "p1.png")
+    stage, manifest = load_stage(scene.root / "run", 3)
+    settings = resolve(stage.config, manifest)
+    size, vector = (64, 64), pipe.encode_reference(photo)
+    (text,) = encode_prompts(["a dog"], manifest, None)
+    generator = Generator.of(settings, manifest, steps=4, batch_size=1, method=method)
+    wanted = conditions(settings.model.conditions, [text | {"vision": vector}], [(4, 4)])
+    _, ema = restore_ema(scene.root / "run", 3)
+    guidance = solvers.Guidance({"text": 3.0, "vision": 2.0}, 0.5)
+    (ours,) = generator.latents(generator.cast(ema), wanted, generator.noise([9]), guidance=guidance)
+    scales = {"guidance_text": 3.0, "guidance_vision": 2.0, "rescale": 0.5}
+    how = {"num_inference_steps": 4, "method": method, "width": size[0], "height": size[1], "output_type": "latent"}
+    (theirs,) = pipe("a dog", conditions={"vision": vector}, seed=9, **scales, **how).images
+    np.testing.assert_allclose(theirs, ours, atol=1e-4 * np.abs(ours).max())
 
 
 def test_the_most_common_size_is_drawn_and_latents_and_numbers_can_be_had(scene):
@@ -220,6 +242,16 @@ def test_the_card_has_the_licence_and_the_use(scene):
     card = (scene.root / "exported" / "README.md").read_text()
     assert "license: cc0-1.0" in card and "library_name: diffusers" in card and "DiffusionPipeline" in card
     assert "not validated" in card
+
+
+def test_the_card_shows_samples_with_their_captions(scene, tmp_path):
+    export(scene.root / "run", tmp_path / "out", form="diffusers", license="other", samples=2)
+    card = (tmp_path / "out" / "README.md").read_text()
+    for number in range(2):
+        assert f"](samples/00{number}.png) | photo number" in card
+        with Image.open(tmp_path / "out" / "samples" / f"00{number}.png") as picture:
+            assert np.std(np.asarray(picture)) > 5
+    assert not (tmp_path / "out" / "samples" / "002.png").exists()
 
 
 @pytest.mark.parametrize(("license", "words"), [(None, ("--license", "missing")), ("My Licence", ("My Licence",))])
