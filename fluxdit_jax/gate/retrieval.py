@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from skimage.metrics import peak_signal_noise_ratio
 
 from fluxdit_jax.gate.eval_set import EvalSet
 from fluxdit_jax.pages.charts import Chart
 from fluxdit_jax.shared.distances import root_mean_squares
+from fluxdit_jax.shared.psnr import psnr
 
 THUMBNAIL = 32  # side, pixels
 # Grey levels between thumbnails below which two originals are one picture, which nobody can tell apart.
@@ -34,13 +34,6 @@ def thumbnails(images: Sequence[np.ndarray]) -> np.ndarray:
 def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Root mean square differences of `thumbnails` [A, F] and [B, F]: float64 [A, B], grey levels."""
     return root_mean_squares(a, b)
-
-
-def psnr(truth: np.ndarray, image: np.ndarray) -> float:
-    """Peak signal to noise ratio of two pictures of one size, decibels; at most 99 (equal pictures)."""
-    if np.array_equal(truth, image):
-        return 99.0
-    return min(99.0, float(peak_signal_noise_ratio(truth, image, data_range=255)))
 
 
 class Library:

@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from skimage.metrics import structural_similarity
 
+from fluxdit_jax.shared.psnr import psnr
 from preprocess.build.statistics import Moments
 from preprocess.encoders import Vae
 
@@ -109,19 +110,13 @@ def reconstruct(
     pairs = [(picture, images[position]) for position, picture in enumerate(pictures)]
     return Reconstruction(
         images=[image for _, image in pairs],
-        psnr=np.array([_psnr(*pair) for pair in pairs]),
+        psnr=np.array([psnr(*pair) for pair in pairs]),
         ssim=np.array([_ssim(*pair) for pair in pairs]),
         latents=LatentStatistics.of(list(latents.values())),
         latent_bytes=float(np.mean([latent.nbytes for latent in latents.values()])),
         encode_rate=count / sum(each[2] for each in counted),
         decode_rate=count / sum(each[3] for each in counted),
     )
-
-
-def _psnr(truth: np.ndarray, image: np.ndarray) -> float:
-    if np.array_equal(truth, image):
-        return 99.0
-    return min(99.0, float(peak_signal_noise_ratio(truth, image, data_range=255)))
 
 
 def _ssim(truth: np.ndarray, image: np.ndarray) -> float:

@@ -9,7 +9,8 @@ from gate_scenes import LIGHTS, scene
 from PIL import Image
 
 from fluxdit_jax.dataset.grid import Place
-from fluxdit_jax.gate.retrieval import Library, distances, psnr, thumbnails
+from fluxdit_jax.gate.retrieval import Library, distances, thumbnails
+from fluxdit_jax.shared.psnr import psnr
 
 pytest_plugins = ("gate_fixtures",)
 FOX = scene("fox", "left", 0)
