@@ -1,7 +1,7 @@
 """Which learning rate, by width: held-out loss of Muon and AdamW after the same steps, on pictures not trained on.
 
-    python -m benchmarks.rates cast-256/train --heldout cast-256/heldout                # benchmarks.cast draws them
-    python -m benchmarks.rates DATASET --widths 384 --rates 1e-3 3e-3 --optimizers adamw --seeds 0 1
+    python -m benchmarks.rates cast-256 cast-256/train --heldout cast-256/heldout         # benchmarks.cast draws them
+    python -m benchmarks.rates NAME DATASET --widths 384 --rates 1e-3 3e-3 --optimizers adamw --seeds 0 1
     python -m benchmarks.rates --show
 
 Heads of 64; everything that is no matrix of a block is trained by Adam at a third of Muon's rate, up to `ADAM_MOST`.
@@ -22,6 +22,7 @@ import numpy as np
 
 from benchmarks.environment import RESULTS, replace_rows, table
 from benchmarks.learning import Variant, curve, train
+from fluxdit_jax.run.metrics import read_metrics
 
 NAME = "rates"
 ADAM_MOST = 1e-3
@@ -35,27 +36,28 @@ def changes(optimizer: str, width: int, rate: float) -> dict[str, Any]:
 
 
 def show(rows: list[dict[str, Any]]) -> str:
-    """Loss after the last step: a line for each optimizer and width, a column for each rate; mean over seeds."""
-    found: dict[tuple[str, int], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    """Loss after the last step: a line for each set, optimizer and width, a column for each rate; mean over seeds."""
+    found: dict[tuple[str, str, int], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        found[row["optimizer"], row["width"]][row["rate"]].append(
+        found[row["set"], row["optimizer"], row["width"]][row["rate"]].append(
             row["curve"][-1]["loss"] if row["curve"] else math.nan
         )
     rates = sorted({row["rate"] for row in rows})
     lines = []
-    for (optimizer, width), losses in sorted(found.items()):
+    for (name, optimizer, width), losses in sorted(found.items()):
         means = {rate: float(np.mean(values)) for rate, values in losses.items()}
         best = min(means, key=lambda rate: (math.isnan(means[rate]), means[rate]))
         cells = [("**" if rate == best else "") for rate in rates]
         lines.append(
-            [optimizer, width]
+            [name, optimizer, width]
             + [f"{mark}{means[rate]:.4f}{mark}" if rate in means else "-" for mark, rate in zip(cells, rates)]
         )
-    return table(["optimizer", "width", *(f"{rate:g}" for rate in rates)], lines)
+    return table(["set", "optimizer", "width", *(f"{rate:g}" for rate in rates)], lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("set", nargs="?", help="its name in the results")
     parser.add_argument("data", nargs="?", type=Path, help="dataset to train on")
     parser.add_argument("--heldout", type=Path, help="dataset not trained on; without it DATA's own holdout split")
     parser.add_argument("--widths", nargs="+", type=int, default=[192, 384, 768])
@@ -68,21 +70,25 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="print the table of what is measured")
     a = parser.parse_args()
     if not a.show and a.data is None:
-        parser.error("give DATA, or --show")
+        parser.error("give SET and DATA, or --show")
     for seed in [] if a.show else a.seeds:
         for optimizer in a.optimizers:
             for width in a.widths:
                 for rate in a.rates:
-                    run = f"{optimizer}-{width}-{rate:g}-{seed}"
+                    run = f"{a.set}-{optimizer}-{width}-{rate:g}-{seed}"
                     given = {"train.steps": a.steps, "seed": seed} | dict(each.split("=", 1) for each in a.changes)
                     workdir = a.runs.absolute() / run
-                    row = {"run": run, "optimizer": optimizer, "width": width, "rate": rate, "seed": seed, "curve": []}
+                    row = {"run": run, "set": a.set, "optimizer": optimizer, "width": width, "rate": rate, "seed": seed}
+                    row |= {"steps": a.steps, "changes": a.changes}
                     try:
                         train(Variant(changes(optimizer, width, rate)), given, a.data.absolute(), workdir)
-                        row["curve"] = curve(workdir, a.heldout)
-                    except subprocess.CalledProcessError as error:
-                        print(f"{run}: training ended with {error.returncode}")
-                    replace_rows(NAME, run, [row])
+                        points = curve(workdir, a.heldout)
+                    except subprocess.CalledProcessError:
+                        log = read_metrics(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else []
+                        if not any("health/broken" in entry for entry in log):
+                            raise  # it is the command that was wrong, and not the rate
+                        points = []
+                    replace_rows(NAME, run, [row | {"curve": points}])
     print(show(json.loads((RESULTS / f"{NAME}.json").read_text())["rows"]))
 
 

@@ -32,8 +32,13 @@ def models() -> list[str]:
         return []
     found = []
     for root in folder_paths.get_folder_paths("diffusers"):
-        found += sorted(path.parent.name for path in Path(root).glob(f"*/{INDEX}"))
+        found += sorted(path.parent.name for path in Path(root).glob(f"*/{INDEX}") if is_ours(path))
     return found
+
+
+def is_ours(index: Path) -> bool:
+    """Whether a model_index.json is of an export, and not of another pipeline."""
+    return "FluxDiTPipeline" in index.read_text(encoding="utf-8", errors="replace")
 
 
 def folder_of(model: str) -> Path:
@@ -44,7 +49,7 @@ def folder_of(model: str) -> Path:
     """
     roots = folder_paths.get_folder_paths("diffusers") if folder_paths is not None else []
     for place in [Path(root) / model for root in roots] + [Path(model).expanduser()]:
-        if model and (place / INDEX).is_file():
+        if model and (place / INDEX).is_file() and is_ours(place / INDEX):
             return place.resolve()
     raise ValueError(
         f"model {model!r}: no folder with {INDEX} of that name or path. Make one with `python -m fluxdit_jax.export "

@@ -101,7 +101,7 @@ def export(
             diffusers_folder.write(work, settings, manifest, weights, dtype=dtype, bundle=bundle)
         drawn = draw(work, settings, manifest, weights, Path(stage.config.data.path), samples) if samples else []
         text = card(
-            settings, manifest, weights, tensors, workdir, verdict=verdict, license=license,
+            settings, manifest, weights, tensors, workdir, verdict=verdict, license=license, dtype=dtype,
             usage=USAGE if ours else diffusers_folder.USAGE, library=form, samples=drawn,
         )  # fmt: skip
         atomic_files.write_whole(work / CARD, text)
@@ -126,7 +126,10 @@ def _replace(out: Path, write: Callable[[Path], None], marker: str) -> None:
                 write(files)
             except SafetensorError as error:
                 raise ExportError(f"{out}: {error}") from error
-            (out / marker).unlink(missing_ok=True)
+            for each in (DESCRIPTION, diffusers_folder.INDEX):
+                if (out / each).exists():  # an older export, whatever its format: nothing of it stays
+                    (out / each).unlink()
+                    _remove(out, diffusers_folder.OWNED)
             found = [path for path in sorted(files.rglob("*")) if path.is_file()]
             for path in sorted(found, key=lambda path: path == files / marker):
                 target = out / path.relative_to(files)
@@ -139,6 +142,14 @@ def _replace(out: Path, write: Callable[[Path], None], marker: str) -> None:
         lock.release()
         with contextlib.suppress(OSError):  # the next one is in it already
             work.rmdir()
+
+
+def _remove(out: Path, names: tuple[str, ...]) -> None:
+    for path in (out / name for name in names):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def main() -> None:

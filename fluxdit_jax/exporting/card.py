@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from fluxdit_jax.dataset.manifest import Manifest
+from fluxdit_jax.exporting.diffusers_folder import public
 from fluxdit_jax.gate.requirement import is_of
 from fluxdit_jax.run.checkpoint import EMA
 from fluxdit_jax.run.weights import Weights
-from fluxdit_jax.sampling.exported import DESCRIPTION, ExportError
+from fluxdit_jax.sampling.exported import ExportError
 from fluxdit_jax.sampling.sizes import in_words, pictures_by_size
 from fluxdit_jax.settings import Settings
 
@@ -30,6 +31,7 @@ def card(
     verdict: str,
     usage: str,
     library: str = "fluxdit_jax",
+    dtype: str = "float32",
     license: str | None = None,
     samples: Sequence[tuple[str, str]] = (),
 ) -> str:
@@ -45,10 +47,10 @@ def card(
     average = "EMA" if weights.folder == EMA else "short EMA"
     held = [(size, count) for size, count in pictures_by_size(manifest).items() if count]
     sizes = ", ".join(f"{in_words(size)} ({count:,})" for size, count in held[:12])
-    sizes += f" and {len(held) - 12} more in `{DESCRIPTION}`" if len(held) > 12 else ""
+    sizes += f" and {len(held) - 12} more" if len(held) > 12 else ""
     dropout = ", ".join(f"{'+'.join(subset)} {share:g}" for subset, share in settings.flow.drop) or "none"
     further = "".join(
-        f"| condition {name} | `{manifest.encoders[name].id}`, width {manifest.encoders[name].width} |\n"
+        f"| condition {name} | `{public(manifest.encoders[name].id)}`, width {manifest.encoders[name].width} |\n"
         for name in manifest.further()
     )
     terms = (
@@ -73,14 +75,14 @@ A text-to-image diffusion transformer trained from scratch with fluxdit_jax.
 
 | | |
 |---|---|
-| weights | {average} of step {weights.step:,}, float32 |
+| weights | {average} of step {weights.step:,}, {dtype} |
 | digest of the weights | `{weights.digest}` |
 | parameters | {parameters / 1e6:.1f} M: width {m.width}, depth {m.depth}, heads {m.heads}, patch {m.patch} |
 | trained on | {manifest.records("train"):,} images at {manifest.resolution} px |
 | sizes, width x height (images) | {sizes} |
-| VAE | `{manifest.vae.id}` (sha256 `{manifest.vae.sha256[:16]}`) |
-| text encoder | `{manifest.text.id}` (sha256 `{manifest.text.sha256[:16]}`) |
-| vision encoder | `{manifest.vision.id}` (sha256 `{manifest.vision.sha256[:16]}`) |
+| VAE | `{public(manifest.vae.id)}` (sha256 `{manifest.vae.sha256[:16]}`) |
+| text encoder | `{public(manifest.text.id)}` (sha256 `{manifest.text.sha256[:16]}`) |
+| vision encoder | `{public(manifest.vision.id)}` (sha256 `{manifest.vision.sha256[:16]}`) |
 {further}| time shift | {settings.flow.shift:.3f} |
 | condition dropout | {dropout} |
 | validation | {verdict} |

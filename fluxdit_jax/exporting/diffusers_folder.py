@@ -30,6 +30,11 @@ INDEX = "model_index.json"
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 BUNDLES = {"none": (), "vae": ("vae",), "all": ("vae", "text", "vision")}
 VERSION = "0.40.0"  # of diffusers, the oldest that is tried
+REQUIREMENTS = f"torch\ndiffusers>={VERSION}\ntransformers\nsentencepiece\ngradio\n"  # of a Space
+# What an export may hold, of either format: what an older one left is removed.
+OWNED = ("model_index.json", "config.json", "model.safetensors", "README.md", "pipeline.py", "app.py",
+         "requirements.txt", "transformer", "scheduler", "vae", "text_encoder", "tokenizer", "vision_encoder",
+         "samples")  # fmt: skip
 _SOURCES = Path(portable.__file__).parent
 _T5 = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
 _COMPONENTS = {"vae": "vae", "text": "text_encoder", "vision": "vision_encoder"}  # by encoder
@@ -78,6 +83,7 @@ def write(
     shutil.copyfile(_SOURCES / "modeling_fluxdit.py", transformer / "modeling_fluxdit.py")
     shutil.copyfile(_SOURCES / "scheduling_fluxdit.py", scheduler / "scheduling_fluxdit.py")
     shutil.copyfile(_SOURCES / "app.py", folder / "app.py")
+    (folder / "requirements.txt").write_text(REQUIREMENTS)
     (folder / "pipeline.py").write_text(in_one_file("pipeline"), encoding="utf-8")
     named = torch_weights(flatten(weights.ema), settings.model.conditions)
     tensors = {name: tensor.astype(DTYPES[dtype]) for name, tensor in named.items()}
@@ -93,8 +99,9 @@ def write(
 def facts(settings: Settings, manifest: Manifest, weights: Weights) -> dict[str, Any]:
     """`FluxDiTPipeline`'s `facts`."""
     sizes = pictures_by_size(manifest).items()
+    encoders = {name: dataclasses.asdict(manifest.encoders[name]) for name in _COMPONENTS}
     return {
-        "encoders": {name: dataclasses.asdict(manifest.encoders[name]) for name in _COMPONENTS},
+        "encoders": {name: about | {"id": public(about["id"])} for name, about in encoders.items()},
         "latent_mean": list(manifest.latent_mean),
         "latent_std": list(manifest.latent_std),
         "sizes": [[width, height, count] for (height, width), count in sizes],
@@ -104,6 +111,11 @@ def facts(settings: Settings, manifest: Manifest, weights: Weights) -> dict[str,
         "text_tokens": settings.text_limit,
         "weights": {"step": weights.step, "average": weights.folder, "digest": weights.digest},
     }
+
+
+def public(identity: str) -> str:
+    """The id of an encoder for strangers: of a folder of this machine its name alone."""
+    return Path(identity).name if Path(identity).is_absolute() or Path(identity).is_dir() else identity
 
 
 def in_one_file(name: str) -> str:
@@ -130,7 +142,11 @@ def _encoder(folder: Path, name: str, identity: EncoderIdentity, bundle: str) ->
     """What the index says of an encoder, whose files are copied if they are to be."""
     component = _COMPONENTS[name]
     index: dict[str, Any] = {component: [None, None]} | ({"tokenizer": [None, None]} if name == "text" else {})
-    if name not in BUNDLES[bundle] or identity.id.startswith("builtin:"):
+    if identity.id.startswith(("builtin:", "precomputed")):
+        return index
+    if name not in BUNDLES[bundle]:
+        if public(identity.id) != identity.id:
+            print(f"note: the {name} encoder is the folder {identity.id}: who draws needs it; --bundle all copies it")
         return index
     from preprocess import PreprocessError
     from preprocess.encoders import weights as files

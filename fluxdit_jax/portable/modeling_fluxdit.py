@@ -10,6 +10,7 @@ Shapes in names: B batch, N image tokens, P values of a patch, T tokens of a seq
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -132,6 +133,7 @@ class FluxDiT(ModelMixin, ConfigMixin):
       auto_map: kept in config.json for diffusers' `AutoModel`.
     """
 
+    source = Path(__file__).read_text(encoding="utf-8")  # for a pipeline that is saved again
     _no_split_modules = ["Block"]  # noqa: RUF012  diffusers' name
     _supports_gradient_checkpointing = False
 

@@ -10,9 +10,7 @@ not bundled is fetched under its name when it is first needed; the built-in ones
 
 from __future__ import annotations
 
-import inspect
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,10 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
 
 from .builtin import DctVae, HashText, ToneVision
-from .encoders import Size, decode, encode_picture, encode_texts, fitted
+from .encoders import Size, decode, digest, encode_picture, encode_texts, fitted, patterns
 from .noise import normal
 
+COMPONENTS = {"vae": "vae", "text": "text_encoder", "vision": "vision_encoder"}  # by encoder
 _T5 = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
 
 
@@ -41,6 +40,8 @@ class FluxDiTPipeline(DiffusionPipeline):
         prompt; None: as the text encoder has it.
     """
 
+    # For saving it again. diffusers keeps the code of all local pipelines in one file and one module: read it now.
+    source = Path(__file__).read_text(encoding="utf-8")
     model_cpu_offload_seq = "text_encoder->vision_encoder->transformer->vae"
     _optional_components = ["vae", "text_encoder", "tokenizer", "vision_encoder"]  # noqa: RUF012  diffusers' name
 
@@ -111,6 +112,9 @@ class FluxDiTPipeline(DiffusionPipeline):
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         self._check(prompts, rescale, seed, num_images_per_prompt, output_type)
         size = self._size(width, height)
+        known = [name for name, *_ in self.transformer.config.conditions]
+        if unknown := sorted(set(guidance or {}) - set(known)):
+            raise ValueError(f"guidance has {unknown[0]!r}; this model's conditions are {', '.join(known)}")
         texts = [text for text in self.encode_prompts(prompts) for _ in range(num_images_per_prompt)]
         wanted = self._wanted(texts, reference, conditions or {})
         config, device, count = self.transformer.config, self._execution_device, len(texts)
@@ -151,18 +155,21 @@ class FluxDiTPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images)
 
     def save_pretrained(self, save_directory: str | Path, *arguments: Any, **options: Any) -> None:
-        """As diffusers does it, with the code, which it leaves out."""
+        """As diffusers does it, with the code, which it leaves out. To the Hub: `hf upload` afterwards."""
+        if options.get("push_to_hub"):
+            raise ValueError(
+                "push_to_hub uploads before the code is there: save, look at it, then `hf upload NAME DIR`"
+            )
         super().save_pretrained(save_directory, *arguments, **options)
         folder = Path(save_directory)
         index = json.loads((folder / self.config_name).read_text())
         index["_class_name"] = ["pipeline", type(self).__name__]
-        shutil.copyfile(inspect.getfile(type(self)), folder / "pipeline.py")
-        for name in ("transformer", "scheduler"):
+        (folder / "pipeline.py").write_text(type(self).source, encoding="utf-8")
+        for name, module in (("transformer", "modeling_fluxdit"), ("scheduler", "scheduling_fluxdit")):
             part = getattr(self, name)
             kind = type(getattr(part, "_orig_mod", part))  # within torch.compile's
-            file = Path(inspect.getfile(kind))
-            shutil.copyfile(file, folder / name / file.name)
-            index[name] = [file.stem, kind.__name__]
+            (folder / name / f"{module}.py").write_text(kind.source, encoding="utf-8")
+            index[name] = [module, kind.__name__]
         (folder / self.config_name).write_text(json.dumps(index, indent=2))
 
     # ------------------------------------------------------------------------------------------------- encoders
@@ -181,9 +188,9 @@ class FluxDiTPipeline(DiffusionPipeline):
                 name = _T5[transformers.AutoConfig.from_pretrained(directory).model_type]
                 self.register_modules(
                     tokenizer=transformers.AutoTokenizer.from_pretrained(directory),
-                    text_encoder=self._loaded(getattr(transformers, name), "text", directory),
+                    text_encoder=self._loaded(getattr(transformers, name), directory),
                 )
-            texts = encode_texts(self._ready("text_encoder"), self.tokenizer, prompts, limit)
+            texts = encode_texts(self._ready("text"), self.tokenizer, prompts, limit, self._execution_device)
         return [text[: self.config.facts["text_tokens"]] for text in texts]
 
     def encode_reference(self, picture: Image.Image) -> np.ndarray:
@@ -194,12 +201,16 @@ class FluxDiTPipeline(DiffusionPipeline):
         shown = fitted(picture, [(w * seen // side, h * seen // side) for w, h, _ in facts["sizes"]], facts["fit"])
         if trained["id"] == "builtin:tone":
             return ToneVision().encode(shown[None])[0]
+        if trained["options"].get("side") is None:
+            raise ValueError(
+                f"the dataset's vision vectors came from files ({trained['id']}): give conditions={{'vision': vector}}"
+            )
         if self.vision_encoder is None:
             import transformers
 
-            model = self._loaded(transformers.AutoModel, "vision", self._fetched("vision"))
+            model = self._loaded(transformers.AutoModel, self._fetched("vision"))
             self.register_modules(vision_encoder=model)
-        return encode_picture(self._ready("vision_encoder"), shown, trained["options"])
+        return encode_picture(self._ready("vision"), shown, trained["options"], self._execution_device)
 
     def decode(self, latents: torch.Tensor) -> np.ndarray:
         """uint8 [B, H, W, 3] of f32 [B, C, h, w]."""
@@ -210,11 +221,11 @@ class FluxDiTPipeline(DiffusionPipeline):
             import diffusers
 
             kind = getattr(diffusers, trained["options"]["class"])
-            self.register_modules(vae=self._loaded(kind, "vae", self._fetched("vae")))
+            self.register_modules(vae=self._loaded(kind, self._fetched("vae")))
         return decode(self._ready("vae"), latents.to(self._execution_device))
 
-    def _fetched(self, name: str) -> str:
-        """The folder of an encoder that is not bundled: where its id says, or the Hub's files in the cache."""
+    def _fetched(self, name: str) -> Path:
+        """The folder of an encoder that is not bundled: the Hub's files in the cache, or a folder of that name."""
         from huggingface_hub import snapshot_download
 
         trained = self.config.facts["encoders"][name]
@@ -222,25 +233,32 @@ class FluxDiTPipeline(DiffusionPipeline):
         if Path(trained["id"]).is_dir():
             folder = Path(trained["id"])
         elif repository.count("/") == 1 and not repository.startswith((".", "/", "~")):
-            files = ["*.json", "*.safetensors", "spiece.model"]
-            files += [f"vae/{file}" for file in files] if name == "vae" else []
-            folder = Path(snapshot_download(repository, revision=trained["revision"] or revision, allow_patterns=files))
+            revision = trained["revision"] or revision or None
+            folder = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns(name)))
         else:
+            part = COMPONENTS[name]
             raise ValueError(
-                f"the {name} encoder {trained['id']!r} of the training set is not here; load it and give it to "
-                "from_pretrained (vae=, text_encoder= with tokenizer=, vision_encoder=), or export with --bundle all"
+                f"the {name} encoder {trained['id']!r} of the training set is not here: load it and give it by "
+                f"pipe.register_modules({part}=...){', with tokenizer=,' if name == 'text' else ''} or export with "
+                "--bundle all"
             )
-        return str(folder / "vae" if name == "vae" and (folder / "vae").is_dir() else folder)
+        folder = folder / "vae" if name == "vae" and (folder / "vae").is_dir() else folder
+        if trained["sha256"] and digest(folder, name) != trained["sha256"]:
+            raise ValueError(
+                f"{folder} has other weights than the {name} encoder {trained['id']!r} of the training set (sha256 "
+                f"{trained['sha256'][:12]}): pictures would come out wrong"
+            )
+        return folder
 
-    def _loaded(self, kind: Any, name: str, folder: str) -> Any:
-        """In the dtype that the dataset was made with."""
-        dtype = getattr(torch, self.config.facts["encoders"][name]["dtype"])
-        return kind.from_pretrained(folder, use_safetensors=True).to(dtype).eval()
+    def _loaded(self, kind: Any, folder: Path) -> Any:
+        return kind.from_pretrained(str(folder), use_safetensors=True).eval()
 
     def _ready(self, name: str) -> Any:
-        """A component, on the device where this pipeline runs unless offloading looks after it."""
-        component = getattr(self, name)
-        return component if hasattr(component, "_hf_hook") else component.to(self._execution_device)
+        """An encoder where this pipeline runs, unless offloading looks after it: in the dtype that the dataset was made
+        with; the VAE in f32."""
+        component = getattr(self, COMPONENTS[name])
+        dtype = torch.float32 if name == "vae" else getattr(torch, self.config.facts["encoders"][name]["dtype"])
+        return component if hasattr(component, "_hf_hook") else component.to(self._execution_device, dtype)
 
     # ------------------------------------------------------------------------------------------------- arguments
 
@@ -288,6 +306,12 @@ class FluxDiTPipeline(DiffusionPipeline):
                 others = ", ".join(other for other in kinds if other != "text")
                 raise ValueError(f"conditions has {name!r}; besides the prompt this model takes {others}")
             width, sequence = kinds[name]
+            if not sequence:
+                value = value.reshape(-1) if value.shape[:-1] in ((), (1,)) else value
+                length = float(np.linalg.norm(value.astype(np.float64)))
+                if not (np.isfinite(length) and length > 0):
+                    raise ValueError(f"conditions[{name!r}] must be a vector of finite numbers that are not all 0")
+                value = (value / length).astype(np.float32)
             if value.ndim != 1 + sequence or value.shape[-1] != width:
                 raise ValueError(
                     f"conditions[{name!r}] must be {'[tokens, ' if sequence else '['}{width}], got {list(value.shape)}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -44,6 +45,7 @@ class RectifiedFlowSolver(SchedulerMixin, ConfigMixin):
       shift: of the times, s t / (1 + (s - 1) t), as in training (arXiv:2403.03206).
     """
 
+    source = Path(__file__).read_text(encoding="utf-8")  # for a pipeline that is saved again
     guide = staticmethod(guide)
 
     @register_to_config

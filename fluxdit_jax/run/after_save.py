@@ -7,6 +7,7 @@ import fcntl
 import logging
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import threading
@@ -19,6 +20,8 @@ from fluxdit_jax.config import ConfigError
 log = logging.getLogger(__name__)
 OUTPUT = "after_save.log"
 NICENESS = 10
+GRACE = 5.0  # seconds between asking a command to end and killing it
+TIMED_OUT = (124, 137)  # exit codes of coreutils' timeout
 
 
 class AfterSave:
@@ -41,26 +44,34 @@ class AfterSave:
             self._words = shlex.split(command)
             for word in self._words:
                 word.format(checkpoint="", workdir="")
-        except (ValueError, KeyError, IndexError) as error:
+        except (ValueError, KeyError, IndexError, AttributeError) as error:
             raise ConfigError(
                 f"config.checkpoint.after is {command!r}: {error!r}; it must be a command with {{checkpoint}} and "
-                "{workdir} that no shell reads: for pipes and variables give bash -c '...'"
+                "{workdir} that no shell reads: for pipes and variables give bash -c '...', with other braces doubled"
             ) from error
         self._changed = threading.Condition()
         self._waiting: Path | None = None
         self._running: Path | None = None
         self._thread: threading.Thread | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._superseded = False
 
     def __enter__(self) -> AfterSave:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Waits for what still runs or waits: the last save is the one that matters."""
+        """Waits for the last save's command; one of an earlier save that still runs is stopped for it."""
+        until = time.monotonic() + self._seconds + 2 * GRACE
         with self._changed:
             if self._busy:
-                log.info("waiting for config.checkpoint.after, at most %.3g minutes for a save", self._seconds / 60)
-            while self._busy:
+                log.info("waiting for config.checkpoint.after, at most %.3g minutes", self._seconds / 60)
+            if self._waiting is not None and self._process is not None:
+                self._superseded = True
+                _kill(self._process)
+            while self._busy and time.monotonic() < until:
                 self._changed.wait(1.0)
+            if self._busy:
+                log.error("config.checkpoint.after is not done in time; the run ends without it")
 
     @property
     def _busy(self) -> bool:
@@ -100,6 +111,8 @@ class AfterSave:
                 if time.monotonic() > until:
                     return False
                 time.sleep(0.2)
+            except OSError:  # a file system without locks
+                return True
 
     def _run(self, checkpoint: Path) -> None:
         words = [word.format(checkpoint=checkpoint, workdir=self._workdir) for word in self._words]
@@ -110,18 +123,32 @@ class AfterSave:
                 log.warning("config.checkpoint.after: an earlier one still runs; %s is not done", checkpoint.name)
                 return
             file.truncate(0)  # of the last one only: it must not fill the disk over weeks
+            # `timeout` ends it at its time even if this process is killed.
+            guard = [tool, "-k", f"{GRACE}", f"{self._seconds:g}"] if (tool := shutil.which("timeout")) else []
             process = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+                [*guard, *words],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
+            with self._changed:
+                self._process = process
             with contextlib.suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
-            try:
-                code: Any = process.wait(self._seconds)
-            except subprocess.TimeoutExpired:
-                code = f"killed after {self._seconds / 60:.3g} minutes (checkpoint.after_minutes)"
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # the command, or what it has left behind
-            process.wait()
+            code: Any = None
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = process.wait(self._seconds + GRACE)
+            _kill(process)  # the command, or what it has left behind
+            with contextlib.suppress(subprocess.TimeoutExpired):  # waiting for a dead network disk it may never end
+                process.wait(GRACE)
+            with self._changed:
+                self._process = None
+        if self._superseded and self._waiting is not None:
+            log.info("config.checkpoint.after for checkpoint %s was stopped for that of a later one", checkpoint.name)
+            return
+        if code is None or (guard and code in TIMED_OUT):
+            code = f"killed after {self._seconds / 60:.3g} minutes (checkpoint.after_minutes)"
         if code:
             said = output.read_bytes()[-2000:].decode("utf-8", "replace").strip().splitlines() or ["-"]
             why = f"exit code {code}" if isinstance(code, int) else code
@@ -129,3 +156,9 @@ class AfterSave:
             log.warning(form, checkpoint.name, why, said[-1], output)
         else:
             log.info("config.checkpoint.after is done for checkpoint %s", checkpoint.name)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kills a command with all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ import torch
 from build_fixtures import options
 from diffusers import AutoModel, DiffusionPipeline
 from drawing_helpers import config
-from PIL import Image
+from huggingface_hub.utils import filter_repo_objects
+from PIL import Image, ImageCms
 from safetensors.numpy import load_file
 from training_helpers import lively
 from wording import naming
@@ -25,6 +27,7 @@ from fluxdit_jax.dataset.manifest import Manifest, load_manifest
 from fluxdit_jax.export import export
 from fluxdit_jax.exporting import diffusers_folder
 from fluxdit_jax.model import dit
+from fluxdit_jax.portable import encoders
 from fluxdit_jax.run.checkpoint import Checkpoints, restore_ema
 from fluxdit_jax.run.run_directory import load_stage, record_start
 from fluxdit_jax.sample import sample
@@ -32,7 +35,7 @@ from fluxdit_jax.sampling import solvers
 from fluxdit_jax.sampling.arguments import parse_arguments
 from fluxdit_jax.sampling.exported import ExportError
 from fluxdit_jax.sampling.pipeline import Generator, conditions
-from fluxdit_jax.sampling.prompts import encode_prompts
+from fluxdit_jax.sampling.prompts import encode_prompts, read_reference
 from fluxdit_jax.settings import resolve
 from preprocess.build.build import build
 
@@ -226,7 +229,9 @@ def test_bfloat16_is_near(scene, tmp_path):
         ({"rescale": 2.0}, ("rescale", 2.0)),
         ({"output_type": "tiff"}, ("output_type", "tiff")),
         ({"conditions": {"depth": np.zeros(3)}}, ("depth", "vision")),
-        ({"conditions": {"vision": np.zeros(3)}}, ("vision", 1024, 3)),
+        ({"conditions": {"vision": np.ones(3)}}, ("vision", 1024, 3)),
+        ({"conditions": {"vision": np.zeros(1024)}}, ("vision", "not all 0")),
+        ({"guidance": {"depth": 2.0}}, ("guidance", "depth", "vision")),
         ({"prompt": []}, ("prompt",)),
     ],
 )
@@ -272,19 +277,103 @@ def test_bundled_encoders_are_those_of_the_dataset(real, tmp_path):
         diffusers_folder._encoder(tmp_path, "text", moved, "all")
 
 
-def test_without_bundling_they_are_found_where_the_dataset_found_them(real, tmp_path):
+def test_without_bundling_they_are_found_under_their_names_and_compared(real, tmp_path, tiny_vae_dir, capsys):
+    """A folder of this machine is no name for others: the export has its last part only."""
     export(real.root / "run", tmp_path / "named", form="diffusers", license="other")
-    assert not (tmp_path / "named" / "vae").exists()
+    assert "note: the vae encoder" in capsys.readouterr().out and not (tmp_path / "named" / "vae").exists()
+    for file in ("model_index.json", "README.md"):
+        assert str(tiny_vae_dir.parent) not in (tmp_path / "named" / file).read_text()
     given = {"num_inference_steps": 1, "seed": 2}
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "named", **TRUSTED)
-    assert pipe.vae is None
+    with pytest.raises(ValueError, match=naming("text", "register_modules", "--bundle all")):
+        pipe("a dog", **given)
+    for name, about in pipe.config.facts["encoders"].items():  # as an id of the Hub that is in the cache
+        about["id"] = real.manifest.encoders[name].id
     photo = Image.open(real.root / "photos" / "p1.png")
     a, b = pipe("a dog", reference=photo, **given).images[0], real.pipe()("a dog", reference=photo, **given).images[0]
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-    pipe.config.facts["encoders"]["vae"]["id"] = str(tmp_path / "gone")
-    pipe.vae = None
-    with pytest.raises(ValueError, match=naming("vae", "gone", "--bundle all")):
+    pipe.vae, pipe.config.facts["encoders"]["vae"]["sha256"] = None, "0" * 64
+    with pytest.raises(ValueError, match=naming("other weights", "vae", "000000000000")):
         pipe("a dog", **given)
+
+
+def test_only_the_encoders_own_files_are_asked_of_a_repository():
+    """FLUX.1-schnell holds a transformer and two text encoders beside its VAE, 57 GB in all."""
+    files = ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
+    others = ["flux1-schnell.safetensors", "ae.safetensors", "model_index.json", "transformer/config.json",
+              "transformer/diffusion_pytorch_model-00001-of-00003.safetensors", "text_encoder/model.safetensors",
+              "text_encoder_2/model-00001-of-00002.safetensors", "tokenizer_2/tokenizer.json"]  # fmt: skip
+    assert list(filter_repo_objects([*files, *others], allow_patterns=encoders.patterns("vae"))) == files
+    t5 = ["config.json", "model.safetensors", "spiece.model", "tokenizer.json", "pytorch_model.bin", "tf_model.h5"]
+    assert list(filter_repo_objects(t5, allow_patterns=encoders.patterns("text"))) == [*t5[:3], t5[3]]
+
+
+def test_digests_are_those_of_preprocess(real):
+    for name in ("vae", "text", "vision"):
+        identity = real.manifest.encoders[name]
+        assert encoders.digest(Path(identity.id), name) == identity.sha256
+
+
+def test_bundled_encoders_run_in_the_dtype_of_the_dataset(real):
+    pipe = real.pipe()
+    pipe.config.facts["encoders"]["text"]["dtype"] = "bfloat16"
+    pipe.text_encoder.to(torch.float32)
+    pipe.vae.to(torch.bfloat16)
+    pipe("a dog", num_inference_steps=1)
+    assert pipe.text_encoder.dtype is torch.bfloat16 and pipe.vae.dtype is torch.float32
+
+
+@pytest.mark.parametrize("kind", ["RGB", "RGBA", "L", "I;16", "P", "CMYK", "turned", "sRGB"])
+def test_a_reference_is_read_as_sample_reads_it(scene, tmp_path, kind):
+    pixels = np.asarray(Image.open(scene.root / "photos" / "p1.png").convert("RGB"))
+    path, picture, more = tmp_path / "r.png", Image.fromarray(pixels), {}
+    if kind == "I;16":
+        picture = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    elif kind == "RGBA":
+        picture.putalpha(Image.fromarray(pixels[..., 1]))
+    elif kind == "turned":
+        path, exif = tmp_path / "r.jpg", Image.Exif()
+        exif[0x0112] = 6
+        more = {"exif": exif}
+    elif kind == "CMYK":
+        path, picture = tmp_path / "r.jpg", picture.convert("CMYK")
+    elif kind == "sRGB":
+        more = {"icc_profile": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()}
+    elif kind != "RGB":
+        picture = picture.convert(kind)
+    picture.save(path, **more)
+    ours, _ = read_reference(path, scene.manifest)
+    facts = scene.pipe().config.facts
+    theirs = encoders.fitted(Image.open(path), [(w, h) for w, h, _ in facts["sizes"]], facts["fit"])
+    assert ours.shape == theirs.shape
+    assert np.abs(ours.astype(int) - theirs).max() <= 1
+
+
+def test_a_pipeline_saves_its_own_code(scene, tmp_path):
+    """diffusers keeps the code of all local pipelines in one file."""
+    mine = scene.pipe()
+    other = shutil.copytree(scene.root / "exported", tmp_path / "other")
+    with (other / "pipeline.py").open("a") as file:
+        file.write("# of another version\n")
+    DiffusionPipeline.from_pretrained(other, **TRUSTED)
+    mine.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "pipeline.py").read_text() == (scene.root / "exported" / "pipeline.py").read_text()
+    with pytest.raises(ValueError, match="push_to_hub"):
+        mine.save_pretrained(tmp_path / "hub", push_to_hub=True)
+
+
+@pytest.mark.parametrize("first", ["fluxdit_jax", "diffusers"])
+def test_an_export_of_one_format_leaves_nothing_of_the_other(real, tmp_path, first):
+    forms = {"fluxdit_jax": {}, "diffusers": {"form": "diffusers", "license": "other", "bundle": "all"}}
+    (second,) = forms.keys() - {first}
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("a note")
+    export(real.root / "run", out, **forms[first])
+    export(real.root / "run", out, **forms[second] | ({"bundle": "none"} if second == "diffusers" else {}))
+    alone = tmp_path / "alone"
+    export(real.root / "run", alone, **forms[second] | ({"bundle": "none"} if second == "diffusers" else {}))
+    assert {path.name for path in out.iterdir()} == {path.name for path in alone.iterdir()} | {"mine.txt"}
 
 
 def test_an_export_over_another_leaves_no_half(scene, tmp_path, monkeypatch):

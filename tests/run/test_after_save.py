@@ -54,8 +54,38 @@ def test_one_runs_at_a_time_and_of_those_that_wait_the_newest(tmp_path, told):
             after.saved(workdir / str(step))
             time.sleep(0.05)
         assert time.monotonic() - started < 0.45  # training goes on
+        wait_for(workdir / "seen")
     assert (workdir / "seen").read_text() == "15"
     assert "waiting" in told.text and "done for checkpoint 5" in told.text
+
+
+def test_at_the_end_an_earlier_one_is_stopped_for_the_last(tmp_path, told):
+    with AfterSave(python(NOTE % 0.5).replace("0.5", "30 * (sys.argv[1][-1] == '1')"), tmp_path, 1.0) as after:
+        after.saved(tmp_path / "1")
+        wait_for(tmp_path / OUTPUT)
+        time.sleep(0.3)
+        after.saved(tmp_path / "2")
+        started = time.monotonic()
+    assert time.monotonic() - started < 10
+    assert (tmp_path / "seen").read_text() == "2"
+    assert "checkpoint 1 was stopped" in told.text and "done for checkpoint 2" in told.text
+
+
+def test_that_of_a_killed_run_ends_at_its_time(tmp_path, told):
+    """Nobody is left to kill it; then the next save's would wait for ever."""
+    code = (
+        "from fluxdit_jax.run.after_save import AfterSave; from pathlib import Path; import time\n"
+        f"a = AfterSave({python(NOTE % 600)!r}, Path({str(tmp_path)!r}), 0.03)\n"
+        "a.saved(Path('1'))\ntime.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code])
+    wait_for(tmp_path / OUTPUT)
+    time.sleep(0.3)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    with AfterSave(python(NOTE % 0), tmp_path, 1.0) as after:
+        after.saved(tmp_path / "2")
+    assert (tmp_path / "seen").read_text() == "2" and "done for checkpoint 2" in told.text
 
 
 def test_one_that_takes_too_long_is_killed_with_what_it_started(tmp_path, told):
@@ -102,7 +132,9 @@ def test_that_of_a_killed_run_is_waited_for(tmp_path, told):
     assert (tmp_path / "seen").read_text() == "12"
 
 
-@pytest.mark.parametrize("command", ["cp '{checkpoint}", "cp {step} x", "cp {} x", "cp {checkpoint"])
+@pytest.mark.parametrize(
+    "command", ["cp '{checkpoint}", "cp {step} x", "cp {} x", "cp {checkpoint", "cp {checkpoint.x}"]
+)
 def test_a_command_that_cannot_be_read_is_refused(tmp_path, command):
     with pytest.raises(ConfigError, match=naming("config.checkpoint.after", command, "bash -c")):
         AfterSave(command, tmp_path, 1.0)
