@@ -15,6 +15,7 @@ Advice = list[tuple[str, str]]  # (cause, what was seen)
 
 STRANGE = 0.5  # distance to the nearest picture, against that of two of the set, from which on it is none of them
 BLURRED_DB = 22.0  # median PSNR below which the pictures are blurred to the eye
+LARGE_SHIFT = 10.0  # a time shift above leaves next to no samples at little noise
 CLEAR = 0.85  # share of a test's pictures that have the right photograph, or light, where that path works
 
 # What to look at, once for each cause, after what was seen.
@@ -78,10 +79,12 @@ def advise(
 def _levels(verdict: Verdict, levels: NoiseLevels | None) -> Advice:
     if verdict.passed or not verdict.judged or levels is None or not levels.too_few:
         return []
+    keys = f"--config.flow.shift={levels.shift:.0f}"
+    if levels.shift > LARGE_SHIFT:
+        keys = f"--config.flow.uniform_share=1 --config.flow.shift={levels.uniform_shift:.0f}"
     seen = (
         f"Only {100 * levels.share:.2g} % of the training's samples are so noisy (t above {levels.time:.3f}) that the "
-        f"light must come from the vector; the others show it. Train with --config.flow.shift={levels.shift:.0f}, "
-        "which makes it 6 %."
+        f"light must come from the vector; the others show it. Train with {keys}, which makes it 6 %."
     )
     return [("time shift", seen)]
 

@@ -31,11 +31,13 @@ class NoiseLevels:
     time: above it a noisy picture does not show its light.
     share: of the training's samples above it.
     shift: the time shift at which `ENOUGH` of them are.
+    uniform_shift: the same of uniform times, which keep samples at little noise where the other shift is large.
     """
 
     time: float
     share: float
     shift: float
+    uniform_shift: float
 
     @property
     def too_few(self) -> bool:
@@ -66,4 +68,5 @@ def of_lights(
     share = float(np.mean(np.asarray(time_at_quantile(flow, u)) > time))
     # Of the times before the shift, those above q become those above s q / (1 + (s - 1) q).
     q = float(np.quantile(np.asarray(time_at_quantile(dataclasses.replace(flow, shift=1.0), u)), 1 - ENOUGH))
-    return NoiseLevels(time, share, time * (1 - q) / (q * (1 - time)))
+    odds = time / (1 - time)
+    return NoiseLevels(time, share, odds * (1 - q) / q, odds * ENOUGH / (1 - ENOUGH))

@@ -374,11 +374,18 @@ def test_the_cause_behind_most_tests_comes_first():
     assert [cause.name for cause in by_cause(advise(verdicts(failing), FLAT))] == ["text path", "unfinished pictures"]
 
 
-@pytest.mark.parametrize(("share", "named"), [(0.0016, True), (0.06, False)])
-def test_a_time_shift_that_hardly_teaches_the_light_comes_first(share, named):
+@pytest.mark.parametrize(
+    ("share", "shift", "keys"),
+    [
+        (0.0016, 20.1, "--config.flow.uniform_share=1 --config.flow.shift=6,"),
+        (0.0119, 9.6, "Train with --config.flow.shift=10,"),
+        (0.06, 5.0, None),
+    ],
+)
+def test_a_time_shift_that_hardly_teaches_the_light_comes_first(share, shift, keys):
     numbers = {"retrieved": 0.81, "right_light": 0.81}
-    levels = NoiseLevels(time=0.9896, share=share, shift=20.1)
+    levels = NoiseLevels(time=0.9896, share=share, shift=shift, uniform_shift=6.07)
     told = advise(verdicts({"memorisation": numbers}), FLAT, levels=levels)[0]
-    assert (told.causes[0] == "time shift") == named
-    if named:
-        assert "0.16 %" in told.advice[0] and "0.990" in told.advice[0] and "flow.shift=20" in told.advice[0]
+    assert (told.causes[0] == "time shift") == (keys is not None)
+    if keys is not None:
+        assert f"{100 * share:.2g} %" in told.advice[0] and "0.990" in told.advice[0] and keys in told.advice[0]

@@ -55,6 +55,8 @@ def test_the_time_and_the_share_above_it(distance, flow):
         assert found.shift == pytest.approx(distance / 2 * (1 - q) / q, rel=1e-2)
     proposed = dataclasses.replace(flow, shift=found.shift)
     assert of_lights(*scene(distance), MEAN, STD, proposed).share == pytest.approx(ENOUGH, abs=2e-3)
+    proposed = FlowConfig(shift=found.uniform_shift, uniform_share=1.0)
+    assert of_lights(*scene(distance), MEAN, STD, proposed).share == pytest.approx(ENOUGH, abs=2e-3)
 
 
 def test_the_shift_grows_with_the_distance():
