@@ -127,9 +127,10 @@ def _replace(out: Path, write: Callable[[Path], None], marker: str) -> None:
             except SafetensorError as error:
                 raise ExportError(f"{out}: {error}") from error
             for each in (DESCRIPTION, diffusers_folder.INDEX):
-                if (out / each).exists():  # an older export, whatever its format: nothing of it stays
+                if _is_export(out / each):  # an older one, whatever its format: nothing of it stays
                     (out / each).unlink()
                     _remove(out, diffusers_folder.OWNED)
+            (out / marker).unlink(missing_ok=True)
             found = [path for path in sorted(files.rglob("*")) if path.is_file()]
             for path in sorted(found, key=lambda path: path == files / marker):
                 target = out / path.relative_to(files)
@@ -142,6 +143,12 @@ def _replace(out: Path, write: Callable[[Path], None], marker: str) -> None:
         lock.release()
         with contextlib.suppress(OSError):  # the next one is in it already
             work.rmdir()
+
+
+def _is_export(marker: Path) -> bool:
+    """Whether a file describes an export: a run directory and others have a config.json as well."""
+    said = marker.read_text(encoding="utf-8", errors="replace") if marker.is_file() else ""
+    return '"ema_step"' in said or "FluxDiTPipeline" in said
 
 
 def _remove(out: Path, names: tuple[str, ...]) -> None:

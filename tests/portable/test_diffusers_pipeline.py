@@ -362,6 +362,16 @@ def test_a_pipeline_saves_its_own_code(scene, tmp_path):
         mine.save_pretrained(tmp_path / "hub", push_to_hub=True)
 
 
+def test_what_is_no_export_is_not_cleared_away(scene, tmp_path):
+    """A run directory has a config.json and samples/, too."""
+    out = tmp_path / "out"
+    (out / "samples").mkdir(parents=True)
+    (out / "samples" / "step_1.png").write_bytes(b"mine")
+    (out / "config.json").write_text('{"ema": {"decay": 0.9}}')
+    export(scene.root / "run", out, form="diffusers", license="other")
+    assert (out / "samples" / "step_1.png").read_bytes() == b"mine" and (out / "config.json").exists()
+
+
 @pytest.mark.parametrize("first", ["fluxdit_jax", "diffusers"])
 def test_an_export_of_one_format_leaves_nothing_of_the_other(real, tmp_path, first):
     forms = {"fluxdit_jax": {}, "diffusers": {"form": "diffusers", "license": "other", "bundle": "all"}}
