@@ -45,6 +45,20 @@ def wait_for(path: Path, seconds: float = 20.0) -> None:
         time.sleep(0.02)
 
 
+def save_and_die(workdir: Path, seconds: int, minutes: float) -> None:
+    """A process that is killed while the command after its save, which takes so many seconds, runs."""
+    code = (
+        "from fluxdit_jax.run.after_save import AfterSave; from pathlib import Path; import time\n"
+        f"a = AfterSave({python(NOTE % seconds)!r}, Path({str(workdir)!r}), {minutes})\n"
+        "a.saved(Path('1'))\ntime.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code])
+    wait_for(workdir / OUTPUT)
+    time.sleep(0.3)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 def test_one_runs_at_a_time_and_of_those_that_wait_the_newest(tmp_path, told):
     workdir = tmp_path / "a run"  # a path with a space is one word
     workdir.mkdir()
@@ -73,16 +87,7 @@ def test_at_the_end_an_earlier_one_is_stopped_for_the_last(tmp_path, told):
 
 def test_that_of_a_killed_run_ends_at_its_time(tmp_path, told):
     """Nobody is left to kill it; then the next save's would wait for ever."""
-    code = (
-        "from fluxdit_jax.run.after_save import AfterSave; from pathlib import Path; import time\n"
-        f"a = AfterSave({python(NOTE % 600)!r}, Path({str(tmp_path)!r}), 0.03)\n"
-        "a.saved(Path('1'))\ntime.sleep(60)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code])
-    wait_for(tmp_path / OUTPUT)
-    time.sleep(0.3)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    save_and_die(tmp_path, 600, 0.03)
     with AfterSave(python(NOTE % 0), tmp_path, 1.0) as after:
         after.saved(tmp_path / "2")
     assert (tmp_path / "seen").read_text() == "2" and "done for checkpoint 2" in told.text
@@ -117,16 +122,7 @@ def test_one_that_fails_is_named_with_its_last_words_and_the_next_is_tried(tmp_p
 
 
 def test_that_of_a_killed_run_is_waited_for(tmp_path, told):
-    code = (
-        "from fluxdit_jax.run.after_save import AfterSave; from pathlib import Path; import time\n"
-        f"a = AfterSave({python(NOTE % 2)!r}, Path({str(tmp_path)!r}), 1.0)\n"
-        "a.saved(Path('1'))\ntime.sleep(60)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code])
-    wait_for(tmp_path / OUTPUT)
-    time.sleep(0.3)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    save_and_die(tmp_path, 2, 1.0)
     with AfterSave(python(NOTE % 0), tmp_path, 1.0) as after:
         after.saved(tmp_path / "2")
     assert (tmp_path / "seen").read_text() == "12"

@@ -15,10 +15,7 @@ CALLS = {
 }  # fmt: skip
 # What only the user's own command line or the user's own folder decides, each with the reason.
 ALLOWED = {
-    (
-        "fluxdit_jax/run/tracker.py",
-        "importlib.import_module",
-    ),  # config.log.tracker, which no run directory is asked for
+    ("fluxdit_jax/run/tracker.py", "importlib.import_module"),  # of config.log.tracker
     ("comfy/__init__.py", "trust_remote_code"),  # asked of the user first: trust_its_code
     ("fluxdit_jax/portable/app.py", "trust_remote_code"),  # of the folder that the file itself lies in
 }
