@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,10 @@ from fluxdit_jax.dataset.manifest import DatasetError, Manifest
 from fluxdit_jax.device import devices
 from fluxdit_jax.run.checkpoint import CheckpointError
 from fluxdit_jax.run.run_directory import RunError, RunLock, load_stage
-from fluxdit_jax.run.weights import Weights, places, restore_weights
+from fluxdit_jax.run.weights import Weights, places, restore_weights, weights_digest
 from fluxdit_jax.sampling import exported, recipe, solvers
 from fluxdit_jax.sampling.arguments import parse_arguments
+from fluxdit_jax.sampling.kept import Kept
 from fluxdit_jax.sampling.pipeline import Generator, conditions
 from fluxdit_jax.sampling.prompts import (
     SampleError,
@@ -79,8 +82,16 @@ def check_out(paths: list[Path]) -> None:
         raise SampleError(f"--out {paths[0]} cannot be written: {cli.explain(error)}") from error
 
 
-def sample(arguments: argparse.Namespace) -> list[np.ndarray]:
-    """Draws what the arguments ask for; returns the pictures, uint8 [H, W, 3]."""
+def sample(
+    arguments: argparse.Namespace, kept: Kept | None = None, progress: Callable[[int], Any] | None = None
+) -> list[np.ndarray]:
+    """Draws what the arguments ask for; returns the pictures, uint8 [H, W, 3].
+
+    Args:
+      kept: what stays loaded for the next picture; None: nothing.
+      progress: called with the number of pictures done after each batch; None: a progress bar on a terminal.
+    """
+    kept = Kept() if kept is None else kept
     again: Recipe | None = arguments.read_recipe
     settings, manifest, about = _description(arguments)
     size = choose_size(arguments.size, manifest)
@@ -92,7 +103,7 @@ def sample(arguments: argparse.Namespace) -> list[np.ndarray]:
     check_out([arguments.out, *_outputs(arguments, 1 if sweeping else len(requests))])
     reference = read_reference(arguments.reference, manifest) if arguments.reference else None
 
-    weights = _weights(arguments, settings, about)
+    weights = _weights(arguments, settings, about, kept)
     print(f"weights: {shown(str(weights))}")
     why = "" if arguments.size else ", the most common size of the training pictures; others by --size"
     print(f"size: {in_words(size)} (width x height){why}")
@@ -101,11 +112,12 @@ def sample(arguments: argparse.Namespace) -> list[np.ndarray]:
         others = bool(arguments.given & {"step", "weights"})
         known = weights.digest if again.digest == weights.digest else digest
         recipe.check_weights(again, known, others, arguments.recipe)
-    given, told = _given(arguments, reference, manifest, again)
+    given, told = _given(arguments, reference, manifest, again, kept)
     _note_untrained(settings, arguments, given)
     spec = _text_encoder(arguments, manifest)
-    texts = encode_prompts(arguments.prompt, manifest, spec, settings.text_limit)
-    decoder = load_decoder(manifest.vae, arguments.vae)
+    texts = encode_prompts(arguments.prompt, manifest, spec, settings.text_limit, kept)
+    asked = manifest.vae.id, manifest.vae.sha256, arguments.vae
+    decoder = kept.get("decoder", asked, lambda: load_decoder(manifest.vae, arguments.vae))
     made = Recipe(
         arguments={name: getattr(arguments, name) for name in recipe.ARGUMENTS}
         | {"size": in_words(size), "step": weights.step, "weights": weights.folder}
@@ -119,7 +131,11 @@ def sample(arguments: argparse.Namespace) -> list[np.ndarray]:
     )
     if again is not None:
         recipe.note_circumstances(again, made)
-    drawn = _draw(arguments, settings, manifest, weights.ema, decoder, requests, texts, made)
+    how = {"steps": arguments.steps, "batch_size": made.batch_size, "method": arguments.method}
+    model = settings, manifest.latent_mean, manifest.latent_std
+    generator = kept.get("generator", (*model, *how.values()), lambda: Generator.of(settings, manifest, **how))
+    params = kept.get("params", (weights.digest, settings.model.dtype), lambda: generator.cast(weights.ema))
+    drawn = _draw(arguments, generator, params, decoder, requests, [made.given | text for text in texts], progress)
     lock = RunLock(arguments.out.parent, f".{arguments.out.name}.lock", temporary=True, option="--out")
     try:
         (_write_sweep if sweeping else _write)(arguments, requests, drawn, made)
@@ -145,15 +161,17 @@ def _description(arguments: argparse.Namespace) -> tuple[Settings, Manifest, dic
     return resolve(stage.config, manifest, stage.first), manifest, {}
 
 
-def _weights(arguments: argparse.Namespace, settings: Settings, about: dict[str, Any]) -> Weights:
+def _weights(arguments: argparse.Namespace, settings: Settings, about: dict[str, Any], kept: Kept) -> Weights:
     asked = arguments.given & {"step", "weights"}
     if arguments.model:
         for name, held in (("step", about["step"]), ("weights", about["folder"])):
             if name in asked and getattr(arguments, name) != held:
                 raise SampleError(f"--{name} {getattr(arguments, name)}: the export {arguments.model} has {held}")
-        return exported.read_weights(arguments.model, settings, about)
+        return kept.get("weights", arguments.model, lambda: exported.read_weights(arguments.model, settings, about))
     try:
-        return restore_weights(arguments.workdir, arguments.step, arguments.weights)
+        path = places(arguments.workdir, arguments.weights).get(arguments.step)
+        load = functools.partial(restore_weights, arguments.workdir, arguments.step, arguments.weights)
+        return load() if path is None else kept.get("weights", (path, weights_digest(path)), load)
     except CheckpointError as error:
         if arguments.read_recipe is None or asked:
             raise
@@ -166,35 +184,32 @@ def _weights(arguments: argparse.Namespace, settings: Settings, about: dict[str,
 
 def _draw(
     arguments: argparse.Namespace,
-    settings: Settings,
-    manifest: Manifest,
-    ema: Any,
+    generator: Generator,
+    params: Any,
     decoder: Decoder,
     requests: list[Request],
-    texts: list[dict[str, np.ndarray]],
-    made: Recipe,
+    asked: list[dict[str, np.ndarray]],
+    progress: Callable[[int], Any] | None,
 ) -> dict[tuple[float, float], list[np.ndarray]]:
-    """Pictures of all requests by (vision scale, text scale)."""
-    patch_pixels = settings.model.patch * manifest.vae.options["factor"]
+    """Pictures of all requests by (vision scale, text scale). `asked` are the conditions of each prompt, by name."""
     height, width = requests[0].size
+    patch_pixels = generator.patch * decoder.factor
     wanted = conditions(
-        settings.model.conditions,
-        [made.given | text for text in texts for _ in range(arguments.count)],
+        generator.conditions,
+        [one for one in asked for _ in range(arguments.count)],
         [(height // patch_pixels, width // patch_pixels)] * len(requests),
     )
-    generator = Generator.of(
-        settings, manifest, steps=arguments.steps, batch_size=made.batch_size, method=arguments.method
-    )
-    params, noise = generator.cast(ema), generator.noise([request.seed for request in requests])
+    noise = generator.noise([request.seed for request in requests])
+    of_captions = [c.name for c in generator.conditions if field_named(c.name).made_from == CAPTION]
     sweep_text = arguments.sweep_text or [arguments.guidance_text]
     sweep_vision = arguments.sweep_vision or [arguments.guidance_vision]
     drawn: dict[tuple[float, float], list[np.ndarray]] = {}
     count = len(requests) * len(sweep_text) * len(sweep_vision)
-    with tqdm(total=count, unit="image", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=count, unit="image", disable=progress is not None or not sys.stderr.isatty()) as bar:
         for vision, text in itertools.product(sweep_vision, sweep_text):
-            scales = dict.fromkeys(texts[0], text) | {"vision": vision} | arguments.guidance
+            scales = dict.fromkeys(of_captions, text) | {"vision": vision} | arguments.guidance
             guidance = solvers.Guidance(scales, arguments.rescale)
-            latents = generator.latents(params, wanted, noise, bar.update, guidance)
+            latents = generator.latents(params, wanted, noise, progress or bar.update, guidance)
             drawn[vision, text] = decode_all(decoder, latents)
     return drawn
 
@@ -204,12 +219,15 @@ def _given(
     reference: tuple[np.ndarray, str] | None,
     manifest: Manifest,
     again: Recipe | None,
+    kept: Kept,
 ) -> tuple[dict[str, np.ndarray], dict[str, str] | None]:
     """The conditions besides the prompt, and what the new recipe tells of the reference's file.
 
     Those of the recipe, and instead of them what --reference and --condition give.
     """
     given, told = ({}, None) if again is None else (dict(again.given), again.reference)
+    if reference is not None and "vision" in arguments.condition:
+        raise SampleError("--reference and --condition vision=... both give the vision vector; give one")
     if unknown := arguments.guidance.keys() - set(manifest.further()):
         known = ", ".join(manifest.further()) or "none"
         raise SampleError(f"--guidance {min(unknown)}=...: the dataset's further conditions are: {known}")
@@ -218,7 +236,7 @@ def _given(
     if reference is not None:
         pixels, sha256 = reference
         told = {"path": str(arguments.reference.absolute()), "sha256": sha256}
-        given["vision"] = encode_reference(pixels, manifest, arguments.vision_encoder)
+        given["vision"] = encode_reference(pixels, manifest, arguments.vision_encoder, kept)
     elif told is not None and "vision" not in given:
         raise SampleError(
             f"--recipe {arguments.recipe}: an older version wrote it, without the vision vector. Its reference was "

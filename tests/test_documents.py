@@ -25,7 +25,7 @@ from PIL import Image
 from training_helpers import REPOSITORY
 
 from fluxdit_jax import config as configuration
-from fluxdit_jax import environment, export, sample, score, train, train_arguments, validate
+from fluxdit_jax import environment, export, play, sample, score, train, train_arguments, validate
 from fluxdit_jax.stages import stages_of
 from preprocess import __main__ as preprocess
 
@@ -99,6 +99,7 @@ def known_options() -> dict[str, set[str]]:
         f"preprocess {name}": options_of(help_of(lambda name=name: preprocess.main([name, "--help"]))) for name in names
     }
     found["fluxdit_jax.sample"] = options_of(help_of(lambda: sample.parse_arguments(["--help"])))
+    found["fluxdit_jax.play"] = options_of(help_of(lambda: play.parse_arguments(["--help"])))
     found["fluxdit_jax.score"] = options_of(help_of(lambda: score.parse_arguments(["--help"])))
     found["fluxdit_jax.validate"] = options_of(help_of(lambda: validate.parse_arguments(["--help"])))
     found["fluxdit_jax.train"] = options_of(help_of(lambda: train_arguments.parse(["train", "--help"])))
@@ -159,11 +160,13 @@ def test_every_command_is_understood_by_its_program(command: Command, known_opti
 
 
 def _parse_drawing(command: Command) -> None:
-    """sample and validate, without the options that read a file while they are parsed."""
+    """sample, play and validate, without the options that read a file while they are parsed."""
     if "--recipe" in command.arguments or not command.arguments:
         return  # `road` draws a recipe again
     if command.module == "fluxdit_jax.sample":
         sample.parse_arguments(command.arguments)
+    elif command.module == "fluxdit_jax.play":
+        play.parse_arguments(command.arguments)
     elif command.module == "fluxdit_jax.validate":
         validate.parse_arguments(command.arguments)
 

@@ -10,14 +10,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from fluxdit_jax.dataset.manifest import Manifest, parts_of
+from fluxdit_jax.dataset.manifest import Manifest
 from fluxdit_jax.flow import FlowConfig
 from fluxdit_jax.loader.reader import RecordSource
 from fluxdit_jax.plan import training_flops
 from fluxdit_jax.quality.answers import Pupil
 from fluxdit_jax.quality.eye import Eye
 from fluxdit_jax.run.metrics import METRICS, read_metrics
-from fluxdit_jax.run.run_directory import RunError, load_config, load_stage, require_dataset
+from fluxdit_jax.run.run_directory import RunError, find_dataset, load_config, load_stage
 from fluxdit_jax.run.validation_loss import ValidationLoss
 from fluxdit_jax.run.weights import Weights, restore_weights
 from fluxdit_jax.sampling.pipeline import Generator, besides_captions
@@ -56,10 +56,7 @@ class Candidate:
         weights = restore_weights(workdir, step)
         stage, manifest = load_stage(workdir, weights.step)
         config = stage.config
-        directory = data or Path(config.data.path)
-        if data is not None and config.data.resolution in parts_of(data):
-            directory = parts_of(data)[config.data.resolution]
-        require_dataset(directory, workdir, stage.name)
+        directory = find_dataset(workdir, stage, data)
         settings = resolve(config, manifest, stage.first)
         return cls(workdir, config, manifest, settings, weights, directory, stage.first)
 

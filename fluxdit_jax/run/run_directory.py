@@ -21,7 +21,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from fluxdit_jax.config import ConfigError, default_config
-from fluxdit_jax.dataset.manifest import DatasetError, Manifest, json_checksum, load_manifest
+from fluxdit_jax.dataset.manifest import DatasetError, Manifest, json_checksum, load_manifest, parts_of
 from fluxdit_jax.renamed_keys import converted
 from fluxdit_jax.shared.atomic_files import write_whole
 from fluxdit_jax.shared.lock import Lock
@@ -294,6 +294,23 @@ def require_dataset(directory: Path, workdir: Path, stage: str = "") -> None:
             "Give the one it was trained on, with --data; or train on with this one "
             "(--config.resume.allow_changes=True), and then validate"
         )
+
+
+def find_dataset(workdir: Path, stage: Stage, data: Path | None = None) -> Path:
+    """The directory of the dataset that a run, or a stage of it, was last started with.
+
+    Args:
+      data: where it is now, or a folder of several resolutions with it; None: where it was.
+
+    Raises:
+      DatasetError: it is not there.
+      RunError: there is another dataset.
+    """
+    directory = data or Path(stage.config.data.path)
+    if data is not None:
+        directory = parts_of(data).get(stage.config.data.resolution, data)
+    require_dataset(directory, workdir, stage.name)
+    return directory
 
 
 def difference_from(workdir: Path, step: int, new: Manifest) -> str:

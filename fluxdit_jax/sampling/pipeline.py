@@ -131,6 +131,11 @@ class Generator:
         """What the network is given."""
         return self._config.conditions
 
+    @property
+    def patch(self) -> int:
+        """Side of a token in latent pixels."""
+        return self._config.patch
+
     def cast(self, ema: Any) -> Any:
         """EMA weights f32 -> the compute dtype, on the device."""
         return jax.tree.map(lambda leaf: jnp.asarray(leaf, self._config.dtype), ema)

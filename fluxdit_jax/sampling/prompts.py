@@ -13,6 +13,7 @@ import numpy as np
 
 from fluxdit_jax.dataset.fields import CAPTION, TEXT, Field, field_named, of_captions
 from fluxdit_jax.dataset.manifest import EncoderIdentity, Manifest
+from fluxdit_jax.sampling.kept import Kept
 
 _MAX_PROMPTS = 10_000_000  # bytes of a file of prompts
 
@@ -48,7 +49,7 @@ def check_encoder(found: EncoderIdentity, trained: EncoderIdentity, option: str)
 
 
 def encode_prompts(
-    prompts: list[str], manifest: Manifest, spec: str | None, limit: int | None = None
+    prompts: list[str], manifest: Manifest, spec: str | None, limit: int | None = None, kept: Kept | None = None
 ) -> list[dict[str, np.ndarray]]:
     """What is made from each prompt, by name of the condition, by the encoders of the training captions.
 
@@ -57,31 +58,34 @@ def encode_prompts(
     Args:
       spec: of the encoder of "text"; None: as the data set names it.
       limit: `Settings.text_limit`: what training cuts the tokens of "text" to.
+      kept: where the encoders stay loaded; None: they do not.
     """
+    kept = Kept() if kept is None else kept
     made = {
-        field.name: _encode(prompts, manifest, field, *((spec, limit) if field == TEXT else (None, None)))
+        field.name: _encode(prompts, manifest, field, kept, *((spec, limit) if field == TEXT else (None, None)))
         for field in of_captions(manifest.layout)
     }
     return [dict(zip(made, parts, strict=True)) for parts in zip(*made.values(), strict=True)]
 
 
 def _encode(
-    prompts: list[str], manifest: Manifest, field: Field, spec: str | None, limit: int | None
+    prompts: list[str], manifest: Manifest, field: Field, kept: Kept, spec: str | None, limit: int | None
 ) -> list[np.ndarray]:
     from preprocess.encoders import load_text_encoder
 
     trained, longest = manifest.encoders[field.encoder], manifest.lengths[field.name]
     most = trained.options.get("max_tokens", 512)
-    encoder = load_text_encoder(spec or trained.id, dtype=trained.dtype, max_tokens=most)
+    name, dtype = spec or trained.id, trained.dtype
+    encoder = kept.get(field.name, (name, dtype, most), lambda: load_text_encoder(name, dtype=dtype, max_tokens=most))
     check_encoder(encoder.identity, trained, "--text-encoder" if field == TEXT else f"the {field.maker}")
     texts = encoder.encode(prompts)
     for number, tokens in enumerate(encoder.count(prompts)):
-        kept, why = len(texts[number]), f"what the data set's {field.maker} takes (max_tokens={most})"
-        if limit is not None and kept > limit:
-            kept, why = limit, f"what this run cuts its captions to (config.data.text_tokens={limit})"
+        used, why = len(texts[number]), f"what the data set's {field.maker} takes (max_tokens={most})"
+        if limit is not None and used > limit:
+            used, why = limit, f"what this run cuts its captions to (config.data.text_tokens={limit})"
         which = f"note: prompt {number + 1} has {tokens} tokens"
-        if kept < tokens:
-            print(f"{which}, of which {kept} are kept, {why}: {_short(prompts[number])}")
+        if used < tokens:
+            print(f"{which}, of which {used} are kept, {why}: {_short(prompts[number])}")
         elif tokens > longest:
             print(
                 f"{which}, more than any caption of the training (at most {longest}); all are used: "
@@ -118,14 +122,14 @@ def read_reference(path: Path, manifest: Manifest) -> tuple[np.ndarray, str]:
 
 
 def read_condition(name: str, path: Path, manifest: Manifest) -> np.ndarray:
-    """A further condition of the dataset from a `.npy` file, as `build` reads it; raises `SampleError`."""
+    """A condition that is not made from the caption, from a `.npy` file as `build` reads it; raises `SampleError`."""
     from preprocess.decoding.images import Rejected
     from preprocess.input.precomputed import MAX_BYTES, parse
 
-    further = [each for each in manifest.further() if field_named(each).made_from != CAPTION]
-    if name not in further:
-        known = ", ".join(further) or "none"
-        raise SampleError(f"--condition {name}={path}: the dataset's further conditions are: {known}")
+    besides = [each for each in manifest.conditions if field_named(each).made_from != CAPTION]
+    if name not in besides:
+        known = ", ".join(besides)
+        raise SampleError(f"--condition {name}={path}: the dataset's conditions besides the caption are: {known}")
     try:
         with path.open("rb") as file:
             return parse(file.read(MAX_BYTES + 1), field_named(name), manifest.encoders[name].width)
@@ -133,10 +137,17 @@ def read_condition(name: str, path: Path, manifest: Manifest) -> np.ndarray:
         raise SampleError(f"--condition {name}={path}: {error}") from error
 
 
-def encode_reference(pixels: np.ndarray, manifest: Manifest, spec: str | None) -> np.ndarray:
-    """Vision vector f32 [V] of a picture of `read_reference`, by the encoder of the training pictures."""
+def encode_reference(pixels: np.ndarray, manifest: Manifest, spec: str | None, kept: Kept | None = None) -> np.ndarray:
+    """Vision vector f32 [V] of a picture of `read_reference`, by the encoder of the training pictures.
+
+    Args:
+      spec: of the encoder; None: as the data set names it.
+      kept: where it stays loaded; None: it does not.
+    """
     from preprocess.encoders import load_vision_encoder
 
-    encoder = load_vision_encoder(spec or manifest.vision.id, dtype=manifest.vision.dtype)
+    name, dtype = spec or manifest.vision.id, manifest.vision.dtype
+    kept = Kept() if kept is None else kept
+    encoder = kept.get("vision", (name, dtype), lambda: load_vision_encoder(name, dtype=dtype))
     check_encoder(encoder.identity, manifest.vision, "--vision-encoder")
     return encoder.encode(pixels[None])[0]

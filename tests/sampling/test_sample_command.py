@@ -24,6 +24,7 @@ from fluxdit_jax.run.checkpoint import CheckpointError, Checkpoints
 from fluxdit_jax.run.run_directory import RunError, record_start
 from fluxdit_jax.sample import sample
 from fluxdit_jax.sampling.arguments import parse_arguments
+from fluxdit_jax.sampling.kept import Kept
 from fluxdit_jax.sampling.prompts import SampleError, encode_reference, read_reference
 from fluxdit_jax.sampling.recipe import Recipe
 from fluxdit_jax.settings import Settings, resolve
@@ -257,27 +258,29 @@ def test_the_vector_is_the_references_or_the_recipes(scene: Scene) -> None:
     photo = scene.root / "photos" / "p1.png"
     given = scene.arguments("--prompt", "x", "--reference", str(photo))
     seen = read_reference(photo, scene.manifest)
-    found, told = command._given(given, seen, scene.manifest, None)
+    found, told = command._given(given, seen, scene.manifest, None, Kept())
     assert found.keys() == {"vision"}
     vector = found["vision"]
     np.testing.assert_array_equal(vector, encode_reference(seen[0], scene.manifest, None))
     assert told == {"path": str(photo), "sha256": seen[1]}
-    assert command._given(given, None, scene.manifest, None) == ({}, None)
+    assert command._given(given, None, scene.manifest, None, Kept()) == ({}, None)
     own = {"path": "/photos/a.jpg", "sha256": "ab"}
     again = Recipe({}, given={"vision": vector}, reference=own)
-    found, told = command._given(given, None, scene.manifest, again)
+    found, told = command._given(given, None, scene.manifest, again, Kept())
     assert found.keys() == {"vision"} and found["vision"] is vector and told == own
-    other, told = command._given(given, seen, scene.manifest, Recipe({}, given={"vision": -vector}, reference=own))
+    other, told = command._given(
+        given, seen, scene.manifest, Recipe({}, given={"vision": -vector}, reference=own), Kept()
+    )
     np.testing.assert_array_equal(other["vision"], vector)
     assert told["sha256"] == seen[1]
-    assert command._given(given, None, scene.manifest, Recipe({})) == ({}, None)
+    assert command._given(given, None, scene.manifest, Recipe({}), Kept()) == ({}, None)
     for recipe, named in (
         (Recipe({}, reference=own), "/photos/a.jpg"),
         (Recipe({}, given={"vision": vector[:3]}, reference=own), "3 numbers.*1024"),
         (Recipe({}, given={"pose": vector[:3]}), "pose"),
     ):
         with pytest.raises(SampleError, match=named):
-            command._given(given, None, scene.manifest, recipe)
+            command._given(given, None, scene.manifest, recipe, Kept())
 
 
 def test_a_further_condition_is_read_for_the_dataset_that_has_it(scene: Scene, tmp_path: Path) -> None:
@@ -287,17 +290,20 @@ def test_a_further_condition_is_read_for_the_dataset_that_has_it(scene: Scene, t
     manifest = dataclasses.replace(scene.manifest, encoders=scene.manifest.encoders | {"pose": identity})
     named = ("--condition", f"pose={tmp_path / 'pose.npy'}")
     given = scene.arguments("--prompt", "x", *named, "--guidance", "pose=2")
-    found, _ = command._given(given, None, manifest, Recipe({}, given={"pose": -pose}))
+    found, _ = command._given(given, None, manifest, Recipe({}, given={"pose": -pose}), Kept())
     np.testing.assert_array_equal(found["pose"], pose)
     # this run's dataset has none
-    for option in (named, ("--guidance", "pose=2")):
-        with pytest.raises(SampleError, match=f"{option[0]} pose=.*further conditions are: none"):
-            command._given(scene.arguments("--prompt", "x", *option), None, scene.manifest, None)
+    for option, known in ((named, "besides the caption are: vision"), (("--guidance", "pose=2"), "are: none")):
+        with pytest.raises(SampleError, match=f"{option[0]} pose=.*{known}"):
+            command._given(scene.arguments("--prompt", "x", *option), None, scene.manifest, None, Kept())
     np.save(tmp_path / "pose.npy", pose[:2])
     with pytest.raises(SampleError, match="--condition pose=.*pose.npy"):
-        command._given(given, None, manifest, None)
+        command._given(given, None, manifest, None, Kept())
+    twice = ("--prompt", "x", "--condition", f"vision={tmp_path / 'pose.npy'}")
+    with pytest.raises(SampleError, match="--reference and --condition vision"):
+        command._given(scene.arguments(*twice), (np.zeros((8, 8, 3), np.uint8), ""), scene.manifest, None, Kept())
     with pytest.raises(SampleError, match="--condition pose=.*none.npy"):
-        command._given(scene.arguments("--prompt", "x", "--condition", "pose=none.npy"), None, manifest, None)
+        command._given(scene.arguments("--prompt", "x", "--condition", "pose=none.npy"), None, manifest, None, Kept())
 
 
 def test_only_an_encoder_that_is_asked_for_is_fetched(scene: Scene) -> None:

@@ -1,0 +1,82 @@
+"""A page to draw with, in the browser: `python -m fluxdit_jax.play --workdir=RUN`, then http://127.0.0.1:7860.
+
+It draws what `fluxdit_jax.sample` draws from the same prompt, reference, seed, scales and weights, to the bit; the
+network, the encoders and the decoder stay loaded. Pictures go to RUN/play with their recipes. Needs gradio
+(`pip install -c requirements.txt -e ".[play]"`), and the encoders of the dataset for prompts and references. Nothing is
+fetched from or sent to other machines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+from absl import logging as absl_logging
+
+from fluxdit_jax.device import devices
+from fluxdit_jax.playground.session import Session
+from fluxdit_jax.run.run_directory import RunError
+from fluxdit_jax.sample import USER_ERRORS
+from fluxdit_jax.shared import atomic_files, cli
+from fluxdit_jax.shared.paths import expanded, given_path
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m fluxdit_jax.play",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--workdir", type=given_path, help="run directory of fluxdit_jax.train, which may be training meanwhile")
+    add("--model", type=given_path, metavar="DIR", help="directory of fluxdit_jax.export, instead of --workdir")
+    add("--data", type=given_path, help="dataset whose pictures' vectors can be taken; default: the run's")
+    add("--out", type=given_path, metavar="DIR", help="where pictures go; default: RUN/play or DIR/play")
+    add("--host", default="127.0.0.1", help="address to listen on; default: 127.0.0.1, this machine alone")
+    add("--port", type=int, default=7860, help="default: 7860")
+    add("--vae", type=expanded, help="directory of the VAE; default: where the data set found it")
+    add("--text-encoder", type=expanded, help="directory or id of the text encoder; default: the data set's")
+    add("--vision-encoder", type=expanded, help="directory or id of the vision encoder; default: the data set's")
+    arguments = parser.parse_args(argv)
+    if (arguments.workdir is None) == (arguments.model is None):
+        parser.error("give --workdir of a run or --model of an export")
+    if not 0 < arguments.port < 65536:
+        parser.error("--port must be between 1 and 65535")
+    return arguments
+
+
+def play(arguments: argparse.Namespace) -> None:
+    """Serves the page until the process is told to end."""
+    if importlib.util.find_spec("gradio") is None:
+        raise RunError('the page needs gradio: pip install -c requirements.txt -e ".[play]"')
+    scratch = Path(tempfile.mkdtemp(prefix="fluxdit-play-"))
+    with cli.undoing(lambda: shutil.rmtree(scratch, ignore_errors=True)):
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(scratch)}
+        session = Session(arguments, scratch)
+        atomic_files.require_writable(session.out.parent if not session.out.exists() else session.out)
+        from fluxdit_jax.playground import page  # imports gradio, which reads the environment
+
+        address = page.launch(page.Page(session).build(), session, arguments.host, arguments.port)
+        if arguments.host not in LOCAL:
+            print(f"note: whoever reaches {arguments.host}:{arguments.port} can draw and see the history", flush=True)
+        print(f"{address}  weights: {session.averages()[0]}  pictures go to {session.out}  Ctrl-C ends", flush=True)
+        threading.Event().wait()
+
+
+def main() -> None:
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    devices.use_compilation_cache()
+    cli.run(lambda: play(parse_arguments(sys.argv[1:])), USER_ERRORS)
+
+
+if __name__ == "__main__":
+    main()
