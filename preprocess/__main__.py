@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import logging
 import os
 import signal
@@ -17,6 +18,7 @@ from fluxdit_jax.shared.cli import outlive_readers
 from fluxdit_jax.shared.paths import expanded
 from fluxdit_jax.shared.sanitize import shown
 from preprocess import PreprocessError
+from preprocess.build.arguments import DESCRIPTION, add_arguments
 from preprocess.build.options import Options
 
 
@@ -81,7 +83,17 @@ def _build(parsed: argparse.Namespace) -> int:
     if parsed.dry_run:
         dry_run(options, parsed.draw, parsed.replace)
         return 0
-    return build(options, replace=parsed.replace).status
+    if parsed.worker:
+        from preprocess.cluster.worker import work
+
+        number, count = parsed.worker
+        return work(options, number, count, parsed.replace)
+    engine = None
+    if parsed.engine == "ray":
+        from preprocess.cluster import ray_engine
+
+        engine = functools.partial(ray_engine.run, address=parsed.ray_address, workers=parsed.ray_workers)
+    return build(options, replace=parsed.replace, engine=engine).status
 
 
 def _inspect(parsed: argparse.Namespace) -> int:
@@ -168,7 +180,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m preprocess", description="Turns images with captions into an encoded dataset."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_build(commands.add_parser("build", help="encode a folder of images and captions", description=_BUILD))
+    build = commands.add_parser("build", help="encode a folder of images and captions", description=DESCRIPTION)
+    add_arguments(build)
+    build.set_defaults(run=_build)
     inspect = commands.add_parser("inspect", help="print and draw what is in a dataset")
     inspect.add_argument("dataset", type=expanded, help="the dataset directory")
     inspect.add_argument("--output", type=expanded, help="folder for the pictures (default: DATASET/inspect)")
@@ -272,111 +286,6 @@ def _add_compare_vae(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=4, help="pictures in a batch (default: 4)")
     add("--workers", type=int, default=0, help="threads that decode images (default: one a core)")
     parser.set_defaults(run=_compare_vae)
-
-
-_BUILD = (
-    "Encodes images and captions into a dataset directory. Give the same command again to continue after an "
-    "interruption, or after images or captions have changed: only what depends on the change is done again. Options "
-    "that are left out are those of the dataset in --output, if there is one: `build --output DATASET` repeats its "
-    "build."
-)
-
-
-def _resolutions(text: str) -> tuple[int, ...]:
-    """Sides, ascending."""
-    sides = tuple(sorted({int(side) for side in text.split(",")}))
-    if len(sides) < len(text.split(",")):
-        raise ValueError("a resolution is there twice")
-    return sides
-
-
-def _add_build(parser: argparse.ArgumentParser) -> None:
-    default = Options(input="", output="")
-
-    def option(name: str, help: str, **more: Any) -> None:  # noqa: A002
-        value = getattr(default, name.strip("-").replace("-", "_"))
-        shown = f" (default: {value})" if value not in ("", 0) else ""
-        usual: dict[str, Any] = {"default": argparse.SUPPRESS, "type": type(value)}
-        parser.add_argument(name, help=(help + shown).replace("%", "%%"), **usual | more)
-
-    parser.add_argument(
-        "--input",
-        type=expanded,
-        default=argparse.SUPPRESS,
-        help="folder of images, or a table of image_path and caption (.jsonl, .csv, .parquet), or a .tar; "
-        "needed for a new dataset",
-    )
-    parser.add_argument("--output", type=expanded, required=True, help="the dataset directory")
-    option("--vae", "Hugging Face id, directory, or builtin:dct", type=expanded)
-    option("--text-encoder", "Hugging Face id, directory, or builtin:hash", type=expanded)
-    option("--vision-encoder", "Hugging Face id, directory, or builtin:tone", type=expanded)
-    option("--vision-embeddings", "folder of KEY.npy (float32 [1024]) instead of a vision encoder", type=expanded)
-    option(
-        "--vision-patches",
-        "store what the vision encoder says of each part of a picture, too, pooled to so many cells of a square one "
-        "(256, 1024), for training with alignment; 256 are 260 KB a record with a width of 1024 (default: none)",
-    )
-    parser.add_argument(
-        "--condition",
-        action="append",
-        default=argparse.SUPPRESS,
-        metavar="NAME=DIR",
-        help="a further condition of the network: a folder of KEY.npy, each one vector, which is scaled to unit "
-        "length; may be given several times (default: none)",
-    )
-    option(
-        "--resolution",
-        "side of the square with the pixel budget; several, as 256,512,1024, make a dataset of each in a folder of its "
-        "own, from one reading and one encoding of the captions",
-        type=_resolutions,
-        metavar="SIDE[,SIDE...]",
-    )
-    option(
-        "--vision-resolution",
-        "of several resolutions, the one whose pixels the vision encoder is given (default: the largest; of a dataset "
-        "that is there, its own)",
-    )
-    option("--modulus", "bucket sides are multiples of this; a multiple of 16 (default: 64, less below 1024 px)")
-    option("--fit", "how an image is brought to its bucket", choices=("resize", "pad", "crop"))
-    option("--max-aspect", "reject images longer than this against their shorter side")
-    option("--min-side", "reject images with a shorter side than this, pixels")
-    option("--max-pixels", "reject images with more pixels than this, before decoding them")
-    option("--max-upscale", "warn about images that are enlarged more than this")
-    option("--caption-field", "field of the .json or column looked for before 'caption', 'text', 'captions'")
-    parser.add_argument(
-        "--allow-outside",
-        action=argparse.BooleanOptionalAction,
-        default=argparse.SUPPRESS,
-        help="follow links to folders, and take links and paths in tables that lead out of the input (default: they "
-        "are rejects)",
-    )
-    option("--holdout", "share of the images kept out of training, by content")
-    option("--shard-size", "records in a shard at most")
-    option("--limit", "use only the first N images by name (default: all)")
-    option("--latent", "posterior mean, or a seeded sample", choices=("mean", "sample"))
-    option("--max-tokens", "cut captions to this many tokens")
-    option("--seed", "for --latent sample")
-    option("--device", "auto, cpu, cuda (also for ROCm), cuda:N, mps")
-    option("--dtype", "of the encoders; auto is bfloat16 on an accelerator, float32 on a CPU", choices=None)
-    option("--batch-size", "images in a batch of the VAE and the vision encoder")
-    option("--workers", "threads that decode images (default: one a core)")
-    option("--max-rejects", "exit with status 3 if a larger share of the inputs is rejected")
-    parser.add_argument(
-        "--replace",
-        action="store_true",
-        help="let a finished dataset lose records, or be encoded again, with other options or from another input "
-        "(default: that is refused)",
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="plan only: print what would be done, decode and write nothing"
-    )
-    parser.add_argument(
-        "--draw",
-        type=expanded,
-        default="",
-        help="with --dry-run: draw aspect ratios and buckets to this .png",
-    )
-    parser.set_defaults(run=_build)
 
 
 if __name__ == "__main__":

@@ -103,6 +103,26 @@ class Lock:
             self._path.unlink(missing_ok=True)
 
 
+def holder_of(path: Path) -> str | None:
+    """Who holds the lock file `path`, as its line says; None: nobody, or there is no such file.
+
+    Asking does not disturb others that ask; a process that takes the lock at that very moment is refused.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        return _read_owner(descriptor, _PATIENCE)
+    except OSError:  # a file system without locks, of which `Lock` warns
+        return None
+    finally:
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
 def _gate(folder: Path) -> Iterator[bool]:
     """Holds the lock of the folder itself for the moment of taking or asking; False where that cannot be had."""

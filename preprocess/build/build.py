@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Set
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from fluxdit_jax.dataset.fields import CAPTION, CELLS, DECLARED, GRID, PATCHES, Field
+from fluxdit_jax.dataset.fields import PATCHES
 from fluxdit_jax.dataset.grid import INPUT_GRID, read_grid
 from fluxdit_jax.dataset.manifest import MANIFEST, REJECTS, DatasetError, EncoderIdentity, Manifest
-from fluxdit_jax.shared.host_memory import keep_freed_memory
 from preprocess import PreprocessError
 from preprocess.build import comparison, repeat
 from preprocess.build.encode import Counts, Encoders, Encoding
+from preprocess.build.jobs import Task
 from preprocess.build.journal import Journal
+from preprocess.build.loading import are_here, load_encoders, torch_device
 from preprocess.build.options import Options, option_of
 from preprocess.build.parts import Part, all_locked, load_parts, require_place, tasks, tensors_of
 from preprocess.build.plan import Fingerprints, Identities, NothingToBuild, Plan, make_plan
@@ -31,22 +30,12 @@ from preprocess.build.summary import (
     report_result,
     too_many_rejects,
 )
-from preprocess.build.units import WORK, Rows, disk_errors
-from preprocess.encoders import (
-    check_arguments,
-    load_all,
-    load_text_encoder,
-    load_vae,
-    load_vision_encoder,
-    require_libraries,
-)
-from preprocess.encoders.patches import Cells
+from preprocess.build.units import WORK, Archive, Rows, disk_errors
+from preprocess.build.workers import devices_noted
+from preprocess.encoders import check_arguments
 from preprocess.input.findings import Reject, Scan, counted
 from preprocess.input.precomputed import Folder, folders
 from preprocess.input.scan import scan
-
-if TYPE_CHECKING:
-    import torch
 
 _LOG_SECONDS = 30
 
@@ -75,13 +64,19 @@ class Result:
         return self.manifests[-1]
 
 
-def build(options: Options, damaged: frozenset[tuple[str, int]] | None = None, replace: bool = False) -> Result:
+def build(
+    options: Options,
+    damaged: frozenset[tuple[str, int]] | None = None,
+    replace: bool = False,
+    engine: Engine | None = None,
+) -> Result:
     """Builds, continues or updates a dataset, or those of several resolutions.
 
     Args:
       options: what to do.
       damaged: of a repair (`verify --repair`), (shard file, row) of records that must be encoded again.
       replace: records that exist may be dropped or encoded again, however many, and by other options.
+      engine: makes the shards in other processes; None: this one does.
 
     Raises:
       PreprocessError: the input, an option, an encoder or the disk does not allow it, or a finished dataset would
@@ -90,7 +85,7 @@ def build(options: Options, damaged: frozenset[tuple[str, int]] | None = None, r
     options = options.checked()
     require_place(options)
     with all_locked(options):
-        return _build(options, Journal(Path(options.output) / LOG_FILE), damaged, replace)
+        return _build(options, Journal(Path(options.output) / LOG_FILE), damaged, replace, engine)
 
 
 Forecast = Callable[[list[Part], Encoders | None, Callable[[str], None]], None]
@@ -114,7 +109,7 @@ def plan_only(options: Options, forecast: Forecast, replace: bool = False) -> li
     plan = _plan(options, listing, precomputed, journal, keep=False)
     beyond = _beyond(options, listing)
     interrupted = repeat.unfinished(output)
-    encoders = _load(options, precomputed) if _are_here(options) else None
+    encoders = load_encoders(options, precomputed) if are_here(options) else None
     if encoders is None:
         earlier = [interrupted, *(repeat.published(Path(part.output)) for part in options.parts())]
         identities = _likely_identities(options, precomputed, earlier)
@@ -145,31 +140,10 @@ def _require_kept(parts: list[Part], repairing: bool = False) -> None:
             comparison.require_kept(part.found, part.options.output, differences, repairing)
 
 
-def _real(options: Options) -> list[tuple[str, str]]:
-    """(option, spec) of the encoders that need PyTorch."""
-    return [
-        (f"--{option_of(name).replace('_', '-')}", spec)
-        for name, spec in options.specs().items()
-        if not spec.startswith("builtin:")
-    ]
-
-
-def _torch_device(options: Options) -> torch.device:
-    """The device of the encoders that need PyTorch; raises `PreprocessError` if it is not installed."""
-    require_libraries(*_real(options)[0])
-    from preprocess.encoders.device import choose_device
-
-    return choose_device(options.device)
-
-
-def _are_here(options: Options) -> bool:
-    return all(Path(spec).is_dir() for _, spec in _real(options))
-
-
 def _likely_identities(options: Options, folders: list[Folder], earlier: list[repeat.Earlier | None]) -> Identities:
     """Of encoders that would have to be downloaded: those that were used under the same names, if they were."""
     check_arguments(options.dtype, options.latent)
-    device = _torch_device(options)
+    device = torch_device(options)
     from preprocess.encoders.device import choose_dtype, dtype_name
 
     dtype = dtype_name(choose_dtype(options.dtype, device))
@@ -226,8 +200,31 @@ def _keep(output: Path, rejects: list[Reject]) -> str:
     return f". Each with its reason: {path}"
 
 
-def _build(options: Options, journal: Journal, damaged: frozenset[tuple[str, int]] | None, replace: bool) -> Result:
-    began = time.perf_counter()
+@dataclasses.dataclass
+class Prepared:
+    """A build before its first shard.
+
+    Attributes:
+      rejects: inputs that count as refused.
+      todo: what is to be encoded. archive: tensors of it that exist.
+      seconds: wall time by part.
+    """
+
+    options: Options
+    encoders: Encoders
+    identities: Identities
+    prints: Fingerprints
+    parts: list[Part]
+    rejects: int
+    todo: list[Task]
+    archive: Archive
+    seconds: dict[str, float]
+
+
+def prepare(
+    options: Options, journal: Journal, damaged: frozenset[tuple[str, int]] | None = None, replace: bool = False
+) -> Prepared:
+    """Plans a build whose outputs are locked, and says what will be done; arguments as of `build`."""
     seconds: dict[str, float] = {}
     output, datasets = Path(options.output), options.parts()
     journal.event("begin", options=options.to_dict())
@@ -251,7 +248,7 @@ def _build(options: Options, journal: Journal, damaged: frozenset[tuple[str, int
     listing, precomputed = _list(options, output)
     seconds["list"] = time.perf_counter() - start
     start = time.perf_counter()
-    encoders = _load(options, precomputed)
+    encoders = load_encoders(options, precomputed)
     identities = encoders.identities
     prints = Fingerprints.of(options, identities)
     seconds["load encoders"] = time.perf_counter() - start
@@ -271,65 +268,62 @@ def _build(options: Options, journal: Journal, damaged: frozenset[tuple[str, int
     if not replace:
         _require_kept(parts, repairing=damaged is not None)
     repeat.begin(output, options, identities, replace)
-    del listing, beyond
     todo = tasks(parts)
-    encoding = Encoding(encoders, options, prints, tensors_of(parts, todo, prints), journal.event)
+    archive = tensors_of(parts, todo, prints)
+    return Prepared(options, encoders, identities, prints, parts, counted(plan.rejects), todo, archive, seconds)
+
+
+Engine = Callable[[Prepared, Journal], Counts]
+
+
+def _encode(prepared: Prepared, journal: Journal) -> Counts:
+    """Makes the shards in this process, with its times among those of the build."""
+    encoding = Encoding(prepared.encoders, prepared.options, prepared.prints, prepared.archive, journal.event)
+    with journal.bar(sum(len(task.items) for task in prepared.todo), "encode") as bar:
+        for _, info in encoding.run(prepared.todo, Progress(bar, encoding, journal, prepared.rejects)):
+            journal.event("unit", uid=info.uid, split=info.split, records=info.records, bytes=info.bytes)
+    prepared.seconds |= {f"encode: {what}": value for what, value in encoding.watch.seconds.items()}
+    return encoding.counts
+
+
+def _build(
+    options: Options,
+    journal: Journal,
+    damaged: frozenset[tuple[str, int]] | None,
+    replace: bool,
+    engine: Engine | None,
+) -> Result:
+    began = time.perf_counter()
+    prepared = prepare(options, journal, damaged, replace)
+    parts, seconds, output = prepared.parts, prepared.seconds, Path(options.output)
 
     # ---- 5. Encode the rest.
     start = time.perf_counter()
-    if todo:
-        with journal.bar(sum(len(task.items) for task in todo), "encode") as bar:
-            for target, info in encoding.run(todo, _Progress(bar, encoding, journal, counted(plan.rejects))):
-                parts[target.number].done.add(Rows.load(target.folder / f"{info.uid}.parquet"))
-                journal.event("unit", uid=info.uid, split=info.split, records=info.records, bytes=info.bytes)
+    counts = (engine or _encode)(prepared, journal) if prepared.todo else Counts()
+    for target in (target for task in prepared.todo for target in task.targets):
+        parts[target.number].done.add(Rows.load(target.folder / f"{target.uid}.parquet"))
     seconds["encode"] = time.perf_counter() - start
 
     # ---- 6. Publish.
     start = time.perf_counter()
+    if len(devices := devices_noted(output / WORK)) > 1:
+        journal.say(f"note: made on different devices, which round differently: {'; '.join(devices)}")
     published = []
     for part in parts:
         finished = [(unit, *part.done.units[uid]) for uid, unit in part.wanted]
-        published.append(Published(part, finished, *publish(part.output, part.plan, finished, identities)))
+        published.append(Published(part, finished, *publish(part.output, part.plan, finished, prepared.identities)))
     if options.resolutions:
         save_options(output / OPTIONS_FILE, options)
         finish(output)
     seconds["publish"] = time.perf_counter() - start
 
-    seconds |= {f"encode: {what}": value for what, value in encoding.watch.seconds.items()}
     seconds["all"] = time.perf_counter() - began
-    status = report_result(journal, options, published, encoding.counts, seconds)
+    status = report_result(journal, options, published, counts, seconds)
     manifests, changed = tuple(each.manifest for each in published), any(each.changed for each in published)
-    return Result(manifests, status, encoding.counts, seconds, changed)
+    return Result(manifests, status, counts, seconds, changed)
 
 
-def _load(options: Options, precomputed: list[Folder]) -> Encoders:
-    # What an encoder on a CPU allocates for each picture would else be faulted in anew: 1.4 to 1.8 times the images/s.
-    keep_freed_memory(large_too=not _real(options) or _torch_device(options).type == "cpu")
-    specs = options.specs()
-    fields = [field for field in DECLARED.values() if field.encoder in specs]
-    vision = functools.cache(lambda: load_vision_encoder(options.vision_encoder, options.device, options.dtype))
-    loaded = load_all(*(functools.partial(_encoder, field, specs[field.encoder], options, vision) for field in fields))
-    by_name = {folder.field.name: folder for folder in precomputed}
-    encoders = Encoders({field.name: made for field, made in zip(fields, loaded, strict=True)}, by_name)
-    if options.modulus % encoders.vae.factor:
-        raise PreprocessError(
-            f"--modulus {options.modulus} is not a multiple of the VAE's factor {encoders.vae.factor}"
-        )
-    return encoders
-
-
-def _encoder(field: Field, spec: str, options: Options, vision: Callable[[], Any]) -> Any:
-    """Loads what makes a field; `vision` gives the vision encoder, which is loaded once."""
-    if field.kind == GRID:
-        return load_vae(spec, options.device, options.dtype, options.latent, options.seed)
-    if field.made_from == CAPTION:
-        return load_text_encoder(spec, options.device, options.dtype, options.max_tokens)
-    if field.kind == CELLS:
-        return Cells(vision(), options.vision_resolution or options.resolution, options.vision_patches)
-    return vision()
-
-
-class _Progress:
+class Progress:
     """Moves the bar, with each encoder's share of the time and the rejects; logs the same once in a while."""
 
     def __init__(self, bar: tqdm, encoding: Encoding, journal: Journal, rejects: int) -> None:

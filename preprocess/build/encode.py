@@ -97,6 +97,13 @@ class Counts:
     truncated: int = 0
     profiles_ignored: int = 0
 
+    def __iadd__(self, other: Counts) -> Counts:
+        for name, count in other.made.items():
+            self.made[name] = self.made.get(name, 0) + count
+        for name in ("pictures", "reused", "rejected", "truncated", "profiles_ignored"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        return self
+
 
 class Encoding:
     """Makes units.
@@ -134,7 +141,7 @@ class Encoding:
         """Their names, which are those of their times in `watch`."""
         return [field_named(name).encoder for name in self._encoders.by_field]
 
-    def run(self, tasks: list[Task], progress: Callable[[int], None]) -> Iterator[tuple[Target, UnitInfo]]:
+    def run(self, tasks: Iterable[Task], progress: Callable[[int], None]) -> Iterator[tuple[Target, UnitInfo]]:
         """Makes the targets of tasks in order, and yields each, with what is known of it, when it is on disk.
 
         Raises:
@@ -180,7 +187,7 @@ class Encoding:
 
     # ------------------------------------------------------------------------------------- feeder thread
 
-    def _feed(self, tasks: list[Task], pool: ThreadPoolExecutor, feed: queue.Queue[Any]) -> None:
+    def _feed(self, tasks: Iterable[Task], pool: ThreadPoolExecutor, feed: queue.Queue[Any]) -> None:
         try:
             for task in tasks:
                 ids = task.ids(self._prints)

@@ -10,7 +10,7 @@ from fluxdit_jax.shared.lock import Lock
 from preprocess import PreprocessError
 
 
-class _DatasetLock(Lock):
+class DatasetLock(Lock):
     error = PreprocessError
     refusal = "{folder} is being written by {owner}; wait for it to end or choose another {option}"
     line = "pid {pid} on host {host}"
@@ -25,7 +25,7 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
       PreprocessError: another process has it; the message names its pid and host. Or it cannot be made.
     """
-    lock = _DatasetLock(path.parent.parent, f"{path.parent.name}/{path.name}", option="--output")
+    lock = DatasetLock(path.parent.parent, f"{path.parent.name}/{path.name}", option="--output")
     try:
         yield
     finally:

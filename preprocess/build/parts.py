@@ -24,6 +24,7 @@ from preprocess.build.options import Options
 from preprocess.build.plan import Fingerprints, Plan, Unit
 from preprocess.build.publish import finish, load_options
 from preprocess.build.units import WORK, Archive, disk_errors
+from preprocess.build.workers import require_no_worker
 
 
 @dataclasses.dataclass
@@ -154,6 +155,7 @@ def all_locked(options: Options) -> Iterator[None]:
             except FileExistsError as error:
                 raise PreprocessError(f"--output {output} exists and is not a folder") from error
             held.enter_context(locked(output / WORK / "lock"))
+        require_no_worker(outputs[0] / WORK)
         try:
             yield
         except PreprocessError:

@@ -140,10 +140,9 @@ def report_result(
     parts = ", ".join(f"{what.removeprefix('encode: ')} {value:.1f} s" for what, value in seconds.items())
     journal.say(f"  time: {parts}")
     if counts.pictures:
-        journal.say(
-            f"  encoders busy for {busy / max(seconds['encode'], 1e-9):.0%} of the encoding, "
-            f"{counts.pictures / max(seconds['encode'], 1e-9):.2f} images/s"
-        )
+        in_all = max(seconds["encode"], 1e-9)
+        told = f"encoders busy for {busy / in_all:.0%} of the encoding, " if busy else ""  # not told by other processes
+        journal.say(f"  {told}{counts.pictures / in_all:.2f} images/s")
     journal.event(
         "end",
         records=total,

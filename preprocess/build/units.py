@@ -243,18 +243,22 @@ def write_unit(
     return info
 
 
+def load_unit(folder: Path, uid: str) -> Rows | None:
+    """A finished unit in a `.build` folder; None if it is not there, or damaged (and to be made again)."""
+    with contextlib.suppress(DatasetError):
+        rows = Rows.load(folder / f"{uid}.parquet")
+        info = rows.units[0] if rows.units else None
+        if info and info.uid == uid:
+            shard = folder / (uid + SHARD_SUFFIX)
+            if not info.records or (shard.is_file() and shard.stat().st_size == info.bytes):
+                return rows
+    return None
+
+
 def load_work(folder: Path) -> dict[str, Rows]:
-    """Finished units in a `.build` folder by uid; damaged ones are left out (and made again)."""
-    units = {}
-    for path in sorted(folder.glob("*.parquet")):
-        with contextlib.suppress(DatasetError):
-            rows = Rows.load(path)
-            info = rows.units[0] if rows.units else None
-            if info and info.uid == path.stem:
-                shard = folder / (info.uid + SHARD_SUFFIX)
-                if not info.records or (shard.is_file() and shard.stat().st_size == info.bytes):
-                    units[info.uid] = rows
-    return units
+    """Finished units in a `.build` folder by uid."""
+    found = {path.stem: load_unit(folder, path.stem) for path in sorted(folder.glob("*.parquet"))}
+    return {uid: rows for uid, rows in found.items() if rows is not None}
 
 
 def bucket_histogram(table: pa.Table) -> dict[str, int]:
@@ -282,7 +286,7 @@ class Archive:
         self._wanted = wanted
         self._values = pa.array(sorted(wanted), pa.string())
         self._damaged = damaged
-        self._where: dict[str, tuple[Path, int, UnitInfo]] = {}
+        self._where: dict[str, tuple[Path, int, Layout]] = {}
 
     def add(
         self, rows: Rows, shard_of: Callable[[UnitInfo], Path], distrusted: frozenset[tuple[str, int]] = frozenset()
@@ -304,7 +308,15 @@ class Archive:
                 names = part[column]
                 for row in hits:
                     if (path.name, row) not in distrusted:
-                        self._where.setdefault(names[row].as_py(), (path, row, info))
+                        self._where.setdefault(names[row].as_py(), (path, row, info.layout))
+
+    def places(self, ids: Iterable[str]) -> dict[str, tuple[Path, int, Layout]]:
+        """Of those of these tensors that are known: (shard, row, layout of its records)."""
+        return {id_: self._where[id_] for id_ in ids if id_ in self._where}
+
+    def learn(self, places: dict[str, tuple[Path, int, Layout]]) -> None:
+        """Makes findable what `places` gave in another process."""
+        self._where.update(places)
 
     def fetch(self, ids: list[dict[str, str]], field_of: Callable[[str], str] = str) -> list[dict[str, Any]]:
         """For the ids of each item its tensors, by the names of the ids; what is not known is missing.
@@ -316,14 +328,14 @@ class Archive:
           What is made from captions is a tuple, of all of them.
         """
         found: list[dict[str, Any]] = [{} for _ in ids]
-        wanted: dict[Path, tuple[UnitInfo, dict[int, list[tuple[int, str]]]]] = {}
+        wanted: dict[Path, tuple[Layout, dict[int, list[tuple[int, str]]]]] = {}
         for index, of_item in enumerate(ids):
             for name, id_ in of_item.items():
                 if id_ in self._where:
-                    path, row, info = self._where[id_]
-                    wanted.setdefault(path, (info, {}))[1].setdefault(row, []).append((index, name))
-        for path, (info, by_row) in wanted.items():
-            for row, record in self._read(path, sorted(by_row), info.layout):
+                    path, row, layout = self._where[id_]
+                    wanted.setdefault(path, (layout, {}))[1].setdefault(row, []).append((index, name))
+        for path, (layout, by_row) in wanted.items():
+            for row, record in self._read(path, sorted(by_row), layout):
                 for index, name in by_row[row]:
                     found[index][name] = tensor_of(record, field_of(name))
         return found

@@ -61,6 +61,13 @@ class Folder:
             options={"precomputed": True},
         )
 
+    @classmethod
+    def of_plan(cls, field: Field, directory: str, identity: EncoderIdentity) -> Folder:
+        """The folder as another process found it, which asks for no file that it could not tell from another."""
+        folder = cls.__new__(cls)
+        folder.field, folder.directory, folder.identity, folder._shared = field, Path(directory), identity, set()
+        return folder
+
     def _width(self, option: str, keys: Sequence[str]) -> int:
         """The commonest width of the first files; one that has another is then the reject."""
         widths: collections.Counter[int] = collections.Counter()
@@ -159,6 +166,13 @@ def parse_option(text: str) -> tuple[str, str]:
     if fault := name_fault(name):
         raise PreprocessError(f"--condition {text}: {fault}")
     return name, directory
+
+
+def folders_of_plan(conditions: Sequence[str], vision: str, identities: dict[str, EncoderIdentity]) -> list[Folder]:
+    """What `folders` found in the process that planned, by the encoders' identities of its plan."""
+    named = [(VISION, vision)] if vision else []
+    named += [(field_named(name), directory) for name, directory in map(parse_option, conditions)]
+    return [Folder.of_plan(field, directory, identities[field.encoder]) for field, directory in named]
 
 
 def folders(conditions: Sequence[str], vision: str, keys: Sequence[str], vision_source: str) -> list[Folder]:

@@ -1,0 +1,197 @@
+"""`build --engine ray`: the shards of a build made by Ray actors, one for each device of a machine or of a cluster.
+
+    owner: plans, stores the plan, gives tasks ─► actor on GPU 0 of host A ─┐
+                      ▲                        ─► actor on GPU 1 of host A ─┼─► OUTPUT/.build, a shared folder
+                      └── "made", "failed" ────── actor on GPU 0 of host B ─┘
+    owner: publishes
+
+A task whose actor fails or dies is given to the next one that is free, and a new actor is started; a place that has
+failed three times in a row is dropped and named. Actors are sent names and numbers; data they read from and write to
+files.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import logging
+import os
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from preprocess import PreprocessError
+from preprocess.build.build import Prepared
+from preprocess.build.encode import Counts
+from preprocess.build.journal import Journal
+from preprocess.build.options import Options
+from preprocess.build.units import WORK
+from preprocess.build.workers import note_device, worker_locked
+from preprocess.cluster.stored_plan import StoredPlan, versions_here
+from preprocess.cluster.worker import Worker
+
+_PATIENCE = 60.0  # seconds until a process that was killed must be gone
+FAILURES = 3  # in a row, after which a place is dropped
+
+
+@dataclasses.dataclass
+class _Place:
+    """Where an actor runs: a GPU, or some cores.
+
+    Attributes:
+      actor: its handle. device: what it said of itself; "" before. task: what it is making, None while it starts.
+      failures: in a row.
+    """
+
+    number: int
+    actor: Any
+    device: str = ""
+    task: int | None = None
+    failures: int = 0
+
+    def __str__(self) -> str:
+        return f"place {self.number} ({self.device or 'not started'})"
+
+
+def run(prepared: Prepared, journal: Journal, address: str, workers: int) -> Counts:
+    """Makes everything that a build has to encode.
+
+    Args:
+      address: of a running Ray cluster, "auto" for the one of this machine; "" starts one on this machine alone.
+      workers: actors at once; 0: one for each GPU, without GPUs one for each host.
+
+    Raises:
+      PreprocessError: Ray is not installed or not reached, an encoder differs there, the disk is full, or all places
+        have failed.
+    """
+    ray = _connect(address)
+    options = prepared.options
+    images = tuple(len(task.items) for task in prepared.todo)
+    plan = StoredPlan(options, prepared.identities, versions_here(options), images)
+    plan.save(prepared.todo, prepared.archive)
+    try:
+        return _Crew(ray, plan, options, journal, workers).make(range(len(images)))
+    finally:
+        ray.shutdown()
+
+
+def _connect(address: str) -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise PreprocessError(
+            '--engine ray needs Ray: pip install -c requirements.txt -e ".[cluster]", on every machine'
+        ) from error
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        host, colon, port = address.rpartition(":")
+        if colon and "//" not in address:  # Ray itself would try for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
+        ray.init(address=address or "local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise PreprocessError(f"--ray-address {address}: {error}; start one with `ray start --head`") from error
+    return ray
+
+
+class _Actor:
+    """Runs in a process of Ray's."""
+
+    def __init__(self, output: str, name: str, overrides: dict[str, Any]):
+        """Takes its place as a worker for as long as its process lives, the one before may take a while to die."""
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                self._place = contextlib.ExitStack()
+                self._place.enter_context(worker_locked(Path(output) / WORK, name, of_build=True))
+                break
+            except PreprocessError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+        plan = StoredPlan.load(Path(output))
+        if plan is None:
+            raise PreprocessError(f"{output}: its plan is not seen here; it must be a folder that all machines share")
+        options = dataclasses.replace(plan.options, **overrides).checked()
+        self._worker = Worker(plan, options, Journal(None))
+
+    def device(self) -> str:
+        import ray
+
+        gpus = ",".join(map(str, ray.get_gpu_ids()))
+        return f"{self._worker.device}{f', GPU {gpus}' if gpus else ''} on {os.uname().nodename}"
+
+    def make(self, number: int) -> dict[str, Any]:
+        return dataclasses.asdict(self._worker.make([number]))
+
+
+class _Crew:
+    """The actors of a build."""
+
+    def __init__(self, ray: Any, plan: StoredPlan, options: Options, journal: Journal, workers: int):
+        self._ray, self._plan, self._options, self._journal = ray, plan, options, journal
+        resources = ray.cluster_resources()
+        self._gpus = bool(resources.get("GPU")) and options.device in ("auto", "cuda")
+        self._wanted = workers or (int(resources["GPU"]) if self._gpus else len(ray.nodes()))
+        self._busy: dict[Any, _Place] = {}  # by what is waited for
+
+    def make(self, numbers: Sequence[int]) -> Counts:
+        counts, waiting, output = Counts(), collections.deque(numbers), Path(self._options.output)
+        for number in range(1, min(self._wanted, len(numbers)) + 1):
+            self._start(_Place(number, None))
+        with self._journal.bar(sum(self._plan.images), "encode") as bar:
+            while self._busy:
+                done, _ = self._ray.wait(list(self._busy), num_returns=1)
+                place = self._busy.pop(done[0])
+                try:
+                    answer = self._ray.get(done[0])
+                except self._ray.exceptions.RayError as error:
+                    self._failed(place, error, waiting)
+                    continue
+                place.failures = 0
+                if place.task is None:
+                    place.device = answer
+                    note_device(output / WORK, str(place.number), answer.partition(", GPU")[0].partition(" on ")[0])
+                    self._journal.say(f"started: {place}")
+                else:
+                    counts += Counts(**answer)
+                    bar.update(self._plan.images[place.task])
+                    self._journal.event("task", number=place.task, place=place.number, device=place.device)
+                self._give(place, waiting)
+        if waiting:
+            raise PreprocessError(
+                f"all places have failed, {len(waiting)} of {len(numbers)} tasks are not made; what is finished is "
+                f"kept, and the same command goes on from there"
+            )
+        return counts
+
+    def _start(self, place: _Place) -> None:
+        overrides = {name: getattr(self._options, name) for name in ("device", "dtype", "workers")}
+        resources = {"num_gpus": 1} if self._gpus else {"num_cpus": 1}
+        actor = self._ray.remote(_Actor).options(**resources)
+        place.actor, place.task = actor.remote(self._options.output, f"ray-{place.number}", overrides), None
+        self._busy[place.actor.device.remote()] = place
+
+    def _give(self, place: _Place, waiting: collections.deque[int]) -> None:
+        place.task = waiting.popleft() if waiting else None
+        if place.task is not None:
+            self._busy[place.actor.make.remote(place.task)] = place
+
+    def _failed(self, place: _Place, error: Exception, waiting: collections.deque[int]) -> None:
+        """Gives the task back, and starts the place again or drops it; raises what no other place could do better."""
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, PreprocessError):
+            raise cause
+        if place.task is not None:
+            waiting.appendleft(place.task)
+        place.failures += 1
+        why = str(cause or error).strip().splitlines()[0]
+        self._journal.event("failed", place=place.number, device=place.device, task=place.task, why=why)
+        self._ray.kill(place.actor)
+        if place.failures < FAILURES:
+            self._journal.say(f"failed: {place}: {why}; it is started again")
+            self._start(place)
+        else:
+            self._journal.say(f"dropped after {FAILURES} failures in a row: {place}: {why}")
