@@ -211,6 +211,7 @@ KEYS = {
     "mesh.fsdp": Key(1, "devices that split the weights", POSITIVE),
     "mesh.coordinator": Key(str, "several processes: host:port of process 0; auto: ask the cluster (SLURM)"),
     "mesh.num_processes": Key(1, "with host:port: how many processes", POSITIVE),
+    "mesh.patience": Key(60.0, "several processes: seconds of silence after which one is given up", POSITIVE),
     "mesh.process_id": Key(0, "with host:port: the number of this one", NOT_NEGATIVE),
     "resume.allow_changes": Key(False, "resume although keys that change the mathematics were changed"),
     "resume.from_run": Key(

@@ -24,6 +24,7 @@ from fluxdit_jax import config as configuration
 from fluxdit_jax import overview, train_arguments
 from fluxdit_jax.dataset.manifest import DatasetError
 from fluxdit_jax.device import devices
+from fluxdit_jax.device.hosts import Hosts, require_reachable
 from fluxdit_jax.device.memory_plan import OutOfMemory
 from fluxdit_jax.device.sharding import MeshError
 from fluxdit_jax.gate.requirement import GateError, report_pictures, require_report
@@ -247,18 +248,31 @@ def main(argv: list[str]) -> None:
     devices.use_compilation_cache()
     devices.use_most_memory()
     devices.join_processes(config.mesh.coordinator, config.mesh.num_processes, config.mesh.process_id)
+    hosts = Hosts(config.mesh.patience)
     keep_freed_memory(large_too=jax.default_backend() == "cpu")
+    why = "an error that its log tells"
     try:
+        if config.mesh.coordinator not in (None, "auto") and jax.default_backend() == "cpu":
+            require_reachable(config.mesh.coordinator)
         code = show_plan(config) if _PLAN.value else train(config)
     except USER_ERRORS as error:
-        print(f"error: {cli.explain(error)}", file=sys.stderr)
+        why = cli.explain(error)
+        print(f"error: {why}", file=sys.stderr)
         code = 1
     except BrokenRun:  # already logged by the reporter
+        code = 1
+    except jax.errors.JaxRuntimeError as error:
+        if not hosts.several:
+            raise
+        why = hosts.explain(error)
+        print(f"error: {why}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         print("stopped at once; the same command goes on from the last checkpoint, if any", file=sys.stderr)
         code = 130
-    if leaves_threads() and jax.process_count() == 1:
+    if hosts.several and code == 1:
+        hosts.leave(code, why)
+    if leaves_threads() and not hosts.several:
         cli.leave(code)
     sys.exit(code)
 

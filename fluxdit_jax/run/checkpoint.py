@@ -205,16 +205,15 @@ class Checkpoints:
 
     def _failed(self, folder: str, step: int, error: Exception) -> None:
         global _any_failed
+        if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+            raise error  # another process is gone, not the disk
         self.failures += 1
         _any_failed = True
         log.error(
             "could not write %s/%d: %s. Training goes on; the checkpoints before it are intact and the next save "
             "is tried. Make space or mend the disk under %s",
-            folder,
-            step,
-            first_line(error),
-            self._root,
-        )
+            folder, step, first_line(error), self._root,
+        )  # fmt: skip
         if jax.process_count() > 1:
             return  # new writers would wait for all processes, of which perhaps only this one failed
         # A writer that failed raises what is left of its errors at the next save, and its half-written files

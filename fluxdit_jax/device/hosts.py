@@ -1,0 +1,140 @@
+"""The other processes of a run: which of them is gone, told by name and before a collective would wait for ever.
+
+Every process writes a count into the key-value store of JAX's coordination service, which process 0 holds, and looks
+whether the counts of the others go on. The store is reached over the network that gradients cross, so a cut cable, a
+dead host and a suspended process look alike: silent. Collectives by themselves notice a process that died, not which
+one, and wait for one that is silent for as long as their library likes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import socket
+import sys
+import threading
+import time
+from typing import Any, NoReturn
+
+import jax
+
+from fluxdit_jax.device.sharding import MeshError
+
+_EVERY = 1.0  # seconds between two looks
+_ALIVE, _NAME, _ENDED = "fluxdit_jax/alive/", "fluxdit_jax/name/", "fluxdit_jax/ended/"
+
+
+class Hosts:
+    """Watches the other processes in a thread of its own, and ends this one if one of them is lost.
+
+    A run of one process watches nothing.
+    """
+
+    def __init__(self, patience: float):
+        """Begins to watch.
+
+        Args:
+          patience: seconds of silence after which a process is given up.
+        """
+        self._patience, self._own, self._count = patience, jax.process_index(), jax.process_count()
+        self._store: Any = None
+        if self._count > 1:
+            from jax._src import distributed  # the service has no public name; Orbax takes it from there as well
+
+            self._store = distributed.global_state.client
+            self._name = f"process {self._own} on {socket.gethostname()}"
+            self._store.key_value_set(f"{_NAME}{self._own}", self._name)
+            now = time.monotonic()
+            self._counts: dict[str, str] = {}
+            self._heard = {str(process): now for process in range(self._count) if process != self._own}
+            self._names = {process: f"process {process}" for process in self._heard}
+            self._answered = now
+            self._lost = ""
+            for work in (self._write, self._look):
+                threading.Thread(target=work, name="hosts", daemon=True).start()
+
+    def explain(self, error: Exception) -> str:
+        """Why a collective failed: waits until it is known who is gone, at most for the patience of the watch."""
+        deadline = time.monotonic() + self._patience + 2 * _EVERY
+        while not self._lost and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return self._lost or str(error).strip().splitlines()[0]
+
+    def leave(self, code: int, message: str) -> NoReturn:
+        """Ends this process at once; the others learn why and end too, instead of waiting for it."""
+        telling = threading.Thread(target=self._tell_end, args=(message,), daemon=True)
+        telling.start()
+        telling.join(4 * _EVERY)  # the store may be out of reach
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    @property
+    def several(self) -> bool:
+        """Whether there are others."""
+        return self._store is not None
+
+    def _tell_end(self, message: str) -> None:
+        with contextlib.suppress(Exception):
+            self._store.key_value_set(f"{_ENDED}{self._own}", message, allow_overwrite=True)
+            if not self._own:
+                time.sleep(3 * _EVERY)  # the store ends with this process: the others must have read it
+
+    def _write(self) -> None:
+        beats = 0
+        while True:
+            with contextlib.suppress(Exception):  # a service that is gone: `_look` tells by its silence
+                self._store.key_value_set(f"{_ALIVE}{self._own}", str(beats), allow_overwrite=True)
+                counts, names, ended = (_read(self._store, prefix) for prefix in (_ALIVE, _NAME, _ENDED))
+                now = self._answered = time.monotonic()
+                self._names |= {process: name for process, name in names.items() if process in self._heard}
+                for process in self._heard:
+                    if counts.get(process) != self._counts.get(process):
+                        self._heard[process] = now
+                self._counts = counts
+                for process, why in ended.items():
+                    if process in self._heard and not self._lost:
+                        self._lost = f"{self._names[process]} has ended: {why}"
+            beats += 1
+            time.sleep(_EVERY)
+
+    def _look(self) -> None:
+        while not self._lost:
+            time.sleep(_EVERY / 4)
+            now = time.monotonic()
+            if now - self._answered > self._patience:
+                self._lost = self._silent("0", now - self._answered)
+            elif silent := [process for process, heard in self._heard.items() if now - heard > self._patience]:
+                self._lost = self._silent(silent[0], now - self._heard[silent[0]])
+        print(f"error: {self._lost}. The same command on all hosts goes on from the last checkpoint", file=sys.stderr)
+        self.leave(1, f"it lost {self._lost}")
+
+    def _silent(self, process: str, seconds: float) -> str:
+        name = self._names.get(process, f"process {process}")
+        return f"{name} is silent for {seconds:.0f} s (config.mesh.patience): dead, suspended, or its link is cut"
+
+
+def _read(store: Any, prefix: str) -> dict[str, str]:
+    """The keys under a prefix without it."""
+    return {key.rpartition("/")[2]: value for key, value in store.key_value_dir_get(prefix)}
+
+
+def require_reachable(coordinator: str) -> None:
+    """Checks that processes on other hosts can reach this one where the CPU's collectives listen: at its host's name.
+
+    Raises:
+      MeshError: the coordinator is elsewhere on a network, and this host's name resolves to its loopback.
+    """
+    name = socket.gethostname()
+    with contextlib.suppress(OSError):
+        far = not _loopback(coordinator.rpartition(":")[0])
+        if far and _loopback(name):
+            raise MeshError(
+                f"this host's name, {name!r}, resolves to {socket.gethostbyname(name)}, where other hosts cannot reach "
+                "it: put its address on the network into /etc/hosts in place of that"
+            )
+
+
+def _loopback(name: str) -> bool:
+    return ipaddress.ip_address(socket.gethostbyname(name.strip("[]"))).is_loopback
