@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -15,12 +16,14 @@ import pytest
 import tiny_models
 from fork_server import Commands
 
-# Without a GPU, programs are compiled with little optimisation, in this process and in those it starts: most of the
-# time of the tests is XLA's compiler. Set before JAX is imported.
+# Without a GPU, programs are compiled with little optimisation and each by one thread, in this process and in those it
+# starts: most of the time of the tests is XLA's compiler, and every part of a program that is compiled apart costs
+# more. Set before JAX is imported.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     if metadata.version("jaxlib").startswith("0.10."):  # an unknown flag ends the process
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+        wanted = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {wanted}".strip()
 
 # A test run under `nohup` or in the background of a script has these ignored, and our programs respect that.
 for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
@@ -33,6 +36,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first: a worker that gets one last would go on alone (`--no-loadscope-reorder`)."""
     slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
+
+
+def pytest_collection_finish() -> None:
+    """The collector of cycles passes over what stays: modules and tests; tracing makes many objects and few cycles."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000)
 
 
 def pytest_runtest_teardown() -> None:

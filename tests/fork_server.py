@@ -9,6 +9,7 @@ import, nor for environment variables that libraries read then.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -246,5 +247,6 @@ def _become(request: dict[str, Any]) -> list[str]:
 if __name__ == "__main__":
     for library in sys.argv[2:]:
         importlib.import_module(library)
+    gc.freeze()  # what forks share is not looked through in each of them
     sys.argv[:] = serve(socket.socket(fileno=int(sys.argv[1])))
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

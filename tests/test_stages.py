@@ -369,8 +369,11 @@ def test_the_plan_is_printed_and_nothing_is_run(train_command, data: Path, tmp_p
         assert lines_naming(done.stdout, name, "4 x 2" if name == "px64" else "8 x 1")
         assert lines_naming(done.stdout, f"stage {name}", "GB of memory")
     assert lines_naming(done.stdout, "in all", "kWh", 450) and not (tmp_path / "run").exists()
-    done = train_command.run("--plan", "--config.device_memory_gb=0.0001", config=file)
+    smallest = [f"--config.{key}=1" for key in ("data.micro_batch_size", "stages.px32.data.micro_batch_size")]
+    smallest += ["--config.model.remat=block", "--config.device_memory_gb=0.0001"]  # nothing smaller to look for
+    done = train_command.run("--plan", *smallest, config=file)
     assert done.returncode == 1 and lines_naming(done.stdout, "stage px64", "device_memory_gb")
+    assert lines_naming(done.stdout, "stage px32", "device_memory_gb")
 
 
 def test_a_checkpoint_is_written_at_the_switch(whole: Path) -> None:

@@ -22,7 +22,7 @@ from fluxdit_jax.flow import FlowConfig, time_at_quantile
 CLEAR = 2.0  # signal to noise at which the best detector tells two pictures apart in 84 of 100 cases
 LITTLE = 0.02  # share of the samples below which the light is hardly taught
 ENOUGH = 0.06  # what a shift is proposed for: configs/demo.py has it at 128 px
-_QUANTILES = 20_000
+_QUANTILES = 2_000
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ Of a picture with several captions it takes the first, whatever `data.caption_we
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -22,6 +23,24 @@ from fluxdit_jax.train_step import flow_loss, normalize_latents
 
 # Far from the sample numbers of training, so that its noise is never the held-out noise.
 _FIRST_INDEX = 2**31
+
+
+# Compiled once for all that measure at one resolution: stages do so for each other.
+@functools.partial(jax.jit, static_argnums=0)
+def _measure(
+    config: dit.ModelConfig, statistics: tuple[np.ndarray, np.ndarray], ema: Any, batch: dict[str, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """(sum of the losses, that by time, samples by time, the loss of each row) of a batch with times and weights."""
+    graph, _ = dit.build(config)
+    params = jax.tree.map(lambda p: p.astype(config.dtype), ema)
+    x0, valid = normalize_latents(batch, *statistics)
+    noise = flow.draw_noise(0, batch["index"], x0.shape[1:])
+    keep = {c.name: jnp.ones_like(batch["index"], bool) for c in config.conditions}
+    conditions = given(config.conditions, batch, keep)
+    loss_B, *_ = flow_loss(graph, params, batch["grid"], conditions, x0, valid, batch["t"], noise)
+    loss_B = loss_B * batch["weight"]
+    bin_loss, bin_count = flow.loss_by_time(loss_B, batch["t"], batch["weight"])
+    return jnp.sum(loss_B), bin_loss, bin_count, loss_B
 
 
 class ValidationLoss:
@@ -50,7 +69,6 @@ class ValidationLoss:
           batch_size: over all processes; each holds its own equal part.
           times: quantiles of the training density of t, the middles of as many equal parts.
         """
-        graph, _ = dit.build(config)
         records = [record for _, record in source.iter_valid(spread(len(source), pictures))]
         numbers = [(record, k) for record in records for k in range(times)]
         # Rows of the last batch beyond the list repeat its last entry with weight 0.
@@ -70,20 +88,9 @@ class ValidationLoss:
             batch["weight"] = weights[start : start + batch_size]
             self._batches.append({name: array[own].copy() for name, array in batch.items()})
 
-        def measure(ema: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-            params = jax.tree.map(lambda p: p.astype(config.dtype), ema)
-            x0, valid = normalize_latents(batch, *statistics)
-            noise = flow.draw_noise(0, batch["index"], x0.shape[1:])
-            keep = {c.name: jnp.ones_like(batch["index"], bool) for c in config.conditions}
-            conditions = given(config.conditions, batch, keep)
-            loss_B, *_ = flow_loss(graph, params, batch["grid"], conditions, x0, valid, batch["t"], noise)
-            loss_B = loss_B * batch["weight"]
-            bin_loss, bin_count = flow.loss_by_time(loss_B, batch["t"], batch["weight"])
-            return jnp.sum(loss_B), bin_loss, bin_count, loss_B
-
         self.pictures = len(records)
         self._count, self._times = float(weights.sum()), times
-        self._measure = jax.jit(measure)
+        self._measure = functools.partial(_measure, config, statistics)
 
     def __call__(self, ema: Any) -> dict[str, float]:
         """`heldout_loss` and its split by time, of f32 EMA weights."""

@@ -46,7 +46,7 @@ def test_the_time_and_the_share_above_it(distance, flow):
     found = of_lights(*scene(distance), MEAN, STD, flow)
     time = distance / (distance + 2)
     assert found.time == pytest.approx(time, rel=1e-4)
-    drawn = np.asarray(draw_time(flow, 0, jnp.arange(100_000, dtype=jnp.uint32), 1000))
+    drawn = np.asarray(draw_time(flow, 0, jnp.arange(20_000, dtype=jnp.uint32), 100))
     assert found.share == pytest.approx((drawn > time).mean(), abs=2e-3)
     if flow.uniform_share == 0:
         before = time / (flow.shift - (flow.shift - 1) * time)

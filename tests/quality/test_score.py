@@ -249,9 +249,16 @@ def test_a_run_that_is_scored_trains_to_the_same_bits(scene, tmp_path, package_l
     assert "over the run; dashed" in (folder / "report.html").read_text()
 
 
-def test_a_run_without_what_scoring_needs_goes_on(scene, tmp_path, package_log):
-    build(options(scene / "photos", tmp_path / "ds", resolution=64, holdout=0.0, limit=12))
-    c = config(tmp_path / "ds", tmp_path / "run")
+@pytest.fixture(scope="module")
+def without_holdout(scene, tmp_path_factory) -> Path:
+    """A dataset of 12 pictures to train on and none besides."""
+    directory = tmp_path_factory.mktemp("without_holdout") / "ds"
+    build(options(scene / "photos", directory, resolution=64, holdout=0.0, limit=12))
+    return directory
+
+
+def test_a_run_without_what_scoring_needs_goes_on(without_holdout, tmp_path, package_log):
+    c = config(without_holdout, tmp_path / "run")
     c.score.every = 4
     assert train(c) == 0 and not (tmp_path / "run" / "score").exists()
     assert any("no score while training" in message and "--holdout" in message for message in package_log)
@@ -307,9 +314,8 @@ def test_a_damaged_log_is_named_before_anything_is_drawn(scene, tmp_path):
         score.score(score.parse_arguments(["--workdir", str(tmp_path / "run")]))
 
 
-def test_without_a_holdout_split_it_says_what_to_do(scene, tmp_path):
-    build(options(scene / "photos", tmp_path / "ds", resolution=64, holdout=0.0, limit=12))
-    assert train(config(tmp_path / "ds", tmp_path / "run")) == 0
+def test_without_a_holdout_split_it_says_what_to_do(without_holdout, tmp_path):
+    assert train(config(without_holdout, tmp_path / "run")) == 0
     with pytest.raises(RunError, match=naming("0 records", "holdout split", "--holdout")):
         score.score(score.parse_arguments(["--workdir", str(tmp_path / "run")]))
 

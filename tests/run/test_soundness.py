@@ -249,7 +249,7 @@ def test_the_limit_is_checked(config, value):
 
 @pytest.mark.slow
 def test_the_command_ends_with_one_error(config, train_command, tmp_path):
-    config.optim.lr, config.optim.warmup_steps = 1e30, 0
+    config.optim.lr, config.optim.warmup_steps, config.data.micro_batch_size = 1e30, 0, 8
     done = train_command.run(config=write_config(tmp_path / "c.py", config))
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert len(lines_naming(done.stderr, " E ", "step 1", "optim.lr")) == 1 and steps_of(config.workdir) == []

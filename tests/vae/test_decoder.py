@@ -163,11 +163,11 @@ def test_tiny_equals_diffusers(tmp_path, changes):
 def test_full_flux_width_equals_diffusers(tmp_path):
     model = make_kl((128, 256, 512, 512), layers_per_block=2, norm_num_groups=32)
     model.save_pretrained(tmp_path)
-    z = latents(1, 16, 12, 16)
+    z = latents(1, 16, 8, 10)
     expected = reference(model, z)
     assert relative(load_decoder(identity(tmp_path)).decode_float(z), expected) < 1e-4
     in_strips = load_decoder(identity(tmp_path), whole=1)
-    in_strips.strip = 2**20
+    in_strips.strip = 2**19
     assert relative(in_strips.decode_float(z), expected) < 1e-4
 
 
