@@ -41,7 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"\nNVIDIA   {f'driver {card.driver}' if card else 'nvidia-smi finds no card'}")
     if os.environ.get("LD_LIBRARY_PATH"):
         print(f"         LD_LIBRARY_PATH={os.environ['LD_LIBRARY_PATH']}: libraries there come before the packages'")
-    installed = list(metadata.distributions())
+    # Ray adds a folder of what it brings along to the path when it is imported.
+    folders = [path for path in sys.path if Path(path).name != "thirdparty_files"]
+    installed = list(metadata.distributions(path=folders))
     problems += stacks(installed, card)
     problems += _devices(card)
     owned = owned_twice(installed)

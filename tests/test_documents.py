@@ -37,7 +37,17 @@ DOCUMENTS = [
     *sorted((REPOSITORY / "docs").glob("*.md")),
 ]
 OTHERS = {"bash", "source", "tensorboard", "pip", ".venv/bin/pip", "pre-commit", "rm", "rclone"}  # not of this project
-FOREIGN = {"--logdir", "--index-url", "--no-deps", "--exclude", "--transfers"}  # options of those
+FOREIGN = {
+    "--logdir",
+    "--array",
+    "--gpus",
+    "--wrap",
+    "--dependency",
+    "--index-url",
+    "--no-deps",
+    "--exclude",
+    "--transfers",
+}  # options of those
 
 
 @dataclasses.dataclass(frozen=True)

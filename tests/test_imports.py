@@ -73,7 +73,7 @@ def test_preprocess_imports_the_contract_and_what_is_shared() -> None:
         for target in targets
         if source.startswith("preprocess") and target.startswith("fluxdit_jax")
     }
-    assert used == {"fluxdit_jax.dataset", "fluxdit_jax.shared", "fluxdit_jax.portable"}
+    assert used == {"fluxdit_jax", "fluxdit_jax.dataset", "fluxdit_jax.shared", "fluxdit_jax.portable"}
 
 
 def test_only_sampling_and_decoding_use_encoders() -> None:

@@ -50,7 +50,9 @@ def _font(face: Face, size: int) -> ImageFont.FreeTypeFont:
 @functools.lru_cache(maxsize=100_000)
 def _has(face: Face, character: str) -> bool:
     # without shaping, which draws a lone accent on a circle
-    font = face.font(_SIZE).font_variant(layout_engine=ImageFont.Layout.BASIC)
+    font = face.font(_SIZE)
+    if face.file:
+        font = ImageFont.truetype(face.file, _SIZE, index=face.index, layout_engine=ImageFont.Layout.BASIC)
     mask, missing = (font.getmask(text) for text in (character, _NOBODY))
     return (mask.size, bytes(mask)) != (missing.size, bytes(missing))
 

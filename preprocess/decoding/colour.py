@@ -107,7 +107,7 @@ def _of_exif(exif: Image.Exif) -> bytes:
     try:
         details = exif.get_ifd(0x8769)
         space = details.get(0xA001)
-        index = exif.get_ifd(0xA005).get(1) if space != 1 else None
+        index = exif.get_ifd(0xA005).get(1) if space not in (1, 2) else None
     except Exception:  # noqa: BLE001  a stranger's data; the picture is worth more
         return b""
     adobe = space == 2 or (isinstance(index, str) and index.startswith("R03"))

@@ -114,7 +114,7 @@ MAY_CHANGE = {
     "score.every", "score.count", "score.references", "score.steps", "score.vision_encoder", "score.device",
     "gate.required",
     "gate.report", "plan.utilisation", "plan.watts", "mesh.data", "mesh.fsdp", "mesh.coordinator",
-    "mesh.num_processes", "mesh.process_id", "resume.allow_changes", "resume.from_run", "resume.take",
+    "mesh.num_processes", "mesh.patience", "mesh.process_id", "resume.allow_changes", "resume.from_run", "resume.take",
 }  # fmt: skip
 
 

@@ -100,7 +100,7 @@ def look(folder: Path) -> tuple[int, list[str]]:
     wrong = []
     if not owned(f"<!doctype html><html><body>{everything}</body></html>", folder):
         wrong.append("nothing ran in a page that does not escape: this looks at nothing")
-    from fluxdit_jax.gate.page import _NOTHING_FOREIGN as policy
+    from fluxdit_jax.pages.parts import _NOTHING_FOREIGN as policy
 
     page = report_page(everything)
     if policy not in page:

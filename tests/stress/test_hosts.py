@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from hosts import Host, hosts, possible  # noqa: E402
 
 pytest_plugins = ("training_fixtures",)
-PATIENCE, STEPS = 4.0, 60
+PATIENCE, STEPS = 3.0, 60
 needs_hosts = pytest.mark.skipif(not possible(), reason="needs root and network namespaces")
 
 
@@ -55,16 +56,15 @@ def wait_for_saved(workdir: Path, processes: list[subprocess.Popen], after: int)
 
 @needs_hosts
 @pytest.mark.slow
-@pytest.mark.parametrize("fsdp", [2])
 def test_two_hosts_are_one_run_through_a_death_and_a_cut_cable(
-    fsdp: int, train_command, tiny_dataset: Path, xla_cache: Path, tmp_path: Path
+    train_command, tiny_dataset: Path, xla_cache: Path, tmp_path: Path
 ) -> None:
     """The survivor names the lost host within its patience; the same command goes on, at the end on one host alone."""
     config = tiny_config(tiny_dataset, tmp_path / "one")
     config.train.steps = STEPS
     assert train_command.run(config=write_config(tmp_path / "one.py", config)).returncode == 0
 
-    config.workdir, config.mesh.fsdp = str(tmp_path / "two"), fsdp
+    config.workdir, config.mesh.fsdp = str(tmp_path / "two"), 2
     config.checkpoint.minutes, config.mesh.patience = 0.01, PATIENCE
     file, workdir = write_config(tmp_path / "two.py", config), tmp_path / "two"
     with hosts(2) as cluster:
@@ -113,7 +113,7 @@ def test_a_host_that_fails_by_itself_tells_the_others_why(tiny_dataset: Path, xl
         told = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [1, 1], told
     assert "nowhere" in told[1]
-    assert naming("process 1 on host1 has ended", "nowhere") and "host1 has ended" in told[0] and "nowhere" in told[0]
+    assert re.search(naming("process 1 on host1 has ended", "nowhere"), told[0]), told[0]
 
 
 def test_a_name_that_leads_others_nowhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
