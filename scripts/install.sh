@@ -95,6 +95,7 @@ python="$venv/bin/python"
 "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip --upgrade >/dev/null
 rm -f "$venv/installed"
 grep -v ${kept:+-e '^torch=='} -e '^#' requirements.txt > "$venv/constraints.txt"
-"$python" -m pip install --quiet --disable-pip-version-check -c "$venv/constraints.txt" -e ".${all:+[$all]}"
+"$python" -m pip install --quiet --disable-pip-version-check ${CI:+--no-compile} -c "$venv/constraints.txt" \
+  -e ".${all:+[$all]}"
 echo "$wanted" > "$venv/installed"
 echo "installed in $((SECONDS - started)) s; $venv is $(du -sm "$venv" | cut -f1) MB" >&2
