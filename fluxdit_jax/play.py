@@ -21,7 +21,7 @@ from absl import logging as absl_logging
 
 from fluxdit_jax.device import devices
 from fluxdit_jax.playground.session import Session
-from fluxdit_jax.run.run_directory import RunError
+from fluxdit_jax.run.run_directory import RunError, RunLock
 from fluxdit_jax.sample import USER_ERRORS
 from fluxdit_jax.shared import atomic_files, cli
 from fluxdit_jax.shared.paths import expanded, given_path
@@ -63,13 +63,18 @@ def play(arguments: argparse.Namespace) -> None:
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(scratch)}
         session = Session(arguments, scratch)
         atomic_files.require_writable(session.out.parent if not session.out.exists() else session.out)
+        session.out.mkdir(exist_ok=True)
+        lock = RunLock(session.out, ".lock", temporary=True, option="--out")  # two would give the same numbers
         from fluxdit_jax.playground import page  # imports gradio, which reads the environment
 
         address = page.launch(page.Page(session).build(), session, arguments.host, arguments.port)
         if arguments.host not in LOCAL:
             print(f"note: whoever reaches {arguments.host}:{arguments.port} can draw and see the history", flush=True)
         print(f"{address}  weights: {session.averages()[0]}  pictures go to {session.out}  Ctrl-C ends", flush=True)
-        threading.Event().wait()
+        try:
+            threading.Event().wait()
+        finally:
+            lock.release()
 
 
 def main() -> None:

@@ -167,11 +167,14 @@ def _weights(arguments: argparse.Namespace, settings: Settings, about: dict[str,
         for name, held in (("step", about["step"]), ("weights", about["folder"])):
             if name in asked and getattr(arguments, name) != held:
                 raise SampleError(f"--{name} {getattr(arguments, name)}: the export {arguments.model} has {held}")
-        return kept.get("weights", arguments.model, lambda: exported.read_weights(arguments.model, settings, about))
+        key = arguments.model, about["digest"]
+        return kept.get("weights", key, lambda: exported.read_weights(arguments.model, settings, about))
     try:
         path = places(arguments.workdir, arguments.weights).get(arguments.step)
         load = functools.partial(restore_weights, arguments.workdir, arguments.step, arguments.weights)
-        return load() if path is None else kept.get("weights", (path, weights_digest(path)), load)
+        if path is None:
+            return load()
+        return kept.get("weights", (path, arguments.weights, weights_digest(path, arguments.weights)), load)
     except CheckpointError as error:
         if arguments.read_recipe is None or asked:
             raise

@@ -11,6 +11,7 @@ import logging
 import signal
 import sys
 import threading
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +251,7 @@ def main(argv: list[str]) -> None:
     devices.join_processes(config.mesh.coordinator, config.mesh.num_processes, config.mesh.process_id)
     hosts = Hosts(config.mesh.patience)
     keep_freed_memory(large_too=jax.default_backend() == "cpu")
-    why = "an error that its log tells"
+    why = ""
     try:
         if config.mesh.coordinator not in (None, "auto") and jax.default_backend() == "cpu":
             require_reachable(config.mesh.coordinator)
@@ -260,17 +261,23 @@ def main(argv: list[str]) -> None:
         print(f"error: {why}", file=sys.stderr)
         code = 1
     except BrokenRun:  # already logged by the reporter
-        code = 1
+        code, why = 1, "an error that its log tells"
     except jax.errors.JaxRuntimeError as error:
         if not hosts.several:
             raise
         why = hosts.explain(error)
         print(f"error: {why}", file=sys.stderr)
         code = 1
+    except Exception as error:
+        if not hosts.several:
+            raise
+        traceback.print_exc()  # and not the wait for the others that JAX adds at the end of a process
+        why = f"{type(error).__name__}: {error}"
+        code = 1
     except KeyboardInterrupt:
         print("stopped at once; the same command goes on from the last checkpoint, if any", file=sys.stderr)
-        code = 130
-    if hosts.several and code == 1:
+        code, why = 130, "it was stopped at once"
+    if hosts.several and code in (1, 130) and why:
         hosts.leave(code, why)
     if leaves_threads() and not hosts.several:
         cli.leave(code)

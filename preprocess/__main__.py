@@ -90,6 +90,7 @@ def _build(parsed: argparse.Namespace) -> int:
         return work(options, number, count, parsed.replace)
     engine = None
     if parsed.engine == "ray":
+        options = Options.from_dict(options.checked().to_dict(), "--output")  # with absolute paths
         from preprocess.cluster import ray_engine
 
         engine = functools.partial(ray_engine.run, address=parsed.ray_address, workers=parsed.ray_workers)

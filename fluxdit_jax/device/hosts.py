@@ -56,6 +56,8 @@ class Hosts:
 
     def explain(self, error: Exception) -> str:
         """Why a collective failed: waits until it is known who is gone, at most for the patience of the watch."""
+        if "RESOURCE_EXHAUSTED" in str(error):  # this device's memory
+            return str(error).strip().splitlines()[0]
         deadline = time.monotonic() + self._patience + 2 * _EVERY
         while not self._lost and time.monotonic() < deadline:
             time.sleep(0.1)

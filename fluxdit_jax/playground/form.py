@@ -80,6 +80,8 @@ class Form:
         further = [f"--guidance={name}={scale}" for name, scale in self.guidance.items()]
         for name in ("sweep-text", "sweep-vision"):
             scales = getattr(self, name.replace("-", "_")).strip()
+            if not scales and self.recipe is not None:  # which may have a sheet's: one scale is none
+                scales = str(given[name.replace("sweep", "guidance")])
             further += [f"--{name}={scales}"] if scales else []
         if self.recipe is not None:
             further.append(f"--recipe={self.recipe}")

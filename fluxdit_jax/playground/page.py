@@ -29,8 +29,7 @@ class Page:
     def __init__(self, session: Session):
         self._session = session
         self._further = session.manifest().further()
-        self._shown: list[int] = []  # indices of the dataset's pictures on the page
-        self._history: list[Path] = []
+        self._indices: dict[str, int] = {}  # of the dataset's pictures that were shown, by key
 
     def build(self) -> gr.Blocks:
         """The page; serve it with `launch`."""
@@ -67,7 +66,7 @@ class Page:
         reference.clear(lambda: (None, None, NOTHING), None, [*held, taken], **PRIVATE)
         clear = [*held, taken, reference]
         answers["clear"].click(lambda: (None, None, NOTHING, None), None, clear, api_name="clear")
-        page.load(self._loaded, None, [answers["history"], fields["weights"]], **PRIVATE)
+        page.load(self._loaded, None, [answers["history"], fields["weights"], fields["size"]], **PRIVATE)
 
     @staticmethod
     def _add_answers() -> dict[str, Any]:
@@ -117,8 +116,7 @@ class Page:
             for name in self._further:
                 fields[f"guidance {name}"] = gr.Slider(0, 12, 1, step=0.25, label=f"Guidance: {name}")
         with gr.Row():
-            labels = [(f"{size} ({count:,} pictures)", size) for size, count in sizes.items()]
-            fields["size"] = gr.Dropdown(labels, value=next(iter(sizes)), label="Size: width x height")
+            fields["size"] = gr.Dropdown(self._sizes(), value=next(iter(sizes)), label="Size: width x height")
             fields["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
             fields["count"] = gr.Slider(1, MAX_PICTURES, 1, step=1, label="Pictures")
         with gr.Accordion("Solver, weights, sweep", open=False):
@@ -132,6 +130,9 @@ class Page:
                 fields["sweep_vision"] = gr.Textbox(label="and reference scales", placeholder="1,2,3")
         self._names = list(fields)
         return fields
+
+    def _sizes(self) -> list[tuple[str, str]]:
+        return [(f"{size} ({count:,} pictures)", size) for size, count in self._session.sizes().items()]
 
     def _weights(self) -> list[str]:
         return [NEWEST, *self._session.averages()]
@@ -183,15 +184,18 @@ class Page:
 
     # ---------------------------------------------------------------------------------- history and restoring
 
-    def _loaded(self) -> tuple[Any, Any]:
-        return self._pictures(), gr.update(choices=self._weights())
+    def _loaded(self) -> tuple[Any, Any, Any]:
+        return self._pictures(), gr.update(choices=self._weights()), gr.update(choices=self._sizes())
 
     def _pictures(self) -> Any:
-        self._history = self._session.history()
-        return gr.update(value=[str(path) for path in self._history], selected_index=None)
+        pictures = [(str(path), path.name) for path in self._session.history()]
+        return gr.update(value=pictures, selected_index=None)
 
     def _restore_of_history(self, event: gr.SelectData) -> list[Any]:
-        return self._restore(str(self._history[event.index]))
+        found = {path.name: str(path) for path in self._session.history()}
+        if (name := event.value["caption"]) not in found:
+            raise gr.Error(f"{html.escape(name)} is not in the history any more")
+        return self._restore(found[name])
 
     def _restore(self, path: str) -> list[Any]:
         try:
@@ -200,6 +204,7 @@ class Page:
             raise _shown(error) from error
         values = [form.guidance.get(name.removeprefix("guidance "), 1.0) if " " in name else getattr(form, name)
                   for name in self._names]  # fmt: skip
+        values[self._names.index("weights")] = gr.update(choices=self._weights(), value=form.weights)
         taken = "the restored picture" if form.recipe else NOTHING
         return [*values, None, form.recipe and str(form.recipe), taken, "\n".join(notes), path]
 
@@ -210,11 +215,11 @@ class Page:
             records = self._session.records(_SHOWN)
         except USER_ERRORS as error:
             raise _shown(error) from error
-        self._shown = [index for index, _, _ in records]
+        self._indices |= {key: index for index, key, _ in records}
         return gr.update(value=[(pixels, key) for _, key, pixels in records], selected_index=None)
 
     def _choose(self, event: gr.SelectData) -> tuple[str, str, None]:
-        index = self._shown[event.index]
+        index = self._indices[event.value["caption"]]
         return str(self._session.vector(index)), f"training record {index}", None
 
 

@@ -147,7 +147,11 @@ class Session:
 
     def restore(self, path: Path) -> tuple[Form, list[str]]:
         """The form that draws a picture of `sample` again, and notes; raises `SampleError` if it has no recipe."""
-        return Form.of_recipe(recipe.read(path), path, self.averages(), list(self.sizes()))
+        found = recipe.read(path)
+        chosen = f"{found.arguments['weights']}/{found.arguments['step']}"
+        known = self.averages()
+        sizes = list(self.sizes(chosen if chosen in known else NEWEST))
+        return Form.of_recipe(found, path, known, sizes)
 
     # ------------------------------------------------------------------------------------------------- dataset
 

@@ -71,10 +71,10 @@ def places(workdir: Path, folder: str = EMA) -> dict[int, Path]:
     return resumable | {step: workdir / folder / str(step) for step in ema_steps(workdir, folder)}
 
 
-def weights_digest(path: Path) -> str | None:
-    """The digest that was written with the EMA weights at a path of `places`; None if there is none."""
+def weights_digest(path: Path, folder: str = EMA) -> str | None:
+    """The digest that was written with the weights at a path of `places(workdir, folder)`; None if there is none."""
     if path.parent.name == CHECKPOINTS:
-        return _written_digest(path, EMA)
+        return _written_digest(path, folder)
     return ema_digest(path.parent.parent, int(path.name), path.parent.name)
 
 

@@ -17,11 +17,12 @@ from preprocess.build import comparison, repeat
 from preprocess.build.encode import Counts, Encoders, Encoding
 from preprocess.build.jobs import Task
 from preprocess.build.journal import Journal
-from preprocess.build.loading import are_here, load_encoders, torch_device
+from preprocess.build.loading import are_here, device_name, load_encoders, torch_device
 from preprocess.build.options import Options, option_of
 from preprocess.build.parts import Part, all_locked, load_parts, require_place, tasks, tensors_of
 from preprocess.build.plan import Fingerprints, Identities, NothingToBuild, Plan, make_plan
 from preprocess.build.publish import LOG_FILE, OPTIONS_FILE, finish, publish, roll_forward, save_options, save_rejects
+from preprocess.build.stored_plan import StoredPlan, versions_here
 from preprocess.build.summary import (
     MANY_REJECTS,
     Published,
@@ -31,7 +32,7 @@ from preprocess.build.summary import (
     too_many_rejects,
 )
 from preprocess.build.units import WORK, Archive, Rows, disk_errors
-from preprocess.build.workers import devices_noted
+from preprocess.build.workers import devices_noted, note_device
 from preprocess.encoders import check_arguments
 from preprocess.input.findings import Reject, Scan, counted
 from preprocess.input.precomputed import Folder, folders
@@ -251,6 +252,8 @@ def prepare(
     encoders = load_encoders(options, precomputed)
     identities = encoders.identities
     prints = Fingerprints.of(options, identities)
+    if not replace and (stored := StoredPlan.load(output)):
+        stored.require_like(identities, versions_here(options))
     seconds["load encoders"] = time.perf_counter() - start
 
     # ---- 3. The plan: every file is read once.
@@ -306,6 +309,9 @@ def _build(
 
     # ---- 6. Publish.
     start = time.perf_counter()
+    if prepared.todo and engine is None and devices_noted(output / WORK):
+        note_device(output / WORK, device_name(options))
+    StoredPlan.discard(output)
     if len(devices := devices_noted(output / WORK)) > 1:
         journal.say(f"note: made on different devices, which round differently: {'; '.join(devices)}")
     published = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,3 +69,14 @@ def _encoder(field: Field, spec: str, options: Options, vision: Callable[[], Any
     if field.kind == CELLS:
         return Cells(vision(), options.vision_resolution or options.resolution, options.vision_patches)
     return vision()
+
+
+def device_name(options: Options) -> str:
+    """Of the device that a build's encoders run on."""
+    if not real_encoders(options):
+        return f"cpu: {platform.machine()}"
+    import torch
+
+    device = torch_device(options)
+    name = torch.cuda.getdevice_name(device) if device.type == "cuda" else platform.machine()
+    return f"{device.type}: {name}"

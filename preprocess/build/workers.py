@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import socket
 from collections.abc import Iterator
@@ -32,6 +33,10 @@ def worker_locked(work: Path, name: str, of_build: bool = False) -> Iterator[Non
     """
     lock = _WorkerLock(work / _FOLDER, f"{name}.lock", temporary=True)
     try:
+        for path in sorted((work / _FOLDER).glob("*.lock")):
+            other = path.stem.partition("-of-")[2] != name.partition("-of-")[2]
+            if other and (owner := holder_of(path)):
+                raise PreprocessError(f"worker {path.stem} is at work ({owner}): give all workers the same number N")
         if not of_build and (owner := holder_of(work / "lock")):
             raise PreprocessError(f"{work.parent} is being planned or published by {owner}; wait for it to end")
         yield
@@ -48,10 +53,11 @@ def require_no_worker(work: Path) -> None:
             )
 
 
-def note_device(work: Path, name: str, device: str) -> None:
-    """Notes what a worker runs on."""
+def note_device(work: Path, device: str) -> None:
+    """Notes what a process of the build runs on."""
     (work / _FOLDER).mkdir(exist_ok=True)
     noted = {"host": socket.gethostname(), "device": device}
+    name = hashlib.sha256(device.encode()).hexdigest()[:16]
     write_whole(work / _FOLDER / f"{name}.json", json.dumps(noted))
 
 

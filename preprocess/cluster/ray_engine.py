@@ -28,9 +28,9 @@ from preprocess.build.build import Prepared
 from preprocess.build.encode import Counts
 from preprocess.build.journal import Journal
 from preprocess.build.options import Options
+from preprocess.build.stored_plan import StoredPlan, versions_here
 from preprocess.build.units import WORK
 from preprocess.build.workers import note_device, worker_locked
-from preprocess.cluster.stored_plan import StoredPlan, versions_here
 from preprocess.cluster.worker import Worker
 
 _PATIENCE = 60.0  # seconds until a process that was killed must be gone
@@ -100,7 +100,19 @@ class _Actor:
     """Runs in a process of Ray's."""
 
     def __init__(self, output: str, name: str, overrides: dict[str, Any]):
-        """Takes its place as a worker for as long as its process lives, the one before may take a while to die."""
+        self._asked = output, name, overrides
+
+    def start(self) -> str:
+        """Takes its place as a worker for as long as its process lives; the one before may take a while to die.
+
+        Not in `__init__`, of whose errors Ray does not give the cause.
+
+        Returns:
+          Its device.
+        """
+        import ray
+
+        output, name, overrides = self._asked
         deadline = time.monotonic() + _PATIENCE
         while True:
             try:
@@ -116,10 +128,6 @@ class _Actor:
             raise PreprocessError(f"{output}: its plan is not seen here; it must be a folder that all machines share")
         options = dataclasses.replace(plan.options, **overrides).checked()
         self._worker = Worker(plan, options, Journal(None))
-
-    def device(self) -> str:
-        import ray
-
         gpus = ",".join(map(str, ray.get_gpu_ids()))
         return f"{self._worker.device}{f', GPU {gpus}' if gpus else ''} on {os.uname().nodename}"
 
@@ -134,7 +142,7 @@ class _Crew:
         self._ray, self._plan, self._options, self._journal = ray, plan, options, journal
         resources = ray.cluster_resources()
         self._gpus = bool(resources.get("GPU")) and options.device in ("auto", "cuda")
-        self._wanted = workers or (int(resources["GPU"]) if self._gpus else len(ray.nodes()))
+        self._wanted = workers or (int(resources["GPU"]) if self._gpus else sum(node["Alive"] for node in ray.nodes()))
         self._busy: dict[Any, _Place] = {}  # by what is waited for
 
     def make(self, numbers: Sequence[int]) -> Counts:
@@ -153,7 +161,7 @@ class _Crew:
                 place.failures = 0
                 if place.task is None:
                     place.device = answer
-                    note_device(output / WORK, str(place.number), answer.partition(", GPU")[0].partition(" on ")[0])
+                    note_device(output / WORK, answer.partition(", GPU")[0].partition(" on ")[0])
                     self._journal.say(f"started: {place}")
                 else:
                     counts += Counts(**answer)
@@ -168,11 +176,15 @@ class _Crew:
         return counts
 
     def _start(self, place: _Place) -> None:
-        overrides = {name: getattr(self._options, name) for name in ("device", "dtype", "workers")}
+        overrides = {name: getattr(self._options, name) for name in ("device", "dtype")} | {"workers": 0}
+        # Ray would give PyTorch one thread for each CPU that is asked for.
+        threads = max(1, int(self._ray.cluster_resources().get("CPU", 1)) // self._wanted)
         resources = {"num_gpus": 1} if self._gpus else {"num_cpus": 1}
-        actor = self._ray.remote(_Actor).options(**resources)
+        actor = self._ray.remote(_Actor).options(
+            scheduling_strategy="SPREAD", runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}}, **resources
+        )
         place.actor, place.task = actor.remote(self._options.output, f"ray-{place.number}", overrides), None
-        self._busy[place.actor.device.remote()] = place
+        self._busy[place.actor.start.remote()] = place
 
     def _give(self, place: _Place, waiting: collections.deque[int]) -> None:
         place.task = waiting.popleft() if waiting else None
@@ -187,7 +199,7 @@ class _Crew:
         if place.task is not None:
             waiting.appendleft(place.task)
         place.failures += 1
-        why = str(cause or error).strip().splitlines()[0]
+        why = ([line.strip() for line in str(cause or error).splitlines() if line.strip()] or ["?"])[0]
         self._journal.event("failed", place=place.number, device=place.device, task=place.task, why=why)
         self._ray.kill(place.actor)
         if place.failures < FAILURES:

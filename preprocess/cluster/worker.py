@@ -11,26 +11,28 @@ All see the input and the output at the same paths. A worker that died is starte
 from __future__ import annotations
 
 import dataclasses
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from fluxdit_jax.shared.lock import holder_of
 from preprocess import PreprocessError
 from preprocess.build.build import Progress, prepare
 from preprocess.build.encode import Counts, Encoding
 from preprocess.build.jobs import Task
 from preprocess.build.journal import Journal
-from preprocess.build.loading import load_encoders, real_encoders, torch_device
+from preprocess.build.loading import device_name, load_encoders
 from preprocess.build.options import Options
 from preprocess.build.parts import all_locked, require_place
 from preprocess.build.publish import LOG_FILE
+from preprocess.build.stored_plan import StoredPlan, versions_here
 from preprocess.build.units import WORK, Archive, load_unit
 from preprocess.build.workers import note_device, worker_locked
-from preprocess.cluster.stored_plan import StoredPlan, versions_here
 from preprocess.input.precomputed import folders_of_plan
 
 _POLL, _TELL = 1.0, 60.0  # seconds between two looks for the plan, and between two lines about it
+_PATIENCE = 900.0  # seconds without a plan and without anybody who makes it
+_SETTLING = 5.0  # seconds that the process that planned may need to let go of the output
 
 
 def work(options: Options, number: int, count: int, replace: bool = False) -> int:
@@ -46,7 +48,7 @@ def work(options: Options, number: int, count: int, replace: bool = False) -> in
     Raises:
       PreprocessError: as `build`; or this machine would make other bytes than the plan asks for.
     """
-    options = options.checked()
+    options = Options.from_dict(options.checked().to_dict(), "--output")  # with absolute paths
     require_place(options)
     output = Path(options.output)
     journal = Journal(output / LOG_FILE)
@@ -55,9 +57,9 @@ def work(options: Options, number: int, count: int, replace: bool = False) -> in
             store_plan(options, journal, replace)
     plan = _awaited(output, journal, count)
     _require_same(plan, options)
-    with worker_locked(output / WORK, str(number)):
+    with worker_locked(output / WORK, f"{number}-of-{count}"):
         worker = Worker(plan, options, journal)
-        note_device(output / WORK, str(number), worker.device)
+        note_device(output / WORK, worker.device)
         own = range(number - 1, len(plan.images), count)
         who = f"worker {number} of {count}"
         journal.say(f"{who} on {worker.device}: {len(own)} of {len(plan.images)} tasks")
@@ -92,7 +94,7 @@ class Worker:
         precomputed = folders_of_plan(options.condition, options.vision_embeddings, plan.identities)
         self._encoders = load_encoders(self._options, precomputed)
         plan.require_like(self._encoders.identities, versions_here(self._options))
-        self.device = _device_name(self._options)
+        self.device = device_name(self._options)
 
     def make(self, numbers: Sequence[int]) -> Counts:
         """Makes the shards of these tasks that are not there yet; returns what was done for it."""
@@ -133,20 +135,19 @@ def _require_same(plan: StoredPlan, options: Options) -> None:
 
 
 def _awaited(output: Path, journal: Journal, count: int) -> StoredPlan:
-    told = 0.0
-    while (plan := StoredPlan.load(output)) is None:
-        if time.monotonic() - told > _TELL:
+    told, last = 0.0, time.monotonic()
+    while (plan := StoredPlan.load(output)) is None or (
+        holder_of(output / WORK / "lock") and time.monotonic() - last < _SETTLING
+    ):
+        if plan is None and holder_of(output / WORK / "lock"):
+            last = time.monotonic()
+        if plan is None and time.monotonic() - last > _PATIENCE:
+            raise PreprocessError(
+                f"{output} has no plan, and for {_PATIENCE / 60:.0f} minutes nobody has been making one: start worker "
+                f"1/{count}, or see why it ended"
+            )
+        if plan is None and time.monotonic() - told > _TELL:
             journal.say(f"waiting for the plan in {output / WORK}: worker 1/{count} makes it")
             told = time.monotonic()
         time.sleep(_POLL)
     return plan
-
-
-def _device_name(options: Options) -> str:
-    if not real_encoders(options):
-        return f"cpu: {platform.machine()}"
-    import torch
-
-    device = torch_device(options)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return f"{device.type}: {name}"

@@ -91,8 +91,8 @@ def api(served: Served, tmp_path: Path) -> Api:
 
 def test_a_picture_comes_as_the_file_that_sample_would_write(api: Api, served: Served, scene: Path) -> None:
     picture, _, history = api.draw(seed=3, guidance_text=2.5)
-    newest = max(served.out.iterdir())
-    assert picture.read_bytes() == newest.read_bytes() and len(history["value"]) == len(list(served.out.iterdir()))
+    newest = max(served.out.glob("*.png"))
+    assert picture.read_bytes() == newest.read_bytes() and len(history["value"]) == len(list(served.out.glob("*.png")))
     same = draw(scene, "--prompt", SHORT, "--size", "64x64", "--steps", "2", "--seed", "3", "--guidance-text", "2.5")
     assert (pixels(picture) == same).all()
     prompt, _, text_scale, *_ = restored = api.restore(picture)
@@ -125,13 +125,13 @@ def test_what_cannot_be_drawn_is_answered_in_words(api: Api, tmp_path: Path) -> 
 
 
 def test_stopping_keeps_what_is_drawn(api: Api, served: Served) -> None:
-    before = len(list(served.out.iterdir()))
+    before = len(list(served.out.glob("*.png")))
     drawing = api.begin(count=64, steps=90)
-    while len(list(served.out.iterdir())) < before + 2:
+    while len(list(served.out.glob("*.png"))) < before + 2:
         time.sleep(0.05)
     api.stop()
     _, notes, _ = drawing.result(60)
-    assert re.search(r"stopped: \d+ of 64", notes) and len(list(served.out.iterdir())) < before + 60
+    assert re.search(r"stopped: \d+ of 64", notes) and len(list(served.out.glob("*.png"))) < before + 60
     assert api.draw()[0]
 
 
@@ -171,7 +171,7 @@ def test_in_a_browser(served: Served, scene: Path, tmp_path: Path) -> None:
         browser.close()
     made = recipe.read(tmp_path / "downloaded.png")
     assert made.arguments["seed"] == 11 and "vision" in made.given
-    assert (tmp_path / "downloaded.png").read_bytes() in [path.read_bytes() for path in served.out.iterdir()]
+    assert (tmp_path / "downloaded.png").read_bytes() in [path.read_bytes() for path in served.out.glob("*.png")]
     again = draw(scene, "--recipe", str(tmp_path / "downloaded.png"), run="")
     assert (again == pixels(tmp_path / "downloaded.png")).all()
     assert not [url for url in elsewhere if not url.startswith((served.address, "data:", "blob:"))]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawing_helpers import SHORT, draw, pixels
+from drawing_helpers import SHORT, config, draw, pixels
 from PIL import Image
 from wording import naming
 
@@ -23,6 +23,7 @@ from fluxdit_jax.run.run_directory import RunError
 from fluxdit_jax.sampling import recipe
 from fluxdit_jax.sampling.kept import Kept
 from fluxdit_jax.sampling.prompts import SampleError
+from fluxdit_jax.train import train
 
 pytest_plugins = ("training_fixtures", "drawing_fixtures")
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -116,6 +117,26 @@ def test_a_picture_is_restored_with_all_that_made_it(session: Session, scene: Pa
 
     sheet = drawn(session, sweep_text="1,3", sweep_vision="2,1.5")
     assert session.restore(sheet)[0] == a_form(session, weights="ema/8", sweep_text="1,3", sweep_vision="2,1.5")
+
+
+def test_a_restored_sheet_becomes_a_picture_where_its_scales_are_cleared(session: Session) -> None:
+    sheet = drawn(session, vector=session.vector(0), sweep_text="1,3")
+    form, _ = session.restore(sheet)
+    assert form.sweeping and form.recipe == sheet
+    one = session.draw(dataclasses.replace(form, sweep_text=""), lambda _count: None).path
+    assert arguments_of(one)["sweep_text"] is None and "vision" in recipe.read(one).given
+
+
+def test_both_averages_of_one_checkpoint(scene: Path, tmp_path: Path) -> None:
+    c = config(scene / "ds", tmp_path / "run")
+    c.ema.short_decay, c.train.steps, c.checkpoint.ema_every = 0.01, 4, 100
+    assert train(c) == 0
+    for folder in ("ema", "short_ema"):
+        shutil.rmtree(tmp_path / "run" / folder, ignore_errors=True)
+    session = opened(tmp_path, "--workdir", tmp_path / "run")
+    assert session.averages() == ["ema/4", "short_ema/4"]
+    digests = [recipe.read(drawn(session, weights=weights)).digest for weights in ("ema/4", "short_ema/4", "ema/4")]
+    assert digests[0] == digests[2] != digests[1]
 
 
 def test_what_a_picture_cannot_give_is_told(session: Session, scene: Path, tmp_path: Path) -> None:

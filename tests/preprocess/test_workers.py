@@ -21,9 +21,10 @@ from preprocess.__main__ import main
 from preprocess.build.build import build
 from preprocess.build.lock import locked
 from preprocess.build.options import Options
+from preprocess.build.stored_plan import StoredPlan, versions_here
 from preprocess.build.units import WORK
 from preprocess.build.workers import worker_locked
-from preprocess.cluster.stored_plan import StoredPlan, versions_here
+from preprocess.cluster import worker
 from preprocess.cluster.worker import work
 
 Draw = Callable[..., np.ndarray]
@@ -155,6 +156,8 @@ def test_real_encoders(
     half = small(photos, tmp_path / "shared" / "data", **models | {"dtype": "bfloat16"})
     with pytest.raises(PreprocessError, match=naming("float32", "bfloat16", "--dtype")):
         work(half, 2, 2)
+    with pytest.raises(PreprocessError, match=naming("float32", "bfloat16", "--dtype")):
+        build(half)
     work(shared, 2, 2)
     build(shared)
     assert_like(tmp_path / "shared" / "data", contents(tmp_path / "alone" / "data"))
@@ -184,8 +187,8 @@ def test_other_versions_and_options_are_refused_before_the_first_shard(photos: P
 def test_a_build_waits_for_the_workers_and_they_for_it(photos: Path, alone, tmp_path: Path) -> None:
     output = tmp_path / "data"
     work(small(photos, output), 1, 2)
-    with worker_locked(output / WORK, "2"):
-        with pytest.raises(PreprocessError, match="worker 2 of this build is at work"):
+    with worker_locked(output / WORK, "2-of-2"):
+        with pytest.raises(PreprocessError, match="worker 2-of-2 of this build is at work"):
             build(small(photos, output))
         with pytest.raises(PreprocessError, match="number is taken by pid"):
             work(small(photos, output), 2, 2)
@@ -194,6 +197,26 @@ def test_a_build_waits_for_the_workers_and_they_for_it(photos: Path, alone, tmp_
     work(small(photos, output), 2, 2)
     build(small(photos, output))
     assert_like(output, alone)
+
+
+def test_paths_may_be_relative_to_where_a_worker_starts(
+    photos: Path, alone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(photos.parent)
+    output = tmp_path / "data"
+    work(small(Path("photos"), output), 1, 2)
+    monkeypatch.chdir(tmp_path)
+    work(small(photos, Path("data")), 2, 2)
+    with worker_locked(output / WORK, "1-of-3"), pytest.raises(PreprocessError, match="same number N"):
+        work(small(photos, Path("data")), 2, 2)
+    build(small(photos, output))
+    assert_like(output, alone)
+
+
+def test_without_a_plan_a_worker_does_not_wait_for_ever(photos: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(worker, "_PATIENCE", 0.2)
+    with pytest.raises(PreprocessError, match=naming("no plan", "start worker 1/2")):
+        work(small(photos, tmp_path / "data"), 2, 2)
 
 
 def test_different_devices_are_told(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

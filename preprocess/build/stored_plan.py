@@ -87,6 +87,11 @@ class StoredPlan:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise PreprocessError(f"{path} cannot be used: {error}; remove {path.parent}") from error
 
+    @staticmethod
+    def discard(output: Path) -> None:
+        """Removes a plan, which ends where its build publishes."""
+        (_folder(output) / _PLAN).unlink(missing_ok=True)
+
     def task(self, number: int) -> tuple[Task, dict[str, tuple[Path, int, Layout]]]:
         """A task and where tensors of it exist, for `Archive.learn`.
 
