@@ -150,7 +150,8 @@ class _Crew:
         for number in range(1, min(self._wanted, len(numbers)) + 1):
             self._start(_Place(number, None))
         with self._journal.bar(sum(self._plan.images), "encode") as bar:
-            while self._busy:
+            # Not until the last actor has started: there may be fewer CPUs than were asked for.
+            while self._busy and (waiting or any(place.task is not None for place in self._busy.values())):
                 done, _ = self._ray.wait(list(self._busy), num_returns=1)
                 place = self._busy.pop(done[0])
                 try:
