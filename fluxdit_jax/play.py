@@ -9,6 +9,7 @@ fetched from or sent to other machines.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -23,7 +24,7 @@ from fluxdit_jax.device import devices
 from fluxdit_jax.playground.session import Session
 from fluxdit_jax.run.run_directory import RunError, RunLock
 from fluxdit_jax.sample import USER_ERRORS
-from fluxdit_jax.shared import atomic_files, cli
+from fluxdit_jax.shared import cli
 from fluxdit_jax.shared.paths import expanded, given_path
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -55,26 +56,24 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def play(arguments: argparse.Namespace) -> None:
-    """Serves the page until the process is told to end."""
+    """Serves the page until a signal ends the process."""
     if importlib.util.find_spec("gradio") is None:
         raise RunError('the page needs gradio: pip install -c requirements.txt -e ".[play]"')
-    scratch = Path(tempfile.mkdtemp(prefix="fluxdit-play-"))
-    with cli.undoing(lambda: shutil.rmtree(scratch, ignore_errors=True)):
-        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(scratch)}
-        session = Session(arguments, scratch)
-        atomic_files.require_writable(session.out.parent if not session.out.exists() else session.out)
-        session.out.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="fluxdit-play-") as scratch, contextlib.ExitStack() as held:
+        held.enter_context(cli.undoing(lambda: shutil.rmtree(scratch, ignore_errors=True)))
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": scratch}
+        session = Session(arguments, Path(scratch))
         lock = RunLock(session.out, ".lock", temporary=True, option="--out")  # two would give the same numbers
+        held.callback(lock.release)
         from fluxdit_jax.playground import page  # imports gradio, which reads the environment
 
         address = page.launch(page.Page(session).build(), session, arguments.host, arguments.port)
         if arguments.host not in LOCAL:
-            print(f"note: whoever reaches {arguments.host}:{arguments.port} can draw and see the history", flush=True)
+            print(
+                f"note: anyone who can reach {arguments.host}:{arguments.port} can draw and see the history", flush=True
+            )
         print(f"{address}  weights: {session.averages()[0]}  pictures go to {session.out}  Ctrl-C ends", flush=True)
-        try:
-            threading.Event().wait()
-        finally:
-            lock.release()
+        threading.Event().wait()
 
 
 def main() -> None:

@@ -116,8 +116,7 @@ def sample(
     _note_untrained(settings, arguments, given)
     spec = _text_encoder(arguments, manifest)
     texts = encode_prompts(arguments.prompt, manifest, spec, settings.text_limit, kept)
-    asked = manifest.vae.id, manifest.vae.sha256, arguments.vae
-    decoder = kept.get("decoder", asked, lambda: load_decoder(manifest.vae, arguments.vae))
+    decoder = kept_decoder(kept, manifest, arguments.vae)
     made = Recipe(
         arguments={name: getattr(arguments, name) for name in recipe.ARGUMENTS}
         | {"size": in_words(size), "step": weights.step, "weights": weights.folder}
@@ -142,6 +141,11 @@ def sample(
     finally:
         lock.release()
     return [image for images in drawn.values() for image in images]
+
+
+def kept_decoder(kept: Kept, manifest: Manifest, vae: str | None) -> Decoder:
+    """The decoder of the dataset's VAE; `vae`: its directory, if it has moved."""
+    return kept.get("decoder", (manifest.vae.id, manifest.vae.sha256, vae), lambda: load_decoder(manifest.vae, vae))
 
 
 def _description(arguments: argparse.Namespace) -> tuple[Settings, Manifest, dict[str, Any]]:

@@ -277,7 +277,7 @@ def main(argv: list[str]) -> None:
     except KeyboardInterrupt:
         print("stopped at once; the same command goes on from the last checkpoint, if any", file=sys.stderr)
         code, why = 130, "it was stopped at once"
-    if hosts.several and code in (1, 130) and why:
+    if hosts.several and why:
         hosts.leave(code, why)
     if leaves_threads() and not hosts.several:
         cli.leave(code)

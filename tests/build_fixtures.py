@@ -67,6 +67,14 @@ def options(photos: Path, output: Path, **more: object) -> Options:
     return Options(input=str(photos), output=str(output), **(ENCODERS | values | more))
 
 
+SMALL = ("--resolution", "128", "--modulus", "16", "--holdout", "0.2", "--shard-size", "3", "--batch-size", "2")
+
+
+def small(photos: Path, output: Path, **more: object) -> Options:
+    """As `options`, in shards of three; `SMALL` with `FLAGS` are the same on the command line."""
+    return options(photos, output, **{"shard_size": 3, "batch_size": 2} | more)
+
+
 def read(directory: Path) -> dict[str, records.Record]:
     """All records by key."""
     manifest = load_manifest(directory)

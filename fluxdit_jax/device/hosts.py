@@ -1,9 +1,9 @@
 """The other processes of a run: which of them is gone, told by name and before a collective would wait for ever.
 
-Every process writes a count into the key-value store of JAX's coordination service, which process 0 holds, and looks
-whether the counts of the others go on. The store is reached over the network that gradients cross, so a cut cable, a
-dead host and a suspended process look alike: silent. Collectives by themselves notice a process that died, not which
-one, and wait for one that is silent for as long as their library likes.
+Every process writes its name and a count into the key-value store of JAX's coordination service, which process 0
+holds, and looks whether the counts of the others go on. The store is reached over the network that gradients cross, so
+a cut cable, a dead host and a suspended process look alike: silent. Collectives by themselves notice a process that
+died, not which one, and wait for one that is silent for as long as their library likes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import jax
 from fluxdit_jax.device.sharding import MeshError
 
 _EVERY = 1.0  # seconds between two looks
-_ALIVE, _NAME, _ENDED = "fluxdit_jax/alive/", "fluxdit_jax/name/", "fluxdit_jax/ended/"
+_ALIVE, _ENDED = "fluxdit_jax/alive/", "fluxdit_jax/ended/"
 
 
 class Hosts:
@@ -37,17 +37,15 @@ class Hosts:
         Args:
           patience: seconds of silence after which a process is given up.
         """
-        self._patience, self._own, self._count = patience, jax.process_index(), jax.process_count()
+        self._patience, self._own = patience, jax.process_index()
         self._store: Any = None
-        if self._count > 1:
+        if jax.process_count() > 1:
             from jax._src import distributed  # the service has no public name; Orbax takes it from there as well
 
             self._store = distributed.global_state.client
-            self._name = f"process {self._own} on {socket.gethostname()}"
-            self._store.key_value_set(f"{_NAME}{self._own}", self._name)
             now = time.monotonic()
             self._counts: dict[str, str] = {}
-            self._heard = {str(process): now for process in range(self._count) if process != self._own}
+            self._heard = {str(process): now for process in range(jax.process_count()) if process != self._own}
             self._names = {process: f"process {process}" for process in self._heard}
             self._answered = now
             self._lost = ""
@@ -84,13 +82,13 @@ class Hosts:
                 time.sleep(3 * _EVERY)  # the store ends with this process: the others must have read it
 
     def _write(self) -> None:
-        beats = 0
+        beats, name = 0, f"process {self._own} on {socket.gethostname()}"
         while True:
             with contextlib.suppress(Exception):  # a service that is gone: `_look` tells by its silence
-                self._store.key_value_set(f"{_ALIVE}{self._own}", str(beats), allow_overwrite=True)
-                counts, names, ended = (_read(self._store, prefix) for prefix in (_ALIVE, _NAME, _ENDED))
+                self._store.key_value_set(f"{_ALIVE}{self._own}", f"{name}\n{beats}", allow_overwrite=True)
+                counts, ended = (_read(self._store, prefix) for prefix in (_ALIVE, _ENDED))
                 now = self._answered = time.monotonic()
-                self._names |= {process: name for process, name in names.items() if process in self._heard}
+                self._names |= {process: value.partition("\n")[0] for process, value in counts.items()}
                 for process in self._heard:
                     if counts.get(process) != self._counts.get(process):
                         self._heard[process] = now

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from fluxdit_jax.sampling.arguments import DEFAULTS
 from fluxdit_jax.sampling.prompts import SampleError
 from fluxdit_jax.sampling.recipe import Recipe
 
@@ -27,14 +28,14 @@ class Form:
 
     prompt: str
     size: str
-    seed: int = 0
-    count: int = 1
-    steps: int = 32
-    method: str = "heun"
+    seed: int = DEFAULTS["seed"]
+    count: int = DEFAULTS["count"]
+    steps: int = DEFAULTS["steps"]
+    method: str = DEFAULTS["method"]
     weights: str = NEWEST
-    guidance_text: float = 1.0
-    guidance_vision: float = 1.0
-    rescale: float = 0.0
+    guidance_text: float = DEFAULTS["guidance_text"]
+    guidance_vision: float = DEFAULTS["guidance_vision"]
+    rescale: float = DEFAULTS["rescale"]
     guidance: dict[str, float] = dataclasses.field(default_factory=dict)
     sweep_text: str = ""
     sweep_vision: str = ""

@@ -103,7 +103,6 @@ class Page:
         return answers
 
     def _add_fields(self) -> dict[str, Any]:
-        sizes = self._session.sizes()
         fields: dict[str, Any] = {}
         fields["prompt"] = gr.Textbox(label="Prompt", lines=3, placeholder="what to draw; Shift-Enter draws")
         fields["reference"] = gr.Image(
@@ -116,7 +115,7 @@ class Page:
             for name in self._further:
                 fields[f"guidance {name}"] = gr.Slider(0, 12, 1, step=0.25, label=f"Guidance: {name}")
         with gr.Row():
-            fields["size"] = gr.Dropdown(self._sizes(), value=next(iter(sizes)), label="Size: width x height")
+            fields["size"] = gr.Dropdown(sizes := self._sizes(), value=sizes[0][1], label="Size: width x height")
             fields["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
             fields["count"] = gr.Slider(1, MAX_PICTURES, 1, step=1, label="Pictures")
         with gr.Accordion("Solver, weights, sweep", open=False):
@@ -230,7 +229,6 @@ def _shown(error: Exception) -> gr.Error:
 
 def launch(page: gr.Blocks, session: Session, host: str, port: int) -> str:
     """Serves the page in a thread of its own; returns its address. Raises `OSError` if the port is taken."""
-    session.out.mkdir(parents=True, exist_ok=True)
     address: str = page.queue(default_concurrency_limit=4, max_size=32).launch(
         server_name=host,
         server_port=port,

@@ -21,13 +21,12 @@ from fluxdit_jax.playground.form import NEWEST, Form
 from fluxdit_jax.run.checkpoint import EMA, SHORT_EMA, CheckpointError
 from fluxdit_jax.run.run_directory import RunError, find_dataset, load_stage
 from fluxdit_jax.run.weights import places
-from fluxdit_jax.sample import sample
+from fluxdit_jax.sample import kept_decoder, sample
 from fluxdit_jax.sampling import exported, recipe
 from fluxdit_jax.sampling.arguments import parse_arguments
 from fluxdit_jax.sampling.kept import Kept
 from fluxdit_jax.sampling.prompts import SampleError
 from fluxdit_jax.sampling.sizes import in_words, pictures_by_size
-from fluxdit_jax.vae.decoder import load_decoder
 
 _NAME = re.compile(r"play-(\d+)\.png")
 
@@ -162,8 +161,7 @@ class Session:
           DatasetError, RunError: the dataset is not here, or is another one.
         """
         source, manifest = self._source()
-        identity = manifest.vae.id, manifest.vae.sha256, self._vae
-        decoder = self._kept.get("decoder", identity, lambda: load_decoder(manifest.vae, self._vae))
+        decoder = kept_decoder(self._kept, manifest, self._vae)
         chosen = np.random.default_rng(time.time_ns()).permutation(len(source))[:count].tolist()
         found: list[Record] = [source[index] for index in chosen]
         pictures = [decoder.decode(record.latent[None].astype(np.float32))[0] for record in found]

@@ -28,10 +28,10 @@ from preprocess.build.build import Prepared
 from preprocess.build.encode import Counts
 from preprocess.build.journal import Journal
 from preprocess.build.options import Options
-from preprocess.build.stored_plan import StoredPlan, versions_here
+from preprocess.build.stored_plan import StoredPlan
 from preprocess.build.units import WORK
 from preprocess.build.workers import note_device, worker_locked
-from preprocess.cluster.worker import Worker
+from preprocess.cluster.worker import Worker, store_plan
 
 _PATIENCE = 60.0  # seconds until a process that was killed must be gone
 FAILURES = 3  # in a row, after which a place is dropped
@@ -68,12 +68,9 @@ def run(prepared: Prepared, journal: Journal, address: str, workers: int) -> Cou
         have failed.
     """
     ray = _connect(address)
-    options = prepared.options
-    images = tuple(len(task.items) for task in prepared.todo)
-    plan = StoredPlan(options, prepared.identities, versions_here(options), images)
-    plan.save(prepared.todo, prepared.archive)
+    plan = store_plan(prepared)
     try:
-        return _Crew(ray, plan, options, journal, workers).make(range(len(images)))
+        return _Crew(ray, plan, prepared.options, journal, workers).make(range(len(plan.images)))
     finally:
         ray.shutdown()
 
@@ -143,6 +140,8 @@ class _Crew:
         resources = ray.cluster_resources()
         self._gpus = bool(resources.get("GPU")) and options.device in ("auto", "cuda")
         self._wanted = workers or (int(resources["GPU"]) if self._gpus else sum(node["Alive"] for node in ray.nodes()))
+        # Ray would give PyTorch one thread for each CPU that is asked for.
+        self._threads = str(max(1, int(resources.get("CPU", 1)) // self._wanted))
         self._busy: dict[Any, _Place] = {}  # by what is waited for
 
     def make(self, numbers: Sequence[int]) -> Counts:
@@ -178,11 +177,9 @@ class _Crew:
 
     def _start(self, place: _Place) -> None:
         overrides = {name: getattr(self._options, name) for name in ("device", "dtype")} | {"workers": 0}
-        # Ray would give PyTorch one thread for each CPU that is asked for.
-        threads = max(1, int(self._ray.cluster_resources().get("CPU", 1)) // self._wanted)
         resources = {"num_gpus": 1} if self._gpus else {"num_cpus": 1}
         actor = self._ray.remote(_Actor).options(
-            scheduling_strategy="SPREAD", runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}}, **resources
+            scheduling_strategy="SPREAD", runtime_env={"env_vars": {"OMP_NUM_THREADS": self._threads}}, **resources
         )
         place.actor, place.task = actor.remote(self._options.output, f"ray-{place.number}", overrides), None
         self._busy[place.actor.start.remote()] = place

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fluxdit_jax.shared.lock import holder_of
 from preprocess import PreprocessError
-from preprocess.build.build import Progress, prepare
+from preprocess.build.build import Prepared, Progress, prepare
 from preprocess.build.encode import Counts, Encoding
 from preprocess.build.jobs import Task
 from preprocess.build.journal import Journal
@@ -30,6 +30,8 @@ from preprocess.build.units import WORK, Archive, load_unit
 from preprocess.build.workers import note_device, worker_locked
 from preprocess.input.precomputed import folders_of_plan
 
+# Options of each machine; that encoders and their dtype make the same bytes is checked by what they are.
+_OWN = ("device", "dtype", "workers", "vae", "text_encoder", "vision_encoder")
 _POLL, _TELL = 1.0, 60.0  # seconds between two looks for the plan, and between two lines about it
 _PATIENCE = 900.0  # seconds without a plan and without anybody who makes it
 _SETTLING = 5.0  # seconds that the process that planned may need to let go of the output
@@ -54,7 +56,7 @@ def work(options: Options, number: int, count: int, replace: bool = False) -> in
     journal = Journal(output / LOG_FILE)
     if number == 1 and StoredPlan.load(output) is None:
         with all_locked(options):
-            store_plan(options, journal, replace)
+            store_plan(prepare(options, journal, replace=replace))
     plan = _awaited(output, journal, count)
     _require_same(plan, options)
     with worker_locked(output / WORK, f"{number}-of-{count}"):
@@ -71,10 +73,9 @@ def work(options: Options, number: int, count: int, replace: bool = False) -> in
     return 0
 
 
-def store_plan(options: Options, journal: Journal, replace: bool) -> StoredPlan:
-    """Plans a build whose outputs are locked, and stores what is to be encoded."""
-    prepared = prepare(options, journal, replace=replace)
-    images = tuple(len(task.items) for task in prepared.todo)
+def store_plan(prepared: Prepared) -> StoredPlan:
+    """Stores what a build has to encode, for other processes."""
+    options, images = prepared.options, tuple(len(task.items) for task in prepared.todo)
     plan = StoredPlan(options, prepared.identities, versions_here(options), images)
     plan.save(prepared.todo, prepared.archive)
     return plan
@@ -118,13 +119,12 @@ class Worker:
 
 def _here(planned: Options, here: Options) -> Options:
     """The plan's options with what is this machine's own."""
-    names = ("device", "dtype", "workers", "vae", "text_encoder", "vision_encoder")
-    return dataclasses.replace(planned, **{name: getattr(here, name) for name in names})
+    return dataclasses.replace(planned, **{name: getattr(here, name) for name in _OWN})
 
 
 def _require_same(plan: StoredPlan, options: Options) -> None:
     planned, given = plan.options.to_dict(), options.to_dict()
-    own = {"device", "dtype", "workers", "vae", "text_encoder", "vision_encoder", "max_rejects"}
+    own = {*_OWN, "max_rejects"}
     differing = [name for name, value in planned.items() if name not in own and given[name] != value]
     if differing:
         lines = [f"  --{name.replace('_', '-')} {given[name]}, planned with {planned[name]}" for name in differing]
@@ -136,18 +136,20 @@ def _require_same(plan: StoredPlan, options: Options) -> None:
 
 def _awaited(output: Path, journal: Journal, count: int) -> StoredPlan:
     told, last = 0.0, time.monotonic()
-    while (plan := StoredPlan.load(output)) is None or (
-        holder_of(output / WORK / "lock") and time.monotonic() - last < _SETTLING
-    ):
-        if plan is None and holder_of(output / WORK / "lock"):
-            last = time.monotonic()
-        if plan is None and time.monotonic() - last > _PATIENCE:
+    while (plan := StoredPlan.load(output)) is None:
+        now = time.monotonic()
+        if holder_of(output / WORK / "lock"):
+            last = now
+        elif now - last > _PATIENCE:
             raise PreprocessError(
                 f"{output} has no plan, and for {_PATIENCE / 60:.0f} minutes nobody has been making one: start worker "
                 f"1/{count}, or see why it ended"
             )
-        if plan is None and time.monotonic() - told > _TELL:
+        if now - told > _TELL:
             journal.say(f"waiting for the plan in {output / WORK}: worker 1/{count} makes it")
-            told = time.monotonic()
+            told = now
+        time.sleep(_POLL)
+    settled = time.monotonic() + _SETTLING
+    while holder_of(output / WORK / "lock") and time.monotonic() < settled:
         time.sleep(_POLL)
     return plan

@@ -13,20 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from build_fixtures import FLAGS, contents, made, options, write_photos
+from build_fixtures import FLAGS, SMALL, contents, made, small, write_photos
 from fork_server import Commands, Process
 from wording import naming
 
 from preprocess import PreprocessError
 from preprocess.build.build import build
-from preprocess.build.options import Options
 from preprocess.build.units import WORK
 
 pytest.importorskip("ray")
 from preprocess.cluster import ray_engine  # noqa: E402
 
 pytestmark = pytest.mark.slow
-SMALL = ("--resolution", "128", "--modulus", "16", "--holdout", "0.2", "--shard-size", "3", "--batch-size", "2")
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +37,6 @@ def alone(photos: Path) -> dict[str, bytes]:
     output = photos.parent / "data"
     build(small(photos, output))
     return contents(output)
-
-
-def small(photos: Path, output: Path) -> Options:
-    return options(photos, output, shard_size=3, batch_size=2)
 
 
 def started(commands: Commands, photos: Path, output: Path, workers: int = 2) -> Process:

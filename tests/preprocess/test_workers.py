@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from build_fixtures import FLAGS, contents, made, options, write_image, write_photos
+from build_fixtures import FLAGS, SMALL, contents, made, small, write_image, write_photos
 from fork_server import Commands, Process
 from wording import naming
 
@@ -20,7 +20,6 @@ from preprocess import PreprocessError
 from preprocess.__main__ import main
 from preprocess.build.build import build
 from preprocess.build.lock import locked
-from preprocess.build.options import Options
 from preprocess.build.stored_plan import StoredPlan, versions_here
 from preprocess.build.units import WORK
 from preprocess.build.workers import worker_locked
@@ -28,7 +27,6 @@ from preprocess.cluster import worker
 from preprocess.cluster.worker import work
 
 Draw = Callable[..., np.ndarray]
-SMALL = ("--resolution", "128", "--modulus", "16", "--holdout", "0.2", "--shard-size", "3", "--batch-size", "2")
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +40,6 @@ def alone(photos: Path) -> dict[str, bytes]:
     output = photos.parent / "data"
     build(small(photos, output))
     return contents(output)
-
-
-def small(photos: Path, output: Path, **more: object) -> Options:
-    return options(photos, output, **{"shard_size": 3, "batch_size": 2} | more)
 
 
 def assert_like(output: Path, alone: dict[str, bytes]) -> None:
