@@ -33,6 +33,12 @@ ENCODERS = ("jax", "pyarrow.parquet", "PIL.Image", "scipy.ndimage", "torch", "tr
             "transformers.models.t5.modeling_t5", "transformers.models.dinov3_vit.modeling_dinov3_vit",
             "diffusers.models.autoencoders.autoencoder_kl")  # fmt: skip
 
+# For a process that forks: a lock that another thread holds at that moment stays locked in the child for ever, and
+# these libraries start threads when they are imported.
+ALONE = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")} | {
+    "JE_ARROW_MALLOC_CONF": "background_thread:false"
+}
+
 
 # ------------------------------------------------------------------------------------------- the side of the tests
 
@@ -165,7 +171,11 @@ class Commands:
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, __file__, str(theirs.fileno()), *self._libraries]
         self._server = subprocess.Popen(
-            command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, cwd=REPOSITORY, env=os.environ | self._env
+            command,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            cwd=REPOSITORY,
+            env=os.environ | self._env | ALONE,
         )
         theirs.close()
 
@@ -247,6 +257,9 @@ def _become(request: dict[str, Any]) -> list[str]:
 if __name__ == "__main__":
     for library in sys.argv[2:]:
         importlib.import_module(library)
+    if "pyarrow" in sys.modules:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("pandas")  # pyarrow imports it where it is installed, in every fork unless here
     gc.freeze()  # what forks share is not looked through in each of them
     sys.argv[:] = serve(socket.socket(fileno=int(sys.argv[1])))
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

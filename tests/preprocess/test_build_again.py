@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -251,24 +252,28 @@ def test_a_dry_run_with_encoders_that_are_not_here(scene: Scene, monkeypatch: py
     assert re.search(numbers(COUNT, 0, 0, COUNT), said) and "--replace" in said
 
 
+DIES = """
+import os, sys
+from pathlib import Path
+from preprocess.__main__ import main
+from preprocess.build import parts
+
+class Dies(parts.Existing):
+    def add(self, rows):
+        super().add(rows)
+        if len(list(Path(sys.argv[2]).glob(".build/*.parquet"))) >= int(sys.argv[1]):
+            os._exit(9)
+
+parts.Existing = Dies
+sys.exit(main(["build", "--output", *sys.argv[2:]]))
+"""
+
+
 def interrupt(output: Path, *arguments: str, after: int) -> None:
     """Runs a build in a process of its own, which dies when it has finished some units."""
-    pid = os.fork()
-    if pid == 0:
-        from preprocess.build import parts as module
-
-        class Dies(module.Existing):
-            def add(self, rows) -> None:  # noqa: ANN001
-                super().add(rows)
-                if len(list(output.glob(".build/*.parquet"))) >= after:
-                    os._exit(9)
-
-        module.Existing = Dies
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.dup2(null, 2)
-        os._exit(main(["build", "--output", str(output), *arguments]))
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    command = [sys.executable, "-c", DIES, str(after), str(output), *arguments]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 9, done.stderr
 
 
 def test_an_interrupted_first_build(first: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -11,6 +11,7 @@ import atexit
 import ctypes
 import dataclasses
 import errno
+import faulthandler
 import importlib
 import os
 import runpy
@@ -27,8 +28,12 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("interposer.c")
 REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY / "tests"))
+
+from fork_server import ALONE  # noqa: E402
+
+SOURCE = Path(__file__).with_name("interposer.c")
 _LIBRARY = "FLUXDIT_INTERPOSER"
 _ACTS = {"count": 0, "kill": 1, "tear": 2, "fail": 3}
 
@@ -86,12 +91,9 @@ def enter(*modules: str) -> None:
             raise NoCompiler(f"{SOURCE} needs a C compiler (cc), and there is none")
         command = [compiler, "-O1", "-shared", "-fPIC", "-o", library, str(SOURCE), "-ldl"]
         subprocess.run(command, check=True)
-        # One thread for each numeric library: the forks of two scripts share the machine, and a process that forks
-        # must have no other threads.
-        one = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
         quiet = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONWARNINGS": "ignore"}
         quiet |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # half the time to compile
-        environment = os.environ | one | quiet | {"LD_PRELOAD": library, _LIBRARY: library}
+        environment = os.environ | ALONE | quiet | {"LD_PRELOAD": library, _LIBRARY: library}
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
     library = os.environ[_LIBRARY]
     atexit.register(shutil.rmtree, Path(library).parent, ignore_errors=True)
@@ -168,7 +170,7 @@ def start(
     (scratch / "tmp").mkdir(exist_ok=True)
     for name in ("calls.log", "out.txt", "err.txt"):
         (scratch / name).write_text("")
-    child = os.fork()
+    child = fork()
     if not child:
         _become(module, arguments, scratch, fault, under, environment or {}, prepare)
     return Child(child, scratch)
@@ -183,12 +185,23 @@ def run(module: str, *arguments: str, after: float | None = None, **more) -> End
     return child.end()
 
 
-def call(function, *arguments):  # noqa: ANN001, ANN201
-    """The string that a function returns, called in a fork: this process must not start JAX's threads."""
+def fork() -> int:
+    """`os.fork` of a process that has no other threads."""
+    threads = len(list(Path("/proc/self/task").iterdir()))
+    assert threads == 1, f"{threads} threads: a lock that one of them holds would stay locked in the child"
+    return os.fork()
+
+
+def call(function, *arguments, seconds: float = 120):  # noqa: ANN001, ANN201
+    """The string that a function returns, called in a fork: this process must not start JAX's threads.
+
+    After `seconds` its threads' stacks are shown and the answer is empty.
+    """
     receiving, sending = os.pipe()
-    child = os.fork()
+    child = fork()
     if not child:
         text = ""
+        faulthandler.dump_traceback_later(seconds, exit=True)
         try:
             text = function(*arguments)
         except BaseException:  # noqa: BLE001  it is shown, and the empty answer is an error

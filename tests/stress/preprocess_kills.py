@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import faulthandler
 import os
 import random
 import shutil
@@ -20,19 +21,24 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-from tqdm import tqdm
-
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import forked  # noqa: E402
+
+os.environ.update(forked.ALONE)  # before the libraries are imported
+
+import numpy as np  # noqa: E402
 from build_fixtures import contents, options  # noqa: E402
 from fault_table import Row, as_script, through_script  # noqa: E402
+from PIL import Image  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 from fluxdit_jax.dataset.manifest import MANIFEST  # noqa: E402
 from preprocess.build.build import build  # noqa: E402
 from preprocess.inspect.verify import verify  # noqa: E402
+
+with contextlib.suppress(ImportError):
+    import pandas  # noqa: F401  pyarrow imports it where it is installed, in every fork unless here
 
 # The process forks, so it must have no threads: a lock that one holds at that moment stays locked in the child for
 # ever. tqdm starts a monitor; whatever reads shards (ArrayRecord's pool, 64 threads) runs in a fork too.
@@ -72,6 +78,7 @@ def wishes(photos: Path, output: Path):  # noqa: ANN201
 
 def child(photos: Path, output: Path, at: int) -> None:
     """Builds, and dies before change number `at` of the file system (0: never)."""
+    faulthandler.dump_traceback_later(HANGS - 10, file=os.fdopen(os.dup(2), "w"))  # kept: `attempt` ends it
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
@@ -100,7 +107,7 @@ def child(photos: Path, output: Path, at: int) -> None:
 def attempt(photos: Path, output: Path, tally: Tally, at: int = 0, after: float = HANGS) -> bool:
     """One run, killed before change `at` of the file system or `after` seconds; returns whether it ended itself."""
     tally.runs += 1
-    pid = os.fork()
+    pid = forked.fork()
     if pid == 0:
         child(photos, output, at)
     deadline = time.monotonic() + after
@@ -108,12 +115,12 @@ def attempt(photos: Path, output: Path, tally: Tally, at: int = 0, after: float 
         if time.monotonic() > deadline:
             os.kill(pid, signal.SIGKILL)
             break
-        time.sleep(0.001)
+        time.sleep(0.004)
     _, status = os.waitpid(pid, 0)
     if os.WIFSIGNALED(status):
         tally.killed += 1
-        if after == HANGS and not at:
-            tally.lost.append(f"did not end in {HANGS:g} s")
+        if after == HANGS and time.monotonic() > deadline:
+            tally.lost.append(f"did not end in {HANGS:g} s (change {at}); its threads are shown on stderr")
         look(output, tally, f"killed at {at or after:g}")
         return False
     tally.ended += 1
@@ -144,14 +151,14 @@ def expect(output: Path, reference: dict[str, bytes], tally: Tally, when: str) -
         tally.lost.append(f"{when}: differs in {names}")
 
 
-def scene(folder: Path, kind: str) -> tuple[Path, Path | None, dict[str, bytes]]:
+def scene(folder: Path, kind: str, pictures: int) -> tuple[Path, Path | None, dict[str, bytes]]:
     """Makes an input, the dataset to start from (None: nothing), and what the end must look like."""
     photos, start = folder / "photos", None
-    draw(photos, range(24))
+    draw(photos, range(pictures))
     if kind == "update":
         start = folder / "start" / "data"
         attempt(photos, start, Tally())
-        draw(photos, range(24, 30))
+        draw(photos, range(pictures, pictures * 5 // 4))
         (photos / "003.txt").write_text("an edited caption")
         (photos / "005.png").unlink()
         (photos / "005.txt").unlink()
@@ -167,11 +174,11 @@ def begin(output: Path, start: Path | None) -> None:
         shutil.copytree(start, output)
 
 
-def kill_at_every_change(kind: str, step: int, offset: int = 0) -> Tally:
+def kill_at_every_change(kind: str, step: int, offset: int = 0, pictures: int = 24) -> Tally:
     """For every `step`-th change of the file system: dies before it, starts again, compares."""
     tally = Tally()
     with tempfile.TemporaryDirectory() as name:
-        photos, start, reference = scene(Path(name), kind)
+        photos, start, reference = scene(Path(name), kind, pictures)
         output = Path(name) / "data"
         at = 1 + offset
         while True:
@@ -185,11 +192,11 @@ def kill_at_every_change(kind: str, step: int, offset: int = 0) -> Tally:
             at += step
 
 
-def kill_at_random(kind: str, kills: int, seed: int = 0) -> Tally:
+def kill_at_random(kind: str, kills: int, seed: int = 0, pictures: int = 24) -> Tally:
     """Kills at random moments until `kills` have been dealt, starting anew whenever a run has ended."""
     tally, rng = Tally(), random.Random(seed)
     with tempfile.TemporaryDirectory() as name:
-        photos, start, reference = scene(Path(name), kind)
+        photos, start, reference = scene(Path(name), kind, pictures)
         output = Path(name) / "data"
         begin(output, start)
         whole = HANGS
