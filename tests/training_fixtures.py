@@ -13,7 +13,8 @@ from fork_server import Commands
 from training_helpers import TrainCommand, write_dataset
 
 import fluxdit_jax.prepared
-from fluxdit_jax.program import Program
+from fluxdit_jax.device.memory_plan import MemoryPlan
+from fluxdit_jax.program import CompiledStep, Program
 from fluxdit_jax.settings import Settings
 
 
@@ -47,12 +48,19 @@ def quick_compile(xla_cache: Path) -> Iterator[None]:
 
 
 class _TracedOnce(Program):
-    """A program that keeps what it has compiled."""
+    """A program that keeps what it has compiled, and what that needs, which XLA takes long to say."""
 
-    def compile(self) -> jax.stages.Compiled:
+    def compile(self) -> CompiledStep:
         if not hasattr(self, "_compiled"):
             self._compiled = super().compile()
         return self._compiled
+
+    def memory(self, step: CompiledStep) -> MemoryPlan:
+        if step is not self._compiled:
+            return super().memory(step)
+        if not hasattr(self, "_memory"):
+            self._memory = super().memory(step)
+        return self._memory
 
 
 _PROGRAMS: dict[tuple, Program] = {}
