@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import html
+import inspect
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ class Page:
         held, taken = [answers["vector"], answers["recipe"]], answers["taken"]
         inputs = [fields[name] for name in self._names] + held
         shown = [answers["picture"], answers["notes"], answers["history"]]
-        drawing = answers["draw"].click(self._draw, inputs, shown, api_name="draw", **one)
+        draw = _named(self._draw, [name.replace(" ", "_") for name in self._names] + ["vector", "recipe"])
+        drawing = answers["draw"].click(draw, inputs, shown, api_name="draw", **one)
         drawing.then(lambda: gr.update(choices=self._weights()), None, fields["weights"], **PRIVATE)
         fields["prompt"].submit(self._draw, inputs, shown, **PRIVATE, **one)
         answers["stop"].click(self._session.stop.set, api_name="stop", queue=False)
@@ -163,8 +165,8 @@ class Page:
                 done += more
                 progress((done, total), desc=self._left(started, done, total), unit="pictures")
 
-            progress((0, total), desc="the first picture loads and compiles the network", unit="pictures")
             for one in pictures:
+                count(0)  # an answer ends what was shown
                 drawn = session.draw(one, count)
                 last = str(drawn.path)
                 notes += [note for note in drawn.notes if note not in notes]
@@ -178,6 +180,8 @@ class Page:
 
     @staticmethod
     def _left(started: float, done: int, total: int) -> str:
+        if not done:
+            return "the first picture loads and compiles the network"
         taken = time.monotonic() - started
         return f"{taken / done:.1f} s each, {cli.duration(taken / done * (total - done))} left"
 
@@ -220,6 +224,17 @@ class Page:
     def _choose(self, event: gr.SelectData) -> tuple[str, str, None]:
         index = self._indices[event.value["caption"]]
         return str(self._session.vector(index)), f"training record {index}", None
+
+
+def _named(function: Callable[..., Any], names: list[str]) -> Callable[..., Any]:
+    """The generator with named parameters, as which the API offers them; it is given them by position."""
+
+    def named(*values: Any) -> Any:
+        yield from function(*values)
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    named.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
+    return named
 
 
 def _shown(error: Exception) -> gr.Error:

@@ -70,7 +70,7 @@ class Api:
                  "sweep_text": "", "sweep_vision": ""}  # fmt: skip
         if fields.get("reference"):
             fields["reference"] = gradio_client.handle_file(str(fields["reference"]))
-        return self._client.submit(*(usual | fields).values(), api_name="/draw")
+        return self._client.submit(**usual | fields, api_name="/draw")
 
     def draw(self, **fields: Any) -> tuple[Path, str, dict]:
         """(the picture as it is downloaded, notes, history)"""
@@ -122,6 +122,14 @@ def test_what_cannot_be_drawn_is_answered_in_words(api: Api, tmp_path: Path) -> 
     with pytest.raises(gradio_client.exceptions.AppError, match="no recipe"):
         api.restore(tmp_path / "plain.png")
     assert "601 tokens" in api.draw(prompt="word " * 600)[1]  # and it goes on
+
+
+def test_how_far_it_is_is_shown(api: Api) -> None:
+    drawing, told = api.begin(sweep_text="1,2,3,4,5,6,7,8", count=8, steps=100), set()
+    while not drawing.done():
+        told |= {(each.index, each.length, each.desc) for each in drawing.status().progress_data or ()}
+        time.sleep(0.02)
+    assert any(done and total == 64 and re.fullmatch(r"[\d.]+ s each, .+ left", what) for done, total, what in told)
 
 
 def test_stopping_keeps_what_is_drawn(api: Api, served: Served) -> None:
