@@ -19,11 +19,10 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1]), 
 
 from build_fixtures import contents  # noqa: E402
 from fault_table import Row, as_script, through_script  # noqa: E402
-from preprocess_kills import draw, wishes  # noqa: E402
+from preprocess_kills import Make, alone, by_workers, draw  # noqa: E402
 
 from fluxdit_jax.dataset.manifest import MANIFEST  # noqa: E402
 from preprocess import PreprocessError  # noqa: E402
-from preprocess.build.build import build  # noqa: E402
 from preprocess.inspect.verify import verify  # noqa: E402
 
 
@@ -33,17 +32,17 @@ def mount(folder: Path, kilobytes: int, more: str = "") -> bool:
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-def quietly(photos: Path, output: Path) -> str:
+def quietly(photos: Path, output: Path, make: Make = alone) -> str:
     """Builds; returns the error's text, "" if there was none."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
-            build(wishes(photos, output))
+            make(photos, output)
         except PreprocessError as error:
             return str(error)
     return ""
 
 
-def fill(step: int) -> tuple[int, int, list[str]]:
+def fill(step: int, make: Make = alone) -> tuple[int, int, list[str]]:
     """Tries disks of growing size until one is large enough; returns (tried, full, what went wrong)."""
     tried = full = 0
     wrong: list[str] = []
@@ -58,7 +57,7 @@ def fill(step: int) -> tuple[int, int, list[str]]:
             if not mount(disk, kilobytes):
                 raise PermissionError("mounting a tmpfs needs root")
             try:
-                error = quietly(photos, disk / "data")
+                error = quietly(photos, disk / "data", make)
                 tried += 1
                 if error:
                     full += 1
@@ -69,7 +68,7 @@ def fill(step: int) -> tuple[int, int, list[str]]:
                     if list((disk / "data").rglob("*.tmp")):
                         wrong.append(f"{kilobytes} KB: a temporary file was left")
                     mount(disk, 64_000, "remount,")
-                    if again := quietly(photos, disk / "data"):
+                    if again := quietly(photos, disk / "data", make):
                         wrong.append(f"{kilobytes} KB: with room again: {again}")
                 if contents(disk / "data") != reference or verify(disk / "data"):
                     wrong.append(f"{kilobytes} KB: the result differs")
@@ -90,13 +89,16 @@ def run(quick: bool) -> list[Row]:
 
 
 def work(quick: bool) -> list[Row]:
-    try:
-        _, full, wrong = fill(step=150 if quick else 24)
-    except PermissionError as error:
-        print(f"not tried: {error}")
-        return [("preprocess build: a full tmpfs", 0, 0, 0)]
-    print("\n".join(wrong))
-    return [("preprocess build: a full tmpfs", full, full - len(wrong), len(wrong))]
+    rows = []
+    for what, make in (("a full tmpfs", alone), ("by two workers: a full tmpfs", by_workers)):
+        try:
+            _, full, wrong = fill(150 if quick else 24, make)
+        except PermissionError as error:
+            print(f"not tried: {error}")
+            full, wrong = 0, []
+        print("\n".join(wrong))
+        rows.append((f"preprocess build, {what}", full, full - len(wrong), len(wrong)))
+    return rows
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1]), str(Path(__file__).parent)]
@@ -35,6 +36,7 @@ from tqdm import tqdm  # noqa: E402
 
 from fluxdit_jax.dataset.manifest import MANIFEST  # noqa: E402
 from preprocess.build.build import build  # noqa: E402
+from preprocess.cluster.worker import work as work_on  # noqa: E402
 from preprocess.inspect.verify import verify  # noqa: E402
 
 with contextlib.suppress(ImportError):
@@ -45,6 +47,7 @@ with contextlib.suppress(ImportError):
 tqdm.monitor_interval = 0
 
 HANGS = 120.0  # seconds; a build here takes a tenth of one
+Make = Callable[[Path, Path], None]  # of pictures, a dataset
 CHANGES = ("replace", "rename", "unlink", "rmdir", "mkdir", "fsync", "open")
 
 
@@ -76,7 +79,18 @@ def wishes(photos: Path, output: Path):  # noqa: ANN201
     return options(photos, output, resolution=64, shard_size=5, max_rejects=1.0)
 
 
-def child(photos: Path, output: Path, at: int) -> None:
+def by_workers(photos: Path, output: Path) -> None:
+    """Two workers, one after the other, and the build that publishes what they have made."""
+    for number in (1, 2):
+        work_on(wishes(photos, output), number, 2)
+    build(wishes(photos, output))
+
+
+def alone(photos: Path, output: Path) -> None:
+    build(wishes(photos, output))
+
+
+def child(photos: Path, output: Path, at: int, make: Make) -> None:
     """Builds, and dies before change number `at` of the file system (0: never)."""
     faulthandler.dump_traceback_later(HANGS - 10, file=os.fdopen(os.dup(2), "w"))  # kept: `attempt` ends it
     quiet = os.open(os.devnull, os.O_WRONLY)
@@ -100,16 +114,17 @@ def child(photos: Path, output: Path, at: int) -> None:
             setattr(os, name, watched(getattr(os, name), name == "open"))
     status = 1
     with contextlib.suppress(BaseException):
-        status = 0 if build(wishes(photos, output)).status == 0 else 1
+        make(photos, output)
+        status = 0
     os._exit(status)
 
 
-def attempt(photos: Path, output: Path, tally: Tally, at: int = 0, after: float = HANGS) -> bool:
+def attempt(photos: Path, output: Path, tally: Tally, at: int = 0, after: float = HANGS, make: Make = alone) -> bool:
     """One run, killed before change `at` of the file system or `after` seconds; returns whether it ended itself."""
     tally.runs += 1
     pid = forked.fork()
     if pid == 0:
-        child(photos, output, at)
+        child(photos, output, at, make)
     deadline = time.monotonic() + after
     while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         if time.monotonic() > deadline:
@@ -176,16 +191,16 @@ def begin(output: Path, start: Path | None) -> None:
 
 def kill_at_every_change(kind: str, step: int, offset: int = 0, pictures: int = 24) -> Tally:
     """For every `step`-th change of the file system: dies before it, starts again, compares."""
-    tally = Tally()
+    tally, make = Tally(), by_workers if kind == "workers" else alone
     with tempfile.TemporaryDirectory() as name:
         photos, start, reference = scene(Path(name), kind, pictures)
         output = Path(name) / "data"
         at = 1 + offset
         while True:
             begin(output, start)
-            ended = attempt(photos, output, tally, at=at)
+            ended = attempt(photos, output, tally, at=at, make=make)
             if not ended:
-                attempt(photos, output, tally)
+                attempt(photos, output, tally, make=make)
             expect(output, reference, tally, f"after a kill before change {at}")
             if ended:
                 return tally
@@ -194,7 +209,7 @@ def kill_at_every_change(kind: str, step: int, offset: int = 0, pictures: int = 
 
 def kill_at_random(kind: str, kills: int, seed: int = 0, pictures: int = 24) -> Tally:
     """Kills at random moments until `kills` have been dealt, starting anew whenever a run has ended."""
-    tally, rng = Tally(), random.Random(seed)
+    tally, rng, make = Tally(), random.Random(seed), by_workers if kind == "workers" else alone
     with tempfile.TemporaryDirectory() as name:
         photos, start, reference = scene(Path(name), kind, pictures)
         output = Path(name) / "data"
@@ -202,11 +217,11 @@ def kill_at_random(kind: str, kills: int, seed: int = 0, pictures: int = 24) -> 
         whole = HANGS
         while tally.killed < kills:
             clock = time.monotonic()
-            if attempt(photos, output, tally, after=rng.uniform(0.02, 1.05) * whole):
+            if attempt(photos, output, tally, after=rng.uniform(0.02, 1.05) * whole, make=make):
                 whole = min(whole, time.monotonic() - clock)  # the first is slow where the files are not in memory
                 expect(output, reference, tally, "after a run that ended")
                 begin(output, start)
-        attempt(photos, output, tally)
+        attempt(photos, output, tally, make=make)
         expect(output, reference, tally, "at the end")
     return tally
 
@@ -217,9 +232,9 @@ def run(quick: bool) -> list[Row]:
 
 
 def work(quick: bool) -> list[Row]:
-    """Kills before every change of the file system, and 200 at random moments, half of them in an update."""
+    """Kills before every change of the file system, and 300 at random moments, a third of them in an update."""
     rows = []
-    for kind, words in (("fresh", "a first build"), ("update", "an update")):
+    for kind, words in (("fresh", "a first build"), ("update", "an update"), ("workers", "by two workers")):
         for what, tally in (
             ("before a change of a file", kill_at_every_change(kind, 9 if quick else 1)),
             ("at random", kill_at_random(kind, 5 if quick else 100)),

@@ -31,15 +31,17 @@ def tally(call: str) -> tuple[int, str]:
     return int(killed), lost
 
 
-def test_killed_before_some_changes_of_the_file_system() -> None:
+@pytest.mark.parametrize("kind", ["fresh", "workers"])
+def test_killed_before_some_changes_of_the_file_system(kind: str) -> None:
     """Of a fresh build; below before each one of an update."""
-    killed, lost = tally("kill_at_every_change('fresh', step=9, offset=3, pictures=12)")
+    killed, lost = tally(f"kill_at_every_change({kind!r}, step=9, offset=3, pictures=12)")
     assert lost == "[]" and killed >= 5
 
 
-def test_a_full_disk_is_said_and_survived() -> None:
+@pytest.mark.parametrize("make", [preprocess_disk.alone, preprocess_disk.by_workers])
+def test_a_full_disk_is_said_and_survived(make: preprocess_disk.Make) -> None:
     try:
-        tried, full, wrong = preprocess_disk.fill(step=150)
+        tried, full, wrong = preprocess_disk.fill(150, make)
     except PermissionError as error:
         pytest.skip(str(error))
     assert wrong == [] and tried == full + 1 and full >= 5
