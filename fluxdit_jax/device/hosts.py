@@ -115,6 +115,11 @@ class Hosts:
         return f"{name} is silent for {seconds:.0f} s (config.mesh.patience): dead, suspended, or its link is cut"
 
 
+def of_a_collective(error: Exception) -> bool:
+    """Whether the processes could not compute together: most likely another one is gone."""
+    return isinstance(error, jax.errors.JaxRuntimeError) or any(name in str(error) for name in ("Gloo", "NCCL"))
+
+
 def _read(store: Any, prefix: str) -> dict[str, str]:
     """The keys under a prefix without it."""
     return {key.rpartition("/")[2]: value for key, value in store.key_value_dir_get(prefix)}

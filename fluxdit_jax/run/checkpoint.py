@@ -26,6 +26,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from fluxdit_jax.device.hosts import of_a_collective
 from fluxdit_jax.run import history
 from fluxdit_jax.run.digest import tree_digest
 from fluxdit_jax.run.soundness import BrokenRun, state_fault, weights_fault
@@ -38,8 +39,6 @@ AVERAGE_DIGEST = "{}_digest"  # of `ema`, of `short_ema`: beside the whole state
 CHECKPOINTS, EMA, SHORT_EMA, DAMAGED = "checkpoints", "ema", "short_ema", "damaged"  # the folders
 _LOWER_RATE = "The learning rate is too high: lower optim.lr with --config.resume.allow_changes=True"
 _copy = jax.jit(lambda leaf: leaf.copy())
-
-
 _any_failed = False
 
 
@@ -205,8 +204,8 @@ class Checkpoints:
 
     def _failed(self, folder: str, step: int, error: Exception) -> None:
         global _any_failed
-        if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
-            raise error  # another process is gone, not the disk
+        if jax.process_count() > 1 and of_a_collective(error):
+            raise error  # not the disk
         self.failures += 1
         _any_failed = True
         log.error(

@@ -8,12 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from training_helpers import REPOSITORY, tiny_config, write_config
 from wording import naming
 
-from fluxdit_jax.device.hosts import require_reachable
+from fluxdit_jax.device.hosts import of_a_collective, require_reachable
 from fluxdit_jax.device.sharding import MeshError
 from fluxdit_jax.run.checkpoint import checkpoint_steps
 from fluxdit_jax.run.metrics import read_metrics
@@ -114,6 +115,13 @@ def test_a_host_that_fails_by_itself_tells_the_others_why(tiny_dataset: Path, xl
     assert [process.returncode for process in processes] == [1, 1], told
     assert "nowhere" in told[1]
     assert re.search(naming("process 1 on host1 has ended", "nowhere"), told[0]), told[0]
+
+
+def test_a_lost_peer_is_told_from_a_fault_of_this_process() -> None:
+    """A collective fails as another kind of error where it was begun by an array's arrival and not by a step."""
+    assert of_a_collective(ValueError("UNKNOWN: Gloo AllGather failed: Read error [10.0.0.3]:44208: Connection reset"))
+    assert of_a_collective(jax.errors.JaxRuntimeError("INTERNAL: no such device"))
+    assert not of_a_collective(ValueError("the shapes differ"))
 
 
 def test_a_name_that_leads_others_nowhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
