@@ -108,7 +108,7 @@ def plan_only(options: Options, forecast: Forecast, replace: bool = False) -> li
     journal = Journal(None)
     listing, precomputed = _list(options, output)
     plan = _plan(options, listing, precomputed, journal, keep=False)
-    beyond = _beyond(options, listing)
+    beyond = _beyond(listing)
     interrupted = repeat.unfinished(output)
     encoders = load_encoders(options, precomputed) if are_here(options) else None
     if encoders is None:
@@ -166,9 +166,9 @@ def _likely_identities(options: Options, folders: list[Folder], earlier: list[re
     return found | {folder.field.encoder: folder.identity for folder in folders}
 
 
-def _beyond(options: Options, listing: Scan) -> Set[str]:
-    """Keys of the input that `--limit` leaves out."""
-    return {found.key for found in listing.found[options.limit :]} if options.limit else frozenset()
+def _beyond(listing: Scan) -> Set[str]:
+    """Keys of the input that `--limit` leaves out; of a listing that was planned."""
+    return {found.key for found in listing.found}
 
 
 def _list(options: Options, output: Path) -> tuple[Scan, list[Folder]]:
@@ -259,7 +259,7 @@ def prepare(
     # ---- 3. The plan: every file is read once.
     start = time.perf_counter()
     plan = _plan(options, listing, precomputed, journal)
-    beyond = _beyond(options, listing)
+    beyond = _beyond(listing)
     seconds["plan"] = time.perf_counter() - start
 
     # ---- 4. What of it is done already, whole units and tensors of other units; and what would be lost.

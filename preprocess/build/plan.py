@@ -182,7 +182,8 @@ class Plan:
         table = options.buckets()
 
         def fitted(item: Item) -> Item:
-            return dataclasses.replace(item, bucket=nearest(table, item.header.height, item.header.width))
+            bucket = nearest(table, item.header.height, item.header.width)
+            return item if bucket == item.bucket else dataclasses.replace(item, bucket=bucket)
 
         items = {item.key: fitted(item) for item in self.items}
         units = [dataclasses.replace(u, items=tuple(items[item.key] for item in u.items)) for u in self.units]
@@ -198,7 +199,7 @@ def make_plan(
     """Reads and judges every input found.
 
     Args:
-      scan: what there is.
+      scan: what there is; what is read is taken out of `found`, so that memory has each image once.
       options: checked ones.
       folders: of precomputed conditions.
       progress: called with the number of inputs done since the last call.
@@ -206,7 +207,9 @@ def make_plan(
     Raises:
       NothingToBuild: nothing is left to train on.
     """
-    found = scan.found[: options.limit or None]
+    found = collections.deque(scan.found[: options.limit or None])
+    del scan.found[: len(found)]
+    count = len(found)
     items: list[Item] = []
     rejects = list(scan.rejects)
     passed_over = scan.passed_over.copy()
@@ -222,7 +225,7 @@ def make_plan(
         progress(1)
     units = make_units(items, options.holdout, options.shard_size)
     if not any(unit.split == "train" for unit in units):
-        raise NothingToBuild(_nothing(scan, found, items, rejects, options), rejects)
+        raise NothingToBuild(_nothing(scan, count, items, rejects, options), rejects)
     return Plan(
         options=options,
         items=items,
@@ -258,12 +261,12 @@ def _examine(
     return item, len(data), passed_over
 
 
-def _in_threads(work: Callable[[_Job], _Result], jobs: list[_Job], threads: int) -> Iterator[_Result]:
-    """`map` in threads, in order, with a bounded number of results waiting."""
+def _in_threads(work: Callable[[_Job], _Result], jobs: collections.deque[_Job], threads: int) -> Iterator[_Result]:
+    """`map` in threads, in order, with a bounded number of results waiting; uses the jobs up."""
     with ThreadPoolExecutor(threads) as pool:
         waiting: collections.deque[Future[_Result]] = collections.deque()
-        for job in jobs:
-            waiting.append(pool.submit(work, job))
+        while jobs:
+            waiting.append(pool.submit(work, jobs.popleft()))
             if len(waiting) >= 16 * threads:
                 yield waiting.popleft().result()
         while waiting:
@@ -309,7 +312,7 @@ def _wrong_extension(item: Item) -> bool:
     return has_other_extension(item.key, item.header.format)
 
 
-def _nothing(scan: Scan, found: list[InputImage], items: list[Item], rejects: list[Reject], options: Options) -> str:
+def _nothing(scan: Scan, count: int, items: list[Item], rejects: list[Reject], options: Options) -> str:
     if items:
         return (
             f"--holdout {options.holdout} puts all {len(items)} images into the holdout split and leaves none to "
@@ -317,7 +320,7 @@ def _nothing(scan: Scan, found: list[InputImage], items: list[Item], rejects: li
         )
     others = ", ".join(f"{name} {count}" for name, count in scan.ignored.most_common(6))
     ignored = f"; not looked at: {others}" if others else ""
-    what = f"none of {len(found)} images" if found else f"no image in {scan.root}"
+    what = f"none of {count} images" if count else f"no image in {scan.root}"
     if not rejects:
         return f"--input {options.input}: {what}{ignored}"
     reasons = collections.Counter(reject.reason for reject in rejects).most_common(6)

@@ -168,11 +168,11 @@ def gather(options: SubsetOptions, journal: Journal) -> Pool:
                 f"none of the {total:,} pictures of {source} is in {build.input} (the first is {min(hashes)!r}): say "
                 "where they are with --images DIR"
             )
-    with journal.bar(len(listing.found), "read") as bar:
+    there = {found.key for found in listing.found}
+    with journal.bar(len(there), "read") as bar:
         plan = make_plan(listing, build, (), bar.update)
     left_out, items = list(plan.rejects), plan.items
     if hashes is not None:
-        there = {found.key for found in listing.found}
         left_out += [_left_out(k, build.input, "not in the input folder any more") for k in sorted(set(hashes) - there)]
         changed = [item for item in items if item.content != hashes[item.key]]
         left_out += [_left_out(i.key, i.image.path, "picture changed since the dataset was built") for i in changed]

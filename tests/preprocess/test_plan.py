@@ -227,7 +227,10 @@ def test_everything_that_is_found_is_read_and_judged(folder: Path) -> None:
 
 
 def test_a_limit_takes_the_first(folder: Path) -> None:
-    plan = make_plan(Scan(folder, pictures(folder)), dataclasses.replace(SMALL, limit=2))
+    listing = Scan(folder, pictures(folder))
+    keys = [each.key for each in listing.found]
+    plan = make_plan(listing, dataclasses.replace(SMALL, limit=2))
+    assert [each.key for each in listing.found] == keys[2:]
     assert [i.key for i in plan.items] == ["a.png", "b.png"]
 
 
@@ -239,9 +242,9 @@ def test_more_inputs_than_threads_stay_in_order(folder: Path) -> None:
 
 def test_all_threads_work_at_once_and_a_bounded_number_of_inputs_ahead() -> None:
     together = threading.Barrier(8)
-    assert len(list(_in_threads(lambda _: together.wait(20), [None] * 32, 8))) == 32
+    assert len(list(_in_threads(lambda _: together.wait(20), collections.deque([None] * 32), 8))) == 32
     begun: list[int] = []
-    results = _in_threads(lambda number: begun.append(number) or number, list(range(1000)), 2)
+    results = _in_threads(lambda number: begun.append(number) or number, collections.deque(range(1000)), 2)
     assert next(results) == 0 and len(begun) <= 32
     assert list(results) == list(range(1, 1000))
 
@@ -284,7 +287,7 @@ def test_a_folder_without_a_picture_says_what_else_is_there(folder: Path) -> Non
 def test_pictures_that_all_are_refused_are_told_by_the_most_common_reason(folder: Path) -> None:
     lone = Reject("lone.txt", "lone.txt", "not an image", "this is not counted", counted=False)
     members = [found(folder, "a.png"), found(folder, "b.png"), found(folder, "no.png", "no")]
-    error = nothing(Scan(folder, members, [lone, lone]))
+    error = nothing(Scan(folder, list(members), [lone, lone]))
     assert "3 images" in str(error) and "not an image: 3; empty caption: 2" in str(error)
     assert f"{folder / 'no.png'}: " in str(error) and [r.key for r in error.rejects[2:]] == ["a.png", "b.png", "no.png"]
     error = nothing(Scan(folder, members, ignored=collections.Counter({".md": 2})))
