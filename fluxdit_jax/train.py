@@ -25,7 +25,7 @@ from fluxdit_jax import config as configuration
 from fluxdit_jax import overview, train_arguments
 from fluxdit_jax.dataset.manifest import DatasetError
 from fluxdit_jax.device import devices
-from fluxdit_jax.device.hosts import Hosts, of_a_collective, require_reachable
+from fluxdit_jax.device.hosts import Hosts, require_reachable
 from fluxdit_jax.device.memory_plan import OutOfMemory
 from fluxdit_jax.device.sharding import MeshError
 from fluxdit_jax.gate.requirement import GateError, report_pictures, require_report
@@ -265,13 +265,12 @@ def main(argv: list[str]) -> None:
     except Exception as error:
         if not hosts.several:
             raise
-        if of_a_collective(error):
-            why = hosts.explain(error)
+        code = 1
+        if why := hosts.explain(error):
             print(f"error: {why}", file=sys.stderr)
         else:
             traceback.print_exc()  # and not the wait for the others that JAX adds at the end of a process
             why = f"{type(error).__name__}: {error}"
-        code = 1
     except KeyboardInterrupt:
         print("stopped at once; the same command goes on from the last checkpoint, if any", file=sys.stderr)
         code, why = 130, "it was stopped at once"

@@ -56,7 +56,7 @@ class _TracedOnce(Program):
         return self._compiled
 
     def memory(self, step: CompiledStep) -> MemoryPlan:
-        if step is not self._compiled:
+        if step is not getattr(self, "_compiled", None):
             return super().memory(step)
         if not hasattr(self, "_memory"):
             self._memory = super().memory(step)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+import re
 import socket
 import sys
 import threading
@@ -53,13 +54,16 @@ class Hosts:
                 threading.Thread(target=work, name="hosts", daemon=True).start()
 
     def explain(self, error: Exception) -> str:
-        """Why a collective failed: waits until it is known who is gone, at most for the patience of the watch."""
-        if "RESOURCE_EXHAUSTED" in str(error):  # this device's memory
-            return str(error).strip().splitlines()[0]
+        """Who is gone, if that is why an error came: waits until it is known, at most for the patience of the watch.
+
+        "" if nobody is, or the error is none that another process can cause.
+        """
+        if not of_a_collective(error) or "RESOURCE_EXHAUSTED" in str(error):  # this device's memory
+            return ""
         deadline = time.monotonic() + self._patience + 2 * _EVERY
         while not self._lost and time.monotonic() < deadline:
             time.sleep(0.1)
-        return self._lost or str(error).strip().splitlines()[0]
+        return self._lost
 
     def leave(self, code: int, message: str) -> NoReturn:
         """Ends this process at once; the others learn why and end too, instead of waiting for it."""
@@ -115,9 +119,14 @@ class Hosts:
         return f"{name} is silent for {seconds:.0f} s (config.mesh.patience): dead, suspended, or its link is cut"
 
 
+_IN_WORDS = re.compile(r"\bGloo \w+ failed|\bNCCL (operation|error)|\bnccl[A-Z]\w+\(")
+
+
 def of_a_collective(error: Exception) -> bool:
-    """Whether the processes could not compute together: most likely another one is gone."""
-    return isinstance(error, jax.errors.JaxRuntimeError) or any(name in str(error) for name in ("Gloo", "NCCL"))
+    """Whether several processes may have failed to compute together, as one of them is gone."""
+    if jax.process_count() == 1:
+        return False
+    return isinstance(error, jax.errors.JaxRuntimeError) or bool(_IN_WORDS.search(str(error)))
 
 
 def _read(store: Any, prefix: str) -> dict[str, str]:

@@ -100,7 +100,7 @@ class Page:
                 answers["clear"] = gr.Button("Take nothing", size="sm")
             answers["dataset"] = gr.Gallery(
                 label="Dataset: click one to take its light and mood", columns=4, height=240, allow_preview=False,
-                interactive=False,
+                interactive=False, elem_id="dataset",
             )  # fmt: skip
         return answers
 

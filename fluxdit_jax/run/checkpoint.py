@@ -204,7 +204,7 @@ class Checkpoints:
 
     def _failed(self, folder: str, step: int, error: Exception) -> None:
         global _any_failed
-        if jax.process_count() > 1 and of_a_collective(error):
+        if of_a_collective(error):
             raise error  # not the disk
         self.failures += 1
         _any_failed = True
@@ -258,9 +258,9 @@ class Checkpoints:
                 fault = state_fault(state)
                 if fault:
                     raise OSError(fault)
-            except CheckpointError:
-                raise
             except Exception as error:  # noqa: BLE001  whatever reading a damaged file raises
+                if isinstance(error, CheckpointError) or of_a_collective(error):
+                    raise
                 log.error("checkpoints/%d cannot be restored (%s); trying the one before", step, first_line(error))
                 damaged.append((step, error))
                 continue

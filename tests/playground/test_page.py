@@ -17,16 +17,23 @@ from drawing_helpers import SHORT, draw, pixels
 from fork_server import Commands, Process
 from PIL import Image
 
+from fluxdit_jax.play import parse_arguments
+from fluxdit_jax.playground.session import Session
 from fluxdit_jax.sampling import recipe
 
 pytest.importorskip("gradio")
 gradio_client = pytest.importorskip("gradio_client")
+from fluxdit_jax.playground.page import Page  # noqa: E402
 
 pytest_plugins = ("training_fixtures", "drawing_fixtures")
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync",
          "--disable-component-update", "--disable-quic")  # fmt: skip
+
+USUAL = {"prompt": SHORT, "reference": None, "guidance_text": 1, "guidance_vision": 1, "size": "64x64",
+         "seed": 0, "count": 1, "steps": 2, "method": "heun", "rescale": 0, "weights": "newest",
+         "sweep_text": "", "sweep_vision": ""}  # fmt: skip
 
 
 class Served:
@@ -65,12 +72,9 @@ class Api:
         self._client = gradio_client.Client(address, verbose=False, download_files=str(folder))
 
     def begin(self, **fields: Any) -> Any:
-        usual = {"prompt": SHORT, "reference": None, "guidance_text": 1, "guidance_vision": 1, "size": "64x64",
-                 "seed": 0, "count": 1, "steps": 2, "method": "heun", "rescale": 0, "weights": "newest",
-                 "sweep_text": "", "sweep_vision": ""}  # fmt: skip
         if fields.get("reference"):
             fields["reference"] = gradio_client.handle_file(str(fields["reference"]))
-        return self._client.submit(**usual | fields, api_name="/draw")
+        return self._client.submit(**USUAL | fields, api_name="/draw")
 
     def draw(self, **fields: Any) -> tuple[Path, str, dict]:
         """(the picture as it is downloaded, notes, history)"""
@@ -132,6 +136,19 @@ def test_how_far_it_is_is_shown(api: Api) -> None:
     assert any(done and total == 64 and re.fullmatch(r"[\d.]+ s each, .+ left", what) for done, total, what in told)
 
 
+def test_after_an_answer_which_ends_what_was_shown_it_is_shown_again(scene: Path, tmp_path: Path) -> None:
+    """Too quick here to be seen by the API."""
+    asked = parse_arguments([f"--workdir={scene / 'run'}", f"--out={tmp_path / 'play'}"])
+    page, events = Page(Session(asked, tmp_path)), []
+    page.build()
+    given = USUAL | {"prompt": SHORT, "count": 3}
+    drawing = page._draw(*(given[name] for name in page._names), None, None,
+                         progress=lambda at, desc, unit: events.append(at))  # fmt: skip
+    for _ in drawing:
+        events.append("answer")
+    assert events == [(0, 3), (1, 3), "answer", (1, 3), (2, 3), "answer", (2, 3), (3, 3), "answer", "answer"]
+
+
 def test_stopping_keeps_what_is_drawn(api: Api, served: Served) -> None:
     before = len(list(served.out.glob("*.png")))
     drawing = api.begin(count=64, steps=90)
@@ -165,7 +182,7 @@ def test_in_a_browser(served: Served, scene: Path, tmp_path: Path) -> None:
         page.get_by_text("Solver, weights, sweep").click()
         page.get_by_label("number input for Steps").fill("2")
         page.get_by_role("button", name="Show pictures of the dataset").click()
-        page.get_by_role("button", name="Thumbnail 1 of 8").first.click()
+        page.locator("#dataset").get_by_role("button", name="Thumbnail 1 of 8").click()
         api.expect(page.get_by_label("Light and mood are taken from")).to_have_value(re.compile(r"training record \d"))
         page.get_by_role("button", name="Draw", exact=True).click()
         page.locator("#picture img").wait_for()

@@ -195,7 +195,8 @@ def fork() -> int:
 def call(function, *arguments, seconds: float = 120):  # noqa: ANN001, ANN201
     """The string that a function returns, called in a fork: this process must not start JAX's threads.
 
-    After `seconds` its threads' stacks are shown and the answer is empty.
+    Raises:
+      RuntimeError: it failed, or took longer than `seconds`; its traceback or its threads' stacks are on stderr.
     """
     receiving, sending = os.pipe()
     child = fork()
@@ -204,15 +205,17 @@ def call(function, *arguments, seconds: float = 120):  # noqa: ANN001, ANN201
         faulthandler.dump_traceback_later(seconds, exit=True)
         try:
             text = function(*arguments)
-        except BaseException:  # noqa: BLE001  it is shown, and the empty answer is an error
+            with os.fdopen(sending, "w") as pipe:
+                pipe.write(text)
+        except BaseException:  # noqa: BLE001  it is shown
             traceback.print_exc()
-        with os.fdopen(sending, "w") as pipe:
-            pipe.write(text)
+            os._exit(1)
         os._exit(0)
     os.close(sending)
     with os.fdopen(receiving) as pipe:
         text = pipe.read()
-    os.waitpid(child, 0)
+    if os.waitpid(child, 0)[1]:
+        raise RuntimeError(f"{function.__name__}{arguments} failed in a fork")
     return text
 
 

@@ -117,11 +117,14 @@ def test_a_host_that_fails_by_itself_tells_the_others_why(tiny_dataset: Path, xl
     assert re.search(naming("process 1 on host1 has ended", "nowhere"), told[0]), told[0]
 
 
-def test_a_lost_peer_is_told_from_a_fault_of_this_process() -> None:
+def test_errors_that_a_lost_peer_can_cause(monkeypatch: pytest.MonkeyPatch) -> None:
     """A collective fails as another kind of error where it was begun by an array's arrival and not by a step."""
-    assert of_a_collective(ValueError("UNKNOWN: Gloo AllGather failed: Read error [10.0.0.3]:44208: Connection reset"))
-    assert of_a_collective(jax.errors.JaxRuntimeError("INTERNAL: no such device"))
-    assert not of_a_collective(ValueError("the shapes differ"))
+    gloo = ValueError("UNKNOWN: Gloo AllGather failed: Read error [10.0.0.3]:44208: Connection reset by peer")
+    assert not of_a_collective(gloo)
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    assert of_a_collective(gloo) and of_a_collective(jax.errors.JaxRuntimeError("UNAVAILABLE: socket closed"))
+    assert of_a_collective(ValueError("INTERNAL: NCCL operation ncclGroupEnd() failed: unhandled system error"))
+    assert not of_a_collective(OSError("/runs/NCCL-and-Gloo/checkpoints/12: No space left on device"))
 
 
 def test_a_name_that_leads_others_nowhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ def tally(call: str) -> tuple[int, str]:
         [sys.executable, "-c", CODE.format(call), str(Path(__file__).parent)],
         capture_output=True,
         text=True,
+        timeout=1800,
     )
     print(result.stderr)
     assert result.returncode == 0
