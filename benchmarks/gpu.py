@@ -43,28 +43,11 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks import environment
-from benchmarks.gpu_sides import PROGRAM, TARGETS
+from benchmarks.gpu_sides import OURS, PROGRAM, TARGETS, THEIRS
 from fluxdit_jax.device import cuda_stack
 from fluxdit_jax.environment import stacks
 
 NAME = "gpu"
-# (micro-batch, remat), most promising first; a larger micro-batch is not tried where a smaller one did not fit.
-OURS = {
-    "prod-1024": [(4, "attention"), (4, "block"), (8, "block"), (2, "dots"), (8, "attention"), (1, "none"),
-                  (16, "block"), (4, "dots"), (2, "none")],
-    "prod-512": [(16, "block"), (16, "attention"), (8, "dots"), (32, "block"), (32, "attention"), (4, "none"),
-                 (16, "dots"), (8, "none")],
-    "prod-256": [(64, "block"), (64, "attention"), (32, "dots"), (128, "attention"), (16, "none"), (64, "dots")],
-    "nano-512": [(8, "none"), (8, "block"), (8, "attention"), (8, "dots"), (32, "none"), (32, "attention")],
-    "toy": [(2, "block"), (4, "none")],
-}  # fmt: skip
-THEIRS = {
-    "prod-1024": [(4, "block"), (2, "none"), (8, "block")],
-    "prod-512": [(16, "block"), (8, "none"), (32, "block")],
-    "prod-256": [(64, "block"), (32, "none")],
-    "nano-512": [(8, "none"), (32, "none")],
-    "toy": [(2, "none")],
-}
 NEEDED = {
     "jax": {"jax": "jax", "flax": "flax", "optax": "optax", "ml_collections": "ml-collections",
             "grain": "grain", "array_record": "array-record", "tensorflow_datasets": "tensorflow-datasets",

@@ -50,6 +50,23 @@ TARGETS = {
     "nano-512": Target("nano", 512, 384, 12, 6, 8),
     "toy": Target("nano", 64, 64, 2, 2, 4, 32, 16),  # for --smoke
 }
+# (micro-batch, remat), most promising first; a larger micro-batch is not tried where a smaller one did not fit.
+OURS = {
+    "prod-1024": [(4, "attention"), (4, "block"), (8, "block"), (2, "dots"), (8, "attention"), (1, "none"),
+                  (16, "block"), (4, "dots"), (2, "none")],
+    "prod-512": [(16, "block"), (16, "attention"), (8, "dots"), (32, "block"), (32, "attention"), (4, "none"),
+                 (16, "dots"), (8, "none")],
+    "prod-256": [(64, "block"), (64, "attention"), (32, "dots"), (128, "attention"), (16, "none"), (64, "dots")],
+    "nano-512": [(8, "none"), (8, "block"), (8, "attention"), (8, "dots"), (32, "none"), (32, "attention")],
+    "toy": [(2, "block"), (4, "none")],
+}  # fmt: skip
+THEIRS = {
+    "prod-1024": [(4, "block"), (2, "none"), (8, "block")],
+    "prod-512": [(16, "block"), (8, "none"), (32, "block")],
+    "prod-256": [(64, "block"), (32, "none")],
+    "nano-512": [(8, "none"), (32, "none")],
+    "toy": [(2, "none")],
+}
 
 
 def configuration_of(target: Target) -> Any:
