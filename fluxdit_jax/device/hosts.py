@@ -39,6 +39,7 @@ class Hosts:
           patience: seconds of silence after which a process is given up.
         """
         self._patience, self._own = patience, jax.process_index()
+        self._name = f"process {self._own} on {socket.gethostname()}"
         self._store: Any = None
         if jax.process_count() > 1:
             from jax._src import distributed  # the service has no public name; Orbax takes it from there as well
@@ -81,15 +82,15 @@ class Hosts:
 
     def _tell_end(self, message: str) -> None:
         with contextlib.suppress(Exception):
-            self._store.key_value_set(f"{_ENDED}{self._own}", message, allow_overwrite=True)
+            self._store.key_value_set(f"{_ENDED}{self._own}", f"{self._name}\n{message}", allow_overwrite=True)
             if not self._own:
                 time.sleep(3 * _EVERY)  # the store ends with this process: the others must have read it
 
     def _write(self) -> None:
-        beats, name = 0, f"process {self._own} on {socket.gethostname()}"
+        beats = 0
         while True:
             with contextlib.suppress(Exception):  # a service that is gone: `_look` tells by its silence
-                self._store.key_value_set(f"{_ALIVE}{self._own}", f"{name}\n{beats}", allow_overwrite=True)
+                self._store.key_value_set(f"{_ALIVE}{self._own}", f"{self._name}\n{beats}", allow_overwrite=True)
                 counts, ended = (_read(self._store, prefix) for prefix in (_ALIVE, _ENDED))
                 now = self._answered = time.monotonic()
                 self._names |= {process: value.partition("\n")[0] for process, value in counts.items()}
@@ -97,9 +98,10 @@ class Hosts:
                     if counts.get(process) != self._counts.get(process):
                         self._heard[process] = now
                 self._counts = counts
-                for process, why in ended.items():
+                for process, told in ended.items():
                     if process in self._heard and not self._lost:
-                        self._lost = f"{self._names[process]} has ended: {why}"
+                        name, _, why = told.partition("\n")
+                        self._lost = f"{name} has ended: {why}"
             beats += 1
             time.sleep(_EVERY)
 
