@@ -78,5 +78,5 @@ def device_name(options: Options) -> str:
     import torch
 
     device = torch_device(options)
-    name = torch.cuda.getdevice_name(device) if device.type == "cuda" else platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return f"{device.type}: {name}"

@@ -18,6 +18,7 @@ from wording import naming
 
 from preprocess import PreprocessError
 from preprocess.__main__ import main
+from preprocess.build import loading
 from preprocess.build.build import build
 from preprocess.build.lock import locked
 from preprocess.build.stored_plan import StoredPlan, versions_here
@@ -211,6 +212,13 @@ def test_without_a_plan_a_worker_does_not_wait_for_ever(photos: Path, tmp_path: 
     monkeypatch.setattr(worker, "_PATIENCE", 0.2)
     with pytest.raises(PreprocessError, match=naming("no plan", "start worker 1/2")):
         work(small(photos, tmp_path / "data"), 2, 2)
+
+
+def test_the_name_of_a_gpu_is_asked_of_torch(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(loading, "torch_device", lambda _options: torch.device("cuda:1"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    assert loading.device_name(small(photos, tmp_path / "data", vae="owner/vae")) == "cuda: card 1"
 
 
 def test_different_devices_are_told(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
