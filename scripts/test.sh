@@ -6,7 +6,6 @@ bash scripts/install.sh --all
 venv="${VENV:-.venv}"
 case "$venv" in /*) ;; *) venv="$PWD/$venv" ;; esac
 export PATH="$venv/bin:$PATH"
-export PYTHONDONTWRITEBYTECODE=  # hundreds of processes import the same files
 ruff check .
 ruff format --check .
 mypy & types=$!

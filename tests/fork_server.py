@@ -40,6 +40,15 @@ ALONE = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")} | {
 }
 
 
+def preload(*modules: str) -> None:
+    """Imports modules before forking, and what they would import in every fork."""
+    for module in modules:
+        importlib.import_module(module)
+    if "pyarrow" in sys.modules:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("pandas")  # which pyarrow imports where it is installed, with the first array
+
+
 # ------------------------------------------------------------------------------------------- the side of the tests
 
 
@@ -255,11 +264,7 @@ def _become(request: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    for library in sys.argv[2:]:
-        importlib.import_module(library)
-    if "pyarrow" in sys.modules:
-        with contextlib.suppress(ImportError):
-            importlib.import_module("pandas")  # pyarrow imports it where it is installed, in every fork unless here
+    preload(*sys.argv[2:])
     gc.freeze()  # what forks share is not looked through in each of them
     sys.argv[:] = serve(socket.socket(fileno=int(sys.argv[1])))
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

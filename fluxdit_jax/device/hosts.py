@@ -48,7 +48,6 @@ class Hosts:
             now = time.monotonic()
             self._counts: dict[str, str] = {}
             self._heard = {str(process): now for process in range(jax.process_count()) if process != self._own}
-            self._names = {process: f"process {process}" for process in self._heard}
             self._answered = now
             self._lost = ""
             for work in (self._write, self._look):
@@ -93,7 +92,6 @@ class Hosts:
                 self._store.key_value_set(f"{_ALIVE}{self._own}", f"{self._name}\n{beats}", allow_overwrite=True)
                 counts, ended = (_read(self._store, prefix) for prefix in (_ALIVE, _ENDED))
                 now = self._answered = time.monotonic()
-                self._names |= {process: value.partition("\n")[0] for process, value in counts.items()}
                 for process in self._heard:
                     if counts.get(process) != self._counts.get(process):
                         self._heard[process] = now
@@ -117,7 +115,7 @@ class Hosts:
         self.leave(1, f"it lost {self._lost}")
 
     def _silent(self, process: str, seconds: float) -> str:
-        name = self._names.get(process, f"process {process}")
+        name = self._counts.get(process, "").partition("\n")[0] or f"process {process}"
         return f"{name} is silent for {seconds:.0f} s (config.mesh.patience): dead, suspended, or its link is cut"
 
 

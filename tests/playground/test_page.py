@@ -141,7 +141,7 @@ def test_after_an_answer_which_ends_what_was_shown_it_is_shown_again(scene: Path
     asked = parse_arguments([f"--workdir={scene / 'run'}", f"--out={tmp_path / 'play'}"])
     page, events = Page(Session(asked, tmp_path)), []
     page.build()
-    given = USUAL | {"prompt": SHORT, "count": 3}
+    given = USUAL | {"count": 3}
     drawing = page._draw(*(given[name] for name in page._names), None, None,
                          progress=lambda at, desc, unit: events.append(at))  # fmt: skip
     for _ in drawing:

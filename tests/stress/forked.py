@@ -12,7 +12,6 @@ import ctypes
 import dataclasses
 import errno
 import faulthandler
-import importlib
 import os
 import runpy
 import shutil
@@ -31,7 +30,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
-from fork_server import ALONE  # noqa: E402
+from fork_server import ALONE, preload  # noqa: E402
 
 SOURCE = Path(__file__).with_name("interposer.c")
 _LIBRARY = "FLUXDIT_INTERPOSER"
@@ -101,8 +100,7 @@ def enter(*modules: str) -> None:
     from tqdm import tqdm
 
     tqdm.monitor_interval = 0  # its thread's lock, held at the moment of a fork, would stay locked in the child
-    for module in modules:
-        importlib.import_module(module)
+    preload(*modules)
 
 
 class Child:

@@ -32,6 +32,7 @@ if "numpy" not in sys.modules:  # where this forks, and not where tests take par
 import numpy as np  # noqa: E402
 from build_fixtures import contents, options  # noqa: E402
 from fault_table import Row, as_script, through_script  # noqa: E402
+from fork_server import preload  # noqa: E402
 from PIL import Image  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -40,15 +41,14 @@ from preprocess.build.build import build  # noqa: E402
 from preprocess.cluster.worker import work as work_on  # noqa: E402
 from preprocess.inspect.verify import verify  # noqa: E402
 
-with contextlib.suppress(ImportError):
-    import pandas  # noqa: F401  pyarrow imports it where it is installed, in every fork unless here
+preload()
 
 # The process forks, so it must have no threads: a lock that one holds at that moment stays locked in the child for
 # ever. tqdm starts a monitor; whatever reads shards (ArrayRecord's pool, 64 threads) runs in a fork too.
 tqdm.monitor_interval = 0
 
 HANGS = 120.0  # seconds; a build here takes a tenth of one
-Make = Callable[[Path, Path], None]  # of pictures, a dataset
+Make = Callable[[Path, Path], int]  # of pictures, a dataset; returns the exit status
 CHANGES = ("replace", "rename", "unlink", "rmdir", "mkdir", "fsync", "open")
 
 
@@ -80,15 +80,18 @@ def wishes(photos: Path, output: Path):  # noqa: ANN201
     return options(photos, output, resolution=64, shard_size=5, max_rejects=1.0)
 
 
-def by_workers(photos: Path, output: Path) -> None:
+def alone(photos: Path, output: Path) -> int:
+    return build(wishes(photos, output)).status
+
+
+def by_workers(photos: Path, output: Path) -> int:
     """Two workers, one after the other, and the build that publishes what they have made."""
-    for number in (1, 2):
-        work_on(wishes(photos, output), number, 2)
-    build(wishes(photos, output))
+    return max(*(work_on(wishes(photos, output), number, 2) for number in (1, 2)), alone(photos, output))
 
 
-def alone(photos: Path, output: Path) -> None:
-    build(wishes(photos, output))
+def maker(kind: str) -> Make:
+    """Of the "workers" and of other kinds of builds."""
+    return by_workers if kind == "workers" else alone
 
 
 def child(photos: Path, output: Path, at: int, make: Make) -> None:
@@ -115,8 +118,7 @@ def child(photos: Path, output: Path, at: int, make: Make) -> None:
             setattr(os, name, watched(getattr(os, name), name == "open"))
     status = 1
     with contextlib.suppress(BaseException):
-        make(photos, output)
-        status = 0
+        status = make(photos, output)
     os._exit(status)
 
 
@@ -155,7 +157,10 @@ def first_finding(output: Path) -> str:
 def look(output: Path, tally: Tally, when: str) -> None:
     """A directory with a manifest must be a sound dataset."""
     if (output / MANIFEST).exists():
-        finding = forked.call(first_finding, output)
+        try:
+            finding = forked.call(first_finding, output)
+        except RuntimeError as error:
+            finding = str(error)
         if finding != "sound":
             tally.lost.append(f"{when}: {finding}")
 
@@ -192,7 +197,7 @@ def begin(output: Path, start: Path | None) -> None:
 
 def kill_at_every_change(kind: str, step: int, offset: int = 0, pictures: int = 24) -> Tally:
     """For every `step`-th change of the file system: dies before it, starts again, compares."""
-    tally, make = Tally(), by_workers if kind == "workers" else alone
+    tally, make = Tally(), maker(kind)
     with tempfile.TemporaryDirectory() as name:
         photos, start, reference = scene(Path(name), kind, pictures)
         output = Path(name) / "data"
@@ -210,7 +215,7 @@ def kill_at_every_change(kind: str, step: int, offset: int = 0, pictures: int = 
 
 def kill_at_random(kind: str, kills: int, seed: int = 0, pictures: int = 24) -> Tally:
     """Kills at random moments until `kills` have been dealt, starting anew whenever a run has ended."""
-    tally, rng, make = Tally(), random.Random(seed), by_workers if kind == "workers" else alone
+    tally, rng, make = Tally(), random.Random(seed), maker(kind)
     with tempfile.TemporaryDirectory() as name:
         photos, start, reference = scene(Path(name), kind, pictures)
         output = Path(name) / "data"

@@ -111,7 +111,9 @@ def make(root: Path, pictures: bool = True) -> Scene:
     scene = Scene(root, root / "config.py", root / "cache", "")
     whole = scene.train(root / "whole")
     assert whole.status == 0, whole.err
-    return dataclasses.replace(scene, expected=outcome(root / "whole"))
+    expected = outcome(root / "whole")
+    assert expected
+    return dataclasses.replace(scene, expected=expected)
 
 
 def _prepare(root: Path, pictures: bool) -> str:
@@ -130,8 +132,13 @@ def _prepare(root: Path, pictures: bool) -> str:
 
 
 def outcome(run: Path) -> str:
-    """What a run came to, as JSON: its losses, digests of all EMA weights and of its last state, its pictures."""
-    return forked.call(_outcome, run)
+    """What a run came to, as JSON: its losses, digests of all EMA weights and of its last state, its pictures.
+
+    "" if it cannot be read.
+    """
+    with contextlib.suppress(RuntimeError):
+        return forked.call(_outcome, run)
+    return ""
 
 
 def _outcome(run: Path) -> str:
