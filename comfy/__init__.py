@@ -91,7 +91,9 @@ class FluxDiTLoader:
         if management is not None:
             management.unload_all_models()  # ComfyUI does not know what this pipeline takes
         pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
-        pipe.transformer.to(chosen)  # the encoders stay in the dtype that the dataset was made with
+        # The encoders stay in the dtype that the dataset was made with. diffusers' own `to` warns of layers that are to
+        # stay f32, of which there are none.
+        torch.nn.Module.to(pipe.transformer, chosen)
         pipe.set_progress_bar_config(disable=True)
         return (pipe.to(device),)
 

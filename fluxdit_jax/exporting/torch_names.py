@@ -37,9 +37,9 @@ def torch_weights(tensors: dict[str, np.ndarray], conditions: Sequence[Condition
     """
     places: dict[str, str] = {}
     for condition in conditions:
-        places |= {f"{condition.name}_embed": f"embed.{condition.name}"}
-        places |= {f"null_{condition.name}": f"null.{condition.name}"}
-        places |= {f"{condition.name}_scale": f"scale.{condition.name}"} if condition.sequence else {}
+        place = f"embed.{condition.name}"
+        places |= {f"{condition.name}_embed": f"{place}.linear", f"null_{condition.name}": f"{place}.null"}
+        places |= {f"{condition.name}_scale": f"{place}.scale"} if condition.sequence else {}
     for name in ("patch_embed", "time_in", "time_out", "modulation", "out"):
         places[name] = name
     found: dict[str, np.ndarray] = {}

@@ -121,6 +121,39 @@ class Block(nn.Module):
         return x + m[:, 6] * self.mlp(rms_norm(x) * (1 + m[:, 5]) + m[:, 4])
 
 
+class VectorEmbedding(nn.Module):
+    """A condition that is a unit vector, which is scaled to a root mean square of 1."""
+
+    def __init__(self, size: int, width: int):
+        super().__init__()
+        self.linear, self.null = nn.Linear(size, width), nn.Parameter(torch.zeros(width))
+
+    def forward(self, values: torch.Tensor | None, keep: torch.Tensor | None, B: int) -> torch.Tensor:
+        """[B, D]: the null without values [B, V], and where keep, bool [B], is False."""
+        null = self.null.expand(B, -1)
+        if values is None:
+            return null
+        vector = self.linear(values.to(null.dtype) * math.sqrt(values.shape[-1]))
+        return vector if keep is None else torch.where(keep[:, None], vector, null)
+
+
+class SequenceEmbedding(nn.Module):
+    """A condition that is a sequence, whose tokens are normalised."""
+
+    def __init__(self, size: int, width: int):
+        super().__init__()
+        self.linear, self.null = nn.Linear(size, width), nn.Parameter(torch.zeros(width))
+        self.scale = nn.Parameter(torch.ones(size))
+
+    def forward(self, values: torch.Tensor | None, keep: torch.Tensor | None, B: int) -> torch.Tensor:
+        """[B, T, D] of values [B, T, E], all of them the null where keep, bool [B], is False; [B, 1, D] without."""
+        null = self.null.expand(B, 1, -1)
+        if values is None:
+            return null
+        tokens = self.linear(rms_norm(values.to(null.dtype), self.scale))
+        return tokens if keep is None else torch.where(keep[:, None, None], tokens, null)
+
+
 class FluxDiT(ModelMixin, ConfigMixin):
     """The network; `forward` documents its contract.
 
@@ -156,9 +189,9 @@ class FluxDiT(ModelMixin, ConfigMixin):
         token_width = channels * patch**2
         self.patch_embed = nn.Linear(token_width, width)
         self.time_in, self.time_out = nn.Linear(TIME_FEATURES, width), nn.Linear(width, width)
-        self.embed = nn.ModuleDict({name: nn.Linear(size, width) for name, size, _ in conditions})
-        self.null = nn.ParameterDict({name: torch.zeros(width) for name, _, _ in conditions})
-        self.scale = nn.ParameterDict({name: torch.ones(size) for name, size, kind in conditions if kind == "sequence"})
+        # Parameters stand in the module whose `forward` uses them: offloading brings them when it is called.
+        kinds = {"sequence": SequenceEmbedding, "vector": VectorEmbedding}
+        self.embed = nn.ModuleDict({name: kinds[kind](size, width) for name, size, kind in conditions})
         self.modulation = nn.Linear(width, (BLOCK_MODULATIONS + 2) * width)
         hidden = mlp_hidden or 64 * math.ceil(width * 8 / 3 / 64)
         self.blocks = nn.ModuleList(Block(width, heads, hidden) for _ in range(depth))
@@ -193,50 +226,33 @@ class FluxDiT(ModelMixin, ConfigMixin):
         else:
             valid, places = None, torch.tensor([grid], device=x.device)
         cos, sin = rotary(places, N, D // config.heads, config.positions)
-        sequence, sequence_valid = self._sequences(conditions, B, x.device, dtype)
+        sequence, sequence_valid = self._sequences(conditions, B, x.device)
 
         half = TIME_FEATURES // 2
         frequencies = torch.exp(-math.log(10_000.0) * torch.arange(half, device=x.device, dtype=torch.float32) / half)
         angles = 1000.0 * timestep.float()[:, None] * frequencies
         time = self.time_out(F.silu(self.time_in(torch.cat([angles.cos(), angles.sin()], -1).to(dtype))))
         for name in self.vectors:
-            time = time + self._vector(name, conditions, B, dtype)
+            time = time + self.embed[name](conditions.get(name), conditions.get(f"keep_{name}"), B)
         modulation = self.modulation(F.silu(time)).unflatten(-1, (BLOCK_MODULATIONS + 2, D))
         for block in self.blocks:
             x = block(x, modulation[:, :-2], sequence, sequence_valid, cos, sin, valid)
         x = rms_norm(x) * (1 + modulation[:, -1:]) + modulation[:, -2:-1]
         return self.out(x).float()
 
-    def _vector(self, name: str, conditions: dict[str, torch.Tensor], B: int, dtype: torch.dtype) -> torch.Tensor:
-        """[B, D] of unit vectors, which are scaled to a root mean square of 1."""
-        null = self.null[name].expand(B, -1)
-        if name not in conditions:
-            return null
-        values = conditions[name]
-        vector = self.embed[name](values.to(dtype) * math.sqrt(values.shape[-1]))
-        keep = conditions.get(f"keep_{name}")
-        return vector if keep is None else torch.where(keep[:, None], vector, null)
-
     def _sequences(
-        self, conditions: dict[str, torch.Tensor], B: int, device: torch.device, dtype: torch.dtype
+        self, conditions: dict[str, torch.Tensor], B: int, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(tokens [B, T, D] of all sequences behind each other, which of them are real: bool [B, T], None: all)."""
         tokens, valid = [], []
         for name in self.sequences:
-            null = self.null[name].expand(B, 1, -1)
-            if name not in conditions:
-                tokens.append(null)
-                valid.append(torch.ones(B, 1, dtype=torch.bool, device=device))
-                continue
-            values = conditions[name]
-            embedded = self.embed[name](rms_norm(values.to(dtype), self.scale[name]))
-            length = conditions.get(f"{name}_length")
-            T = values.shape[1]
+            given = conditions if name in conditions else {}
+            keep, length = given.get(f"keep_{name}"), given.get(f"{name}_length")
+            embedded = self.embed[name](given.get(name), keep, B)
+            T = embedded.shape[1]
             if length is None:
                 length = torch.full((B,), T, device=device)
-            keep = conditions.get(f"keep_{name}")
             if keep is not None:
-                embedded = torch.where(keep[:, None, None], embedded, null)
                 length = torch.where(keep, length, torch.ones_like(length))
             tokens.append(embedded)
             valid.append(torch.arange(T, device=device)[None] < length[:, None])

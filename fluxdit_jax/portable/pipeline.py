@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils import logging
 from PIL import Image
 
 from .builtin import DctVae, HashText, ToneVision
@@ -25,6 +26,7 @@ from .encoders import Size, decode, digest, encode_picture, encode_texts, fitted
 from .noise import normal
 
 COMPONENTS = {"vae": "vae", "text": "text_encoder", "vision": "vision_encoder"}  # by encoder
+logger = logging.get_logger("diffusers.fluxdit")  # below diffusers', for its handler and level
 _T5 = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
 
 
@@ -175,11 +177,13 @@ class FluxDiTPipeline(DiffusionPipeline):
     # ------------------------------------------------------------------------------------------------- encoders
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[torch.Tensor]:
-        """bfloat16 [n, E] of each prompt, cut where training cuts."""
+        """bfloat16 [n, E] of each prompt, cut where training cuts, which a warning tells."""
         trained = self.config.facts["encoders"]["text"]
         limit = trained["options"].get("max_tokens", 512)
         if trained["id"] == "builtin:hash":
-            texts = [torch.from_numpy(text).to(torch.bfloat16) for text in HashText(limit).encode(list(prompts))]
+            built_in = HashText(limit)
+            texts = [torch.from_numpy(text).to(torch.bfloat16) for text in built_in.encode(list(prompts))]
+            counts = built_in.count(list(prompts))
         else:
             if self.text_encoder is None or self.tokenizer is None:
                 import transformers
@@ -191,7 +195,14 @@ class FluxDiTPipeline(DiffusionPipeline):
                     text_encoder=self._loaded(getattr(transformers, name), directory),
                 )
             texts = encode_texts(self._ready("text"), self.tokenizer, prompts, limit, self._execution_device)
-        return [text[: self.config.facts["text_tokens"]] for text in texts]
+            counts = [len(ids) for ids in self.tokenizer(list(prompts), verbose=False).input_ids]
+        texts = [text[: self.config.facts["text_tokens"]] for text in texts]
+        for prompt, text, count in zip(prompts, texts, counts, strict=True):
+            if len(text) < count:
+                logger.warning(
+                    f"the prompt has {count} tokens, of which the first {len(text)} are used: {prompt[:60]!r}"
+                )
+        return texts
 
     def encode_reference(self, picture: Image.Image) -> np.ndarray:
         """f32 [V]: what the vision encoder says of a picture as the training pictures were shown to it."""

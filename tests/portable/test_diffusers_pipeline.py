@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -206,6 +208,27 @@ def test_a_compiled_network_draws_the_same(scene):
     np.testing.assert_allclose(pipe("a dog", **given).images, plain, atol=1e-4)
 
 
+@pytest.mark.parametrize("offload", ["model", "sequential", "group"])
+@pytest.mark.parametrize("name", ["scene", "real"])
+def test_offloaded_it_draws_the_same(name, offload, request):
+    here = request.getfixturevalue(name)
+    given = {"reference": Image.open(here.root / "photos" / "p0.png"), "num_inference_steps": 1, "output_type": "np"}
+    plain = here.pipe()("a dog", **given).images
+    pipe = here.pipe()
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device="cpu")
+    elif offload == "group":
+        devices = {"onload_device": torch.device("cpu"), "offload_device": torch.device("cpu")}
+        pipe.transformer.enable_group_offload(**devices, offload_type="block_level", num_blocks_per_group=1)
+    else:  # what enable_sequential_cpu_offload does on a GPU; on "cpu:0", as it calls the CPU, accelerate fails
+        for module in pipe.components.values():
+            if isinstance(module, torch.nn.Module):
+                accelerate.cpu_offload(module, execution_device="cpu", offload_buffers=True)
+        assert {parameter.device.type for parameter in pipe.transformer.parameters()} == {"meta"}
+    for _ in range(2):
+        np.testing.assert_array_equal(pipe("a dog", **given).images, plain)
+
+
 def test_bfloat16_is_near(scene, tmp_path):
     """Weights stored in bfloat16, computed with as such, and as f32."""
     export(scene.root / "run", tmp_path / "half", form="diffusers", license="other", dtype="bfloat16")
@@ -241,6 +264,17 @@ def test_what_cannot_be_drawn_is_named(scene, given, words):
 
 
 # ------------------------------------------------------------------------------------------------- the export
+
+
+@pytest.mark.parametrize("name", ["scene", "real"])
+def test_a_prompt_that_is_cut_is_told(name, request, monkeypatch):
+    """The tiny T5 and the built-in encoder of the scenes take 512 tokens, the run as many as the longest caption."""
+    said, pipe = [], request.getfixturevalue(name).pipe()
+    monkeypatch.setattr(sys.modules[type(pipe).__module__].logger, "warning", said.append)
+    short, long = pipe.encode_prompts(["a dog", "so " * 600 + "long"])
+    assert len(said) == 1 and f"the first {len(long)} are used" in said[0] and "so so" in said[0]
+    count = int(re.search(r"has (\d+) tokens", said[0])[1])
+    assert count >= 601 and len(short) < len(long) < count
 
 
 def test_the_card_has_the_licence_and_the_use(scene):
