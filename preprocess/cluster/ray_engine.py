@@ -76,6 +76,9 @@ def run(prepared: Prepared, journal: Journal, address: str, workers: int) -> Cou
 
 
 def _connect(address: str) -> Any:
+    if address and (Path.home() / ".ray" / "auth_token").exists():
+        # A cluster asks for the token of the machine where it began, if there is one; Ray shows it only if told to.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         import ray
     except ImportError as error:
@@ -88,8 +91,11 @@ def _connect(address: str) -> Any:
         if colon and "//" not in address:  # Ray itself would try for minutes
             socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=address or "local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise PreprocessError(f"--ray-address {address}: {error}; start one with `ray start --head`") from error
+    except (OSError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
+        raise PreprocessError(
+            f"--ray-address {address}: {error}; start one with `ray start --head`. If it asks for a token, copy "
+            "~/.ray/auth_token of its machine to this one"
+        ) from error
     return ray
 
 

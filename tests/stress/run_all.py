@@ -33,6 +33,7 @@ from benchmarks import environment  # noqa: E402
 PARTS = (
     "preprocess_kills",
     "preprocess_disk",
+    "ray_kills",
     "bad_inputs",
     "training_kills",
     "training_disk",
