@@ -67,6 +67,9 @@ class FluxDiTPipeline(DiffusionPipeline):
             vision_encoder=vision_encoder,
         )
         self.register_to_config(facts=facts)
+        for name, part in COMPONENTS.items():  # before offloading, after which none is cast
+            if getattr(self, part) is not None:
+                torch.nn.Module.to(getattr(self, part), self._dtype_of(name))
 
     @property
     def sizes(self) -> list[Size]:
@@ -200,7 +203,7 @@ class FluxDiTPipeline(DiffusionPipeline):
         for prompt, text, count in zip(prompts, texts, counts, strict=True):
             if len(text) < count:
                 logger.warning(
-                    f"the prompt has {count} tokens, of which the first {len(text)} are used: {prompt[:60]!r}"
+                    f"the prompt has {count} tokens, of which {len(text)} are kept, as in training: {prompt[:60]!r}"
                 )
         return texts
 
@@ -265,11 +268,16 @@ class FluxDiTPipeline(DiffusionPipeline):
         return kind.from_pretrained(str(folder), use_safetensors=True).eval()
 
     def _ready(self, name: str) -> Any:
-        """An encoder where this pipeline runs, unless offloading looks after it: in the dtype that the dataset was made
-        with; the VAE in f32."""
+        """An encoder where this pipeline runs and in the dtype that the dataset was made with, the VAE in f32; where
+        offloading looks after it, as it is."""
         component = getattr(self, COMPONENTS[name])
-        dtype = torch.float32 if name == "vae" else getattr(torch, self.config.facts["encoders"][name]["dtype"])
-        return component if hasattr(component, "_hf_hook") else component.to(self._execution_device, dtype)
+        if any(hasattr(part, hook) for part in component.modules() for hook in ("_hf_hook", "_diffusers_hook")):
+            return component
+        # diffusers' own `to` warns of layers that are to stay f32, of which there are none.
+        return torch.nn.Module.to(component, self._execution_device, self._dtype_of(name))
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        return torch.float32 if name == "vae" else getattr(torch, self.config.facts["encoders"][name]["dtype"])
 
     # ------------------------------------------------------------------------------------------------- arguments
 

@@ -18,8 +18,10 @@ import dataclasses
 import logging
 import os
 import socket
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from preprocess.build.units import WORK
 from preprocess.build.workers import note_device, worker_locked
 from preprocess.cluster.worker import Worker, store_plan
 
+_MODE = "RAY_AUTH_MODE"
 _PATIENCE = 60.0  # seconds until a process that was killed must be gone
 FAILURES = 3  # in a row, after which a place is dropped
 
@@ -67,18 +70,47 @@ def run(prepared: Prepared, journal: Journal, address: str, workers: int) -> Cou
       PreprocessError: Ray is not installed or not reached, an encoder differs there, the disk is full, or all places
         have failed.
     """
-    ray = _connect(address)
-    plan = store_plan(prepared)
+    with _token_shown(address):
+        ray = _connect(address)
+        try:
+            plan = store_plan(prepared)
+            return _Crew(ray, plan, prepared.options, journal, workers).make(range(len(plan.images)))
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _token_shown(address: str) -> Iterator[None]:
+    """Has Ray show this machine's token to a cluster that asks for one.
+
+    A cluster asks if its machine had one when it began; Ray shows it only if told to, and actors die on a cluster that
+    does not ask. A machine gets one from the first build without an address.
+    """
+    wanted = _MODE not in os.environ and (Path.home() / ".ray" / "auth_token").exists() and _asks_for_token(address)
+    if wanted:
+        os.environ[_MODE] = "token"
     try:
-        return _Crew(ray, plan, prepared.options, journal, workers).make(range(len(plan.images)))
+        yield
     finally:
-        ray.shutdown()
+        if wanted:
+            del os.environ[_MODE]
+
+
+def _asks_for_token(address: str) -> bool:
+    """What a process finds that connects without one; Ray itself would try again for 20 s."""
+    if not address:
+        return False
+    code = f"import ray; ray.init(address={address!r}, include_dashboard=False, log_to_driver=False)"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=os.environ | {_MODE: "disabled"}, stderr=subprocess.PIPE, text=True
+    ) as probe:
+        try:
+            return any("InvalidAuthToken" in line for line in probe.stderr or ())
+        finally:
+            probe.kill()
 
 
 def _connect(address: str) -> Any:
-    if address and (Path.home() / ".ray" / "auth_token").exists():
-        # A cluster asks for the token of the machine where it began, if there is one; Ray shows it only if told to.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         import ray
     except ImportError as error:
@@ -91,7 +123,7 @@ def _connect(address: str) -> Any:
         if colon and "//" not in address:  # Ray itself would try for minutes
             socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=address or "local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise PreprocessError(
             f"--ray-address {address}: {error}; start one with `ray start --head`. If it asks for a token, copy "
             "~/.ray/auth_token of its machine to this one"
