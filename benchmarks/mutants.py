@@ -40,7 +40,11 @@ MODULES = {
     "fluxdit_jax/sampling/solvers.py": ["sampling/test_solvers"],
     "fluxdit_jax/sampling/pipeline.py": ["sampling/test_pipeline"],
     "fluxdit_jax/sample.py": ["sampling/test_sample_command"],
-    "fluxdit_jax/run/checkpoint.py": ["run/test_checkpoint_writes", "run/test_checkpoint"],
+    "fluxdit_jax/run/checkpoint.py": [
+        "run/test_checkpoint_writes",
+        "run/test_checkpoint",
+        "run/test_checkpoint_damage",
+    ],
     "fluxdit_jax/loader/reader.py": ["loader/test_collate", "loader/test_reader"],
     "fluxdit_jax/dataset/records.py": [
         "dataset/test_records",

@@ -11,9 +11,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from checkpoint_helpers import cut
 from drawing_helpers import SHORT, draw, pixels
 from PIL import Image
-from test_checkpoint import cut
 from training_helpers import meta_of, small_state, tree_equal
 from wording import lines_naming, naming
 
