@@ -11,8 +11,8 @@ import types
 import numpy as np
 import pytest
 import torch
+from exported_scene import Scene, make
 from PIL import Image
-from test_diffusers_pipeline import Scene, make
 from training_helpers import REPOSITORY
 from wording import naming
 

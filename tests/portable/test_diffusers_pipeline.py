@@ -15,70 +15,26 @@ import accelerate
 import numpy as np
 import pytest
 import torch
-from build_fixtures import options
 from diffusers import AutoModel, DiffusionPipeline
-from drawing_helpers import config
-from huggingface_hub.utils import filter_repo_objects
+from exported_scene import TRUSTED, Scene, make
 from PIL import Image, ImageCms
 from safetensors.numpy import load_file
-from training_helpers import lively
 from wording import naming
 
 from fluxdit_jax import export as command
-from fluxdit_jax.dataset.manifest import Manifest, load_manifest
 from fluxdit_jax.export import export
 from fluxdit_jax.exporting import diffusers_folder
-from fluxdit_jax.model import dit
 from fluxdit_jax.portable import encoders
-from fluxdit_jax.run.checkpoint import Checkpoints, restore_ema
-from fluxdit_jax.run.run_directory import load_stage, record_start
-from fluxdit_jax.sample import sample
+from fluxdit_jax.run.checkpoint import restore_ema
+from fluxdit_jax.run.run_directory import load_stage
 from fluxdit_jax.sampling import solvers
-from fluxdit_jax.sampling.arguments import parse_arguments
 from fluxdit_jax.sampling.exported import ExportError
 from fluxdit_jax.sampling.pipeline import Generator, conditions
 from fluxdit_jax.sampling.prompts import encode_prompts, read_reference
 from fluxdit_jax.settings import resolve
-from preprocess.build.build import build
 
 pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.usefixtures("quick_compile")
-TRUSTED = {"trust_remote_code": True}
-
-
-@dataclasses.dataclass(frozen=True)
-class Scene:
-    """A folder with photos/, ds/, run/ and exported/, which diffusers draws from."""
-
-    root: Path
-    manifest: Manifest
-
-    def ours(self, *given: str) -> list[np.ndarray]:
-        out = str(self.root / "ours.png")
-        return sample(parse_arguments(["--workdir", str(self.root / "run"), "--out", out, *given]))
-
-    def pipe(self, folder: str = "exported", **more: Any) -> Any:
-        pipe = DiffusionPipeline.from_pretrained(self.root / folder, **TRUSTED, **more)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-
-def make(root: Path, draw_photo: Any, bundle: str = "none", **encoders: Any) -> Scene:
-    (root / "photos").mkdir()
-    for number in range(3):
-        height, width = (64, 160) if number else (96, 96)
-        Image.fromarray(draw_photo(height, width, number)).save(root / "photos" / f"p{number}.png")
-        (root / "photos" / f"p{number}.txt").write_text(f"photo number {number} of a dog")
-    build(options(root / "photos", root / "ds", resolution=64, holdout=0.0, **encoders))
-    manifest = load_manifest(root / "ds")
-    c = config(root / "ds", root / "run")
-    c.model.width, c.model.depth, c.flow.shift = 32, 2, 2.0
-    settings = resolve(c, manifest)
-    with Checkpoints(root / "run", keep=2) as checkpoints:
-        checkpoints.save_ema(3, lively(dit.build(settings.model)[1], seed=3, scale=0.1))
-    record_start(root / "run", c, manifest)
-    export(root / "run", root / "exported", form="diffusers", license="cc0-1.0", bundle=bundle)
-    return Scene(root, manifest)
 
 
 @pytest.fixture(scope="module")
@@ -331,17 +287,6 @@ def test_without_bundling_they_are_found_under_their_names_and_compared(real, tm
     pipe.vae, pipe.config.facts["encoders"]["vae"]["sha256"] = None, "0" * 64
     with pytest.raises(ValueError, match=naming("other weights", "vae", "000000000000")):
         pipe("a dog", **given)
-
-
-def test_only_the_encoders_own_files_are_asked_of_a_repository():
-    """FLUX.1-schnell holds a transformer and two text encoders beside its VAE, 57 GB in all."""
-    files = ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
-    others = ["flux1-schnell.safetensors", "ae.safetensors", "model_index.json", "transformer/config.json",
-              "transformer/diffusion_pytorch_model-00001-of-00003.safetensors", "text_encoder/model.safetensors",
-              "text_encoder_2/model-00001-of-00002.safetensors", "tokenizer_2/tokenizer.json"]  # fmt: skip
-    assert list(filter_repo_objects([*files, *others], allow_patterns=encoders.patterns("vae"))) == files
-    t5 = ["config.json", "model.safetensors", "spiece.model", "tokenizer.json", "pytorch_model.bin", "tf_model.h5"]
-    assert list(filter_repo_objects(t5, allow_patterns=encoders.patterns("text"))) == [*t5[:3], t5[3]]
 
 
 def test_digests_are_those_of_preprocess(real):
