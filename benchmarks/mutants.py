@@ -45,7 +45,7 @@ MODULES = {
         "run/test_checkpoint",
         "run/test_checkpoint_damage",
     ],
-    "fluxdit_jax/loader/reader.py": ["loader/test_collate", "loader/test_reader"],
+    "fluxdit_jax/loader/reader.py": ["loader/test_collate", "loader/test_reader", "loader/test_reader_damage"],
     "fluxdit_jax/dataset/records.py": [
         "dataset/test_records",
         "dataset/test_records_captions",

@@ -1,4 +1,4 @@
-"""A quick share of `damage.py`. Of the numbers of `numerics.py`, tests/loader/test_reader.py has the most."""
+"""A quick share of `damage.py`. Of the numbers of `numerics.py`, tests/loader/test_reader_damage.py has the most."""
 
 import sys
 from pathlib import Path
