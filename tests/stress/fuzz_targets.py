@@ -1,4 +1,4 @@
-"""What `fuzz.py` feeds: each parser of ours with valid examples to damage and the errors that it may raise."""
+"""The targets of `fuzz.py`: each parser with valid examples to damage and the errors that it may raise."""
 
 from __future__ import annotations
 
@@ -6,32 +6,29 @@ import contextlib
 import dataclasses
 import io
 import json
-import shutil
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import bad_inputs
+import fuzz_parsers as parsers
 import numpy as np
 import training_helpers as helpers
 from fuzz_inputs import damaged, json_text, odd_tree, written
 from hypothesis import strategies as st
 
-from fluxdit_jax.dataset import fields, records
-from fluxdit_jax.dataset.manifest import MANIFEST, DatasetError, Manifest, json_checksum, load_manifest
-from fluxdit_jax.gate.requirement import GateError, encoder_summary, family, require_report
+from fluxdit_jax.dataset import records
+from fluxdit_jax.dataset.manifest import MANIFEST, DatasetError, Manifest, json_checksum
+from fluxdit_jax.gate.requirement import GateError, encoder_summary, family
 from fluxdit_jax.run import metrics, run_directory
 from fluxdit_jax.sampling import prompts
 from fluxdit_jax.vae import files
 from preprocess import PreprocessError
 from preprocess.build import options, units
-from preprocess.decoding import images
 from preprocess.decoding.images import Rejected
-from preprocess.input import captions, precomputed, scan, tables
-
-SCRATCH = Path(tempfile.gettempdir()) / "unset"  # a folder of its own for each target, while it is fed
+from preprocess.input import captions
 
 
 @dataclasses.dataclass
@@ -51,25 +48,11 @@ class Target:
     errors: type[Exception] | tuple[type[Exception], ...]
     examples: tuple[Any, ...] = ()
 
-    @contextlib.contextmanager
-    def prepared(self) -> Iterator[None]:
-        global SCRATCH
-        SCRATCH = Path(tempfile.mkdtemp(prefix="fuzz-"))
-        try:
-            yield
-        finally:
-            shutil.rmtree(SCRATCH, ignore_errors=True)
+    def prepared(self) -> contextlib.AbstractContextManager[None]:
+        return parsers.scratch_folder()
 
 
-def scratch(name: str, content: bytes) -> Path:
-    """A file with this content in the target's folder."""
-    path = SCRATCH / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(content)
-    return path
-
-
-# --------------------------------------------------------------------------------------------- the targets
+# --------------------------------------------------------------------------------------------- the examples
 
 
 def manifest_tree() -> dict:
@@ -81,37 +64,8 @@ def manifest_tree() -> dict:
 
 
 TREE = manifest_tree()
-
-
 FURTHER = {"pose": {"encoder": TREE["vision"]}}  # a condition that is not among the declared ones
-
-
-def parse_manifest(tree: dict) -> None:
-    """A manifest whose checksum is right: what a careless or hostile writer could make."""
-    whole = dict(tree)
-    whole["checksum"] = json_checksum(whole)
-    manifest = Manifest.from_json(written(whole))
-    sizes = manifest.latent_sizes()
-    assert max(max(size) for size in sizes) <= 2**16, "sides that no picture has"
-    assert manifest.records("train") >= 0
-    assert Manifest.from_json(manifest.to_json()) == manifest
-
-
-def load_folder(content: bytes) -> None:
-    load_manifest(scratch("data/" + MANIFEST, content).parent)
-
-
 RECORD, SEVERAL = helpers.make_record(0), helpers.make_record(1, captions=4)
-
-
-def decode_record(data: bytes) -> None:
-    record = records.decode_record(data, helpers.LAYOUT)
-    held = record.latent.nbytes + sum(text.nbytes for text in record.texts) + record.vision.nbytes
-    assert held <= len(data), "arrays larger than their bytes"
-    records.check_record(record)
-    again = records.decode_record(records.encode_record(record), helpers.LAYOUT)
-    assert again.key == record.key and np.array_equal(again.latent, record.latent)
-    assert again.captions == record.captions and all(map(np.array_equal, again.texts, record.texts))
 
 
 def raw_record(record: records.Record, **changes: Any) -> bytes:
@@ -125,40 +79,6 @@ def raw_record(record: records.Record, **changes: Any) -> bytes:
         else:
             feature.int64_list.value.extend(value)
     return example.SerializeToString()
-
-
-def read_table(suffix: str) -> Callable[[bytes], None]:
-    def call(content: bytes) -> None:
-        with contextlib.suppress(Rejected):  # no column of paths
-            for number, row in tables.read_table(io.BytesIO(content), suffix, captions.fields()):
-                assert number >= 1
-                if isinstance(row, dict):
-                    with contextlib.suppress(Rejected):
-                        tables.path_in(row)
-                    with contextlib.suppress(Rejected):
-                        assert all(text.encode() for text in captions.from_mapping(row, captions.fields()))
-
-    return call
-
-
-def read_image(content: bytes) -> None:
-    limits = images.Limits(max_pixels=4_000_000)
-    header = images.read_header(content, limits)
-    assert header.width * header.height <= limits.max_pixels
-    picture = images.decode(content, header, (64, 64), "pad", "key")
-    assert picture.pixels.shape == (64, 64, 3) and picture.pixels.dtype == np.uint8
-
-
-def read_archive(content: bytes) -> None:
-    path = scratch("in/a.tar", content)
-    found = scan.scan(path.parent)
-    sources = [source.place for each in found.found for source in each.captions]
-    for place in [p for p in (*(each.image for each in found.found), *sources) if p]:
-        assert Path(place.path) == path.resolve()
-        with contextlib.suppress(Rejected):
-            assert len(place.read(100_000)) <= 100_000
-    for each in found.found:
-        assert ".." not in Path(each.key).parts and not each.key.startswith("/")
 
 
 def archive(**changes: Any) -> bytes:
@@ -202,11 +122,6 @@ ARCHIVES = [
 ]
 
 
-def read_metrics(content: bytes) -> None:
-    for entry in metrics.read_metrics(scratch("metrics.jsonl", content)):
-        assert isinstance(entry["step"], int)
-
-
 LOG = [{"step": 0, "config": "{}"}, {"step": 1, "loss": 1.0, "skipped": 0}, {"step": 2, "loss": None}]
 LOG_TEXT = "".join(json.dumps(entry) + "\n" for entry in LOG).encode()
 
@@ -218,24 +133,6 @@ REPORT = {
     "encoders": {name: encoder_summary(encoder) for name, encoder in GATED.encoders.items()},
     "dataset": {"format_version": GATED.version},
 }
-
-
-def read_report(content: bytes) -> None:
-    found = require_report(scratch("report.json", content), helpers.tiny_model(), GATED)
-    assert found["passed"] is True
-
-
-def read_prompts(content: bytes) -> None:
-    for prompt in prompts.read_prompts(scratch("prompts.txt", content)):
-        assert prompt.strip() and "\n" not in prompt and prompt.encode()
-
-
-def read_run(content: bytes) -> None:
-    scratch("run/dataset.json", content)
-    with contextlib.suppress(DatasetError):
-        run_directory.load_dataset(SCRATCH / "run")
-    scratch("run/config.json", content)
-    run_directory.load_config(SCRATCH / "run").to_dict()
 
 
 # One of today, and one of before keys were renamed, which has no checksum.
@@ -259,18 +156,6 @@ VAE = {
 VAE_INDEX = {"metadata": {}, "weight_map": {"decoder.conv_in.weight": "a.safetensors", "x": "b.safetensors"}}
 
 
-def read_vae(content: bytes) -> None:
-    files.read_config(scratch("vae/config.json", content).parent)
-
-
-def read_vae_index(content: bytes) -> None:
-    folder = scratch("vae/" + files.INDEX, content).parent
-    for name in ("a.safetensors", "b.safetensors"):
-        scratch("vae/" + name, b"")
-    for file in files.weight_files(folder):
-        assert file.parent == folder, "weights from elsewhere"
-
-
 def vector(array: np.ndarray) -> bytes:
     file = io.BytesIO()
     np.save(file, array)
@@ -282,20 +167,6 @@ def index_bytes() -> bytes:
         info = units.UnitInfo("u" * 8, "train", "", 0, 0, helpers.LAYOUT | {"pose": None}, None, ())
         units.Rows(units.rows_schema(["latent", *info.layout]).empty_table(), [info]).save(Path(name) / "index.parquet")
         return (Path(name) / "index.parquet").read_bytes()
-
-
-def read_options(content: bytes) -> None:
-    from preprocess.build.publish import load_options
-
-    load_options(scratch("data/build.json", content).parent)
-
-
-def read_commit(content: bytes) -> None:
-    from preprocess.build.publish import _read_commit
-
-    commit = _read_commit(scratch("commit.json", content))
-    for name in (*commit["keep"], *commit["keep"].values(), *commit["place"], *commit["place"].values()):
-        assert (SCRATCH / name).resolve().parent == SCRATCH, "a file that would be moved elsewhere"
 
 
 COMMIT = {
@@ -369,20 +240,7 @@ CSV_TOKENS = (b'"', b",", b"\0", b"\r", b'"' * 5000)
 ENDLESS = (b"x" * 9_000_000, b"a,b\n" + b"," * 9_000_000)
 
 
-def read_vector(data: bytes) -> None:
-    vision = precomputed.parse(data, fields.VISION, precomputed.VISION_WIDTH)
-    assert vision.shape == (1024,) and fields.VISION.fault(vision) is None
-    pose = precomputed.parse(data, fields.field_named("pose"))  # of any width
-    assert np.array_equal(pose, vision)
-
-
-def from_json(data: bytes) -> None:
-    captions.from_json(data, captions.fields())
-
-
-def load_index(data: bytes) -> None:
-    units.Rows.load(scratch("index.parquet", data))
-
+# --------------------------------------------------------------------------------------------- the targets
 
 SUMMED = TREE | {"checksum": json_checksum(TREE)}
 _TABLE: list[tuple] = [
@@ -391,7 +249,7 @@ _TABLE: list[tuple] = [
         "record",
         "records",
         damaged([records.encode_record(RECORD), records.encode_record(SEVERAL)]),
-        decode_record,
+        parsers.decode_record,
         DatasetError,
         HOSTILE_RECORDS,
     ),
@@ -399,53 +257,53 @@ _TABLE: list[tuple] = [
         "manifest",
         "manifests with a right checksum",
         odd_tree(TREE) | odd_tree(TREE | {"conditions": FURTHER}),
-        parse_manifest,
+        parsers.parse_manifest,
         DatasetError,
         HOSTILE_MANIFESTS,
     ),
-    ("manifest-file", "manifest files", json_text(SUMMED), load_folder, DatasetError, ()),
-    ("caption-json", "captions in JSON", json_text(CAPTION), from_json, Rejected, HOSTILE_CAPTIONS),
+    ("manifest-file", "manifest files", json_text(SUMMED), parsers.load_folder, DatasetError, ()),
+    ("caption-json", "captions in JSON", json_text(CAPTION), parsers.from_json, Rejected, HOSTILE_CAPTIONS),
     ("caption-text", "captions in text", damaged(CAPTION_FILES), captions.from_text, Rejected, ()),
-    ("jsonl", "metadata.jsonl", damaged([JSONL], JSON_TOKENS), read_table(".jsonl"), (), ENDLESS),
-    ("csv", "metadata.csv", damaged([CSV], CSV_TOKENS), read_table(".csv"), (), ENDLESS),
-    ("image", "pictures", damaged(IMAGES), read_image, Rejected, (HUGE_IMAGE,)),
+    ("jsonl", "metadata.jsonl", damaged([JSONL], JSON_TOKENS), parsers.read_table(".jsonl"), (), ENDLESS),
+    ("csv", "metadata.csv", damaged([CSV], CSV_TOKENS), parsers.read_table(".csv"), (), ENDLESS),
+    ("image", "pictures", damaged(IMAGES), parsers.read_image, Rejected, (HUGE_IMAGE,)),
     (
         "archive",
         "tar archives",
         damaged(ARCHIVES),
-        read_archive,
+        parsers.read_archive,
         PreprocessError,
         (negative_size(), huge_name()),
     ),
-    ("vector", "vision vectors", damaged(VECTORS), read_vector, Rejected, ()),
-    ("index", "index.parquet", damaged([index_bytes()]), load_index, DatasetError, ()),
-    ("options", "build.json", json_text(OPTIONS), read_options, PreprocessError, ()),
+    ("vector", "vision vectors", damaged(VECTORS), parsers.read_vector, Rejected, ()),
+    ("index", "index.parquet", damaged([index_bytes()]), parsers.load_index, DatasetError, ()),
+    ("options", "build.json", json_text(OPTIONS), parsers.read_options, PreprocessError, ()),
     (
         "metrics",
         "metrics.jsonl",
         damaged([LOG_TEXT], JSON_TOKENS),
-        read_metrics,
+        parsers.read_metrics,
         metrics.LogError,
         HOSTILE_LOGS,
     ),
-    ("commit", "commit.json of a build", json_text(COMMIT), read_commit, PreprocessError, HOSTILE_COMMITS),
-    ("report", "validation reports", json_text(REPORT), read_report, GateError, ()),
-    ("prompts", "prompt files", damaged(PROMPTS), read_prompts, prompts.SampleError, ()),
-    ("run", "config.json and dataset.json of a run", json_text(CONFIG), read_run, run_directory.RunError, ()),
+    ("commit", "commit.json of a build", json_text(COMMIT), parsers.read_commit, PreprocessError, HOSTILE_COMMITS),
+    ("report", "validation reports", json_text(REPORT), parsers.read_report(GATED), GateError, ()),
+    ("prompts", "prompt files", damaged(PROMPTS), parsers.read_prompts, prompts.SampleError, ()),
+    ("run", "config.json and dataset.json of a run", json_text(CONFIG), parsers.read_run, run_directory.RunError, ()),
     (
         "run-earlier",
         "config.json of an earlier run",
         json_text(EARLIER),
-        read_run,
+        parsers.read_run,
         run_directory.RunError,
         tuple(json.dumps(EARLIER | {"flow": EARLIER["flow"] | {"drop_both": x}}).encode() for x in HOSTILE_SHARES),
     ),
-    ("vae", "config.json of a VAE", json_text(VAE), read_vae, files.DecoderError, ()),
+    ("vae", "config.json of a VAE", json_text(VAE), parsers.read_vae, files.DecoderError, ()),
     (
         "vae-index",
         "weights' index of a VAE",
         json_text(VAE_INDEX),
-        read_vae_index,
+        parsers.read_vae_index,
         files.DecoderError,
         HOSTILE_INDEXES,
     ),
