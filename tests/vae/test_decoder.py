@@ -1,125 +1,21 @@
-"""The JAX decoders against diffusers', and everything that can be wrong with the files they are read from."""
+"""The JAX decoders against diffusers', whole and in strips."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny, Flux2Pipeline
-from safetensors.numpy import load_file, save_file
+from decoder_helpers import identity, latents, make_flux2, make_kl, make_tiny, reference, relative
+from diffusers import Flux2Pipeline
 from wording import naming
 
-from fluxdit_jax.dataset.manifest import EncoderIdentity
 from fluxdit_jax.vae import strips
 from fluxdit_jax.vae.decoder import DecoderError, load_decoder
-from fluxdit_jax.vae.files import INDEX, WEIGHTS
 from preprocess.encoders import load_vae
 from preprocess.encoders.builtin import DctVae
 
-SCALE, SHIFT = 0.3611, 0.1159
-
-
-@pytest.fixture(autouse=True)
-def products_in_f32():
-    """On a GPU f32 products are TF32 by default, 2e-3 away; it is the networks that are compared here."""
-    with jax.default_matmul_precision("float32"):
-        yield
-
-
-def make_kl(widths=(8, 16, 16, 16), **changes):
-    """A random AutoencoderKL: every parameter, norms and biases too, away from its initial value."""
-    torch.manual_seed(0)
-    settings = {
-        "latent_channels": 16,
-        "block_out_channels": widths,
-        "up_block_types": ("UpDecoderBlock2D",) * len(widths),
-        "down_block_types": ("DownEncoderBlock2D",) * len(widths),
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-        "scaling_factor": SCALE,
-        "shift_factor": SHIFT,
-    }
-    return randomise(AutoencoderKL(**(settings | changes)))
-
-
-def make_tiny(**changes):
-    torch.manual_seed(0)
-    settings = {
-        "latent_channels": 16,
-        "encoder_block_out_channels": (8,) * 4,
-        "decoder_block_out_channels": (8,) * 4,
-    }
-    return randomise(AutoencoderTiny(**(settings | changes)), gain=2.0)
-
-
-def make_flux2(widths=(8, 16, 16, 16), **changes):
-    """A random AutoencoderKLFlux2 whose statistics differ by channel and by place in a patch."""
-    torch.manual_seed(0)
-    model = randomise(
-        AutoencoderKLFlux2(**({"block_out_channels": widths, "layers_per_block": 1, "norm_num_groups": 4} | changes))
-    )
-    model.bn.running_mean.normal_()
-    model.bn.running_var.uniform_(0.25, 4)
-    return model
-
-
-def randomise(model, gain=1.0):
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(gain)
-            else:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def identity(directory, channels=16, factor=8, sha256="", **options):
-    return EncoderIdentity(str(directory), "", sha256, "float32", channels, {"factor": factor} | options)
-
-
-def latents(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def reference(model, z):
-    """diffusers' decoding of data set latents, f32 [B, H, W, 3]."""
-    z = torch.from_numpy(z)
-    if isinstance(model, AutoencoderKL):
-        z = z / model.config.scaling_factor + (model.config.shift_factor or 0.0)
-    if isinstance(model, AutoencoderKLFlux2):  # as diffusers' pipeline does
-        std = torch.sqrt(model.bn.running_var + model.config.batch_norm_eps)[:, None, None]
-        patches = Flux2Pipeline._patchify_latents(z) * std + model.bn.running_mean[:, None, None]
-        z = Flux2Pipeline._unpatchify_latents(patches)
-    with torch.no_grad():
-        return model.decode(z).sample.permute(0, 2, 3, 1).numpy()
-
-
-def relative(a, b):
-    assert a.shape == b.shape and b.std() > 1e-2
-    return np.abs(a - b).max() / np.abs(b).max()
-
-
-@pytest.fixture(scope="module")
-def kl(tmp_path_factory):
-    """(model, directory) of one tiny AutoencoderKL; tests that change files copy it."""
-    model, directory = make_kl(), tmp_path_factory.mktemp("kl")
-    model.save_pretrained(directory)
-    return model, directory
-
-
-def copy_of(directory, to):
-    for file in Path(directory).iterdir():
-        (to / file.name).write_bytes(file.read_bytes())
-    return to
+pytest_plugins = ("decoder_fixtures",)
+pytestmark = pytest.mark.usefixtures("products_in_f32")
 
 
 @pytest.mark.parametrize(
@@ -203,47 +99,6 @@ def test_encoder_and_decoder_belong_together(kl, recwarn):
     assert ours.dtype == np.uint8 and ours.shape == (1, 32, 48, 3)
     assert np.abs(ours.astype(int) - theirs).max() <= 1 and ours.std() > 1
     np.testing.assert_array_equal(decoder.decode(jnp.asarray(z)), ours)
-
-
-def test_other_weights_are_warned_about(kl):
-    with pytest.warns(UserWarning, match="sha256 0000.*sha256 [0-9a-f]{64}"):
-        load_decoder(identity(kl[1], sha256="0000"))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_stored_half_precision(tmp_path, dtype):
-    model = make_kl().to(dtype)
-    model.save_pretrained(tmp_path)
-    z = latents(1, 16, 4, 4)
-    assert relative(load_decoder(identity(tmp_path)).decode_float(z), reference(model.float(), z)) < 1e-4
-
-
-def test_sharded_weights_in_a_subfolder(tmp_path, kl):
-    model, _ = kl
-    model.save_pretrained(tmp_path / "vae", max_shard_size="60KB")
-    assert len(list((tmp_path / "vae").glob("*.safetensors"))) > 1
-    z = latents(1, 16, 4, 4)
-    decoder = load_decoder(identity("acme/vae"), path=str(tmp_path))
-    assert relative(decoder.decode_float(z), reference(model, z)) < 1e-4
-    shard = sorted((tmp_path / "vae").glob("*.safetensors"))[0]
-    shard.unlink()
-    with pytest.raises(DecoderError, match=f"{INDEX}.*{shard.name}"):
-        load_decoder(identity(tmp_path))
-
-
-def test_old_attention_names(tmp_path, kl):
-    model, directory = kl
-    copy_of(directory, tmp_path)
-    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    renamed = {}
-    for name, array in load_file(tmp_path / WEIGHTS).items():
-        for new_part, old_part in old.items():
-            name = name.replace(f".{new_part}.", f".{old_part}.")
-        renamed[name] = array
-    assert any("proj_attn" in name for name in renamed)
-    save_file(renamed, tmp_path / WEIGHTS)
-    z = latents(1, 16, 4, 4)
-    assert relative(load_decoder(identity(tmp_path)).decode_float(z), reference(model, z)) < 1e-4
 
 
 def test_bfloat16_is_near_and_float16_refused(kl):
@@ -338,59 +193,6 @@ def test_wrong_latents_are_named(kl, bad):
         load_decoder(identity(kl[1])).decode(bad)
 
 
-# ------------------------------------------------------------------------------------------------- wrong files
-
-
-@pytest.mark.parametrize("name", ["decoder.mid_block.attentions.0.to_v.bias", "decoder.conv_in.weight"])
-def test_missing_weight_is_named(tmp_path, kl, name):
-    weights = load_file(copy_of(kl[1], tmp_path) / WEIGHTS)
-    del weights[name]
-    save_file(weights, tmp_path / WEIGHTS)
-    with pytest.raises(DecoderError, match=f"1 missing .*{name}"):
-        load_decoder(identity(tmp_path))
-
-
-@pytest.mark.parametrize("name", ["decoder.extra.weight", "post_quant_conv.weight", "first_stage.bias"])
-def test_unexpected_weight_is_named(tmp_path, kl, name):
-    weights = load_file(copy_of(kl[1], tmp_path) / WEIGHTS)
-    save_file(weights | {name: np.zeros(3, np.float32)}, tmp_path / WEIGHTS)
-    with pytest.raises(DecoderError, match=f"1 unexpected .*{name}"):
-        load_decoder(identity(tmp_path))
-
-
-def test_wrong_shape_is_named(tmp_path, kl):
-    weights = load_file(copy_of(kl[1], tmp_path) / WEIGHTS)
-    weights["decoder.conv_out.bias"] = np.zeros(4, np.float32)
-    save_file(weights, tmp_path / WEIGHTS)
-    with pytest.raises(DecoderError, match=r"decoder.conv_out.bias .*\[4\].*config.json.*\[3\]"):
-        load_decoder(identity(tmp_path))
-
-
-def test_damaged_file_is_named(tmp_path, kl):
-    file = copy_of(kl[1], tmp_path) / WEIGHTS
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(DecoderError, match=str(file)):
-        load_decoder(identity(tmp_path))
-
-
-@pytest.mark.parametrize(
-    "key, value, named",
-    [
-        ("_class_name", "AutoencoderDC", ["_class_name", "'AutoencoderDC'"]),
-        ("act_fn", "elu", ["act_fn", "'elu'"]),
-        ("out_channels", 4, ["out_channels", 4]),
-        ("up_block_types", ["AttnUpDecoderBlock2D"] * 4, ["up_block_types", "AttnUpDecoderBlock2D"]),
-        ("latent_channels", 8, ["channels", 8, 16]),
-        ("scaling_factor", 0.5, ["scale", 0.5, 0.3611]),
-    ],
-)
-def test_other_architecture_is_refused(tmp_path, kl, key, value, named):
-    file = copy_of(kl[1], tmp_path) / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
-    with pytest.raises(DecoderError, match=naming(*named)):
-        load_decoder(identity(tmp_path, scale=SCALE, shift=SHIFT))
-
-
 def test_builtin_is_the_codec_itself(recwarn):
     codec = DctVae()
     decoder = load_decoder(codec.identity)
@@ -399,61 +201,3 @@ def test_builtin_is_the_codec_itself(recwarn):
     assert (decoder.channels, decoder.factor) == (16, 8) and not recwarn.list
     with pytest.raises(DecoderError, match="'builtin:dct'.*'/somewhere'"):
         load_decoder(codec.identity, path="/somewhere")
-
-
-# ---------------------------------------------------------------------------------------------------- the hub
-
-PROBE = """
-import sys
-import numpy as np
-from fluxdit_jax.dataset.manifest import EncoderIdentity
-from fluxdit_jax.vae.decoder import DecoderError, load_decoder
-try:
-    decoder = load_decoder(EncoderIdentity(sys.argv[1], sys.argv[2], "", "float32", 16, {"factor": 8}))
-    print(decoder.decode(np.zeros((1, 16, 2, 2), np.float32)).shape)
-except DecoderError as error:
-    print(error)
-print([name for name in ("torch", "diffusers", "transformers", "tensorflow") if name in sys.modules])
-"""
-
-
-def probe(cache, *arguments):
-    environment = os.environ | {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
-
-
-def test_hub_cache_is_used_offline_without_torch(tmp_path, kl):
-    commit = "a" * 40
-    repository = tmp_path / "models--acme--flux"
-    snapshot = repository / "snapshots" / commit / "vae"
-    snapshot.mkdir(parents=True)
-    copy_of(kl[1], snapshot)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(commit)
-    for arguments in (("acme/flux", ""), ("acme/flux", commit), ("acme/flux@main", commit)):
-        assert probe(tmp_path, *arguments) == ["(1, 16, 16, 3)", "[]"]
-
-
-def test_not_found_says_what_to_do(tmp_path):
-    message, modules = probe(tmp_path, "acme/flux@main", "b" * 40)
-    assert modules == "[]"
-    for part in (
-        "'acme/flux@main'",
-        f"hf download acme/flux --revision {'b' * 40} --include 'vae/*' --local-dir DIR",
-        "--config.log.vae=DIR",
-        "--vae DIR",
-        WEIGHTS,
-    ):
-        assert part in message
-    with pytest.raises(DecoderError, match=str(tmp_path / "nowhere")):
-        load_decoder(identity("acme/flux"), path=str(tmp_path / "nowhere"))
-    with pytest.raises(DecoderError, match=f"{tmp_path}.*config.json"):
-        load_decoder(identity(tmp_path))
