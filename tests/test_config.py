@@ -1,8 +1,7 @@
-"""The configuration: every value that cannot be names its key, and the rest resolves against the dataset."""
+"""The configuration: every value that cannot be names its key."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import json
 import math
@@ -14,34 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
-from training_helpers import (
-    CHANNELS,
-    REPOSITORY,
-    TEXT_WIDTH,
-    VISION_WIDTH,
-    tiny_config,
-    write_config,
-)
+from training_helpers import REPOSITORY, flat, tiny_config
 from wording import naming
 
-from fluxdit_jax import config as configuration
-from fluxdit_jax import renamed_keys, train_arguments
+from fluxdit_jax import renamed_keys
 from fluxdit_jax.config import KEYS, ConfigError, check, default_config, profile_steps
-from fluxdit_jax.dataset.manifest import load_manifest
-from fluxdit_jax.settings import resolve
 from fluxdit_jax.stages import stages_of
-
-pytest_plugins = ("training_fixtures",)
-
-
-def flat(tree, prefix=""):
-    pairs = []
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            pairs += flat(value, f"{prefix}{key}.")
-        else:
-            pairs.append((prefix + key, value))
-    return pairs
 
 
 def with_tuples(members):
@@ -240,66 +217,6 @@ def test_a_missing_key_and_a_group_that_is_none_are_named():
         check(config)
 
 
-# ------------------------------------------------------------------------------------------------ resolve
-
-
-def test_the_parts_get_the_values(config, tiny_dataset):
-    config.data.path = str(tiny_dataset)
-    settings = resolve(config, load_manifest(tiny_dataset))
-    assert settings.model.width == 32 and settings.model.channels == CHANNELS
-    assert settings.tokens == 4  # the largest of 4, 3 and 3
-    assert settings.text_tokens == 8  # the longest stored is 5
-    assert settings.optimizer.grad_accum_steps == 2 and settings.optimizer.total_steps == 8
-    assert (settings.micro_batch_size, settings.global_batch_size, settings.seed) == (4, 8, 0)
-    assert settings.ema_decay == 0.9999
-    assert settings.flow.shift == 1.0  # of 4 tokens
-    assert settings.model.dtype == "float32" and settings.model.attention == "xla"
-    for part in (settings, settings.model, settings.flow, settings.optimizer):
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            part.anything = 1
-
-
-@pytest.mark.parametrize(("longest", "padded"), [(1, 8), (8, 8), (9, 16), (15, 16), (16, 16), (17, 24)])
-def test_the_longest_caption_is_padded_to_eights_and_not_cut(config, tiny_dataset, longest, padded):
-    manifest = dataclasses.replace(load_manifest(tiny_dataset), lengths={"text": longest})
-    settings = resolve(config, manifest)
-    assert (settings.text_tokens, settings.text_limit) == (padded, None)
-    config.data.text_tokens = 4
-    assert resolve(config, manifest).text_limit == (None if longest <= 4 else 4)
-
-
-def test_given_values_go_before_defaults(config, tiny_dataset):
-    config.flow.shift, config.data.text_tokens, config.model.dtype = 2.5, 3, "bfloat16"
-    settings = resolve(config, load_manifest(tiny_dataset))
-    assert (settings.flow.shift, settings.text_tokens, settings.model.dtype) == (2.5, 3, "bfloat16")
-    config.model.dtype = "auto"
-    assert resolve(config, load_manifest(tiny_dataset)).model.dtype == "float32"  # on a CPU
-
-
-def test_the_dataset_decides_what_the_network_is_given(config, tiny_dataset):
-    manifest = load_manifest(tiny_dataset)
-    further = {
-        "pose": dataclasses.replace(manifest.vision, width=3),
-        "depth": dataclasses.replace(manifest.text, width=5),
-    }
-    lengths = manifest.lengths | {"depth": 9}
-    settings = resolve(config, dataclasses.replace(manifest, encoders=manifest.encoders | further, lengths=lengths))
-    assert [(c.name, c.width, c.sequence) for c in settings.model.conditions] == [
-        ("text", TEXT_WIDTH, True), ("vision", VISION_WIDTH, False), ("depth", 5, True), ("pose", 3, False),
-    ]  # fmt: skip
-    assert settings.model.channels == CHANNELS
-    assert settings.batch.lengths == {"text": 8, "depth": 16}
-    assert settings.batch.widths == {"text": TEXT_WIDTH, "vision": VISION_WIDTH, "depth": 5, "pose": 3}
-    assert settings.flow.dropped(["text", "vision", "depth", "pose"]) == pytest.approx(0.1)
-
-
-@pytest.mark.parametrize("drop", ["pose 0.2", "text 0.6, vision 0.6"])
-def test_a_dropout_that_does_not_fit_the_dataset_is_named_by_its_key(config, tiny_dataset, drop):
-    config.flow.drop = drop
-    with pytest.raises(ConfigError, match=naming("config.flow.drop", drop.split()[1])):
-        resolve(config, load_manifest(tiny_dataset))
-
-
 @pytest.mark.parametrize("name", renamed_keys.EARLIER)
 def test_a_key_of_an_earlier_version_is_refused_by_name(config, name):
     group, _, key = name.partition(".")
@@ -326,145 +243,3 @@ def test_what_an_earlier_version_recorded_has_todays_keys():
         "model": {"width": 32},
         "optim": {"global_batch_size": 8, "grad_clip_norm": 1.0},
     }
-
-
-def test_a_patch_that_does_not_divide_a_bucket_is_named(config, tiny_dataset):
-    config.model.patch = 4
-    with pytest.raises(ConfigError, match=naming("config.model.patch", 4, "6x2")):
-        resolve(config, load_manifest(tiny_dataset))
-
-
-# ------------------------------------------------------------------------------------------------ the real command
-
-
-def refused(train_command, config_file, *arguments):
-    """The one line with which the command refuses."""
-    done = train_command.run(*arguments, config=config_file)
-    assert done.returncode == 1, (done.returncode, done.stderr)
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1 and done.stdout == "", done.stderr + done.stdout
-    return lines[0]
-
-
-@pytest.mark.parametrize(
-    ("argument", "words"),
-    [
-        ("--config.model.widht=64", ["widht", "width"]),
-        ("--config.data.micro_batch_size=many", ["batch_size", "many"]),
-        ("--config.data.batch_size=4", ["batch_size", "config.data.micro_batch_size"]),
-        ("workdir=/tmp/x", ["workdir=/tmp/x", "--config.group.key=value"]),
-        ("--config.model.dtype=float16", ["config.model.dtype", "65,504"]),
-    ],
-    ids=["unknown", "type", "renamed", "extra", "float16"],
-)
-def test_the_command_refuses_in_one_line(train_command, config, tmp_path, argument, words):
-    line = refused(train_command, write_config(tmp_path / "c.py", config), argument)
-    for word in words:
-        assert word in line
-    assert not Path(config.workdir).exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("argument", "words"),
-    [
-        ("--confg.model.width=64", ["confg.model.width"]),
-        ("--config.model.width", ["config.model.width"]),
-        ("--config.model.width=3.5", ["width", "3.5"]),
-        ("--config.model=3", ["model"]),
-        (
-            "--config.data.path=/nowhere",
-            ["/nowhere", "--data", "python -m preprocess build"],
-        ),
-        ("--config.workdir=/proc/no/such", ["/proc/no/such"]),
-        ("--config.workdir=/dev/null", ["/dev/null"]),
-        ("--config.mesh.fsdp=3", ["mesh", "3"]),
-        ("--config.seed=-1", ["config.seed", "-1"]),
-        ("--config.resume.from_run=/nowhere", ["/nowhere"]),
-    ],
-)
-def test_more_refusals_in_one_line(train_command, config, tmp_path, tiny_dataset, argument, words):
-    config.data.path = str(tiny_dataset)
-    line = refused(train_command, write_config(tmp_path / "c.py", config), argument)
-    for word in words:
-        assert word in line
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        (None, ["broken.py", "No such file"]),
-        ("def get_config(:\n", ["broken.py", "invalid syntax"]),
-        ("x = 1\n", ["get_config"]),
-        ("import nothing_of_that_name\n", ["nothing_of_that_name"]),
-    ],
-    ids=["missing", "syntax", "empty", "import"],
-)
-def test_a_configuration_file_that_cannot_be_read_is_told_in_one_line(train_command, tmp_path, text, words):
-    path = tmp_path / "broken.py"
-    if text is not None:
-        path.write_text(text)
-    line = refused(train_command, path)
-    for word in words:
-        assert word in line
-
-
-def test_config_errors_are_what_the_command_catches():
-    from fluxdit_jax import train
-
-    assert configuration.ConfigError in train.USER_ERRORS
-
-
-# ------------------------------------------------------------------------------------------------ the command line
-
-
-def test_every_key_is_described_on_demand(capsys):
-    with pytest.raises(SystemExit) as ended:
-        train_arguments.parse(["train", "--keys"])
-    assert ended.value.code == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert sorted(line.split(" = ")[0] for line in lines) == sorted(key for key, _ in DEFAULTS)
-    for line in lines:
-        assert line[42:].strip(), line
-    with pytest.raises(SystemExit):
-        train_arguments.parse(["train", "--keys=ema"])
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
-        "ema.decay",
-        "ema.short_decay",
-    ]
-
-
-def test_help_names_the_keys_option_and_the_configurations(capsys):
-    with pytest.raises(SystemExit) as ended:
-        train_arguments.parse(["train", "--help"])
-    said = capsys.readouterr().out
-    assert ended.value.code == 0 and "--keys" in said and "configs/" in said and "--config.optim.lr" in said
-
-
-@pytest.mark.parametrize(
-    ("argument", "keys"),
-    [
-        ("--config.ema.horizon=3", ["decay", "short_decay"]),
-        ("--config.wallet.size=3", ["model", "optim", "workdir"]),
-        ("--config.optim.lr.x=3", None),
-        ("--config.model.widht=3", None),
-        ("--config.optim.lr=3", None),
-    ],
-)
-def test_a_key_far_from_any_gets_the_keys_of_its_group(argument, keys):
-    said = train_arguments.near_keys(["--config=configs/demo.py", argument])
-    assert all(key in said for key in keys) if keys else said == ""
-
-
-def test_training_without_a_configuration_asks_for_one(train_command, tmp_path):
-    with train_command._commands.start("fluxdit_jax.train", cwd=tmp_path) as process:
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and "--config=configs/demo.py" in err and err.count("\n") == 1
-
-
-def test_the_toy_of_stages_is_found_from_any_folder(train_command, tmp_path):
-    arguments = ["--config=demo_stages", f"--config.data.path={tmp_path / 'nowhere'}", "--plan"]
-    with train_command._commands.start("fluxdit_jax.train", *arguments, cwd=tmp_path) as process:
-        _, err = process.communicate(timeout=120)
-    assert process.returncode == 1 and "config.data.resolution is 64" in err and "ImportError" not in err

@@ -296,7 +296,7 @@ class TrainCommand:
 
 def write_config(path: Path, config: ConfigDict) -> Path:
     """A configuration file that gives `config`."""
-    changed = "\n".join(f"    c.{key} = {value!r}" for key, value in _flat(config.to_dict()) if value is not None)
+    changed = "\n".join(f"    c.{key} = {value!r}" for key, value in flat(config.to_dict()) if value is not None)
     path.write_text(
         "from fluxdit_jax.config import default_config\n\n\n"
         f"def get_config():\n    c = default_config()\n{changed}\n    return c\n"
@@ -304,11 +304,12 @@ def write_config(path: Path, config: ConfigDict) -> Path:
     return path
 
 
-def _flat(tree: dict, prefix: str = "") -> list[tuple[str, object]]:
+def flat(tree: dict, prefix: str = "") -> list[tuple[str, object]]:
+    """A configuration's values with their keys, as `group.name`."""
     return [
         pair
         for key, value in tree.items()
-        for pair in (_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)])
+        for pair in (flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)])
     ]
 
 
