@@ -1,35 +1,26 @@
-"""What must hold across modules, on one small run: the same weights, statistics, shift, guidance, sizes and pictures.
-
-The run has a time shift, pictures that are not square, a holdout split with a copy of one of its pictures in the
-input, a preview with guidance, captions of more than 8 tokens, two averages and a seed that is not 0.
-"""
+"""What must hold across modules, on one small run: the same weights, statistics, shift, guidance, sizes, pictures."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from build_fixtures import index, killed_before, options, read
-from drawing_helpers import config, pixels
-from ml_collections import ConfigDict
+from build_fixtures import index, killed_before
+from drawing_helpers import pixels
 from PIL import Image
 from training_helpers import lively, tree_equal, write_dataset
+from truth_scene import PREVIEW, SEED, SHIFT, STEPS, Scene, make_run
 from wording import naming
 
-import fluxdit_jax.train
 from fluxdit_jax import flow, validate
 from fluxdit_jax.dataset.grid import GRID_FILE, Place, write_grid
-from fluxdit_jax.dataset.manifest import Manifest, load_manifest
-from fluxdit_jax.dataset.records import Record
 from fluxdit_jax.device.sharding import make_mesh
 from fluxdit_jax.export import export
 from fluxdit_jax.gate.eval_set import EvalSet
@@ -39,129 +30,24 @@ from fluxdit_jax.model import cost, dit
 from fluxdit_jax.model.conditions import Given
 from fluxdit_jax.model.patches import patchify
 from fluxdit_jax.run import weights
-from fluxdit_jax.run.checkpoint import EMA, SHORT_EMA, Checkpoints, restore_ema
+from fluxdit_jax.run.checkpoint import EMA, SHORT_EMA, restore_ema
 from fluxdit_jax.run.digest import tree_digest
-from fluxdit_jax.run.metrics import read_metrics
 from fluxdit_jax.run.run_directory import load_config, load_dataset, record_start
 from fluxdit_jax.run.validation_loss import ValidationLoss
-from fluxdit_jax.sample import sample
 from fluxdit_jax.sampling import solvers
-from fluxdit_jax.sampling.arguments import parse_arguments
 from fluxdit_jax.sampling.exported import ExportError, read_description
 from fluxdit_jax.sampling.pipeline import Generator, conditions, record_conditions
 from fluxdit_jax.sampling.preview import make_preview
-from fluxdit_jax.sampling.prompts import SampleError, encode_prompts, encode_reference, read_reference
+from fluxdit_jax.sampling.prompts import read_reference
 from fluxdit_jax.sampling.sizes import pictures_by_size
-from fluxdit_jax.settings import Settings, resolve
+from fluxdit_jax.settings import resolve
 from fluxdit_jax.shared import image_grid
 from fluxdit_jax.train_step import patch_statistics
 from fluxdit_jax.vae.decoder import load_decoder
-from preprocess.build.build import build
 from preprocess.encoders import load_vae
 
 pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.usefixtures("quick_compile")
-
-SEED, SHIFT, STEPS = 5, 3.0, 8
-PREVIEW = {"count": 3, "steps": 3, "guidance": 2.5}
-SIZES = ((96, 192), (192, 96), (128, 128), (90, 150))  # height, width of the photographs
-
-
-@dataclasses.dataclass(frozen=True)
-class Scene:
-    """A folder with photos/, ds/ and run/, what they say of themselves, and the micro-batches of the run."""
-
-    root: Path
-    settings: Settings
-    manifest: Manifest
-    batches: list[dict]
-
-    @property
-    def run(self) -> Path:
-        return self.root / "run"
-
-    def photo(self, record: Record) -> Path:
-        return self.root / "photos" / record.key
-
-    def records(self, split: str) -> list[Record]:
-        source = reader.RecordSource(self.root / "ds", self.manifest, split)
-        return [source[i] for i in range(len(source))]
-
-    def logged(self) -> dict[str, float]:
-        """Everything logged at the last step."""
-        return {k: v for entry in read_metrics(self.run / "metrics.jsonl") if entry["step"] == STEPS
-                for k, v in entry.items()}  # fmt: skip
-
-    def trained(self, name: str):
-        """Part of the state in the last resumable checkpoint."""
-        return weights._read_average(self.run / "checkpoints" / str(STEPS), name)
-
-    def draw_all(self, *arguments: str, of: str = "--workdir=run") -> list[np.ndarray]:
-        option, _, folder = of.partition("=")
-        given = [option, str(self.root / folder), "--out", str(self.root / "x.png"), *arguments]
-        return sample(parse_arguments(given))
-
-    def draw(self, *arguments: str, of: str = "--workdir=run") -> np.ndarray:
-        return self.draw_all(*arguments, of=of)[0]
-
-    def drawn_as(self, record: Record, seed: int, *more: str, reference: bool = True) -> np.ndarray:
-        """The picture of a record by the command: its caption and size, its photograph as the reference."""
-        height, width = record.encoded_size
-        light = ["--reference", str(self.photo(record))] if reference else []
-        return self.draw("--prompt", record.caption, "--size", f"{width}x{height}", "--seed", str(seed), *light, *more)
-
-    def generator(self, **changes) -> Generator:
-        values = {
-            "tokens": self.settings.tokens, "lengths": self.settings.batch.lengths, "shift": SHIFT, "steps": 2,
-            "statistics": patch_statistics(self.manifest.latent_mean, self.manifest.latent_std, 2), "batch_size": 4,
-        }  # fmt: skip
-        return Generator(self.settings.model, **values | changes)
-
-
-def write_photos(folder: Path, draw: Callable, count: int = 20) -> None:
-    folder.mkdir()
-    for number in range(count):
-        image = Image.fromarray(draw(*SIZES[number % len(SIZES)], number))
-        turned = Image.Exif()
-        turned[0x0112] = 6 if number % 5 == 4 else 1  # lies on its side
-        image.save(folder / f"p{number:02}.png", exif=turned)
-        (folder / f"p{number:02}.txt").write_text(f"photo number {number} of a dog by the sea at dusk")
-        if number % 4 == 0:
-            shutil.copy(folder / f"p{number:02}.png", folder / f"p{number:02}_copy.png")
-            (folder / f"p{number:02}_copy.txt").write_text(f"the same picture as number {number} once more")
-
-
-def start_from_lively_weights(c: ConfigDict, folder: Path) -> None:
-    """So that pictures depend on all that is given: a new network predicts next to nothing."""
-    settings = resolve(c, load_manifest(Path(c.data.path)))
-    with Checkpoints(folder, keep=1) as checkpoints:
-        checkpoints.save_ema(1, lively(dit.initialize(settings.model, jax.random.key(0)), scale=0.1))
-    c.resume.from_run = str(folder)
-
-
-def make_run(root: Path, draw: Callable) -> list[dict]:
-    """Fills the folder; returns the micro-batches that the run asked for, the text left out."""
-    write_photos(root / "photos", draw)
-    build(options(root / "photos", root / "ds", resolution=96, holdout=0.25, fit="pad"))
-    c = config(root / "ds", root / "run")
-    start_from_lively_weights(c, root / "start")
-    c.seed, c.flow.shift, c.ema.decay, c.ema.short_decay = SEED, SHIFT, 0.9, 0.3
-    c.flow.drop = "all 0.1, text 0.1, vision 0.2"
-    c.log.heldout_every = c.log.preview_every = STEPS
-    c.log.preview_count, c.log.preview_steps, c.log.preview_guidance = PREVIEW.values()
-    c.log.peak_tflops = 2.0
-    asked: list[dict] = []
-    original = reader.batches
-
-    def batches(*args, **kwargs) -> Iterator[dict]:
-        for batch in original(*args, **kwargs):
-            asked.append({name: np.array(batch[name]) for name in ("vision", "index")})
-            yield batch
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reader, "batches", batches)
-        assert fluxdit_jax.train.train(c) == 0
-    return asked
 
 
 @pytest.fixture(scope="module")
@@ -456,45 +342,6 @@ def test_padding_and_neighbours_change_no_picture(scene: Scene) -> None:
         assert alone.shape == record.latent.shape
         np.testing.assert_allclose(together[row], alone, atol=1e-4)
         np.testing.assert_allclose(padded[row], alone, atol=1e-4)
-
-
-# ---------------------------------------------------------------------------------------- stored and given
-
-
-@pytest.mark.parametrize("fit", ["resize", "crop", "pad"])
-@pytest.mark.parametrize("real", [False, True], ids=["builtin", "dino"])
-def test_a_training_photograph_as_reference_is_its_stored_vector(
-    tmp_path: Path, draw_photo, fit: str, real: bool, request: pytest.FixtureRequest
-) -> None:
-    """So is a caption as a prompt its stored text. One photograph lies on its side, one is small and narrow."""
-    write_photos(tmp_path / "photos", draw_photo, 5)
-    Image.fromarray(draw_photo(30, 170, 8)).save(tmp_path / "photos" / "narrow.png")
-    (tmp_path / "photos" / "narrow.txt").write_text("a narrow one")
-    more = {"min_side": 16, "max_aspect": 6.0}
-    if real:
-        more |= {name: str(request.getfixturevalue(f"tiny_{of}_dir"))
-                for name, of in (("vision_encoder", "dino"), ("text_encoder", "t5"))}  # fmt: skip
-    build(options(tmp_path / "photos", tmp_path / "ds", resolution=96, holdout=0.0, fit=fit, device="cpu", **more))
-    manifest, vae = load_manifest(tmp_path / "ds"), load_vae("builtin:dct")
-    for key, record in read(tmp_path / "ds").items():
-        seen, sha256 = read_reference(tmp_path / "photos" / key, manifest)
-        assert seen.shape == (*record.encoded_size, 3) and sha256 == record.content_hash
-        np.testing.assert_array_equal(vae.encode(seen[None])[0], record.latent)
-        np.testing.assert_allclose(encode_reference(seen, manifest, None), record.vision, atol=2e-5)
-        (made,) = encode_prompts([record.caption], manifest, None)
-        np.testing.assert_allclose(made["text"].astype(np.float32), record.text.astype(np.float32), atol=2e-2)
-
-
-def test_an_encoder_with_other_settings_is_refused_as_a_references(tmp_path: Path, draw_photo, tiny_dino_dir) -> None:
-    write_photos(tmp_path / "photos", draw_photo, 1)
-    dino = Path(shutil.copytree(tiny_dino_dir, tmp_path / "dino"))
-    encoder = {"vision_encoder": str(dino), "device": "cpu"}
-    manifest = build(options(tmp_path / "photos", tmp_path / "ds", resolution=96, holdout=0.0, **encoder)).manifest
-    seen, _ = read_reference(tmp_path / "photos" / "p00.png", manifest)
-    settings = json.loads((dino / "preprocessor_config.json").read_text())
-    (dino / "preprocessor_config.json").write_text(json.dumps(settings | {"image_mean": [0.1, 0.2, 0.3]}))
-    with pytest.raises(SampleError, match=naming("--vision-encoder", dino)):
-        encode_reference(seen, manifest, None)
 
 
 # ------------------------------------------------------------------------------------------ order and splits
