@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
 import shutil
@@ -11,105 +10,37 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import optax
 import pytest
-import training_helpers
-from training_helpers import (
-    batch_layout,
-    make_record,
-    tiny_config,
-    tree_equal,
-    write_dataset,
-)
+from run_helpers import STEPS, assert_same_outcome, interrupt, log_of, rest_slow, run, run_config, scalars
+from training_helpers import batch_layout, tree_equal, write_dataset
 from wording import lines_naming, naming
 
-from fluxdit_jax.dataset.fields import BF16
-from fluxdit_jax.dataset.manifest import MANIFEST, load_manifest
-from fluxdit_jax.device import devices
-from fluxdit_jax.device.memory_plan import MemoryPlan, OutOfMemory, plan, require_fit
+from fluxdit_jax.dataset.manifest import load_manifest
 from fluxdit_jax.device.sharding import make_mesh
 from fluxdit_jax.loader import reader
 from fluxdit_jax.program import Program
-from fluxdit_jax.run.checkpoint import EMA, SHORT_EMA, CheckpointError, Checkpoints, ema_steps, restore_ema
-from fluxdit_jax.run.metrics import read_metrics
+from fluxdit_jax.run.checkpoint import SHORT_EMA, CheckpointError, Checkpoints, ema_steps, restore_ema
 from fluxdit_jax.run.run_directory import RunError, RunLock, load_config, load_dataset
 from fluxdit_jax.run.scalars import on_board
 from fluxdit_jax.settings import resolve
-from fluxdit_jax.state import create_state
 from fluxdit_jax.train import train
 from fluxdit_jax.train_step import patch_statistics
 
 pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-STEPS = 8  # of two micro-batches of four
 slow = pytest.mark.slow
-
-
-def rest_slow(first, *others):
-    """Parameters of which only the first belongs to the fast tests: each run costs seconds of tracing."""
-    return [first, *(pytest.param(*(o if isinstance(o, tuple) else (o,)), marks=slow) for o in others)]
-
-
-def scalars(workdir):
-    """{step: the logged values that do not depend on the clock} of metrics.jsonl."""
-    clock = {"images_per_second", "tokens_per_second", "data_wait", "mfu", "device_memory_gb"}
-    found: dict[int, dict] = {}
-    for entry in read_metrics(Path(workdir) / "metrics.jsonl"):
-        values = {name: value for name, value in entry.items() if name not in clock and not isinstance(value, str)}
-        assert not found.get(entry["step"], {}).keys() & (values.keys() - {"step"}), "a step is logged twice"
-        found.setdefault(entry["step"], {}).update(values)
-    return {step: values for step, values in found.items() if len(values) > 1}
-
-
-def log_of(workdir):
-    return (Path(workdir) / "train.log").read_text()
-
-
-def run(config, expected=0):
-    assert train(config.copy_and_resolve_references()) == expected
-
-
-def interrupt(monkeypatch, after, number=signal.SIGTERM):
-    """Sends this process a signal when the loop asks for its `after`-th micro-batch."""
-    original = reader.batches
-
-    def batches(*args, **kwargs):
-        for position, batch in enumerate(original(*args, **kwargs), start=1):
-            if position == after:
-                os.kill(os.getpid(), number)
-            yield batch
-
-    monkeypatch.setattr(reader, "batches", batches)
-
-
-def assert_same_outcome(workdir, reference, steps=STEPS):
-    assert scalars(workdir) == scalars(reference)
-    for folder in (EMA, SHORT_EMA):
-        found, wanted = (restore_ema(Path(run), steps, folder=folder) for run in (workdir, reference))
-        assert tree_equal(found, wanted)
 
 
 @pytest.fixture
 def config(tiny_dataset, tmp_path):
-    c = tiny_config(tiny_dataset, tmp_path / "run")
-    c.flow.drop = "all 0.1, text 0.2, vision 0.2"
-    c.checkpoint.ema_every = 4
-    c.log.heldout_every, c.log.heldout_count = 4, 3
-    c.ema.short_decay = 0.3
-    c.flow.shift = 0.125  # little noise: eight steps learn something
-    return c
+    return run_config(tiny_dataset, tmp_path / "run")
 
 
 @pytest.fixture(scope="module")
 def finished(quick_compile, tiny_dataset, tmp_path_factory):
     """An uninterrupted run; read only."""
-    c = tiny_config(tiny_dataset, tmp_path_factory.mktemp("finished") / "run")
-    c.flow.drop = "all 0.1, text 0.2, vision 0.2"
-    c.checkpoint.ema_every = 4
-    c.log.heldout_every, c.log.heldout_count = 4, 3
-    c.ema.short_decay = 0.3
-    c.flow.shift = 0.125  # little noise: eight steps learn something
+    c = run_config(tiny_dataset, tmp_path_factory.mktemp("finished") / "run")
     run(c)
     return Path(c.workdir)
 
@@ -355,167 +286,6 @@ def test_two_runs_do_not_share_a_directory(config):
     with pytest.raises(RunError, match=rf"{config.workdir} .*\bpid {os.getpid()}\b"):
         train(config)
     lock.release()
-
-
-@slow
-def test_a_step_that_does_not_fit_is_refused_before_it_runs(config):
-    config.device_memory_gb, config.model.remat, config.data.micro_batch_size = 0.0005, "block", 2
-    with pytest.raises(OutOfMemory) as refusal:
-        train(config)
-    for words in ("config.device_memory_gb", "0.0005", "f32 weights", "moments", "EMA", "activations"):
-        assert words in str(refusal.value)
-    assert "no smaller micro-batch" in str(refusal.value), "which it has looked for"
-    assert not (Path(config.workdir) / "config.json").exists()
-
-
-def test_a_plan_is_held_against_what_jax_may_take_too():
-    found = MemoryPlan({"f32 weights": 10 * 10**9}, 0, 10 * 10**9)
-    require_fit(found, 24.0, None, [])
-    require_fit(found, 24.0, 23.4, [])
-    smaller = ("config.x", lambda: MemoryPlan({}, 0, 18 * 10**9))
-    with pytest.raises(OutOfMemory, match=r"20.00 GB .*19.05 GB \(XLA_PYTHON_CL.*config.x.*\b18"):
-        require_fit(found, 24.0, 19.05, [smaller])
-    with pytest.raises(OutOfMemory, match=r"config.device_memory_gb\D+16"):
-        require_fit(found, 16.0, 19.05, [])
-
-
-def test_a_device_whose_compiler_tells_no_plan_has_one_of_the_state_alone(monkeypatch, caplog):
-    monkeypatch.setattr(jax.stages.Compiled, "memory_analysis", lambda self: None)  # as its documentation allows
-    optimizer = optax.MultiSteps(optax.sgd(0.1), 2)
-    state = create_state({"w": jax.numpy.zeros(256)}, optimizer)
-    compiled = jax.jit(lambda state, batch: (state, batch)).lower(state, state.params).compile()
-    found = plan([compiled], state, state.params)
-    assert (found.parts["f32 weights"], found.batch, found.temporary) == (1024, 1024, 0)
-    assert "activations" in caplog.text
-
-
-def test_jax_may_take_most_of_the_memory_unless_told_otherwise(monkeypatch):
-    names = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
-    for told in (None, *names):
-        for name in names:
-            monkeypatch.delenv(name, raising=False)
-        if told:
-            monkeypatch.setenv(told, "0.5")
-        devices.use_most_memory()
-        assert [os.environ.get(name) for name in names] == {
-            None: ["0.92", None], names[0]: ["0.5", None], names[1]: [None, "0.5"],
-        }[told]  # fmt: skip
-
-
-def test_a_damaged_record_stops_the_run_and_names_it(config, tmp_path):
-    path = damage_record_13(tmp_path / "data")
-    config.data.path = str(tmp_path / "data")
-    with pytest.raises(reader.DatasetError, match=f"{path.name} row 1 .record 13."):
-        train(config)
-
-
-def test_a_damaged_record_is_passed_over_if_asked_to_counted_and_resumed(config, tmp_path, monkeypatch):
-    """One of 24: its place in each of the epochs is taken, the same in one go and in two."""
-    path = damage_record_13(tmp_path / "data")
-    config.data.path, config.data.on_corrupt = str(tmp_path / "data"), "skip"
-    whole = config.copy_and_resolve_references()
-    whole.workdir = str(tmp_path / "whole")
-    run(whole)
-    replaced = {step: values["replaced_samples"] for step, values in scalars(whole.workdir).items()}
-    assert len(replaced) == STEPS and 2 <= sum(replaced.values()) <= 3 and set(replaced.values()) == {0, 1}
-    assert log_of(whole.workdir).count(f"{path.name} row 1 (record 13)") == 1
-    assert all(values["skipped"] == 0 for values in scalars(whole.workdir).values())
-    with monkeypatch.context() as patch:
-        interrupt(patch, 7)
-        run(config, expected=128 + signal.SIGTERM)
-    run(config)
-    assert_same_outcome(config.workdir, whole.workdir)
-
-
-def damage_record_13(directory):
-    """Writes a dataset with a flipped bit in the payload of record 13; gives the path of its shard."""
-    manifest = write_dataset(directory)
-    path = directory / manifest.shards["train"][1].file
-    content = bytearray(path.read_bytes())
-    content[content.index(make_record(13, (2, 6)).vision.tobytes())] ^= 1
-    path.write_bytes(content)
-    return path
-
-
-@slow
-def test_damage_in_the_holdout_split_is_named_or_passed_over(config, tmp_path):
-    manifest = write_dataset(tmp_path / "data")
-    path = tmp_path / "data" / manifest.shards["holdout"][0].file
-    content = bytearray(path.read_bytes())
-    content[content.index(make_record(1000).vision.tobytes())] ^= 1
-    path.write_bytes(content)
-    config.data.path = str(tmp_path / "data")
-    with pytest.raises(reader.DatasetError, match=f"{path.name} row 0 .record 0."):
-        train(config)
-    config.data.on_corrupt, config.train.steps = "skip", 4
-    run(config)
-    assert np.isfinite(scalars(config.workdir)[4]["heldout_loss"])
-    assert log_of(config.workdir).count(f"{path.name} row 0 (record 0)") == 1
-
-
-# ------------------------------------------------------------------------------------------------ non-finite
-
-
-@pytest.fixture
-def overflowing(tmp_path, monkeypatch):
-    """Makes datasets in which some records are finite but so large that their loss is not."""
-
-    def make(bad):
-        def record(number, *args, **kwargs):
-            made = make_record(number, *args, **kwargs)
-            if number in bad:
-                object.__setattr__(made, "latent", np.full_like(made.latent, BF16.type(3e38)))
-            return made
-
-        directory = tmp_path / f"data{len(bad)}"
-        with monkeypatch.context() as patch:
-            patch.setattr(training_helpers, "make_record", record)
-            manifest = write_dataset(directory)
-        fair = dataclasses.replace(manifest, latent_mean=(0.5,) * 4, latent_std=(2.0,) * 4)
-        (directory / MANIFEST).write_text(fair.to_json())
-        return directory
-
-    return make
-
-
-@pytest.mark.parametrize("batch_size", rest_slow(4, 8))
-def test_a_bad_record_is_skipped_counted_and_told(config, overflowing, batch_size):
-    config.data.path = str(overflowing({7}))
-    config.data.micro_batch_size = batch_size
-    config.log.heldout_every = 0
-    config.flow.shift = 1.0  # with some times a gradient of finite numbers, whose squares are not
-    run(config)
-    logged = scalars(config.workdir)
-    assert list(logged) == list(range(1, STEPS + 1))
-    skipped = sum(values["skipped"] for values in logged.values())
-    assert 2 <= skipped <= 4  # once in every epoch of 24 samples
-    whole = 8 // batch_size  # micro-batches of a step
-    lost = {step for step, values in logged.items() if values["skipped"] == whole}  # without any gradient
-    assert all(np.isfinite(v) for step, values in logged.items() for v in values.values() if step not in lost)
-    texts = [e for e in read_metrics(Path(config.workdir) / "metrics.jsonl") if "health/non-finite" in e]
-    assert texts and "skipped" in texts[0]["health/non-finite"]
-    assert "health: step" in log_of(config.workdir)
-
-
-@pytest.mark.parametrize("batch_size", rest_slow(4, 2, 8))
-def test_a_run_of_nothing_but_bad_records_stops_if_asked_to(config, overflowing, batch_size):
-    config.data.path = str(overflowing(set(range(24))))
-    config.data.micro_batch_size, config.health.action, config.log.heldout_every = batch_size, "stop", 0
-    config.train.steps, config.flow.shift = 100, 1.0
-    run(config, expected=3)
-    assert lines_naming(log_of(config.workdir), "stopped", "(health:") and "non-finite" in log_of(config.workdir)
-    assert not list(Path(config.workdir, "checkpoints").glob("[0-9]*"))
-
-
-@slow
-@pytest.mark.parametrize("batch_size", [2, 8])
-def test_a_run_of_nothing_but_bad_records_still_obeys_a_signal(config, overflowing, batch_size, monkeypatch):
-    config.data.path = str(overflowing(set(range(24))))
-    config.data.micro_batch_size, config.log.heldout_every, config.train.steps = batch_size, 0, 100
-    config.flow.shift = 1.0
-    with monkeypatch.context() as patch:
-        interrupt(patch, 30)
-        run(config, expected=128 + signal.SIGTERM)
 
 
 # ------------------------------------------------------------------------------------------------ stages
