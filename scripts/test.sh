@@ -9,7 +9,9 @@ export PATH="$venv/bin:$PATH"
 ruff check .
 ruff format --check .
 mypy & types=$!
-# More processes than cores: many tests wait for a process that they have started.
+# More processes than cores: many tests wait for a process that they have started. Then threads of OpenMP and BLAS only
+# take each other's core, and spin while they wait.
+export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 status=0
 python -m pytest --numprocesses="$(($(nproc) * 3 / 2))" --dist=loadfile "$@" || status=$?
 wait "$types" || { status=$?; echo "error: mypy found faults, see above" >&2; }

@@ -29,6 +29,7 @@ FOREIGN = {
     "--gpus",
     "--wrap",
     "--dependency",
+    "--generate",
     "--index-url",
     "--no-deps",
     "--exclude",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shlex
 import shutil
@@ -79,11 +80,11 @@ def adapted(command: Command, folder: Path) -> list[str]:
     text = " ".join(command.words)
     name = command.module + (f" {command.arguments[0]}" if command.module == "preprocess" else "")
     data = "/data/photos/64" if name == "preprocess inspect" else "/data/photos"
-    placed = {"DATASET": data, "RUN": f"runs/{len(list(folder.glob('runs/*')))}", "IMAGES": "/photos"}
+    placed = {"DIR": "/made", "DATASET": data, "RUN": f"runs/{len(list(folder.glob('runs/*')))}", "IMAGES": "/photos"}
     moved = [
         placed.get(word, re.sub(r"=(DATASET|RUN)$", lambda m: f"={placed[m[1]]}", word)) for word in command.arguments
     ]
-    moved = [re.sub(r"(^|=)/(photos|data|vaes)", rf"\1{folder}/\2", word) for word in moved]
+    moved = [re.sub(r"(^|=)/(photos|data|vaes|made)", rf"\1{folder}/\2", word) for word in moved]
     moved = [re.sub(r"(^|=)(runs|exports|published)\b", rf"\1{folder}/\2", word) for word in moved]
     moved = [re.sub(r"(^|=)([\w.]+\.(png|jpg|npy))$", rf"\1{folder}/\2", word) for word in moved]
     if "--size" in moved:
@@ -99,7 +100,10 @@ def adapted(command: Command, folder: Path) -> list[str]:
         name += " --resolution 256,512,1024"
     again = name == "preprocess build" and "--resolution" not in command.arguments  # has the options of before
     stages = SHORT["configs/prod.py"] if "--config=configs/prod.py" in moved else []
-    return moved + ([] if "--recipe" in moved or again else SHORT.get(name, []) + stages) + further
+    words = moved + ([] if "--recipe" in moved or again else SHORT.get(name, []) + stages) + further
+    places = [word for word in words if re.search(r"^(--config\.\S+=)?[A-Z]{3,}$", word)]
+    assert not places, f"{command}: {places} would be written beside the documents"
+    return words
 
 
 def run(command: Command, folder: Path) -> int:
@@ -134,9 +138,8 @@ def section_commands(title: str) -> list[Command]:
 
 
 @pytest.fixture(scope="module")
-def road(tmp_path_factory, draw_photo, quick_compile, tiny_vae_dir) -> Road:
+def road(tmp_path_factory, draw_photo, quick_compile) -> Road:
     folder = tmp_path_factory.mktemp("road")
-    (folder / "vae").symlink_to(tiny_vae_dir)
     (folder / "photos").mkdir()
     for number in range(24):
         photo = Image.fromarray(draw_photo(80, 80 + 16 * (number % 2), number))
@@ -190,8 +193,6 @@ ELSEWHERE = {
     "fluxdit_jax.play": "tests/playground",
     "--engine ray": "tests/preprocess/test_ray_engine.py",
     "mesh.coordinator": "tests/stress/test_hosts.py",
-    " -c ": "prints versions of torch",
-    "scripts/docs_figures.py": "by hand",
 }
 
 
@@ -214,10 +215,15 @@ class WandbRun(list):
     log, finish = list.append, lambda self: self.append("finished")
 
 
+def test_what_runs_elsewhere_is_in_the_documents() -> None:
+    shown = [str(command) for path in DOCUMENTS[3:] for command in commands(path) if command.module]
+    assert all(any(word in line for line in shown) for word in ELSEWHERE)
+
+
 PAGES = sorted({command.document for command in commands_of_pages()})
 
 
-def prepare(page: str, folder: Path, monkeypatch) -> None:
+def prepare(page: str, folder: Path, request: pytest.FixtureRequest, monkeypatch) -> None:
     """What the page's text asks the reader to have."""
     if page == "docs/conditions.md":
         shutil.rmtree(folder / "runs" / "prod")  # its data set changes
@@ -233,6 +239,13 @@ def prepare(page: str, folder: Path, monkeypatch) -> None:
         stand_in.run = WandbRun()
         stand_in.init, stand_in.Image = lambda **given: stand_in.run, lambda pixels: pixels.shape
         monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    elif page in ("docs/encoders.md", "docs/learning.md"):  # they compare VAEs
+        (folder / "vae").symlink_to(request.getfixturevalue("tiny_vae_dir"))
+    elif page == "docs/rented.md":
+        shutil.rmtree(folder / "runs" / "prod")  # what has ended saves nothing
+        (folder / "rclone").write_text(f'#!/bin/sh\necho "$@" >> {folder}/copied\n')
+        (folder / "rclone").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     elif page in ("docs/amd.md", "docs/scaling.md"):
         shutil.rmtree(folder / "data" / "photos")  # to be built by workers
     elif page == "docs/captions.md":
@@ -243,14 +256,16 @@ def prepare(page: str, folder: Path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_commands_of_a_page_run(page: str, road: Road, tmp_path: Path, monkeypatch) -> None:
+def test_the_commands_of_a_page_run(page: str, road: Road, tmp_path: Path, request, monkeypatch) -> None:
     folder = tmp_path / "road"
     shutil.copytree(road.folder, folder, symlinks=True)
-    prepare(page, folder, monkeypatch)
+    prepare(page, folder, request, monkeypatch)
     monkeypatch.chdir(REPOSITORY)
     for command in commands_of_pages():
         if command.document == page:
             assert run(command, folder) in allowed(command), command
+    if page == "docs/rented.md":
+        assert (folder / "copied").read_text().startswith(f"copy {folder}/runs/prod bucket:runs/prod")
     if page == "docs/curves.md":
         first, *_, last = sys.modules["wandb"].run
         assert first["step"] >= 0 and last == "finished"
