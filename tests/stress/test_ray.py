@@ -13,14 +13,22 @@ from fluxdit_jax.dataset.manifest import MANIFEST  # noqa: E402
 
 
 @pytest.mark.slow
-def test_a_cluster_may_ask_for_the_token_of_its_machine(tmp_path: Path, monkeypatch) -> None:
-    """Ray makes one for a build without an address, and every cluster that is begun afterwards asks for it."""
+@pytest.mark.parametrize("had", [True, False])
+def test_a_cluster_may_ask_for_the_token_of_its_machine(had: bool, tmp_path: Path, monkeypatch) -> None:
+    """Ray makes one for a build without an address; a cluster asks for it if it began afterwards, and only then."""
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     (tmp_path / ".ray").mkdir()
-    (tmp_path / ".ray" / "auth_token").write_text("0123456789abcdef" * 4)
+    token = tmp_path / ".ray" / "auth_token"
+    if had:
+        token.write_text("0123456789abcdef" * 4)
     ray_kills.draw(tmp_path / "photos", range(6))
     with ray_kills.cluster() as (address, _):
-        process = ray_kills.start(tmp_path / "photos", tmp_path / "data", "--engine", "ray", "--ray-address", address)
-        told, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, told
+        token.write_text("0123456789abcdef" * 4)
+        build = ray_kills.start(tmp_path / "photos", tmp_path / "data", "--engine", "ray", "--ray-address", address)
+        try:
+            told, _ = build.communicate(timeout=240)
+        finally:
+            build.kill()
+    assert build.returncode == 0, told
     assert (tmp_path / "data" / MANIFEST).exists()
