@@ -89,7 +89,7 @@ def publish(
         index = pa.concat_tables([_index_part(info, table) for info, table, _ in placed]).cast(schema)
         Rows(index, [info for info, _, _ in placed], rejects_sha256).save(next_folder / INDEX)
         save_options(next_folder / OPTIONS_FILE, plan.options)
-        keys = set(index["key"].to_pylist())
+        keys = set(index["key"].to_pylist()) if plan.grid else set()
         grid = {key: place for key, place in plan.grid.items() if key in keys}
         if grid:
             write_grid(next_folder / GRID_FILE, grid)
