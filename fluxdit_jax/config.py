@@ -370,12 +370,23 @@ def _check_together(c: ConfigDict) -> None:
     _require(c.alignment.block < c.model.depth, "alignment.block", c.alignment.block, below)
     if c.profile is not None:
         profile_steps(c.profile)
+    check_mesh(c.mesh)
     _require(
         c.optim.warmup_steps <= c.train.steps or c.optim.schedule == "constant",
         "optim.warmup_steps",
         c.optim.warmup_steps,
         f"at most train.steps ({c.train.steps}) with a cosine schedule",
     )
+
+
+def check_mesh(mesh: ConfigDict) -> None:
+    """How processes find each other; raises `ConfigError`."""
+    if mesh.coordinator is None:
+        _require(mesh.num_processes == 1, "mesh.num_processes", mesh.num_processes, "1 without a mesh.coordinator")
+    elif mesh.coordinator != "auto":
+        host, _, port = mesh.coordinator.rpartition(":")
+        correct = bool(host) and port.isdecimal() and 0 < int(port) < 65536
+        _require(correct, "mesh.coordinator", mesh.coordinator, "host:port of process 0, or auto")
 
 
 def profile_steps(text: str) -> range:

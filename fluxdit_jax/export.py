@@ -28,6 +28,7 @@ from fluxdit_jax.config import ConfigError
 from fluxdit_jax.dataset.manifest import DatasetError
 from fluxdit_jax.exporting import diffusers_folder
 from fluxdit_jax.exporting.card import card, verdict_of
+from fluxdit_jax.exporting.place import CARD, WORK, remove_older, require_place
 from fluxdit_jax.exporting.samples import draw
 from fluxdit_jax.run.checkpoint import EMA, SHORT_EMA, CheckpointError
 from fluxdit_jax.run.run_directory import RunError, RunLock, load_stage
@@ -40,8 +41,6 @@ from fluxdit_jax.vae.files import DecoderError
 
 log = logging.getLogger(__name__)
 
-WORK = ".export"  # everything is written in this folder of DIR and then moved
-CARD = "README.md"
 OURS, DIFFUSERS = "fluxdit_jax", "diffusers"
 USAGE = """    python -m fluxdit_jax.sample --model=DIR --prompt "..." --out picture.png
 
@@ -81,6 +80,7 @@ def export(
         )
     if license and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
         raise ExportError(f"--license {license!r}: must be an identifier of the Hub, as apache-2.0 or other")
+    require_place(out, workdir)
     atomic_files.require_writable(out)
     weights = restore_weights(workdir, step, folder)
     stage, manifest = load_stage(workdir, weights.step)
@@ -126,10 +126,7 @@ def _replace(out: Path, write: Callable[[Path], None], marker: str) -> None:
                 write(files)
             except SafetensorError as error:
                 raise ExportError(f"{out}: {error}") from error
-            for each in (DESCRIPTION, diffusers_folder.INDEX):
-                if _is_export(out / each):  # an older one, whatever its format: nothing of it stays
-                    (out / each).unlink()
-                    _remove(out, diffusers_folder.OWNED)
+            remove_older(out)
             (out / marker).unlink(missing_ok=True)
             found = [path for path in sorted(files.rglob("*")) if path.is_file()]
             for path in sorted(found, key=lambda path: path == files / marker):
@@ -143,20 +140,6 @@ def _replace(out: Path, write: Callable[[Path], None], marker: str) -> None:
         lock.release()
         with contextlib.suppress(OSError):  # the next one is in it already
             work.rmdir()
-
-
-def _is_export(marker: Path) -> bool:
-    """Whether a file describes an export: a run directory and others have a config.json as well."""
-    said = marker.read_text(encoding="utf-8", errors="replace") if marker.is_file() else ""
-    return '"ema_step"' in said or "FluxDiTPipeline" in said
-
-
-def _remove(out: Path, names: tuple[str, ...]) -> None:
-    for path in (out / name for name in names):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import math
 import sys
 import time
 from pathlib import Path
@@ -90,6 +91,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
                         ("captions", 0), ("drawings", 0)):  # fmt: skip
         if getattr(arguments, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    if arguments.guidance_text is not None and not math.isfinite(arguments.guidance_text):
+        parser.error(f"--guidance-text must be a finite number, got {arguments.guidance_text}")
     return arguments
 
 

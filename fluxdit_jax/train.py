@@ -248,6 +248,10 @@ def main(argv: list[str]) -> None:
     config = _CONFIG.value
     devices.use_compilation_cache()
     devices.use_most_memory()
+    try:
+        configuration.check_mesh(config.mesh)
+    except configuration.ConfigError as error:
+        sys.exit(f"error: {error}")
     devices.join_processes(config.mesh.coordinator, config.mesh.num_processes, config.mesh.process_id)
     hosts = Hosts(config.mesh.patience)
     keep_freed_memory(large_too=jax.default_backend() == "cpu")

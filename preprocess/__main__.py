@@ -14,8 +14,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from fluxdit_jax.shared.cli import outlive_readers
-from fluxdit_jax.shared.paths import expanded
+from fluxdit_jax.shared.cli import explain, outlive_readers
+from fluxdit_jax.shared.paths import expanded, place
 from fluxdit_jax.shared.sanitize import shown
 from preprocess import PreprocessError
 from preprocess.build.arguments import DESCRIPTION, add_arguments
@@ -37,10 +37,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return parsed.run(parsed)
     except (PreprocessError, DatasetError, OSError) as error:
-        print(f"error: {shown(str(error), lines=True)}", file=sys.stderr)
+        print(f"error: {shown(explain(error), lines=True)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
-        print("\nstopped; finished shards are kept, the same command goes on from there", file=sys.stderr)
+        kept = "finished shards are kept, the same command goes on from there"
+        print(f"\nstopped; {kept if parsed.run is _build else 'nothing half-written is left'}", file=sys.stderr)
         return 128 + _number(stop)
 
 
@@ -78,6 +79,13 @@ def _build(parsed: argparse.Namespace) -> int:
     options, taken = complete(given)
     if taken:
         print(shown(f"As {parsed.output} was built: {' '.join(taken)}"))
+    by_ray = [f"--{name.replace('_', '-')}" for name in ("ray_address", "ray_workers") if getattr(parsed, name)]
+    if by_ray and parsed.engine != "ray":
+        raise PreprocessError(f"{by_ray[0]} is for --engine ray")
+    if parsed.worker and parsed.engine == "ray":
+        raise PreprocessError("--worker and --engine ray divide the work each in its own way: give one")
+    if parsed.draw and not parsed.draw.endswith(".png"):
+        raise PreprocessError(f"--draw {parsed.draw} must end in .png")
     if parsed.draw and not parsed.dry_run:
         raise PreprocessError(f"--draw {parsed.draw} is for --dry-run; `inspect` draws a finished dataset")
     if parsed.dry_run:
@@ -176,6 +184,12 @@ def _compare_vae(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be 1 or more")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m preprocess", description="Turns images with captions into an encoded dataset."
@@ -185,23 +199,23 @@ def _parser() -> argparse.ArgumentParser:
     add_arguments(build)
     build.set_defaults(run=_build)
     inspect = commands.add_parser("inspect", help="print and draw what is in a dataset")
-    inspect.add_argument("dataset", type=expanded, help="the dataset directory")
-    inspect.add_argument("--output", type=expanded, help="folder for the pictures (default: DATASET/inspect)")
-    inspect.add_argument("--cells", type=int, default=24, help="records on the contact sheet (default: 24)")
+    inspect.add_argument("dataset", type=place, help="the dataset directory")
+    inspect.add_argument("--output", type=place, help="folder for the pictures (default: DATASET/inspect)")
+    inspect.add_argument("--cells", type=_positive, default=24, help="records on the contact sheet (default: 24)")
     inspect.add_argument("--device", default="auto", help="for the VAE's decoder (default: auto)")
     inspect.set_defaults(run=_inspect)
     verify = commands.add_parser("verify", help="read everything and name what is damaged")
-    verify.add_argument("dataset", type=expanded, help="the dataset directory")
-    verify.add_argument("--workers", type=int, default=2, help="shards read at a time (default: 2)")
+    verify.add_argument("dataset", type=place, help="the dataset directory")
+    verify.add_argument("--workers", type=_positive, default=2, help="shards read at a time (default: 2)")
     verify.add_argument("--repair", action="store_true", help="encode again what is damaged, and nothing else")
     verify.set_defaults(run=_verify)
     export = commands.add_parser("export", help="write the records as WebDataset tar files")
-    export.add_argument("dataset", type=expanded, help="the dataset directory")
-    export.add_argument("--output", type=expanded, required=True, help="folder for the tar files")
+    export.add_argument("dataset", type=place, help="the dataset directory")
+    export.add_argument("--output", type=place, required=True, help="folder for the tar files")
     export.add_argument("--format", default="webdataset", choices=("webdataset",))
     export.set_defaults(run=_export)
     demo = commands.add_parser("demo", help="draw the demonstration pictures with their captions")
-    demo.add_argument("--output", type=expanded, required=True, help="folder to write them to")
+    demo.add_argument("--output", type=place, required=True, help="folder to write them to")
     demo.set_defaults(run=_demo)
     _add_subset(commands.add_parser("subset", help="make the set that the gate overfits", description=_SUBSET))
     _add_compare_vae(
@@ -220,11 +234,11 @@ def _add_subset(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--input",
-        type=expanded,
+        type=place,
         required=True,
         help="a dataset made by build, or a folder of images with captions",
     )
-    add("--output", type=expanded, required=True, help="the new folder of PNG files with .json captions")
+    add("--output", type=place, required=True, help="the new folder of PNG files with .json captions")
     add("--count", type=int, default=10, help="photographs to choose (default: 10)")
     add("--lights", type=int, default=5, help="light changes of each, the first one none (default: 5)")
     add(
@@ -277,8 +291,8 @@ def _add_compare_vae(parser: argparse.ArgumentParser) -> None:
         help="Hugging Face id, directory, or builtin:dct; given two or more times, the others are held against the "
         "first",
     )
-    add("--input", type=expanded, required=True, help="a folder of images, a table, a .tar, or a dataset")
-    add("--output", type=expanded, required=True, help="folder for the sheets and the numbers")
+    add("--input", type=place, required=True, help="a folder of images, a table, a .tar, or a dataset")
+    add("--output", type=place, required=True, help="folder for the sheets and the numbers")
     add("--count", type=int, default=64, help="pictures to take (default: 64)")
     add("--resolution", type=int, default=512, help="side of the square with the pixel budget (default: 512)")
     add("--allow-outside", action="store_true", help="as of build")

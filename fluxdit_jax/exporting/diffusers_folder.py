@@ -31,10 +31,6 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat
 BUNDLES = {"none": (), "vae": ("vae",), "all": ("vae", "text", "vision")}
 VERSION = "0.40.0"  # of diffusers, the oldest that is tried
 REQUIREMENTS = f"torch\ndiffusers>={VERSION}\ntransformers\nsentencepiece\ngradio\n"  # of a Space
-# What an export may hold, of either format: what an older one left is removed.
-OWNED = ("model_index.json", "config.json", "model.safetensors", "README.md", "pipeline.py", "app.py",
-         "requirements.txt", "transformer", "scheduler", "vae", "text_encoder", "tokenizer", "vision_encoder",
-         "samples")  # fmt: skip
 _SOURCES = Path(portable.__file__).parent
 _T5 = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
 _COMPONENTS = {"vae": "vae", "text": "text_encoder", "vision": "vision_encoder"}  # by encoder

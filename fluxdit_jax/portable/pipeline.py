@@ -11,6 +11,7 @@ not bundled is fetched under its name when it is first needed; the built-in ones
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,8 +115,9 @@ class FluxDiTPipeline(DiffusionPipeline):
         Raises:
           ValueError: an argument that cannot be drawn; the message names it.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        self._check(prompts, rescale, seed, num_images_per_prompt, output_type)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+        scales = {"text": guidance_text, "vision": guidance_vision} | (guidance or {})
+        self._check(prompts, reference, list(scales.values()), rescale, seed, num_images_per_prompt, output_type)
         size = self._size(width, height)
         known = [name for name, *_ in self.transformer.config.conditions]
         if unknown := sorted(set(guidance or {}) - set(known)):
@@ -127,7 +129,6 @@ class FluxDiTPipeline(DiffusionPipeline):
         shape = (rows * columns, config.channels * config.patch**2)
         start = torch.from_numpy(np.stack([normal(seed + row, shape) for row in range(count)])).to(device)
 
-        scales = {"text": guidance_text, "vision": guidance_vision} | (guidance or {})
         # Guidance adds the conditions one by one, in the order in which the network has them.
         names = [name for name, *_ in config.conditions if name in wanted]
         guided = names if any(scale != 1 for scale in scales.values()) else []
@@ -286,14 +287,27 @@ class FluxDiTPipeline(DiffusionPipeline):
         """Pixels a latent's side."""
         return self.config.facts["encoders"]["vae"]["options"]["factor"]
 
-    def _check(self, prompts: list[str], rescale: float, seed: int, count: int, output_type: str) -> None:
+    def _check(
+        self,
+        prompts: list[str],
+        reference: Image.Image | None,
+        scales: list[float],
+        rescale: float,
+        seed: int,
+        count: int,
+        output_type: str,
+    ) -> None:
         if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"prompt must be a text or several, got {prompts!r}")
+        if reference is not None and not isinstance(reference, Image.Image):
+            raise ValueError(f"reference must be a picture of PIL, as Image.open gives, got {type(reference).__name__}")
+        if not all(math.isfinite(scale) for scale in scales):
+            raise ValueError(f"guidance scales must be finite numbers, got {', '.join(map(str, scales))}")
         if not 0 <= rescale <= 1:
             raise ValueError(f"rescale must be between 0 and 1, got {rescale}")
         if count < 1:
             raise ValueError(f"num_images_per_prompt must be at least 1, got {count}")
-        if seed < 0 or seed + count * len(prompts) > 2**31:
+        if not isinstance(seed, int) or seed < 0 or seed + count * len(prompts) > 2**31:
             raise ValueError(f"seed must be 0 to 2**31 - 1, counted up for every picture, got {seed}")
         if output_type not in ("pil", "np", "latent"):
             raise ValueError(f"output_type must be pil, np or latent, got {output_type!r}")
@@ -312,6 +326,8 @@ class FluxDiTPipeline(DiffusionPipeline):
     ) -> dict[str, dict[str, torch.Tensor]]:
         """What the network is given of each condition, for all pictures."""
         given = {name: np.asarray(value, np.float32) for name, value in conditions.items()}
+        if reference is not None and "vision" in given:
+            raise ValueError("reference and conditions both give the vision vector: give one")
         if reference is not None:
             given["vision"] = self.encode_reference(reference)
         kinds = {name: (width, kind == "sequence") for name, width, kind in self.transformer.config.conditions}

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class HomeError(argparse.ArgumentTypeError, ValueError):
-    """There is no such home directory."""
+    """There is no such home directory, or no path at all."""
 
 
 def expanded(text: str) -> str:
@@ -41,9 +41,16 @@ def expanded(text: str) -> str:
         ) from error
 
 
+def place(text: str) -> str:
+    """As `expanded`, and not empty: `--output "$UNSET"` would be the current folder. Raises `HomeError`."""
+    if not text:
+        raise HomeError("the path is empty (a variable that is not set?)")
+    return expanded(text)
+
+
 def given_path(text: str) -> Path:
     """The `type` of an argument that is a path; raises `HomeError`."""
-    return Path(expanded(text))
+    return Path(place(text))
 
 
 def expand_keys(config: ConfigDict, keys: Iterable[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fluxdit_jax.shared.paths import expanded
+from fluxdit_jax.shared.paths import expanded, place
 from preprocess.build.options import Options
 
 DESCRIPTION = (
@@ -18,10 +18,10 @@ DESCRIPTION = (
 
 def _resolutions(text: str) -> tuple[int, ...]:
     """Sides, ascending."""
-    sides = tuple(sorted({int(side) for side in text.split(",")}))
-    if len(sides) < len(text.split(",")):
-        raise ValueError("a resolution is there twice")
-    return sides
+    given = text.split(",")
+    if not all(side.isdecimal() for side in given) or len({int(side) for side in given}) < len(given):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of pixels, or different ones with commas between")
+    return tuple(sorted(map(int, given)))
 
 
 def _worker(text: str) -> tuple[int, int]:
@@ -44,12 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument(
         "--input",
-        type=expanded,
+        type=place,
         default=argparse.SUPPRESS,
         help="folder of images, or a table of image_path and caption (.jsonl, .csv, .parquet), or a .tar; "
         "needed for a new dataset",
     )
-    parser.add_argument("--output", type=expanded, required=True, help="the dataset directory")
+    parser.add_argument("--output", type=place, required=True, help="the dataset directory")
     option("--vae", "Hugging Face id, directory, or builtin:dct", type=expanded)
     option("--text-encoder", "Hugging Face id, directory, or builtin:hash", type=expanded)
     option("--vision-encoder", "Hugging Face id, directory, or builtin:tone", type=expanded)

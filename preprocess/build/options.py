@@ -75,6 +75,7 @@ class Options:
             ("max_upscale", 1.0, math.inf),
             ("batch_size", 1, 4096),
             ("workers", 0, 1024),
+            ("max_tokens", 1, 4096),
             ("max_rejects", 0.0, 1.0),
         ):
             value = getattr(self, name)
@@ -87,6 +88,11 @@ class Options:
             raise PreprocessError(f"--vision-patches must be 0 (none) or one of {known}, got {self.vision_patches}")
         if self.vision_patches and not self.vision_encoder:
             raise PreprocessError("--vision-patches needs a --vision-encoder: files have vectors only")
+        for name in ("vae", "text_encoder"):
+            if not getattr(self, name):
+                raise PreprocessError(f"--{name.replace('_', '-')} is empty, and is needed")
+        if not (self.vision_encoder or self.vision_embeddings):
+            raise PreprocessError("--vision-encoder is empty: give one, or --vision-embeddings")
         if self.fit not in FITS:
             raise PreprocessError(f"--fit must be one of {', '.join(FITS)}, got {self.fit!r}")
         if Path(self.input).expanduser().resolve() == Path(self.output).expanduser().resolve():
@@ -99,6 +105,9 @@ class Options:
             raise PreprocessError(f"--resolution {','.join(map(str, sides))}: several must differ and ascend")
         result = dataclasses.replace(
             self,
+            vae=_local(self.vae),
+            text_encoder=_local(self.text_encoder),
+            vision_encoder=_local(self.vision_encoder),
             modulus=self.modulus or default_modulus(self.resolution),
             vision_resolution=self.vision_resolution or (self.resolution if sides else 0),
             workers=self.workers or _cores(),
@@ -172,8 +181,7 @@ class Options:
         named = [(name, directory) for name, _, directory in (text.partition("=") for text in self.condition)]
         raw["condition"] = [f"{name}={Path(directory).resolve()}" for name, directory in sorted(named)]
         for name in ENCODERS.values():
-            if raw[name] and Path(raw[name]).is_dir():
-                raw[name] = str(Path(raw[name]).resolve())
+            raw[name] = _local(raw[name])
         return raw
 
     @classmethod
@@ -184,6 +192,11 @@ class Options:
             return cls(**(raw | several)).checked()
         except TypeError as error:
             raise PreprocessError(f"{source}: not the options of a build: {error}") from error
+
+
+def _local(spec: str) -> str:
+    """A directory by its absolute path: a relative one would be an id of the Hub elsewhere."""
+    return str(Path(spec).resolve()) if spec and Path(spec).is_dir() else spec
 
 
 def _cores() -> int:

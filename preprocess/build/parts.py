@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Iterator, Set
 from pathlib import Path
 
-from fluxdit_jax.dataset.manifest import MANIFEST, parts_of
+from fluxdit_jax.dataset.manifest import INDEX, MANIFEST, REJECTS, parts_of
 from preprocess import PreprocessError
 from preprocess.build import comparison, repeat
 from preprocess.build.existing import Existing, archive
@@ -22,7 +22,7 @@ from preprocess.build.journal import Journal
 from preprocess.build.lock import locked
 from preprocess.build.options import Options
 from preprocess.build.plan import Fingerprints, Plan, Unit
-from preprocess.build.publish import finish, load_options
+from preprocess.build.publish import LOG_FILE, OPTIONS_FILE, finish, load_options
 from preprocess.build.units import WORK, Archive, disk_errors
 from preprocess.build.workers import require_no_worker
 
@@ -112,12 +112,25 @@ def datasets_of(directory: Path) -> list[Path]:
     return [directory / str(side) for side in sorted(sides)] or [directory]
 
 
+def _require_ours(output: Path) -> None:
+    """Raises `PreprocessError` where files of a dataset's names stand that no build made: they would be replaced."""
+    names = (MANIFEST, INDEX, REJECTS, OPTIONS_FILE, "features.json", "dataset_info.json", WORK)
+    found = [name for name in names if (output / name).exists()]
+    made = (output / LOG_FILE).exists() or (output / WORK / "lock").exists() or any(output.glob("*.array_record-*"))
+    if found and not made:
+        raise PreprocessError(
+            f"--output {output} holds no dataset and has {found[0]}, which would be replaced: give another folder"
+        )
+
+
 def require_place(options: Options) -> None:
     """Checks that an output has room for a dataset, or for folders of several.
 
     Raises:
-      PreprocessError: it holds the other, or a resolution that the build would leave behind.
+      PreprocessError: it holds the other, or a resolution that the build would leave behind, or files of someone else.
     """
+    for each in (options, *options.parts()):
+        _require_ours(Path(each.output))
     output, sides = Path(options.output), ",".join(map(str, options.resolutions or (options.resolution,)))
     if options.resolutions and (output / MANIFEST).exists():
         raise PreprocessError(

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,7 @@ def complete(given: dict[str, Any]) -> tuple[Options, list[str]]:
         if name not in given and value not in (getattr(Options, name, None), [])
         if not (name == "resolution" and values.get("resolutions"))
     ]
+    given = given | {"condition": _conditions(values.get("condition", ()), given.get("condition", ()))}
     values |= given
     for name in ("condition", "resolutions"):
         values[name] = tuple(values.get(name, ()))
@@ -153,6 +155,13 @@ def complete(given: dict[str, Any]) -> tuple[Options, list[str]]:
         where = "holds no dataset" if earlier is None else f"does not say what it was built from ({OPTIONS_FILE})"
         raise PreprocessError(f"--input is needed: --output {output} {where}")
     return Options(**values), taken
+
+
+def _conditions(before: Iterable[str], given: Iterable[str]) -> tuple[str, ...]:
+    """NAME=DIR of all: those of before stay; NAME= takes one of them away."""
+    had, names = ({text.partition("=")[0] for text in texts} for texts in (before, given))
+    kept = [text for text in before if text.partition("=")[0] not in names]
+    return (*kept, *(text for text in given if not (text.endswith("=") and text[:-1] in had)))
 
 
 def _follow_resolution(values: dict[str, Any], given: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ FORMATS = ("webdataset",)
 
 
 def export(directory: str | Path, output: str | Path, format: str = "webdataset") -> list[Path]:  # noqa: A002
-    """Writes one tar for every shard.
+    """Writes one tar for every shard, and removes those of an earlier export of a data set of this name.
 
     A sample is `NNNNNNNNN.json` (key, caption, sizes, content hash) and `NNNNNNNNN.safetensors` (latent and
     sequences in bfloat16, vectors in float32: .npy has no bfloat16). The number counts the records of a split, so a
@@ -54,6 +54,9 @@ def export(directory: str | Path, output: str | Path, format: str = "webdataset"
                         number += 1
                         bar.update(1)
                 written.append(path)
+    of_an_earlier = {path for split in SPLITS for path in output.glob(f"{manifest.name}-{split}-{'[0-9]' * 6}.tar")}
+    for path in of_an_earlier.difference(written):  # of a data set of this name that had more shards
+        path.unlink()
     return written
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -214,6 +215,11 @@ def test_bfloat16_is_near(scene, tmp_path):
         ({"conditions": {"vision": np.zeros(1024)}}, ("vision", "not all 0")),
         ({"guidance": {"depth": 2.0}}, ("guidance", "depth", "vision")),
         ({"prompt": []}, ("prompt",)),
+        ({"prompt": None}, ("prompt",)),
+        ({"seed": None}, ("seed",)),
+        ({"guidance_text": math.nan}, ("guidance", "finite")),
+        ({"reference": "photo.jpg"}, ("reference", "str")),
+        ({"reference": Image.new("RGB", (64, 64)), "conditions": {"vision": np.ones(1024)}}, ("reference", "give one")),
     ],
 )
 def test_what_cannot_be_drawn_is_named(scene, given, words):
@@ -341,16 +347,6 @@ def test_a_pipeline_saves_its_own_code(scene, tmp_path):
     assert (tmp_path / "again" / "pipeline.py").read_text() == (scene.root / "exported" / "pipeline.py").read_text()
     with pytest.raises(ValueError, match="push_to_hub"):
         mine.save_pretrained(tmp_path / "hub", push_to_hub=True)
-
-
-def test_what_is_no_export_is_not_cleared_away(scene, tmp_path):
-    """A run directory has a config.json and samples/, too."""
-    out = tmp_path / "out"
-    (out / "samples").mkdir(parents=True)
-    (out / "samples" / "step_1.png").write_bytes(b"mine")
-    (out / "config.json").write_text('{"ema": {"decay": 0.9}}')
-    export(scene.root / "run", out, form="diffusers", license="other")
-    assert (out / "samples" / "step_1.png").read_bytes() == b"mine" and (out / "config.json").exists()
 
 
 @pytest.mark.parametrize("first", ["fluxdit_jax", "diffusers"])

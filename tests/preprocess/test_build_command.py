@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import subprocess
@@ -11,9 +12,10 @@ from pathlib import Path
 
 import pytest
 from build_fixtures import FLAGS, write_photos
-from wording import lines_naming
+from wording import lines_naming, naming
 
 from fluxdit_jax.dataset.manifest import load_manifest
+from preprocess.__main__ import main
 
 
 @pytest.fixture
@@ -38,6 +40,40 @@ def test_command_line(photos: Path, tmp_path: Path) -> None:
         failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1 and "--input /nowhere" in failed.stderr
     )
     assert run("build", "--input", "x").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--vae", ""], ["--vae", "empty"]),
+        (["--vision-encoder", ""], ["--vision-encoder", "--vision-embeddings"]),
+        (["--max-tokens", "100000000"], ["--max-tokens", 4096]),
+        (["--draw", "photo.jpg", "--dry-run"], ["--draw", ".png"]),
+        (["--worker", "1/1", "--engine", "ray"], ["--worker", "--engine"]),
+        (["--ray-workers", "2"], ["--ray-workers", "--engine ray"]),
+    ],
+)
+def test_what_cannot_be_built_is_refused_before_anything_is_read(given, words, photos, tmp_path, capsys) -> None:
+    assert main(["build", "--input", str(photos), "--output", str(tmp_path / "data"), *FLAGS, *given]) == 1
+    assert re.search(naming(*words), capsys.readouterr().err)
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("words", [["build", "--output", ""], ["build", "--resolution", "64,", "--output", "x"],
+                                   ["verify", "x", "--workers", "0"], ["inspect", "x", "--cells", "0"]])  # fmt: skip
+def test_arguments_that_are_none(words, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2 and "invalid" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "features.json", ".build/mine"])
+def test_files_of_others_are_not_replaced(name: str, photos: Path, tmp_path: Path, capsys) -> None:
+    file = tmp_path / "data" / name
+    file.parent.mkdir(parents=True)
+    file.write_text('{"mine": 1}')
+    assert main(["build", "--input", str(photos), "--output", str(tmp_path / "data"), *FLAGS]) == 1
+    assert "would be replaced" in capsys.readouterr().err and file.read_text() == '{"mine": 1}'
 
 
 def test_help_loads_nothing_heavy() -> None:

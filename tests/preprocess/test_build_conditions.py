@@ -192,3 +192,14 @@ def test_a_subset_needs_the_files_of_a_condition(scene: Path, capsys) -> None:
 def test_a_vector_without_a_field_is_refused_by_the_library(scene: Path) -> None:
     with pytest.raises(PreprocessError, match=naming("--condition", "pose=")):
         build(options(scene / "photos", scene / "data", condition=("pose=",)))
+
+
+def test_another_condition_leaves_those_that_are_there(scene: Path, capsys) -> None:
+    assert with_pose(scene) == 0
+    data = str(scene / "data")
+    assert main(["build", "--output", data, "--condition", f"depth={scene / 'pose'}"]) == 0
+    assert list(load_manifest(scene / "data").layout) == ["text", "vision", "depth", "pose"]
+    assert main(["build", "--output", data, "--condition", "depth="]) == 1
+    assert "--replace" in capsys.readouterr().err
+    assert main(["build", "--output", data, "--condition", "depth=", "--replace"]) == 0
+    assert list(load_manifest(scene / "data").layout) == ["text", "vision", "pose"]

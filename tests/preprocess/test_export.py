@@ -52,6 +52,16 @@ def test_every_record_is_there_bit_for_bit(tmp_path: Path, draw_photo) -> None:
     assert {p.name: p.read_bytes() for p in export(tmp_path / "data", tmp_path / "tars")} == again
 
 
+def test_an_export_again_leaves_no_tar_of_the_larger_dataset(tmp_path: Path, draw_photo) -> None:
+    write_photos(tmp_path / "photos", 12, draw_photo)
+    build(options(tmp_path / "photos", tmp_path / "data", shard_size=3, holdout=0.3))
+    assert len(export(tmp_path / "data", tmp_path / "tars")) > 3
+    (tmp_path / "tars" / "data-train-mine.tar").write_text("mine")
+    build(options(tmp_path / "photos", tmp_path / "data", shard_size=100, holdout=0.0), replace=True)
+    written = export(tmp_path / "data", tmp_path / "tars")
+    assert sorted((tmp_path / "tars").iterdir()) == [*written, tmp_path / "tars" / "data-train-mine.tar"]
+
+
 def test_a_damaged_record_stops_it_and_is_named(tmp_path: Path, draw_photo) -> None:
     write_photos(tmp_path / "photos", 6, draw_photo)
     build(options(tmp_path / "photos", tmp_path / "data", holdout=0.0))

@@ -172,6 +172,14 @@ def test_the_input_is_never_the_output(photos: Path, tmp_path: Path, where: str)
     assert tree(photos) == before
 
 
+def test_the_output_is_not_below_the_input_whose_next_build_would_take_it(photos: Path, tmp_path: Path) -> None:
+    build(options(photos, tmp_path / "ds"))
+    for source in (photos, tmp_path / "ds"):
+        with pytest.raises(PreprocessError, match=naming("--output", str(photos), "beside it")):
+            subset(small(source, photos / "gate"))
+    assert not (photos / "gate").exists()
+
+
 # ------------------------------------------------------------------------------------------------------- names
 
 
