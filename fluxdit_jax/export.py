@@ -36,7 +36,7 @@ from fluxdit_jax.run.weights import restore_weights
 from fluxdit_jax.sampling.exported import DESCRIPTION, WEIGHTS, ExportError, describe, flatten
 from fluxdit_jax.settings import resolve
 from fluxdit_jax.shared import atomic_files, cli
-from fluxdit_jax.shared.paths import given_path
+from fluxdit_jax.shared.paths import expanded, given_path
 from fluxdit_jax.vae.files import DecoderError
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ def export(
     license: str | None = None,
     bundle: str = "none",
     samples: int = 0,
+    vae: str | None = None,
 ) -> Path:
     """Writes the EMA of `step` (None: the newest) and says which; returns the path of what describes the export.
 
@@ -69,6 +70,7 @@ def export(
       folder: which average, see `restore_weights`.
       form: `OURS` or `DIFFUSERS`. dtype, bundle: of the latter, see `diffusers_folder.write`.
       license: identifier of the Hub, for the card. samples: pictures in the card.
+      vae: directory of the dataset's VAE, for these; None: that of the run's previews.
 
     Raises:
       ExportError: it cannot be written; a licence is missing that others would need.
@@ -99,7 +101,8 @@ def export(
             atomic_files.write_whole(work / DESCRIPTION, description + "\n")
         else:
             diffusers_folder.write(work, settings, manifest, weights, dtype=dtype, bundle=bundle)
-        drawn = draw(work, settings, manifest, weights, Path(stage.config.data.path), samples) if samples else []
+        data, decoder = Path(stage.config.data.path), vae or stage.config.log.vae
+        drawn = draw(work, settings, manifest, weights, data, samples, decoder) if samples else []
         text = card(
             settings, manifest, weights, tensors, workdir, verdict=verdict, license=license, dtype=dtype,
             usage=USAGE if ours else diffusers_folder.USAGE, library=form, samples=drawn,
@@ -158,6 +161,8 @@ def main() -> None:
         "folder for diffusers: none, the vae, or all; others are fetched by their names; default: none")  # fmt: skip
     add("--samples", type=int, default=0, metavar="N", help="pictures drawn for the card, of captions of the dataset, "
         "which the card then shows; default: 0")  # fmt: skip
+    add("--vae", type=expanded, help="directory of the VAE, for --samples; default: config.log.vae, or where the data "
+        "set found it")  # fmt: skip
     arguments = parser.parse_args()
     if arguments.samples < 0:
         parser.error("--samples must be 0 or more")
@@ -170,6 +175,7 @@ def main() -> None:
         path = export(
             arguments.workdir, arguments.out, arguments.step, arguments.weights, form=arguments.format,
             dtype=arguments.dtype, license=arguments.license, bundle=arguments.bundle, samples=arguments.samples,
+            vae=arguments.vae,
         )  # fmt: skip
         print(path)
         out = str(arguments.out)

@@ -13,6 +13,7 @@ import contextlib
 import importlib.util
 import os
 import shutil
+import socket
 import sys
 import tempfile
 import threading
@@ -55,11 +56,25 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
+def _require_free(host: str, port: int) -> None:
+    """Raises `RunError` if nothing can listen there; gradio would speak of variables of its own."""
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            pass
+    except OSError as error:
+        raise RunError(
+            f"--host {host} --port {port}: {(error.strerror or str(error)).partition(' (while')[0]}; give another"
+        ) from error
+
+
 def play(arguments: argparse.Namespace) -> None:
     """Serves the page until a signal ends the process."""
+    if arguments.workdir is not None and not arguments.workdir.is_dir():
+        raise RunError(f"--workdir {arguments.workdir} does not exist")
     if importlib.util.find_spec("gradio") is None:
         raise RunError('the page needs gradio: pip install -c requirements.txt -e ".[play]"')
     with tempfile.TemporaryDirectory(prefix="fluxdit-play-") as scratch, contextlib.ExitStack() as held:
+        _require_free(arguments.host, arguments.port)
         held.enter_context(cli.undoing(lambda: shutil.rmtree(scratch, ignore_errors=True)))
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": scratch}
         session = Session(arguments, Path(scratch))

@@ -138,7 +138,8 @@ def train(config: ConfigDict) -> int:
         # ------------------------------------------------------------ the end
         checkpoints.poll(wait=True)
         if step >= run.last:
-            log.info("done: %d steps. EMA weights: %s; pictures: %s", step, workdir / "ema", workdir / "samples")
+            pictures = f"; pictures: {workdir / 'samples'}" if (workdir / "samples").exists() else ""
+            log.info("done: %d steps. EMA weights: %s%s", step, workdir / "ema", pictures)
             log.info("next: python -m fluxdit_jax.sample --workdir=%s --prompt TEXT --out FILE.png", workdir)
             return 0 if checkpoints.failures == 0 else 1
         return _stopped(step, checkpoints, signals.received, ended.trouble)

@@ -22,18 +22,30 @@ STEPS, GUIDANCE, BATCH = 32, 4.0, 8
 
 
 def draw(
-    folder: Path, settings: Settings, manifest: Manifest, weights: Weights, dataset: Path, count: int
+    folder: Path,
+    settings: Settings,
+    manifest: Manifest,
+    weights: Weights,
+    dataset: Path,
+    count: int,
+    vae: str | None = None,
 ) -> list[tuple[str, str]]:
     """Writes `count` pictures to folder/samples; returns (file, caption) of each.
+
+    Args:
+      vae: directory of the dataset's; None: where the dataset found it.
 
     Of the caption alone where the model was trained so, else with the record's other conditions; seed 0, 1, and so on.
 
     Raises:
       DatasetError: the dataset is not there. DecoderError: its VAE is not.
     """
-    decoder = load_decoder(manifest.vae, None)
-    source = reader.RecordSource(dataset, manifest, "holdout" if manifest.records("holdout") else "train")
+    decoder = load_decoder(manifest.vae, vae)
+    split = "holdout" if manifest.records("holdout") else "train"
+    source = reader.RecordSource(dataset, manifest, split)
     records = [record for _, record in source.iter_valid(reader.spread(len(source), count))]
+    if len(records) < count:
+        print(f"note: {len(records)} samples, of {count}: these are all records of the {split} split")
     kinds, model = settings.model.conditions, settings.model
     others = besides_captions(kinds)
     wanted = record_conditions(kinds, records, model.patch, settings.text_limit)

@@ -106,6 +106,10 @@ def read_description(folder: Path) -> tuple[Settings, Manifest, dict[str, Any]]:
             raise ValueError(f"tokens is {raw['tokens']!r}, its largest size has {settings.tokens}")
         return settings, manifest, about
     except (FileNotFoundError, NotADirectoryError) as error:
+        if (folder / "model_index.json").exists():
+            raise ExportError(
+                f"{folder} is an export for diffusers: draw from it by DiffusionPipeline, or export without --format"
+            ) from error
         raise ExportError(f"{path} does not exist: {folder} is no directory of fluxdit_jax.export") from error
     except KeyError as error:
         is_run = (folder / "dataset.json").exists()

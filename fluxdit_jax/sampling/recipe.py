@@ -10,6 +10,7 @@ import base64
 import binascii
 import dataclasses
 import json
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,7 @@ FORMAT = 1
 _MAX_BYTES = 16 << 20
 _MAX_PICTURES = 10_000
 _MAX_STEPS = 10_000
+_CONTROL = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 _RENAMED_METHODS = {"kutta3": "rk3"}
 _OLD = ("prompt", "seed", "steps", "method", "guidance_text", "guidance_vision", "weights")
 
@@ -46,7 +48,7 @@ def _number(value: Any) -> bool:
 
 
 def _text(value: Any) -> bool:
-    return isinstance(value, str) and 0 < len(value) <= 4096 and value.isprintable()
+    return isinstance(value, str) and 0 < len(value) <= 4096 and _CONTROL.search(value) is None
 
 
 def _prompt(value: Any) -> bool:

@@ -39,8 +39,10 @@ def torch_device(options: Options) -> torch.device:
 
 
 def are_here(options: Options) -> bool:
-    """Whether all encoders can be loaded without a download."""
-    return all(Path(spec).is_dir() for _, spec in real_encoders(options))
+    """Whether all encoders can be loaded without a download, or one cannot be loaded at all."""
+    from preprocess.encoders.weights import looks_like_path
+
+    return all(Path(spec).is_dir() or looks_like_path(spec) for _, spec in real_encoders(options))
 
 
 def load_encoders(options: Options, precomputed: list[Folder]) -> Encoders:

@@ -55,7 +55,7 @@ def find(spec: str, option: str, stem: str, subfolder: str = "", extra: tuple[st
     local = Path(spec).expanduser()
     if local.is_dir():
         revision = ""
-    elif _looks_like_path(spec):
+    elif looks_like_path(spec):
         raise PreprocessError(
             f"{option} {spec}: there is no such directory. Give a directory that holds config.json and "
             f"{stem}.safetensors, a Hugging Face id (owner/name), or builtin:..."
@@ -77,7 +77,8 @@ def find(spec: str, option: str, stem: str, subfolder: str = "", extra: tuple[st
     return Found(local, spec, revision, _hash_files([*weights, *others]), config)
 
 
-def _looks_like_path(spec: str) -> bool:
+def looks_like_path(spec: str) -> bool:
+    """Whether a spec that is no directory was meant to be one, and not an id of the Hub."""
     return spec.startswith((".", "/", "~")) or spec.partition("@")[0].count("/") != 1
 
 

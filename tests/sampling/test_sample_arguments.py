@@ -12,6 +12,7 @@ from wording import naming
 from fluxdit_jax import export, validate
 from fluxdit_jax.sampling.arguments import parse_arguments
 from fluxdit_jax.sampling.prompts import SampleError, read_prompts
+from fluxdit_jax.sampling.recipe import ARGUMENTS
 
 GIVEN = ["--workdir", "run", "--out", "x.png"]
 
@@ -70,7 +71,7 @@ def test_files_of_prompts_that_are_refused(tmp_path: Path, content: bytes, named
     [
         (lambda: parse_arguments(["--help"]), 24),
         (lambda: validate.parse_arguments(["--help"]), 13),
-        (export.main, 9),
+        (export.main, 10),
     ],
     ids=["sample", "validate", "export"],
 )
@@ -100,3 +101,9 @@ def test_a_run_or_an_export_is_drawn_from_and_not_both(given: list[str], capsys)
     with pytest.raises(SystemExit):
         parse_arguments([*given, "--prompt", "x", "--out", "x.png"])
     assert re.search(naming("--workdir", "--model", "--recipe"), capsys.readouterr().err.splitlines()[-1])
+
+
+def test_a_recipe_may_name_any_folder_that_a_file_system_has() -> None:
+    allowed = ARGUMENTS["workdir"]
+    assert allowed("runs/\u5b9f\u9a13\u30001") and allowed("a\u00a0b") and allowed(None)
+    assert not any(map(allowed, ("a\nb", "a\x1b[2J", "", "\ud800", 3)))
