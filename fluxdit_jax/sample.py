@@ -134,9 +134,9 @@ def sample(
     model = settings, manifest.latent_mean, manifest.latent_std
     generator = kept.get("generator", (*model, *how.values()), lambda: Generator.of(settings, manifest, **how))
     params = kept.get("params", (weights.digest, settings.model.dtype), lambda: generator.cast(weights.ema))
-    drawn = _draw(arguments, generator, params, decoder, requests, [made.given | text for text in texts], progress)
     lock = RunLock(arguments.out.parent, f".{arguments.out.name}.lock", temporary=True, option="--out")
     try:
+        drawn = _draw(arguments, generator, params, decoder, requests, [made.given | text for text in texts], progress)
         (_write_sweep if sweeping else _write)(arguments, requests, drawn, made)
     finally:
         lock.release()
@@ -212,7 +212,9 @@ def _draw(
     sweep_vision = arguments.sweep_vision or [arguments.guidance_vision]
     drawn: dict[tuple[float, float], list[np.ndarray]] = {}
     count = len(requests) * len(sweep_text) * len(sweep_vision)
-    with tqdm(total=count, unit="image", disable=progress is not None or not sys.stderr.isatty()) as bar:
+    shown_live = sys.stderr.isatty()
+    off = progress is not None or not (shown_live or count > BATCH)  # in a log a line now and then
+    with tqdm(total=count, unit="image", disable=off, mininterval=0.1 if shown_live else 30) as bar:
         for vision, text in itertools.product(sweep_vision, sweep_text):
             scales = dict.fromkeys(of_captions, text) | {"vision": vision} | arguments.guidance
             guidance = solvers.Guidance(scales, arguments.rescale)

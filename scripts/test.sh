@@ -10,9 +10,10 @@ ruff check .
 ruff format --check .
 mypy & types=$!
 # More processes than cores: many tests wait for a process that they have started. Then threads of OpenMP and BLAS only
-# take each other's core, and spin while they wait.
+# take each other's core, and spin while they wait. nproc goes by the first of these.
+processes="$(($(nproc) * 3 / 2))"
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 status=0
-python -m pytest --numprocesses="$(($(nproc) * 3 / 2))" --dist=loadfile "$@" || status=$?
+python -m pytest --numprocesses="$processes" --dist=loadfile "$@" || status=$?
 wait "$types" || { status=$?; echo "error: mypy found faults, see above" >&2; }
 exit "$status"

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from fluxdit_jax.dataset.manifest import MANIFEST
 from fluxdit_jax.shared.lock import holder_of
 from preprocess import PreprocessError
 from preprocess.build.build import Prepared, Progress, prepare
@@ -58,6 +59,9 @@ def work(options: Options, number: int, count: int, replace: bool = False) -> in
         with all_locked(options):
             store_plan(prepare(options, journal, replace=replace))
     plan = _awaited(output, journal, count)
+    if plan is None:
+        journal.say(f"worker {number} of {count}: {output} was published meanwhile, by a build without workers")
+        return 0
     _require_same(plan, options)
     with worker_locked(output / WORK, f"{number}-of-{count}"):
         worker = Worker(plan, options, journal)
@@ -134,12 +138,22 @@ def _require_same(plan: StoredPlan, options: Options) -> None:
         )
 
 
-def _awaited(output: Path, journal: Journal, count: int) -> StoredPlan:
+def _manifests(output: Path) -> dict[Path, int]:
+    """When each dataset of a build was published."""
+    places = [output / MANIFEST, *output.glob(f"*/{MANIFEST}")]
+    return {path: path.stat().st_mtime_ns for path in places if path.exists()}
+
+
+def _awaited(output: Path, journal: Journal, count: int) -> StoredPlan | None:
+    """The plan, once it is there; None if a build of all resolutions has published instead."""
     told, last = 0.0, time.monotonic()
+    before = _manifests(output)
     while (plan := StoredPlan.load(output)) is None:
         now = time.monotonic()
         if holder_of(output / WORK / "lock"):
             last = now
+        elif _manifests(output) != before:
+            return None
         elif now - last > _PATIENCE:
             raise PreprocessError(
                 f"{output} has no plan, and for {_PATIENCE / 60:.0f} minutes nobody has been making one: start worker "

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import math
+import shutil
 import string
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,9 +24,11 @@ from fluxdit_jax.shared.json_files import write_json
 from fluxdit_jax.shared.sanitize import shown
 from preprocess import PreprocessError, buckets, encoders
 from preprocess.build.journal import Journal
+from preprocess.build.lock import locked
 from preprocess.build.options import Options
 from preprocess.build.plan import MAX_FILE_BYTES
 from preprocess.build.publish import load_options
+from preprocess.build.units import disk_errors
 from preprocess.decoding.images import Rejected, decode, read_header
 from preprocess.input.findings import InputImage, Reject
 from preprocess.input.scan import scan
@@ -34,6 +38,7 @@ from preprocess.inspect.report import byte_size
 
 MEMORY = 6_000_000_000  # bytes of pictures, originals and reconstructions
 MOST = 8  # VAEs side by side
+WORK = ".compare"  # a folder with the lock, of a comparison that goes on
 SHEETS = ("pictures.png", "details.png")
 ROWS = 12  # of a sheet
 WINDOW = 96  # side of a detail, pixels
@@ -82,8 +87,20 @@ def compare(options: CompareOptions) -> None:
       PreprocessError: no picture can be used, a VAE cannot be loaded, or an option is impossible.
     """
     options = options.checked()
-    journal = Journal(None)
     _require_free(Path(options.output))
+    work = Path(options.output) / WORK
+    with disk_errors(work):
+        work.mkdir(parents=True, exist_ok=True)
+    with locked(work / "lock"):
+        try:
+            _compare(options, Journal(None))
+        finally:
+            shutil.rmtree(work)
+            with contextlib.suppress(OSError):  # what failed has made nothing
+                work.parent.rmdir()
+
+
+def _compare(options: CompareOptions, journal: Journal) -> None:
     build = Options(input=_folder(options.input), output=options.output, resolution=options.resolution)
     build = dataclasses.replace(build, workers=options.workers).checked()
     loaded = encoders.load_all(
@@ -105,7 +122,6 @@ def compare(options: CompareOptions) -> None:
     for line in _pairs(labels, made):
         journal.say(line)
     folder = Path(options.output)
-    folder.mkdir(parents=True, exist_ok=True)
     _draw(folder, options.vaes, labels, names, pictures, made)
     write_json(_numbers(options, names, made), folder / "comparison.json")
     journal.say(

@@ -12,10 +12,11 @@ from wording import naming
 
 from preprocess import PreprocessError
 from preprocess.__main__ import main
+from preprocess.build.lock import locked
 from preprocess.encoders import load_vae
 from preprocess.input.scan import scan
 from preprocess.inspect.reconstruction import LatentStatistics, reconstruct
-from preprocess.inspect.vae_comparison import CompareOptions, _where_they_differ, compare
+from preprocess.inspect.vae_comparison import WORK, CompareOptions, _where_they_differ, compare
 
 
 def test_statistics_of_independent_and_of_equal_channels() -> None:
@@ -132,6 +133,13 @@ def test_a_picture_of_the_users_is_not_replaced(folder: Path, tmp_path: Path) ->
     Image.new("RGB", (8, 8)).save(tmp_path / "details.png")
     with pytest.raises(PreprocessError, match=naming("--output", "details.png")):
         compare(CompareOptions(("builtin:dct", "builtin:other"), str(folder), str(tmp_path)))
+
+
+def test_two_at_once_are_told_apart(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / WORK).mkdir(parents=True)
+    options = CompareOptions(("builtin:dct", "builtin:tone"), str(folder), str(tmp_path / "out"))
+    with locked(tmp_path / "out" / WORK / "lock"), pytest.raises(PreprocessError, match="is being written by pid"):
+        compare(options)
 
 
 def test_a_folder_without_pictures_is_named(tmp_path: Path, tiny_vae_dir: Path) -> None:

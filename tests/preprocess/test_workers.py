@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -212,6 +213,17 @@ def test_without_a_plan_a_worker_does_not_wait_for_ever(photos: Path, tmp_path: 
     monkeypatch.setattr(worker, "_PATIENCE", 0.2)
     with pytest.raises(PreprocessError, match=naming("no plan", "start worker 1/2")):
         work(small(photos, tmp_path / "data"), 2, 2)
+
+
+def test_a_worker_ends_if_a_build_without_workers_publishes_instead(photos: Path, tmp_path: Path, capsys) -> None:
+    output, statuses = tmp_path / "data", []
+    waiting = threading.Thread(target=lambda: statuses.append(work(small(photos, output), 2, 2)), daemon=True)
+    waiting.start()
+    while "waiting for the plan" not in capsys.readouterr().out:
+        time.sleep(0.01)
+    build(small(photos, output))
+    waiting.join(60)
+    assert statuses == [0]
 
 
 def test_the_name_of_a_gpu_is_asked_of_torch(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
