@@ -114,8 +114,10 @@ def datasets_of(directory: Path) -> list[Path]:
 
 def _require_ours(output: Path) -> None:
     """Raises `PreprocessError` where files of a dataset's names stand that no build made: they would be replaced."""
-    names = (MANIFEST, INDEX, REJECTS, OPTIONS_FILE, "features.json", "dataset_info.json", WORK)
+    names = (MANIFEST, INDEX, REJECTS, OPTIONS_FILE, "features.json", "dataset_info.json")
     found = [name for name in names if (output / name).exists()]
+    if (output / WORK).is_dir() and any((output / WORK).iterdir()):  # one that is empty may be of a killed build
+        found.append(WORK)
     made = (output / LOG_FILE).exists() or (output / WORK / "lock").exists() or any(output.glob("*.array_record-*"))
     if found and not made:
         raise PreprocessError(
