@@ -131,8 +131,8 @@ def require_place(options: Options) -> None:
     Raises:
       PreprocessError: it holds the other, or a resolution that the build would leave behind, or files of someone else.
     """
-    for each in (options, *options.parts()):
-        _require_ours(Path(each.output))
+    for each in dict.fromkeys((options.output, *(part.output for part in options.parts()))):
+        _require_ours(Path(each))
     output, sides = Path(options.output), ",".join(map(str, options.resolutions or (options.resolution,)))
     if options.resolutions and (output / MANIFEST).exists():
         raise PreprocessError(

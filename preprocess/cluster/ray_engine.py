@@ -70,6 +70,7 @@ def run(prepared: Prepared, journal: Journal, address: str, workers: int) -> Cou
       PreprocessError: Ray is not installed or not reached, an encoder differs there, the disk is full, or all places
         have failed.
     """
+    _require_reachable(address)
     with _token_shown(address):
         ray = _connect(address)
         try:
@@ -77,6 +78,23 @@ def run(prepared: Prepared, journal: Journal, address: str, workers: int) -> Cou
             return _Crew(ray, plan, prepared.options, journal, workers).make(range(len(plan.images)))
         finally:
             ray.shutdown()
+
+
+def _require_reachable(address: str) -> None:
+    """Raises `PreprocessError` if nothing listens at "host:port": Ray itself would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon and "//" not in address:
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except (OSError, ValueError, OverflowError) as error:
+            raise _not_reached(address, error) from error
+
+
+def _not_reached(address: str, error: Exception) -> PreprocessError:
+    return PreprocessError(
+        f"--ray-address {address}: {error}; start one with `ray start --head`. If it asks for a token, copy "
+        "~/.ray/auth_token of its machine to this one"
+    )
 
 
 @contextlib.contextmanager
@@ -119,15 +137,9 @@ def _connect(address: str) -> Any:
         ) from error
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        host, colon, port = address.rpartition(":")
-        if colon and "//" not in address:  # Ray itself would try for minutes
-            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=address or "local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise PreprocessError(
-            f"--ray-address {address}: {error}; start one with `ray start --head`. If it asks for a token, copy "
-            "~/.ray/auth_token of its machine to this one"
-        ) from error
+        raise _not_reached(address, error) from error
     return ray
 
 

@@ -95,12 +95,13 @@ def subset(options: SubsetOptions) -> Result:
         for name in ("next", "old"):
             shutil.rmtree(staging / name, ignore_errors=True)
         pool = gather(options, journal)
-        if output.is_relative_to(Path(pool.build.input).resolve()):
+        pictures = Path(pool.build.input).resolve()
+        if output.is_relative_to(pictures):
             raise PreprocessError(
                 f"--output {options.output} lies in {pool.build.input}: the next build of that folder would take its "
                 "pictures as well. Give a folder beside it"
             )
-        if Path(pool.build.input).resolve().is_relative_to(output):
+        if pictures.is_relative_to(output):
             raise PreprocessError(f"--output {options.output} must not hold the pictures that it is made from")
         encoder = _vision_encoder(options, pool)
         chosen, left_out = _choose(options, pool)
