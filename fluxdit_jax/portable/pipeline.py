@@ -59,6 +59,8 @@ class FluxDiTPipeline(DiffusionPipeline):
         facts: dict[str, Any] | None = None,
     ):
         super().__init__()
+        if text_encoder is not None:  # T5's table is in two modules: to disk, diffusers empties it and stores it again
+            text_encoder.set_input_embeddings(text_encoder.get_input_embeddings())
         self.register_modules(
             transformer=transformer,
             scheduler=scheduler,
