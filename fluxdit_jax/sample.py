@@ -136,8 +136,9 @@ def sample(
     params = kept.get("params", (weights.digest, settings.model.dtype), lambda: generator.cast(weights.ema))
     lock = RunLock(arguments.out.parent, f".{arguments.out.name}.lock", temporary=True, option="--out")
     try:
-        drawn = _draw(arguments, generator, params, decoder, requests, [made.given | text for text in texts], progress)
-        (_write_sweep if sweeping else _write)(arguments, requests, drawn, made)
+        asked = [made.given | text for text in texts]
+        drawn = _draw(arguments, generator, params, decoder, requests, asked, None if sweeping else made, progress)
+        (_write_sweep if sweeping else _write_sheet)(arguments, requests, drawn, made)
     finally:
         lock.release()
     return [image for images in drawn.values() for image in images]
@@ -196,9 +197,15 @@ def _draw(
     decoder: Decoder,
     requests: list[Request],
     asked: list[dict[str, np.ndarray]],
+    made: Recipe | None,
     progress: Callable[[int], Any] | None,
 ) -> dict[tuple[float, float], list[np.ndarray]]:
-    """Pictures of all requests by (vision scale, text scale). `asked` are the conditions of each prompt, by name."""
+    """Pictures of all requests by (vision scale, text scale).
+
+    Args:
+      asked: the conditions of each prompt, by name.
+      made: each picture is written as soon as it is drawn, with its part of this; None: none is.
+    """
     height, width = requests[0].size
     patch_pixels = generator.patch * decoder.factor
     wanted = conditions(
@@ -218,8 +225,14 @@ def _draw(
         for vision, text in itertools.product(sweep_vision, sweep_text):
             scales = dict.fromkeys(of_captions, text) | {"vision": vision} | arguments.guidance
             guidance = solvers.Guidance(scales, arguments.rescale)
-            latents = generator.latents(params, wanted, noise, progress or bar.update, guidance)
-            drawn[vision, text] = decode_all(decoder, latents)
+            done: dict[int, np.ndarray] = {}
+            for latents in generator.batches(params, wanted, noise, guidance):
+                pictures = dict(zip(latents, decode_all(decoder, list(latents.values())), strict=True))
+                if made is not None:
+                    _write(arguments, requests, pictures, made)
+                done |= pictures
+                (progress or bar.update)(len(pictures))
+            drawn[vision, text] = [done[number] for number in range(len(requests))]
     return drawn
 
 
@@ -309,19 +322,27 @@ def _write_sweep(
 
 
 def _write(
+    arguments: argparse.Namespace, requests: list[Request], pictures: dict[int, np.ndarray], made: Recipe
+) -> None:
+    """Writes pictures, by the number of their request."""
+    paths = _outputs(arguments, len(requests))
+    for number, pixels in sorted(pictures.items()):
+        request = requests[number]
+        notes = made.of_one(request.prompt, request.seed).notes()
+        image_grid.save(Image.fromarray(pixels), paths[number], notes)
+        tqdm.write(f"{paths[number]}  {pixels.shape[1]}x{pixels.shape[0]}  seed {request.seed}  {request.prompt!r}")
+
+
+def _write_sheet(
     arguments: argparse.Namespace,
     requests: list[Request],
     drawn: dict[tuple[float, float], list[np.ndarray]],
     made: Recipe,
 ) -> None:
+    """A row for each prompt, if there are several pictures."""
     (images,) = drawn.values()
-    paths = _outputs(arguments, len(images))
-    for request, pixels, path in zip(requests, images, paths, strict=True):
-        notes = made.of_one(request.prompt, request.seed).notes()
-        image_grid.save(Image.fromarray(pixels), path, notes)
-        print(f"{path}  {pixels.shape[1]}x{pixels.shape[0]}  seed {request.seed}  {request.prompt!r}")
     if len(images) > 1:
-        rows = [images[i : i + arguments.count] for i in range(0, len(images), arguments.count)]
+        rows = [images[i : i + arguments.count] for i in range(0, len(requests), arguments.count)]
         sheet = image_grid.grid(rows, row_titles=arguments.prompt, cell=256)
         image_grid.save(sheet, arguments.out, made.notes())
         print(f"{arguments.out}  the sheet of all {len(images)}")

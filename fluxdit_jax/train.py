@@ -84,8 +84,9 @@ def train(config: ConfigDict) -> int:
             report = require_report(config.gate.report, first.settings.model, first.manifest)
         if config.resume.from_run is not None and not places(Path(config.resume.from_run)):
             raise RunError(f"config.resume.from_run is {config.resume.from_run!r}: no weights of a run there")
-        workdir = Path(config.workdir)
+        workdir, after = Path(config.workdir), None
         if jax.process_index() == 0:
+            after = AfterSave(config.checkpoint.after, workdir, config.checkpoint.after_minutes)
             closing.callback(RunLock(workdir).release)
             closing.callback(reporting.log_to(workdir / "train.log"))
             check_resume(workdir, config, first.manifest, manifests)
@@ -101,10 +102,7 @@ def train(config: ConfigDict) -> int:
                 overview.describe_memory(each)
 
         # ------------------------------------------------------------ the state: resumed, continued or new
-        saved = None
-        if jax.process_index() == 0:
-            after = AfterSave(config.checkpoint.after, workdir, config.checkpoint.after_minutes)
-            saved = closing.enter_context(after).saved
+        saved = closing.enter_context(after).saved if after else None
         checkpoints = closing.enter_context(Checkpoints(workdir, config.checkpoint.keep, saved=saved))
         position = _first_position(config, first, checkpoints)
         step = int(position.state.step)

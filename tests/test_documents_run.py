@@ -235,6 +235,7 @@ def prepare(page: str, folder: Path, request: pytest.FixtureRequest, monkeypatch
         (code,) = re.findall(r"^```python\n(import wandb.*?)^```", (REPOSITORY / page).read_text("utf-8"), re.M | re.S)
         (folder / "my_trackers.py").write_text(code)
         monkeypatch.syspath_prepend(folder)
+        monkeypatch.delitem(sys.modules, "my_trackers", raising=False)
         stand_in = types.ModuleType("wandb")
         stand_in.run = WandbRun()
         stand_in.init, stand_in.Image = lambda **given: stand_in.run, lambda pixels: pixels.shape

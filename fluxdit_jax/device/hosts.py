@@ -86,7 +86,7 @@ class Hosts:
                 time.sleep(3 * _EVERY)  # the store ends with this process: the others must have read it
 
     def _write(self) -> None:
-        beats = 0
+        beats, told = 0, False
         while True:
             with contextlib.suppress(Exception):  # a service that is gone: `_look` tells by its silence
                 self._store.key_value_set(f"{_ALIVE}{self._own}", f"{self._name}\n{beats}", allow_overwrite=True)
@@ -96,9 +96,13 @@ class Hosts:
                     if counts.get(process) != self._counts.get(process):
                         self._heard[process] = now
                 self._counts = counts
-                for process, told in ended.items():
+                if not told and len(counts) > len(self._heard):
+                    told = True
+                    names = [counts[process].partition("\n")[0] for process in sorted(counts, key=int)]
+                    print(f"{', '.join(names)}. If process 0 dies, JAX ends the others at once", file=sys.stderr)
+                for process, message in ended.items():
                     if process in self._heard and not self._lost:
-                        name, _, why = told.partition("\n")
+                        name, _, why = message.partition("\n")
                         self._lost = f"{name} has ended: {why}"
             beats += 1
             time.sleep(_EVERY)

@@ -73,9 +73,16 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 
 
 def gather(tree: Any) -> Any:
-    """The tree as arrays that this process holds whole; every process of a run must call it."""
+    """The tree as arrays that process 0 holds whole, None in place of each on the others.
+
+    Every process of a run must call it. An array at a time crosses, so that the others never hold the whole tree.
+    """
     if jax.process_count() == 1:
         return tree
     from jax.experimental import multihost_utils
 
-    return multihost_utils.process_allgather(tree, tiled=True)
+    def whole(leaf: jax.Array) -> Any:
+        gathered = multihost_utils.process_allgather(leaf, tiled=True)
+        return None if jax.process_index() else gathered
+
+    return jax.tree.map(whole, tree)

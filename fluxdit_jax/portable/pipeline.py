@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -309,7 +310,7 @@ class FluxDiTPipeline(DiffusionPipeline):
             raise ValueError(f"rescale must be between 0 and 1, got {rescale}")
         if count < 1:
             raise ValueError(f"num_images_per_prompt must be at least 1, got {count}")
-        if not isinstance(seed, int) or seed < 0 or seed + count * len(prompts) > 2**31:
+        if not isinstance(seed, numbers.Integral) or seed < 0 or seed + count * len(prompts) > 2**31:
             raise ValueError(f"seed must be 0 to 2**31 - 1, counted up for every picture, got {seed}")
         if output_type not in ("pil", "np", "latent"):
             raise ValueError(f"output_type must be pil, np or latent, got {output_type!r}")

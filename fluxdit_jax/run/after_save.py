@@ -37,7 +37,7 @@ class AfterSave:
           command: as in `config.checkpoint.after`; empty: nothing is run. minutes: it is killed after.
 
         Raises:
-          ConfigError: the command cannot be read.
+          ConfigError: the command cannot be read, or there is no such program.
         """
         self._workdir, self._seconds = workdir.absolute(), 60 * minutes
         try:
@@ -49,6 +49,9 @@ class AfterSave:
                 f"config.checkpoint.after is {command!r}: {error!r}; it must be a command with {{checkpoint}} and "
                 "{workdir} that no shell reads: for pipes and variables give bash -c '...', with other braces doubled"
             ) from error
+        program = self._words[0].format(checkpoint="", workdir=self._workdir) if self._words else ""
+        if program and shutil.which(program) is None:
+            raise ConfigError(f"config.checkpoint.after is {command!r}: there is no program {program!r} here")
         self._changed = threading.Condition()
         self._waiting: Path | None = None
         self._running: Path | None = None

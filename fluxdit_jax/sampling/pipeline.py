@@ -159,11 +159,25 @@ class Generator:
           progress: called with the number of pictures done after each batch.
           guidance: other scales need no new compilation.
         """
+        result: dict[int, np.ndarray] = {}
+        for batch in self.batches(params, wanted, noise_BxNxP, guidance):
+            result |= batch
+            if progress is not None:
+                progress(len(batch))
+        return [result[row] for row in range(len(noise_BxNxP))]
+
+    def batches(
+        self,
+        params: Any,
+        wanted: Conditions,
+        noise_BxNxP: np.ndarray,
+        guidance: solvers.Guidance = solvers.Guidance(),  # noqa: B008  frozen
+    ) -> Iterator[dict[int, np.ndarray]]:
+        """`latents` by row, a batch at a time, as they are done: those of short captions first."""
         mean_P, std_P = self._statistics
         given_at_all = tuple(c.name for c in self._config.conditions if wanted[f"keep_{c.name}"].any())
         guided = () if guidance.plain else given_at_all
         scales = np.array([guidance.of(name) for name in guided], np.float32)
-        result: dict[int, np.ndarray] = {}
         for rows, lengths in self._batches(wanted):
             done = len(rows)
             rows = rows[np.arange(self.batch_size).clip(max=done - 1)]  # the last batch is filled up
@@ -172,12 +186,10 @@ class Generator:
             rescale = np.float32(guidance.rescale)
             tokens = np.asarray(self._run(params, part, noise_BxNxP[rows], scales, rescale, guided=guided))
             tokens = tokens * std_P + mean_P
-            for row in range(done):
-                height, width = part["grid"][row].tolist()
-                result[rows[row]] = unpatchify(tokens[row], (height, width), self._config.patch)
-            if progress is not None:
-                progress(done)
-        return [result[row] for row in range(len(noise_BxNxP))]
+            grids = part["grid"].tolist()
+            yield {
+                int(rows[row]): unpatchify(tokens[row], tuple(grids[row]), self._config.patch) for row in range(done)
+            }
 
     def _batches(self, wanted: Conditions) -> Iterator[tuple[np.ndarray, dict[str, int]]]:
         """Rows of a batch and the tokens that their sequences are padded to, by name.

@@ -116,9 +116,6 @@ def test_one_that_fails_is_named_with_its_last_words_and_the_next_is_tried(tmp_p
         after.saved(tmp_path / "8")
     assert "exit code 5" in told.text and "no space at the other end" in told.text and OUTPUT in told.text
     assert "done for checkpoint 8" in told.text
-    with AfterSave("not-a-program-here {checkpoint}", tmp_path, 1.0) as after:
-        after.saved(tmp_path / "9")
-    assert "not-a-program-here" in told.text
 
 
 def test_that_of_a_killed_run_is_waited_for(tmp_path, told):
@@ -134,6 +131,15 @@ def test_that_of_a_killed_run_is_waited_for(tmp_path, told):
 def test_a_command_that_cannot_be_read_is_refused(tmp_path, command):
     with pytest.raises(ConfigError, match=naming("config.checkpoint.after", command, "bash -c")):
         AfterSave(command, tmp_path, 1.0)
+
+
+def test_a_program_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=naming("config.checkpoint.after", "'not-a-program-here'")):
+        AfterSave("not-a-program-here {checkpoint}", tmp_path, 1.0)
+    own = tmp_path / "own"
+    own.write_text("#!/bin/sh\n")
+    own.chmod(0o755)
+    AfterSave("{workdir}/own {checkpoint}", tmp_path, 1.0)
 
 
 def test_a_run_is_copied_after_each_save_and_the_copy_is_restored(tiny_dataset, tmp_path):

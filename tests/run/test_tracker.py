@@ -46,10 +46,11 @@ def refuse(**given):
 def trackers(tmp_path, monkeypatch):
     (tmp_path / "my_trackers.py").write_text(SOURCE)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "my_trackers", raising=False)
+    sys.modules.pop("my_trackers", None)
     import my_trackers
 
-    return my_trackers
+    yield my_trackers
+    del sys.modules["my_trackers"]
 
 
 def test_it_gets_what_tensorboard_gets(trackers, tmp_path):

@@ -141,6 +141,21 @@ def test_several_pictures_have_a_file_each_and_a_sheet(scene: Scene, capsys) -> 
     assert lines_naming(told, "size", f"{width}x{height}") and lines_naming(told, "sheet", 18)
 
 
+def test_pictures_are_written_as_they_are_drawn(scene: Scene) -> None:
+    """What ends it after the first batch of 16 leaves that one's files."""
+
+    def stop(done: int) -> None:
+        raise InterruptedError(done)
+
+    out = scene.root / "stopped.png"
+    given = scene.arguments("--prompt", "a dog", "--count", "17", *QUICK, out=str(out))
+    with pytest.raises(InterruptedError, match="16"):
+        command.sample(given, progress=stop)
+    files = sorted(scene.root.glob("stopped*.png"))
+    assert files == [scene.root / f"stopped-{number:03}.png" for number in range(16)]
+    assert recipe_of(files[3])["arguments"]["seed"] == 3
+
+
 def test_a_place_that_cannot_be_written_is_named_by_the_first_picture(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     paths = [tmp_path / "file" / f"{name}.png" for name in ("first", "second")]

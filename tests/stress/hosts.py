@@ -17,8 +17,9 @@ def possible() -> bool:
     """Whether namespaces can be made here."""
     if os.geteuid() or not shutil.which("ip"):
         return False
-    made = subprocess.run(["ip", "netns", "add", "fluxdit-try"], capture_output=True).returncode == 0
-    subprocess.run(["ip", "netns", "del", "fluxdit-try"], capture_output=True)
+    name = f"fluxdit-try-{os.getpid()}"  # of this process: several ask at once
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
+    subprocess.run(["ip", "netns", "del", name], capture_output=True)
     return made
 
 

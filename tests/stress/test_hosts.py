@@ -60,17 +60,22 @@ def wait_for_saved(workdir: Path, processes: list[subprocess.Popen], after: int)
 def test_two_hosts_are_one_run_through_a_death_and_a_cut_cable(
     train_command, tiny_dataset: Path, xla_cache: Path, tmp_path: Path
 ) -> None:
-    """The survivor names the lost host within its patience; the same command goes on, at the end on one host alone."""
+    """The survivor names the lost host within its patience; the same command goes on, at the end on one host alone.
+
+    The hosts split the weights before the death and the batch alone before the cut.
+    """
     config = tiny_config(tiny_dataset, tmp_path / "one")
     config.train.steps = STEPS
     assert train_command.run(config=write_config(tmp_path / "one.py", config)).returncode == 0
 
-    config.workdir, config.mesh.fsdp = str(tmp_path / "two"), 2
+    workdir = tmp_path / "two"
+    config.workdir, config.log.preview_every, config.log.preview_count = str(workdir), 5, 1
     config.checkpoint.minutes, config.mesh.patience = 0.01, PATIENCE
-    file, workdir = write_config(tmp_path / "two.py", config), tmp_path / "two"
     with hosts(2) as cluster:
         reached = 0
-        for fault in ("kill", "cut"):
+        for fault, fsdp in (("kill", 2), ("cut", 1)):
+            config.mesh.fsdp = fsdp
+            file = write_config(tmp_path / f"{fault}.py", config)
             processes = begin(cluster, file, xla_cache)
             wait_for_saved(workdir, processes, reached)
             reached = max(steps_of(workdir))
@@ -84,6 +89,8 @@ def test_two_hosts_are_one_run_through_a_death_and_a_cut_cable(
             assert [process.returncode for process in processes] == [1, -9 if fault == "kill" else 1], told
             assert f"process 1 on host1 is silent for {PATIENCE:.0f} s" in told[0] and "Traceback" not in told[0]
             assert "Make space" not in told[0]
+            for each in told:
+                assert "process 0 on host0, process 1 on host1. If process 0 dies" in each
             if fault == "cut":
                 assert f"process 0 on host0 is silent for {PATIENCE:.0f} s" in told[1]
                 cluster[1].mend()
