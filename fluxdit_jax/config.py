@@ -153,8 +153,8 @@ KEYS = {
     "optim.final_fraction": Key(_OPTIM.final_fraction, "where the cosine ends, as a share of lr", SHARE),
     "optim.b1": Key(_OPTIM.b1, "decay of the first moment", DECAY),
     "optim.b2": Key(_OPTIM.b2, "decay of the second moment", DECAY),
-    "optim.eps": Key(_OPTIM.eps, "added to the root of the second moment", POSITIVE),
-    "optim.weight_decay": Key(_OPTIM.weight_decay, "matrices only", NOT_NEGATIVE),
+    "optim.eps": Key(_OPTIM.eps, "with adamw: added to the root of the second moment", POSITIVE),
+    "optim.weight_decay": Key(_OPTIM.weight_decay, "matrices only; with muon those inside the blocks", NOT_NEGATIVE),
     "optim.grad_clip_norm": Key(_OPTIM.grad_clip_norm, "global gradient norm", POSITIVE),
     "optim.global_batch_size": Key(256, "samples per optimizer step; a multiple of data.micro_batch_size", POSITIVE),
     # ema, train, checkpoint
@@ -190,7 +190,7 @@ KEYS = {
     ),
     "log.heldout_count": Key(128, "pictures of the holdout split", POSITIVE),
     "log.peak_tflops": Key(float, "of one device in bfloat16, for the MFU; None: by the device's name", POSITIVE),
-    "log.vae": Key(str, "directory or id of the decoder; None: the one named in the dataset", path=True),
+    "log.vae": Key(str, "directory of the decoder; None: the one named in the dataset", path=True),
     "log.tracker": Key("", "MODULE:OBJECT that gets what TensorBoard gets; empty: none"),
     # score, plan, gate, mesh, resume
     "score.every": Key(0, "steps between scores of what is drawn for held-out captions; 0: none", NOT_NEGATIVE),

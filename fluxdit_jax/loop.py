@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -37,6 +37,7 @@ from fluxdit_jax.shared import cli, image_grid
 from fluxdit_jax.state import TrainState
 
 log = logging.getLogger("fluxdit_jax")
+_Made = TypeVar("_Made")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -247,9 +248,8 @@ def _looks(run: Run, present: Prepared) -> list[Look]:
     looks = []
     if (heldout := _make_heldout(present)) is not None:
         looks.append(_heldout_look(run, present, heldout))
-    if (
-        preview := make_preview(config.data.path, present.manifest, present.settings, **_preview_options(config))
-    ) is not None:
+    preview, there = _on_first("log.preview_every", lambda: _make_preview(present))
+    if there:
 
         def draw(state: TrainState, step: int, last: bool) -> None:
             _write_preview(preview, state.ema, step, run.workdir, run.writer)
@@ -260,20 +260,30 @@ def _looks(run: Run, present: Prepared) -> list[Look]:
     return looks
 
 
+def _on_first(key: str, make: Callable[[], _Made | None]) -> tuple[_Made | None, bool]:
+    """(what process 0 has made, None on the others; whether there is one), so that all or none gather for it.
+
+    Raises:
+      ConfigError: process 0 cannot make it; there it is its own error.
+    """
+    made, failure = None, None
+    if jax.process_index() == 0:
+        try:
+            made = make()
+        except Exception as error:  # noqa: BLE001  raised again below, once all processes know
+            failure = error
+    there, failed = any_process([made is not None, failure is not None])
+    if failed:
+        raise failure or ConfigError(f"config.{key}: process 0 cannot do it, and says why")
+    return made, there
+
+
 def _scoring(run: Run, present: Prepared) -> Look | None:
     from fluxdit_jax.quality.scorer import Scorer  # late: few runs are scored while they train
 
     config, settings = present.stage.config, present.settings
-    scorer, failure = None, None
-    if jax.process_index() == 0:
-        try:
-            scorer = Scorer.make(config, present.manifest, settings, run.workdir)
-        except Exception as error:  # noqa: BLE001  raised again below, once all processes know
-            failure = error
-    found, failed = any_process([scorer is not None, failure is not None])
-    if failed:
-        raise failure or ConfigError("config.score.every: process 0 cannot score, and says why")
-    if not found:
+    scorer, there = _on_first("score.every", lambda: Scorer.make(config, present.manifest, settings, run.workdir))
+    if not there:
         return None
 
     def score(state: TrainState, step: int, last: bool) -> None:
@@ -332,27 +342,31 @@ def _measure_other(measure: ValidationLoss, state: TrainState, step: int, writer
     writer.scalars(step, {f"heldout_loss/{stage}": loss})
 
 
-def _preview_options(config: ConfigDict) -> dict[str, Any]:
-    return {
-        "count": config.log.preview_count if config.log.preview_every else 0,
-        "steps": config.log.preview_steps,
-        "guidance": config.log.preview_guidance,
-        "vae": config.log.vae,
-        "on_corrupt": config.data.on_corrupt,
-    }
+def _make_preview(present: Prepared) -> Preview | None:
+    log_ = present.stage.config.log
+    return make_preview(
+        present.stage.config.data.path,
+        present.manifest,
+        present.settings,
+        count=log_.preview_count if log_.preview_every else 0,
+        steps=log_.preview_steps,
+        guidance=log_.preview_guidance,
+        vae=log_.vae,
+        on_corrupt=present.stage.config.data.on_corrupt,
+    )
 
 
-def _write_preview(preview: Preview, ema: Any, step: int, workdir: Path, writer: MetricsWriter) -> None:
+def _write_preview(preview: Preview | None, ema: Any, step: int, workdir: Path, writer: MetricsWriter) -> None:
     ema = sharding.gather(ema)
-    if jax.process_index():
+    if preview is None:
         return
-    sheet = preview.draw(ema)
     path = workdir / "samples" / f"step_{step:07d}.png"
     try:
+        sheet = preview.draw(ema)
         path.parent.mkdir(exist_ok=True)
         image_grid.save(sheet, path)
-    except OSError as error:
+    except Exception as error:  # noqa: BLE001  disk, device memory: the run is worth more
         log.error("no picture of this step, the run goes on: %s", cli.explain(error))
-    else:
-        log.info("step %d: pictures by the EMA in %s", step, path)
+        return
+    log.info("step %d: pictures by the EMA in %s", step, path)
     writer.image(step, "samples", np.asarray(sheet))

@@ -1,4 +1,4 @@
-"""Muon for the matrices inside the blocks, Adam for everything else: optax's, told what is a matrix here.
+"""Muon for the matrices inside the blocks, Nesterov's Adam for all else: optax's, told what is a matrix here.
 
 Sources: Jordan et al. 2024 (github.com/KellerJordan/Muon); the size of its updates: Liu et al. 2025 (arXiv:2502.16982).
 """
@@ -38,7 +38,8 @@ def muon(
     Args:
       lr: of the matrices. adam_lr: of the rest.
       split: orthogonalise the parts of fused kernels (`FUSED`) each by itself.
-      decayed: parameters to a tree of booleans: which of the matrices have weight decay.
+      weight_decay: of the matrices inside the blocks alone: optax decays nothing that it leaves to Adam.
+      decayed: parameters to a tree of booleans; it changes nothing, and checkpoints have its place.
     """
 
     def axes_of(params: Any) -> Any:

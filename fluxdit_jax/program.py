@@ -116,10 +116,9 @@ class Program:
         """What to try, in this order, where the step does not fit: (what to set, how to plan its memory)."""
         s, devices = self._settings, self._mesh.size
         choices = [(s.micro_batch_size, "block")] if s.model.remat != "block" else []
-        batch = s.micro_batch_size // 2
-        while batch >= devices and batch % devices == 0:
+        batch = s.micro_batch_size
+        while batch := next((b for b in range(batch // 2, 0, -1) if not (b % devices or s.global_batch_size % b)), 0):
             choices.append((batch, "block"))
-            batch //= 2
 
         def planner(batch: int, remat: str) -> Callable[[], MemoryPlan]:
             def make() -> MemoryPlan:

@@ -82,11 +82,13 @@ def train(config: ConfigDict) -> int:
         report = None
         if config.gate.required:
             report = require_report(config.gate.report, first.settings.model, first.manifest)
-        if config.resume.from_run is not None and not places(Path(config.resume.from_run)):
-            raise RunError(f"config.resume.from_run is {config.resume.from_run!r}: no weights of a run there")
-        workdir, after = Path(config.workdir), None
+        workdir, after, tracker = Path(config.workdir), None, None
+        done = max(checkpoint_steps(workdir), default=0)
+        if config.resume.from_run is not None and not done:
+            _require_source(config.resume)
         if jax.process_index() == 0:
             after = AfterSave(config.checkpoint.after, workdir, config.checkpoint.after_minutes)
+            tracker = Tracker(config.log.tracker) if config.log.tracker else None
             closing.callback(RunLock(workdir).release)
             closing.callback(reporting.log_to(workdir / "train.log"))
             check_resume(workdir, config, first.manifest, manifests)
@@ -95,7 +97,6 @@ def train(config: ConfigDict) -> int:
                 report_pictures(report, first.manifest)
 
         # ------------------------------------------------------------ the compiled steps, if they fit the device
-        done = max(checkpoint_steps(workdir), default=0)
         overview.describe(stages)
         for each in stages:
             if each.stage.last > done or each is stages[-1]:
@@ -116,9 +117,8 @@ def train(config: ConfigDict) -> int:
         trace = Trace(workdir / "profile", configuration.profile_steps(config.profile) if config.profile else range(0))
         closing.callback(trace.stop)
         save_timer, show_timer = IntervalTimer(config.checkpoint.minutes), IntervalTimer(config.log.minutes)
-        tracker = None
-        if config.log.tracker and jax.process_index() == 0:
-            tracker = Tracker(config.log.tracker, workdir, flatten(config.to_dict()), step)
+        if tracker is not None:
+            tracker.begin(workdir, flatten(config.to_dict()), step)
         writer = MetricsWriter(workdir, step, enabled=jax.process_index() == 0, tracker=tracker)
         closing.callback(writer.close)
         if step == 0:
@@ -183,6 +183,14 @@ def _stopped(step: int, checkpoints: Checkpoints, received: int | None, trouble:
         words = "stopped at step %d (%s); its state is not saved. The same command goes on from step %d."
         log.error(words, step, why, saved)
     return code
+
+
+def _require_source(resume: ConfigDict) -> None:
+    """Raises `RunError` where the run to begin with has not what is to be taken of it."""
+    source, whole = Path(resume.from_run), resume.take == "state"
+    if not (checkpoint_steps(source) if whole else places(source)):
+        what = "resumable checkpoint" if whole else "weights of a run"
+        raise RunError(f"config.resume.from_run is {resume.from_run!r}: no {what} there")
 
 
 def _first_position(config: ConfigDict, first: Prepared, checkpoints: Checkpoints) -> Position:

@@ -75,7 +75,8 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def require_effect(arguments: list[str], config: ConfigDict) -> None:
-    """Refuses an override of which no stage takes notice, and says of one which stages do not."""
+    """Refuses an override of which the run or no stage takes notice, and says of one which stages do not."""
+    _require_one_length(arguments, config)
     names = [name.strip() for name in config.train.stages.split(",")]
     stages = {name: config.stages[name] for name in names if name in config.stages}
     for argument in arguments:
@@ -90,6 +91,18 @@ def require_effect(arguments: list[str], config: ConfigDict) -> None:
         if len(own) == len(stages):
             sys.exit(f"error: {words}: give --config.stages.{own[0]}.{key}")
         print(f"note: {words} (config.stages.{own[0]}.{key})", file=sys.stderr)
+
+
+def _require_one_length(arguments: list[str], config: ConfigDict) -> None:
+    """Refuses `train.steps` beside `train.images`, which decides then."""
+    for argument in arguments:
+        match = re.fullmatch(r"--?config\.((?:stages\.(\w+)\.)?train\.)steps(=.*)?", argument)
+        group = (config.stages.get(match[2], {}) if match[2] else config).get("train", {}) if match else {}
+        if match and (images := group.get("images")) is not None:
+            sys.exit(
+                f"error: --config.{match[1]}steps has no effect, as config.{match[1]}images is {images}: give "
+                f"--config.{match[1]}images, or --config.{match[1]}images=None beside it"
+            )
 
 
 def _found(argument: str) -> str:

@@ -320,6 +320,23 @@ def test_a_run_may_go_on_with_the_whole_state_of_another(config, finished):
     assert lines_naming(log_of(config.workdir), "state", finished)
 
 
+@slow
+def test_a_run_goes_on_without_the_one_that_it_began_with(config, finished, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(finished, other)
+    config.resume.from_run, config.train.steps = str(other), 1
+    run(config)
+    shutil.rmtree(other / "checkpoints")
+    config.workdir, config.resume.take = str(tmp_path / "third"), "state"
+    with pytest.raises(RunError, match=naming("config.resume.from_run", other, "checkpoint")):
+        train(config)
+    assert not (tmp_path / "third").exists()
+    shutil.rmtree(other)
+    config.workdir, config.resume.take, config.train.steps = str(tmp_path / "run"), "ema", 2
+    run(config)
+    assert list(scalars(config.workdir)) == [1, 2]
+
+
 # ------------------------------------------------------------------------------------------------ the program
 
 

@@ -10,6 +10,7 @@ from training_helpers import flat, tiny_config, write_config
 from fluxdit_jax import config as configuration
 from fluxdit_jax import train_arguments
 from fluxdit_jax.config import default_config
+from fluxdit_jax.stages import add_stage
 
 pytest_plugins = ("training_fixtures",)
 
@@ -153,3 +154,16 @@ def test_the_toy_of_stages_is_found_from_any_folder(train_command, tmp_path):
     with train_command._commands.start("fluxdit_jax.train", *arguments, cwd=tmp_path) as process:
         _, err = process.communicate(timeout=120)
     assert process.returncode == 1 and "config.data.resolution is 64" in err and "ImportError" not in err
+
+
+@pytest.mark.parametrize("group", ["", "stages.px32."])
+def test_steps_beside_images_are_refused(group):
+    c = default_config()
+    if group:
+        add_stage(c, "px32", {"train.images": 80})
+    train = c.stages.px32.train if group else c.train
+    train.images = 80
+    with pytest.raises(SystemExit, match=rf"--config\.{group}train\.steps.*images is 80"):
+        train_arguments.require_effect([f"--config.{group}train.steps=5"], c)
+    train.images = None
+    train_arguments.require_effect([f"--config.{group}train.steps=5"], c)

@@ -73,12 +73,14 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 
 
 def gather(tree: Any) -> Any:
-    """The tree as arrays that process 0 holds whole, None in place of each on the others.
+    """The tree as arrays that process 0 holds whole, of several devices on the host; None in place of each elsewhere.
 
     Every process of a run must call it. An array at a time crosses, so that the others never hold the whole tree.
     """
-    if jax.process_count() == 1:
+    if jax.device_count() == 1:
         return tree
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
     from jax.experimental import multihost_utils
 
     def whole(leaf: jax.Array) -> Any:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from fluxdit_jax.config import ConfigError
@@ -83,7 +84,7 @@ class Scorer:
         amount = {"count": config.score.count, "references": references}
         folder = workdir / files.FOLDER
         exam = kept_exam(folder, holdout, train, eye, decoder, vae=str(config.log.vae), **amount)
-        batch = min(BATCH, config.data.micro_batch_size)  # training's own size fits
+        batch = min(BATCH, max(1, config.data.micro_batch_size // jax.device_count()))  # training's own size fits
         generator = Generator.of(settings, manifest, steps=config.score.steps, batch_size=batch, method="heun")
         log.info("score: %d captions and %d training pictures ready after %.0f s", len(exam.questions),
                  len(exam.train), time.monotonic() - begin)  # fmt: skip

@@ -29,6 +29,7 @@ import orbax.checkpoint as ocp
 from fluxdit_jax.device.hosts import of_a_collective
 from fluxdit_jax.run import history
 from fluxdit_jax.run.digest import tree_digest
+from fluxdit_jax.run.signals import any_process
 from fluxdit_jax.run.soundness import BrokenRun, state_fault, weights_fault
 from fluxdit_jax.state import TrainState, shape_difference
 
@@ -102,7 +103,7 @@ class Checkpoints:
         done in the background. A failure, then or later, is logged and counted in `failures`: the run goes
         on with the last good checkpoint, and the next save is tried.
 
-        A step that this object has saved or restored stays as it is: a state from within the next step adds nothing.
+        A step that this object has saved or restored stays as it is.
 
         Raises:
           BrokenRun: the state cannot be used.
@@ -232,8 +233,8 @@ class Checkpoints:
           abstract: the state as `jax.ShapeDtypeStruct` with shardings; the checkpoint may have been written
             on another mesh.
 
-        A checkpoint that is damaged, or holds broken weights, is moved to `damaged/<step>`; the one before it is taken,
-        with an error in the log.
+        A checkpoint that is damaged, or holds broken weights, is moved to `damaged/<step>`, unless this only reads; the
+        one before it is taken, with an error in the log.
 
         Raises:
           CheckpointError: there are checkpoints and none can be restored, or one has other shapes.
@@ -276,7 +277,7 @@ class Checkpoints:
         if damaged:
             listed = "; ".join(f"{step}: {first_line(error)}" for step, error in damaged)
             raise CheckpointError(
-                f"none of the checkpoints in {self._root / 'checkpoints'} can be restored ({listed}). "
+                f"none of the checkpoints in {self._root / CHECKPOINTS} can be restored ({listed}). "
                 + ways_on(self._root)
             )
         return None
@@ -288,17 +289,17 @@ class Checkpoints:
         require_same_shapes(f"checkpoints/{step}", saved, abstract)
 
     def _set_aside(self, steps: list[int]) -> None:
-        for step in steps:
-            target = self._root / DAMAGED / str(step)
+        """Moves damaged checkpoints away, if they are this run's own."""
+        if self._read_only or not steps:
+            return
+        for step in steps if jax.process_index() == 0 else ():
+            names = itertools.chain([f"{step}"], (f"{step}.{number}" for number in itertools.count(2)))
+            target = next(path for name in names if not (path := self._root / DAMAGED / name).exists())
             target.parent.mkdir(exist_ok=True)
-            for number in itertools.count(2):
-                if not target.exists():
-                    break
-                target = target.with_name(f"{step}.{number}")
-            (self._root / "checkpoints" / str(step)).rename(target)
+            (self._root / CHECKPOINTS / str(step)).rename(target)
             log.error("moved the damaged checkpoints/%d to %s", step, target)
-        if steps:
-            self._manager.reload()
+        any_process([False])  # until process 0 has
+        self._manager.reload()
 
     def close(self) -> None:
         """Waits for what is being written and releases the writers."""
@@ -390,7 +391,7 @@ def require_same_shapes(what: str, saved: Any, wanted: Any) -> None:
     """Raises `CheckpointError`, naming the first leaf that the trees do not share."""
     difference = shape_difference(saved, wanted)
     if difference:
-        raise CheckpointError(f"{what} does not fit config.model, .alignment.block or .optim: {difference}")
+        raise CheckpointError(f"{what} does not fit config.model, .alignment.block, .optim or .ema: {difference}")
 
 
 def first_line(error: Exception) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def has_saved(workdir: Path) -> bool:
     for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
             entry = json.loads(line.decode("utf-8"))
-            if "saved" in entry or str(entry["from"]).startswith("checkpoints/"):
+            if "saved" in entry or re.fullmatch(r"checkpoints/\d+", str(entry["from"])):
                 return True
         except (ValueError, KeyError, TypeError, RecursionError):
             return True

@@ -17,7 +17,7 @@ class Trace:
         self._directory, self._steps, self._running = directory, steps, False
 
     def at(self, step: int) -> None:
-        """To be called before each micro-batch of `step` (steps done so far)."""
+        """To be called before each step (`step`: steps done so far)."""
         if step in self._steps and not self._running:
             jax.profiler.start_trace(str(self._directory))
             self._running = True

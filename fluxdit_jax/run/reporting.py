@@ -181,6 +181,8 @@ class Reporter:
         self._nothing_finite = not finite
         loss = norm = ratio = float("nan")  # of a step without a finite micro-batch, whose norms are of the step before
         groups: dict[str, float] = {}
+        if not finite:
+            metrics = metrics | {"grad_norm": norm, "update_norm": norm, "grad_norm_groups": groups}
         if finite:
             self._watchdog.update(metrics)
             loss, norm = float(np.mean([micro["loss"] for micro in finite])), float(metrics["grad_norm"])

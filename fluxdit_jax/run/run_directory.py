@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +34,7 @@ CONFIG = "config.json"
 DATASET = "dataset.json"
 
 # Keys that may change between two starts of a run without changing its mathematics. A micro-batch may change
-# because the draws of a step do not depend on how it is split; train.steps only while no schedule reads it.
+# because the draws of a step do not depend on how it is split; the length only while no schedule reads it.
 FREE_KEYS = (
     "workdir",
     "device_memory_gb",
@@ -55,13 +56,17 @@ FREE_KEYS = (
 )
 
 
-# Keys that decide the shapes of the weights: no checkpoint fits after a change.
+# Keys that decide the shapes of the weights or the moments: no checkpoint fits after a change.
 SHAPE_KEYS = (
     "model.width",
     "model.depth",
     "model.patch",
+    "model.heads",
     "alignment.block",
+    "optim.name",
+    "optim.split_fused",
 )
+LENGTHS = ("train.steps", "train.images")
 
 
 class RunError(Exception):
@@ -107,20 +112,22 @@ def _ways_on(workdir: Path, changes: list[str]) -> str:
     """What to do about refused changes."""
     keys = {change.partition(":")[0] for change in changes}
     shapes = sorted(keys & set(SHAPE_KEYS))
+    if any(re.fullmatch("ema.short_decay: (None -> .*|.* -> None)", change) for change in changes):
+        shapes.append("ema.short_decay")
     ways = "Give the old values, another workdir, or --config.resume.allow_changes=True to go on all the same"
     if shapes:
         ways = (
-            f"Weights of another shape cannot go on ({', '.join(shapes)}): give the old values, or another "
+            f"A state of another shape cannot go on ({', '.join(shapes)}): give the old values, or another "
             "--config.workdir for a new run"
         )
-    if any(key.endswith(".train.steps") for key in keys):
+    if any(key_of(key) != key and key_of(key) in LENGTHS for key in keys):
         ways += (
             ". A stage of another length moves the stages after it: what is there beyond the new ends is of another "
             "stage then, and is drawn as such"
         )
-    if "train.steps" in keys:
+    if keys & set(LENGTHS):
         ways += (
-            ". The cosine of optim.schedule ends at train.steps, so every step's rate depends on it: going on changes "
+            ". The cosine of optim.schedule ends with the run, so every step's rate depends on it: going on changes "
             "the rate from here on"
         )
     if "data.path" in keys:
@@ -178,12 +185,12 @@ def config_changes(old: ConfigDict, new: ConfigDict, of_free_keys: bool = False)
     """
     before, after = flatten(default_config().to_dict()) | flatten(old.to_dict()), flatten(new.to_dict())
     # The length of a stage is never free: it moves the stages after it, and with them the data of their steps.
-    free = FREE_KEYS + (("train.steps",) if new.optim.schedule == "constant" else ())
+    free = FREE_KEYS + (LENGTHS if new.optim.schedule == "constant" else ())
     changes = []
     for key in sorted(before.keys() | after.keys()):
         own = key_of(key)
         is_free = any(own == f or (f[-1] == "." and own.startswith(f)) for f in free)
-        is_free &= not (own != key and own == "train.steps")
+        is_free &= not (own != key and own in LENGTHS)
         if before.get(key) != after.get(key) and is_free == of_free_keys:
             changes.append(f"{key}: {before.get(key)!r} -> {after.get(key)!r}")
     return changes

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +19,34 @@ log = logging.getLogger(__name__)
 class Tracker:
     """Calls an object of the user's; what it raises is logged once for each of its methods, and the run goes on."""
 
-    def __init__(self, spec: str, workdir: Path, config: dict[str, Any], step: int):
+    def __init__(self, spec: str):
         """
         Args:
           spec: "module:object"; object(workdir=Path, config={"group.key": value}, step=int) makes the tracker, which
             has scalars(step, {name: float}), image(step, name, uint8 [H, W, 3]) and close().
 
         Raises:
-          ConfigError: there is no such object, or it cannot be made.
+          ConfigError: there is no such object.
         """
-        module, colon, name = spec.partition(":")
-        try:
-            if not (module and colon and name):
-                raise ValueError("it must be MODULE:OBJECT, as my_trackers:WandB")
-            self._tracker = getattr(importlib.import_module(module), name)(workdir=workdir, config=config, step=step)
-        except Exception as error:  # noqa: BLE001  of the user's module
-            raise ConfigError(f"config.log.tracker is {spec!r}: {type(error).__name__}: {error}") from error
         self._spec = spec
         self._told: set[str] = set()
+        module, _, name = spec.partition(":")
+        with self._refused():
+            if not (module and name):
+                raise ValueError("it must be MODULE:OBJECT, as my_trackers:WandB")
+            self._make = getattr(importlib.import_module(module), name)
+
+    def begin(self, workdir: Path, config: dict[str, Any], step: int) -> None:
+        """Makes the user's object. Raises `ConfigError` if that fails."""
+        with self._refused():
+            self._tracker = self._make(workdir=workdir, config=config, step=step)
+
+    @contextlib.contextmanager
+    def _refused(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001  of the user's module
+            raise ConfigError(f"config.log.tracker is {self._spec!r}: {type(error).__name__}: {error}") from error
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         self._call("scalars", step, values)

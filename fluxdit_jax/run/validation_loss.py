@@ -70,33 +70,37 @@ class ValidationLoss:
           times: quantiles of the training density of t, the middles of as many equal parts.
         """
         records = [record for _, record in source.iter_valid(spread(len(source), pictures))]
-        numbers = [(record, k) for record in records for k in range(times)]
+        count = len(records) * times
         # Rows of the last batch beyond the list repeat its last entry with weight 0.
-        fill = -len(numbers) % batch_size
-        weights = np.r_[np.ones(len(numbers)), np.zeros(fill)].astype(np.float32)
-        numbers += [numbers[-1]] * fill
+        rows = np.arange(count + -count % batch_size)
+        entry = rows.clip(max=count - 1)
         quantile = (np.arange(times, dtype=np.float32) + 0.5) / times
         t = np.asarray(flow.time_at_quantile(flow_config, jnp.asarray(quantile)))
-        self._mesh, self._batches = mesh, []
-        local = batch_size // jax.process_count()
-        own = slice(jax.process_index() * local, (jax.process_index() + 1) * local)
-        for start in range(0, len(numbers), batch_size):
-            part = numbers[start : start + batch_size]
-            index = [_FIRST_INDEX + start + row for row in range(batch_size)]
-            batch = collate([record for record, _ in part], index, layout.without_patches())
-            batch["t"] = t[[k for _, k in part]]
-            batch["weight"] = weights[start : start + batch_size]
-            self._batches.append({name: array[own].copy() for name, array in batch.items()})
+        self._mesh = mesh
+        self._pictures = collate(records, [0] * len(records), layout.without_patches())  # each once
+        local, process = batch_size // jax.process_count(), jax.process_index()
+        self._rows = [
+            (
+                entry[own] // times,
+                {
+                    "index": (_FIRST_INDEX + rows[own]).astype(self._pictures["index"].dtype),
+                    "t": t[entry[own] % times],
+                    "weight": (rows[own] < count).astype(np.float32),
+                },
+            )
+            for start in range(process * local, len(rows), batch_size)
+            for own in [slice(start, start + local)]
+        ]
 
         self.pictures = len(records)
-        self._count, self._times = float(weights.sum()), times
+        self._count, self._times = count, times
         self._measure = functools.partial(_measure, config, statistics)
 
     def __call__(self, ema: Any) -> dict[str, float]:
         """`heldout_loss` and its split by time, of f32 EMA weights."""
         total, bins, counts = 0.0, np.zeros(flow.TIME_BINS), np.zeros(flow.TIME_BINS)
-        for batch in self._batches:
-            made = self._measure(ema, sharding.put_batch(self._mesh, batch))
+        for number in range(len(self._rows)):
+            made = self._measured(ema, number)
             loss, bin_loss, bin_count = jax.device_get(made[:3])
             total, bins, counts = total + float(loss), bins + bin_loss, counts + bin_count
         scalars = {"heldout_loss": total / self._count}
@@ -106,6 +110,13 @@ class ValidationLoss:
 
     def of_pictures(self, ema: Any) -> np.ndarray:
         """The loss of each picture, mean over its times: float64 [pictures]. For one process."""
-        rows = [self._measure(ema, sharding.put_batch(self._mesh, batch))[3] for batch in self._batches]
+        rows = [self._measured(ema, number)[3] for number in range(len(self._rows))]
         losses = np.concatenate([np.asarray(part, np.float64) for part in rows])
         return losses[: self.pictures * self._times].reshape(self.pictures, self._times).mean(1)
+
+    def _measured(self, ema: Any, number: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """`_measure` of a batch."""
+        pictures, drawn = self._rows[number]
+        batch = {name: array[pictures] for name, array in self._pictures.items()} | drawn
+        with jax.set_mesh(self._mesh):  # which `attention` reads
+            return self._measure(ema, sharding.put_batch(self._mesh, batch))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -133,8 +134,15 @@ def _check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namesp
     if arguments.seed + arguments.count * len(arguments.prompt) >= 2**31:
         parser.error("--seed must stay below 2**31, counted up for every picture")
     scales = [arguments.guidance_text, arguments.guidance_vision, *arguments.guidance.values()]
-    if not all(map(math.isfinite, [*scales, *(arguments.sweep_text or ()), *(arguments.sweep_vision or ())])):
-        parser.error("guidance scales must be finite numbers")
+    sweeps = [arguments.sweep_text or (), arguments.sweep_vision or ()]
+    if not all(abs(scale) < recipe.MAX_SCALE for scale in itertools.chain(scales, *sweeps)):
+        parser.error(f"guidance scales must be finite numbers below {recipe.MAX_SCALE:g}")
+    pictures = arguments.count * len(arguments.prompt) * math.prod(max(1, len(sweep)) for sweep in sweeps)
+    if pictures > recipe.MAX_PICTURES or max(map(len, sweeps)) > recipe.MAX_SCALES:
+        most = f"at most {recipe.MAX_PICTURES:,} at once, and a sweep has at most {recipe.MAX_SCALES:,} scales"
+        parser.error(f"{pictures:,} pictures are asked for; {most}")
+    if arguments.steps > recipe.MAX_STEPS:
+        parser.error(f"--steps must be at most {recipe.MAX_STEPS:,}")
     if not 0 <= arguments.rescale <= 1:
         parser.error("--rescale must be between 0 and 1")
     if arguments.method not in solvers.METHODS or arguments.weights not in (EMA, SHORT_EMA):

@@ -9,6 +9,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 
@@ -103,7 +104,8 @@ def make_preview(
         return None
     split = "holdout" if manifest.records("holdout") else "train"
     source = RecordSource(path, manifest, split, on_corrupt)
-    generator = Generator.of(settings, manifest, steps=steps, batch_size=count)
+    batch = min(count, max(1, settings.micro_batch_size // jax.device_count()))  # training's own size fits
+    generator = Generator.of(settings, manifest, steps=steps, batch_size=batch)
     records = [record for _, record in source.iter_valid(reader.spread(len(source), count))]
     # Otherwise a picture of the caption alone means nothing.
     trained = settings.flow.dropped(besides_captions(settings.model.conditions)) > 0

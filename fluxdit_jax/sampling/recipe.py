@@ -32,8 +32,10 @@ from fluxdit_jax.vae.files import find_directory, hash_files, weight_files
 KEY = "recipe"
 FORMAT = 1
 _MAX_BYTES = 16 << 20
-_MAX_PICTURES = 10_000
-_MAX_STEPS = 10_000
+MAX_PICTURES = 10_000
+MAX_STEPS = 10_000
+MAX_SCALE = 1e9
+MAX_SCALES = 1000  # of a sweep
 _CONTROL = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 _RENAMED_METHODS = {"kutta3": "rk3"}
 _OLD = ("prompt", "seed", "steps", "method", "guidance_text", "guidance_vision", "weights")
@@ -44,7 +46,7 @@ def _integer(low: int, high: int) -> Callable[[Any], bool]:
 
 
 def _number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e9  # no NaN either
+    return type(value) in (int, float) and abs(value) < MAX_SCALE  # no NaN either
 
 
 def _text(value: Any) -> bool:
@@ -75,18 +77,18 @@ def _optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 # The arguments of `sample` that decide a picture, and what each may be.
 ARGUMENTS: dict[str, Callable[[Any], bool]] = {
-    "prompt": _list_of(_prompt, _MAX_PICTURES),
-    "count": _integer(1, _MAX_PICTURES),
+    "prompt": _list_of(_prompt, MAX_PICTURES),
+    "count": _integer(1, MAX_PICTURES),
     "seed": _integer(0, 2**31 - 1),
     "size": _text,
-    "steps": _integer(1, _MAX_STEPS),
+    "steps": _integer(1, MAX_STEPS),
     "method": _text,
     "guidance_text": _number,
     "guidance_vision": _number,
     "guidance": _scales,
     "rescale": _number,
-    "sweep_text": _optional(_list_of(_number, 1000)),
-    "sweep_vision": _optional(_list_of(_number, 1000)),
+    "sweep_text": _optional(_list_of(_number, MAX_SCALES)),
+    "sweep_vision": _optional(_list_of(_number, MAX_SCALES)),
     "workdir": _optional(_text),
     "model": _optional(_text),
     "weights": _text,
@@ -210,8 +212,8 @@ def _checked(arguments: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name} of its recipe is {arguments[name]!r}, which cannot be")
     if (arguments["workdir"] is None) == (arguments.get("model") is None):
         raise ValueError("its recipe must name a workdir or a model, and not both")
-    if arguments["count"] * len(arguments["prompt"]) > _MAX_PICTURES:
-        raise ValueError(f"its recipe asks for more than {_MAX_PICTURES:,} pictures")
+    if arguments["count"] * len(arguments["prompt"]) > MAX_PICTURES:
+        raise ValueError(f"its recipe asks for more than {MAX_PICTURES:,} pictures")
     method = _RENAMED_METHODS.get(arguments["method"], arguments["method"])
     return {name: arguments[name] for name in ARGUMENTS if name in arguments} | {"method": method}
 

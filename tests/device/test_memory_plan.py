@@ -12,6 +12,8 @@ from run_helpers import run_config
 
 from fluxdit_jax.device import devices
 from fluxdit_jax.device.memory_plan import MemoryPlan, OutOfMemory, plan, require_fit
+from fluxdit_jax.prepared import Prepared
+from fluxdit_jax.stages import stages_of
 from fluxdit_jax.state import create_state
 from fluxdit_jax.train import train
 
@@ -33,6 +35,15 @@ def test_a_step_that_does_not_fit_is_refused_before_it_runs(config):
         assert words in str(refusal.value)
     assert "no smaller micro-batch" in str(refusal.value), "which it has looked for"
     assert not (Path(config.workdir) / "config.json").exists()
+
+
+@pytest.mark.parametrize(("batch", "tried"), [(18, [9, 3, 1]), (8, [4, 2, 1]), (5, [1])])
+def test_a_smaller_micro_batch_divides_the_global_batch(config, batch, tried):
+    config.data.micro_batch_size = config.optim.global_batch_size = batch
+    present = Prepared.of(stages_of(config)[0])
+    ways = [what for what, _ in present.program.smaller()]
+    assert ways[0] == f"--config.data.micro_batch_size={batch} --config.model.remat=block"
+    assert ways[1:] == [f"--config.data.micro_batch_size={each} --config.model.remat=block" for each in tried]
 
 
 def test_a_plan_is_held_against_what_jax_may_take_too():

@@ -115,6 +115,15 @@ def test_a_checkpoint_of_another_configuration_names_the_first_difference(workdi
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["1", "2"]
 
 
+def test_of_another_run_damaged_ones_stay_where_they_are(workdir, states, package_log):
+    cut(workdir / "checkpoints" / "2" / "meta" / "metadata")
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    with Checkpoints(workdir, keep=1, read_only=True) as checkpoints:
+        assert checkpoints.restore(abstract_state(states[1]))[1] == meta_of(1)
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+    assert "checkpoints/2" in package_log[0]
+
+
 def test_damaged_ones_are_kept_apart_from_those_damaged_before(tmp_path, states):
     for steps in ((1, 2, 3), (2, 3), (3,)):
         with Checkpoints(tmp_path, keep=5) as checkpoints:

@@ -15,6 +15,7 @@ from wording import lines_naming, naming
 
 from fluxdit_jax.dataset.manifest import MANIFEST
 from fluxdit_jax.run.checkpoint import EMA, SHORT_EMA, Checkpoints, ema_digest, ema_steps, restore_ema
+from fluxdit_jax.run.history import append, has_saved
 from fluxdit_jax.run.metrics import read_metrics
 from fluxdit_jax.run.run_directory import RunError
 from fluxdit_jax.train import train
@@ -280,6 +281,14 @@ def remove(workdir):
 def empty(workdir):
     remove(workdir)
     (workdir / "checkpoints").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("source", "saved"), [("checkpoints/6", True), ("checkpoints/base", False), ("nothing", False)]
+)
+def test_a_run_begun_with_another_named_like_a_checkpoint_has_saved_nothing(tmp_path, source, saved):
+    append(tmp_path, {"step": 0, "from": source})
+    assert has_saved(tmp_path) is saved
 
 
 def only_history(workdir):

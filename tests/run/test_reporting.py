@@ -108,5 +108,9 @@ def test_a_step_without_a_finite_micro_batch_gives_no_number(reporter) -> None:
     (line,) = (line for line in read_metrics(path) if "loss" in line)
     assert line["skipped"] == 2 and line["loss"] == 2.5 and made.suspect is False
     assert [seen.skipped for seen in monitor.heard] == [2, 0]
+    steps(made, {}, {}, nan, nan)
+    line = [line for line in read_metrics(path) if "loss" in line][-1]
+    assert line["gradient_norm"] is line["update_norm"] is None and line["parameter_norm"] == 7.0
+    assert not [name for name in line if name.startswith("gradient_norm_by_group")]
     first = monitor.heard[0]
     assert np.isnan([first.loss, first.gradient_norm, first.rms_ratio]).all() and first.gradient_groups == {}

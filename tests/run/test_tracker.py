@@ -54,7 +54,8 @@ def trackers(tmp_path, monkeypatch):
 
 
 def test_it_gets_what_tensorboard_gets(trackers, tmp_path):
-    tracker = Tracker("my_trackers:Keeping", tmp_path, {"seed": 0}, 3)
+    tracker = Tracker("my_trackers:Keeping")
+    tracker.begin(tmp_path, {"seed": 0}, 3)
     writer = MetricsWriter(tmp_path, 3, tracker=tracker)
     writer.scalars(4, {"loss": 0.5})
     writer.image(4, "samples", np.zeros((2, 3, 3), np.uint8))
@@ -88,4 +89,4 @@ def test_a_run_reports_to_it_and_one_that_fails_is_told_of_once(trackers, tiny_d
 )
 def test_one_that_cannot_be_made_ends_the_start(trackers, tmp_path, spec, words):
     with pytest.raises(ConfigError, match=naming("config.log.tracker", spec, *words)):
-        Tracker(spec, tmp_path, {}, 0)
+        Tracker(spec).begin(tmp_path, {}, 0)

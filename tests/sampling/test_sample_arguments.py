@@ -34,6 +34,13 @@ GIVEN = ["--workdir", "run", "--out", "x.png"]
         (["--prompt", "x", "--condition", "pose="], ["--condition", "pose="]),
         (["--prompt", "x", "--sweep-vision", "1,inf"], ["guidance", "finite"]),
         (["--prompt", "x", "--sweep-text", "1,,2"], ["--sweep-text", "1,,2"]),
+        (["--prompt", "x", "--guidance-text", "1e9"], ["guidance", "1e+09"]),
+        (["--prompt", "x", "--steps", "10001"], ["--steps", "10,000"]),
+        (["--prompt", "x", "--prompt", "y", "--count", "5001"], ["10,002 pictures", "10,000"]),
+        (
+            ["--prompt", "x", "--count", "101", "--sweep-text", ",".join(map(str, range(100)))],
+            ["10,100 pictures", "10,000"],
+        ),
         (["--prompt", "x", "--rescale", "nan"], ["--rescale", 0, 1]),
         (["--prompt", "x", "--out", "x.jpg"], ["--out", ".png"]),
     ],
