@@ -56,10 +56,12 @@ BASE: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """Attributes:
-    changes: to BASE.
-    shuffled: trained on the dataset whose captions are those of other pictures.
-    before: Python that the training process runs first.
+    """A mechanism that is compared.
+
+    Attributes:
+      changes: to BASE.
+      shuffled: trained on the dataset whose captions are those of other pictures.
+      before: Python that the training process runs first.
     """
 
     changes: dict[str, Any]

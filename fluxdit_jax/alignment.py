@@ -17,9 +17,11 @@ from fluxdit_jax.dataset.cells import FACTOR_BYTES
 
 @dataclasses.dataclass(frozen=True)
 class AlignmentConfig:
-    """Attributes:
-    weight: of its loss beside that of the flow.
-    until: the last step with it; None: to the end.
+    """The alignment's loss and its end.
+
+    Attributes:
+      weight: of its loss beside that of the flow.
+      until: the last step with it; None: to the end.
     """
 
     weight: float = 0.5

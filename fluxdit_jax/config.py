@@ -191,7 +191,7 @@ KEYS = {
     "log.heldout_count": Key(128, "pictures of the holdout split", POSITIVE),
     "log.peak_tflops": Key(float, "of one device in bfloat16, for the MFU; None: by the device's name", POSITIVE),
     "log.vae": Key(str, "directory of the decoder; None: the one named in the dataset", path=True),
-    "log.tracker": Key("", "MODULE:OBJECT that gets what TensorBoard gets; empty: none"),
+    "log.tracker": Key("", "MODULE:OBJECT that gets the scalars and pictures of TensorBoard; empty: none"),
     # score, plan, gate, mesh, resume
     "score.every": Key(0, "steps between scores of what is drawn for held-out captions; 0: none", NOT_NEGATIVE),
     "score.count": Key(256, "captions of the holdout split", TWO_OR_MORE),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,6 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from fluxdit_jax import overview
 from fluxdit_jax.config import ConfigError
@@ -59,7 +59,6 @@ class Position:
 class Run:
     """What all stages of a run share."""
 
-    config: ConfigDict
     workdir: Path
     stages: list[Prepared]
     checkpoints: Checkpoints
@@ -85,16 +84,17 @@ class Ended:
 
 
 def run_stage(run: Run, present: Prepared, position: Position) -> Ended:
-    """Trains from a position to the end of a stage, or until a signal or a diagnosis stops the run."""
+    """Trains from a position before the end of a stage to it, or until a signal or a diagnosis stops the run."""
     config, settings, stage = present.stage.config, present.settings, present.stage
     with contextlib.ExitStack() as closing:
         # ------------------------------------------------------------ data, and what is written and shown
         programs = present.compiled
         state, samples = position.state, position.samples
         step = first = int(state.step)
-        batches = _batches(present, samples)
+        count = (stage.last - first) * settings.optimizer.grad_accum_steps
+        batches = itertools.islice(_batches(present, samples), count)  # none beyond the end is read
         batch = sharding.put_batch(present.mesh, next(batches))
-        looks = _looks(run, present) if first < stage.last else []
+        looks = _looks(run, present)
         reporter = closing.enter_context(_reporter(run, present, step, position.unfinished))
 
         # ------------------------------------------------------------ the loop
@@ -110,7 +110,8 @@ def run_stage(run: Run, present: Prepared, position: Position) -> Ended:
                 state, values = accumulate(state, batch)
                 samples += config.data.micro_batch_size
                 asked = time.monotonic()
-                batch = sharding.put_batch(present.mesh, next(batches))
+                if (following := next(batches, None)) is not None:
+                    batch = sharding.put_batch(present.mesh, following)
                 if values.is_ready():  # the device was done before the data came
                     reporter.waited(time.monotonic() - asked)
                 reporter.take(ACCUMULATE if aligned else PLAIN, values)
@@ -210,7 +211,8 @@ def _untrained(settings: Settings) -> frozenset[str]:
     """What may get no gradient: nulls of conditions that are never dropped, and the projector once alignment ended."""
     dropped = {name for subset, share in settings.flow.drop for name in subset if share}
     nulls = {f"null_{each.name}" for each in settings.model.conditions if each.name not in dropped}
-    return frozenset(nulls | {dit.PROJECTOR})
+    ends = settings.alignment is None or settings.alignment.until is not None
+    return frozenset(nulls | ({dit.PROJECTOR} if ends else set()))
 
 
 def _constants(run: Run, present: Prepared) -> dict[str, float]:

@@ -21,14 +21,16 @@ SCHEDULES = ("constant", "cosine")
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Attributes:
-    lr: peak learning rate. For Muon that of the matrices; `adam_lr` is that of the rest.
-    split_fused: Muon orthogonalises query, key and value, and gate and up, each by itself.
-    warmup_steps, total_steps: optimizer steps, from `first_step` on.
-    first_step: optimizer steps before, of other stages of the run.
-    final_fraction: the cosine ends at this share of the peak.
-    grad_clip_norm: largest global norm of the gradient; a larger one is scaled down to it.
-    grad_accum_steps: micro-batches per optimizer step.
+    """The update rule and its schedule.
+
+    Attributes:
+      lr: peak learning rate. For Muon that of the matrices; `adam_lr` is that of the rest.
+      split_fused: Muon orthogonalises query, key and value, and gate and up, each by itself.
+      warmup_steps, total_steps: optimizer steps, from `first_step` on.
+      first_step: optimizer steps before, of other stages of the run.
+      final_fraction: the cosine ends at this share of the peak.
+      grad_clip_norm: largest global norm of the gradient; a larger one is scaled down to it.
+      grad_accum_steps: micro-batches per optimizer step.
     """
 
     total_steps: int

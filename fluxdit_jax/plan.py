@@ -32,10 +32,12 @@ class Rate:
 
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
-    """Attributes:
-    flops: of a picture: forward and backward pass, recomputation not counted.
-    pictures: trained on, each time one is seen. images: of an epoch.
-    seconds, kwh: time and energy of the stage.
+    """What a stage of a run would take.
+
+    Attributes:
+      flops: of a picture: forward and backward pass, recomputation not counted.
+      pictures: trained on, each time one is seen. images: of an epoch.
+      seconds, kwh: time and energy of the stage.
     """
 
     name: str

@@ -22,8 +22,10 @@ from fluxdit_jax.train_step import patch_statistics
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prepared:
-    """Attributes:
-    statistics: (mean, std) of the dataset's latents, see `patch_statistics`.
+    """A stage, ready to be trained: its dataset, settings, mesh and program.
+
+    Attributes:
+      statistics: (mean, std) of the dataset's latents, see `patch_statistics`.
     """
 
     stage: Stage

@@ -137,8 +137,8 @@ def score(arguments: argparse.Namespace) -> dict[str, Any]:
     # ------------------------------------------------------------ the numbers
     about = {
         "dataset": str(run.directory),
-        "questions": questions,
-        "references": references,
+        "questions": len(exam.questions),
+        "references": len(exam.train),
         "eye": {"encoder": eye.encoder.identity.id, "own": eye.own},
         "sampling": {**how, "guidance_text": float(text)},
         "amounts": dataclasses.asdict(amounts),

@@ -10,13 +10,15 @@ import optax
 
 
 class TrainState(NamedTuple):
-    """Attributes:
-    params: f32 master weights, nested dicts.
-    opt_state: `optax.MultiStepsState`: `gradient_step` counts optimizer steps (the step), `mini_step` the micro-batches
-      in `acc_grads` (their mean gradient, f32), `inner_opt_state` has the f32 moments.
-    ema: f32 average of the masters, same tree; what is sampled, shown and exported.
-    skipped: int32, micro-batches skipped because their gradient was not finite.
-    short_ema: a second average with a shorter memory, to compare with; None without one.
+    """All that an optimizer step reads and writes.
+
+    Attributes:
+      params: f32 master weights, nested dicts.
+      opt_state: `optax.MultiStepsState`: `gradient_step` counts optimizer steps (the step), `mini_step` the
+        micro-batches in `acc_grads` (their mean gradient, f32), `inner_opt_state` has the f32 moments.
+      ema: f32 average of the masters, same tree; what is sampled, shown and exported.
+      skipped: int32, micro-batches skipped because their gradient was not finite.
+      short_ema: a second average with a shorter memory, to compare with; None without one.
     """
 
     params: Any

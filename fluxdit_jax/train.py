@@ -99,7 +99,7 @@ def train(config: ConfigDict) -> int:
         # ------------------------------------------------------------ the compiled steps, if they fit the device
         overview.describe(stages)
         for each in stages:
-            if each.stage.last > done or each is stages[-1]:
+            if each.stage.last > done:
                 overview.describe_memory(each)
 
         # ------------------------------------------------------------ the state: resumed, continued or new
@@ -123,13 +123,14 @@ def train(config: ConfigDict) -> int:
         closing.callback(writer.close)
         if step == 0:
             writer.hyperparameters(flatten(config.to_dict()))
-        run = Run(config, workdir, stages, checkpoints, writer, signals, trace, save_timer, show_timer)
+        run = Run(workdir, stages, checkpoints, writer, signals, trace, save_timer, show_timer)
+        trouble = None
         for each in stages:
-            if step >= each.stage.last and each is not stages[-1]:
+            if step >= each.stage.last:
                 continue
             overview.announce(stages, each, step)
             ended = run_stage(run, each, position)
-            position, step = ended.position, int(ended.position.state.step)
+            position, step, trouble = ended.position, int(ended.position.state.step), ended.trouble
             if ended.stopped:
                 break
 
@@ -140,7 +141,7 @@ def train(config: ConfigDict) -> int:
             log.info("done: %d steps. EMA weights: %s%s", step, workdir / "ema", pictures)
             log.info("next: python -m fluxdit_jax.sample --workdir=%s --prompt TEXT --out FILE.png", workdir)
             return 0 if checkpoints.failures == 0 else 1
-        return _stopped(step, checkpoints, signals.received, ended.trouble)
+        return _stopped(step, checkpoints, signals.received, trouble)
 
 
 def _prepared(config: ConfigDict) -> list[Prepared]:

@@ -33,10 +33,12 @@ LOOK = {
 
 @dataclasses.dataclass(frozen=True)
 class Cause:
-    """Attributes:
-    name: of the cause.
-    tests: titles of the failed tests that it stands behind.
-    lines: what was seen and what to do, each once.
+    """A likely cause of failed tests, and what to do.
+
+    Attributes:
+      name: of the cause.
+      tests: titles of the failed tests that it stands behind.
+      lines: what was seen and what to do, each once.
     """
 
     name: str

@@ -17,12 +17,14 @@ from fluxdit_jax.sampling.pipeline import grid_of
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EvalSet:
-    """Attributes:
-    records: under test.
-    truths: the latent of each, decoded: uint8 [H, W, 3]; the best picture that the VAE lets a model draw.
-    patch: side of a token in latent pixels.
-    grid: the places of pictures, by record key; empty for a set that is no grid.
-    seed: of the first record's noise.
+    """The pictures that the gate tests a model on.
+
+    Attributes:
+      records: under test.
+      truths: the latent of each, decoded: uint8 [H, W, 3]; the best picture that the VAE lets a model draw.
+      patch: side of a token in latent pixels.
+      grid: the places of pictures, by record key; empty for a set that is no grid.
+      seed: of the first record's noise.
     """
 
     records: tuple[Record, ...]

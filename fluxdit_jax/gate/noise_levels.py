@@ -27,11 +27,13 @@ _QUANTILES = 2_000
 
 @dataclasses.dataclass(frozen=True)
 class NoiseLevels:
-    """Attributes:
-    time: above it a noisy picture does not show its light.
-    share: of the training's samples above it.
-    shift: the time shift at which `ENOUGH` of them are.
-    uniform_shift: the same of uniform times, which keep samples at little noise where the other shift is large.
+    """How much of the training is at noise that hides the light of a picture.
+
+    Attributes:
+      time: above it a noisy picture does not show its light.
+      share: of the training's samples above it.
+      shift: the time shift at which `ENOUGH` of them are.
+      uniform_shift: the same of uniform times, which keep samples at little noise where the other shift is large.
     """
 
     time: float

@@ -27,15 +27,17 @@ from fluxdit_jax.vae.decoder import Decoder, decode_all, load_decoder
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Subject:
-    """Attributes:
-    config, manifest, settings: of the run, or of its stage that the weights are of.
-    log: entries of its `metrics.jsonl`; empty if there is none.
-    weights: that are tested.
-    directory: of the dataset. available: how many records it has for training.
-    decoder: of the VAE.
-    records: under test.
-    grid: the places of pictures, by record key; empty for a dataset that is no gate set.
-    seed: of the noise and of who is paired with whom.
+    """A run that the gate judges, and the records that it is judged by.
+
+    Attributes:
+      config, manifest, settings: of the run, or of its stage that the weights are of.
+      log: entries of its `metrics.jsonl`; empty if there is none.
+      weights: that are tested.
+      directory: of the dataset. available: how many records it has for training.
+      decoder: of the VAE.
+      records: under test.
+      grid: the places of pictures, by record key; empty for a dataset that is no gate set.
+      seed: of the noise and of who is paired with whom.
     """
 
     config: ConfigDict

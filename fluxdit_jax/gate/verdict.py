@@ -62,16 +62,18 @@ class Case:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Verdict:
-    """Attributes:
-    name: key in the report. title, question: for people.
-    value: the share that decides. threshold: what it must be at least.
-    statement: the value in words.
-    numbers: everything else that was measured; None where it could not be.
-    controls: see `Control`.
-    reasons: why it failed, in words; empty if it passed.
-    advice: where to look first, in words, if it failed. causes: the cause that each of these speaks of.
-    cases, chart: for the page.
-    judged: False if the set does not allow the test; it has not passed then, and `reasons` says why.
+    """The outcome of one test of the gate.
+
+    Attributes:
+      name: key in the report. title, question: for people.
+      value: the share that decides. threshold: what it must be at least.
+      statement: the value in words.
+      numbers: everything else that was measured; None where it could not be.
+      controls: see `Control`.
+      reasons: why it failed, in words; empty if it passed.
+      advice: where to look first, in words, if it failed. causes: the cause that each of these speaks of.
+      cases, chart: for the page.
+      judged: False if the set does not allow the test; it has not passed then, and `reasons` says why.
     """
 
     name: str

@@ -20,9 +20,11 @@ _TILE, _SMALL_TILE = 128, 8
 
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """Attributes:
-    share: of each sample's own tokens that skip the middle blocks, in [0, 1).
-    first, last: blocks at either end that all tokens go through.
+    """How many tokens skip which blocks in training.
+
+    Attributes:
+      share: of each sample's own tokens that skip the middle blocks, in [0, 1).
+      first, last: blocks at either end that all tokens go through.
     """
 
     share: float = 0.0

@@ -16,14 +16,16 @@ MAX_PICTURES = 64
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """Attributes:
-    size: "WIDTHxHEIGHT".
-    weights: FOLDER/STEP, as "ema/5000", or `NEWEST`.
-    guidance: scales of the dataset's further conditions, by name.
-    sweep_text, sweep_vision: scales with commas between them, or "".
-    reference: a picture whose vision vector to take.
-    vector: a `.npy` file of a vision vector, instead.
-    recipe: a picture of `sample`, whose conditions besides the prompt are taken where the two above give none.
+    """What the page asks to be drawn.
+
+    Attributes:
+      size: "WIDTHxHEIGHT".
+      weights: FOLDER/STEP, as "ema/5000", or `NEWEST`.
+      guidance: scales of the dataset's further conditions, by name.
+      sweep_text, sweep_vision: scales with commas between them, or "".
+      reference: a picture whose vision vector to take.
+      vector: a `.npy` file of a vision vector, instead.
+      recipe: a picture of `sample`, whose conditions besides the prompt are taken where the two above give none.
     """
 
     prompt: str

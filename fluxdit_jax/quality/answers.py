@@ -37,11 +37,13 @@ class Amounts:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Answers:
-    """Attributes:
-    drawn: f32 [n, V], for each question from its caption alone.
-    pictures: the same as thumbnails.
-    rows: int [k], of questions spread over all. with_vector: f32 [k, V], for these from all of their conditions.
-    several: f32 [G, S, V], S drawings of each of G captions spread over all, from other noise.
+    """The vectors of what a model drew of the questions of an exam.
+
+    Attributes:
+      drawn: f32 [n, V], for each question from its caption alone.
+      pictures: the same as thumbnails.
+      rows: int [k], of questions spread over all. with_vector: f32 [k, V], for these from all of their conditions.
+      several: f32 [G, S, V], S drawings of each of G captions spread over all, from other noise.
     """
 
     drawn: np.ndarray

@@ -17,7 +17,7 @@ from fluxdit_jax.plan import training_flops
 from fluxdit_jax.quality.answers import Pupil
 from fluxdit_jax.quality.eye import Eye
 from fluxdit_jax.run.metrics import METRICS, read_metrics
-from fluxdit_jax.run.run_directory import RunError, find_dataset, load_config, load_stage
+from fluxdit_jax.run.run_directory import RunError, find_dataset, load_config, load_dataset, load_stage
 from fluxdit_jax.run.validation_loss import ValidationLoss
 from fluxdit_jax.run.weights import Weights, restore_weights
 from fluxdit_jax.sampling.pipeline import Generator, besides_captions
@@ -29,10 +29,12 @@ from fluxdit_jax.vae.decoder import Decoder
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Candidate:
-    """Attributes:
-    config, manifest, settings: of the run, or of its stage that the weights are of.
-    directory: of the dataset.
-    first: steps of the stages before.
+    """A run with the weights that are scored, and its dataset.
+
+    Attributes:
+      config, manifest, settings: of the run, or of its stage that the weights are of.
+      directory: of the dataset.
+      first: steps of the stages before.
     """
 
     workdir: Path
@@ -67,7 +69,7 @@ class Candidate:
                 f"{self.directory} has {count} records in its {name} split, and a score takes two at least, with "
                 "captions that the model has not seen: build the dataset with a larger --holdout"
             )
-        return RecordSource(self.directory, self.manifest, name, self.config.data.get("on_corrupt", "stop"))
+        return RecordSource(self.directory, self.manifest, name, self.config.data.on_corrupt)
 
     @property
     def untrained(self) -> str:
@@ -114,7 +116,7 @@ class Candidate:
             steps = min(self.weights.step, stage.last) - stage.first
             if steps <= 0:
                 break
-            _, manifest = load_stage(self.workdir, stage.last)
+            manifest = load_dataset(self.workdir, stage.name)
             pictures = steps * stage.config.optim.global_batch_size
             flops += pictures * training_flops(resolve(stage.config, manifest, stage.first))
             rates = [e["images_per_second"] for e in log if stage.first < e["step"] <= stage.last

@@ -22,11 +22,13 @@ BATCH = 16  # pictures at once
 
 @dataclasses.dataclass(frozen=True)
 class Eye:
-    """Attributes:
-    encoder: makes the vectors.
-    own: whether it is the one that made the dataset's, so that those compare.
-    scale: sides of the pictures it was shown over those of the dataset.
-    note: what is to be said of it, in words; or "".
+    """A vision encoder that looks at drawn pictures.
+
+    Attributes:
+      encoder: makes the vectors.
+      own: whether it is the one that made the dataset's, so that those compare.
+      scale: sides of the pictures it was shown over those of the dataset.
+      note: what is to be said of it, in words; or "".
     """
 
     encoder: VisionEncoder

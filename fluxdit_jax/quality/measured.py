@@ -19,11 +19,13 @@ Statistic = Callable[[np.ndarray], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Attributes:
-    value: the number.
-    low, high: the interval of 95 % by the bootstrap: what it may be with other captions of the same kind.
-    count: items that it is of.
-    best, worst: by name, the same measure of pictures that could not be better, and of useless ones.
+    """A number with its interval and what to hold it against.
+
+    Attributes:
+      value: the number.
+      low, high: the interval of 95 % by the bootstrap: what it may be with other captions of the same kind.
+      count: items that it is of.
+      best, worst: by name, the same measure of pictures that could not be better, and of useless ones.
     """
 
     value: float

@@ -180,10 +180,12 @@ def vector(drawn: np.ndarray, given: np.ndarray, again: np.ndarray) -> Measured:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Copies:
-    """Attributes:
-    share: of drawn pictures that are as near to a training picture as only 1 % of the holdout pictures are.
-    distance: float64 [n], to the nearest training picture. train: int [n], its row.
-    threshold: the distance up to which a picture counts.
+    """Drawn pictures that are copies of training pictures.
+
+    Attributes:
+      share: of drawn pictures that are as near to a training picture as only 1 % of the holdout pictures are.
+      distance: float64 [n], to the nearest training picture. train: int [n], its row.
+      threshold: the distance up to which a picture counts.
     """
 
     share: Measured

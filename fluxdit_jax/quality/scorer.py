@@ -34,9 +34,11 @@ BATCH = 16  # pictures drawn at once at most
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scorer:
-    """Attributes:
-    config, settings: of the stage. directory: of its dataset.
-    workdir: of the run. exam: what is asked at every visit.
+    """Scores the EMA of a run while it trains.
+
+    Attributes:
+      config, settings: of the stage. directory: of its dataset.
+      workdir: of the run. exam: what is asked at every visit.
     """
 
     config: ConfigDict

@@ -75,11 +75,13 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scores:
-    """Attributes:
-    numbers: by the names of `KINDS`; those that could not be measured are missing.
-    copies: of training pictures, drawing by drawing.
-    modes: drawings of different captions that are one picture.
-    ranks: int [n], of the true picture of each caption.
+    """What was measured of a model.
+
+    Attributes:
+      numbers: by the names of `KINDS`; those that could not be measured are missing.
+      copies: of training pictures, drawing by drawing.
+      modes: drawings of different captions that are one picture.
+      ranks: int [n], of the true picture of each caption.
     """
 
     numbers: dict[str, Measured]

@@ -1,4 +1,4 @@
-"""A tracker of the user's own that gets what TensorBoard gets: `config.log.tracker`."""
+"""A tracker of the user's own that gets the scalars and pictures of TensorBoard: `config.log.tracker`."""
 
 from __future__ import annotations
 

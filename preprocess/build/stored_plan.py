@@ -37,11 +37,13 @@ _ENCODING = ("torch", "transformers", "diffusers")
 
 @dataclasses.dataclass(frozen=True)
 class StoredPlan:
-    """Attributes:
-    options: of the build, with the device of the process that planned.
-    identities: of its encoders.
-    versions: of what decides the bytes of a shard, by package.
-    images: of each task.
+    """The plan of a build, for other processes.
+
+    Attributes:
+      options: of the build, with the device of the process that planned.
+      identities: of its encoders.
+      versions: of what decides the bytes of a shard, by package.
+      images: of each task.
     """
 
     options: Options

@@ -95,9 +95,11 @@ def variant(pixels: np.ndarray, view: str, light: Light) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Candidate:
-    """Attributes:
-    item: the photograph.
-    thumbnail: uint8 [32, 32, 3].
+    """A photograph that may be chosen.
+
+    Attributes:
+      item: the photograph.
+      thumbnail: uint8 [32, 32, 3].
     """
 
     item: Item
@@ -111,12 +113,14 @@ class Candidate:
 
 @dataclasses.dataclass
 class Pool:
-    """Attributes:
-    build: how the input is read; of a dataset, as it was built.
-    dataset: the input is one.
-    total: pictures of the input.
-    candidates: by key.
-    left_out: inputs that are no candidates, and why.
+    """The photographs to choose from.
+
+    Attributes:
+      build: how the input is read; of a dataset, as it was built.
+      dataset: the input is one.
+      total: pictures of the input.
+      candidates: by key.
+      left_out: inputs that are no candidates, and why.
     """
 
     build: Options

@@ -12,10 +12,12 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Light:
-    """Attributes:
-    name: in the set's grid, in file names and reports.
-    colour: factors of linear red, green and blue, at most 1.
-    towards: (x, y) of the side that it comes from: (1, 0) the right, (0, -1) above; (0, 0) from everywhere.
+    """A change of the light of a picture.
+
+    Attributes:
+      name: in the set's grid, in file names and reports.
+      colour: factors of linear red, green and blue, at most 1.
+      towards: (x, y) of the side that it comes from: (1, 0) the right, (0, -1) above; (0, 0) from everywhere.
     """
 
     name: str
