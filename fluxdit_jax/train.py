@@ -55,6 +55,7 @@ from fluxdit_jax.shared import cli
 from fluxdit_jax.shared.host_memory import keep_freed_memory
 from fluxdit_jax.stages import stages_of
 from fluxdit_jax.state import TrainState, shape_difference
+from fluxdit_jax.vae.decoder import require_decoder
 from fluxdit_jax.vae.files import DecoderError
 
 log = logging.getLogger("fluxdit_jax")
@@ -89,6 +90,8 @@ def train(config: ConfigDict) -> int:
         if jax.process_index() == 0:
             after = AfterSave(config.checkpoint.after, workdir, config.checkpoint.after_minutes)
             tracker = Tracker(config.log.tracker) if config.log.tracker else None
+            if config.log.vae:
+                require_decoder(first.manifest.vae, config.log.vae)
             closing.callback(RunLock(workdir).release)
             closing.callback(reporting.log_to(workdir / "train.log"))
             check_resume(workdir, config, first.manifest, manifests)

@@ -67,6 +67,9 @@ def test_the_command_refuses_in_one_line(train_command, config, tmp_path, argume
         ("--config.mesh.fsdp=3", ["mesh", "3"]),
         ("--config.seed=-1", ["config.seed", "-1"]),
         ("--config.resume.from_run=/nowhere", ["/nowhere"]),
+        ("--config.log.vae=/nowhere", ["/nowhere"]),
+        ("--config.log.tracker=nowhere:X", ["config.log.tracker", "nowhere"]),
+        ("--config.checkpoint.after=nowhere-to {checkpoint}", ["config.checkpoint.after", "nowhere-to"]),
     ],
 )
 def test_more_refusals_in_one_line(train_command, config, tmp_path, tiny_dataset, argument, words):

@@ -198,15 +198,29 @@ def load_decoder(
         raise ValueError(f"VAE dtype must be float32 or bfloat16, got {dtype!r}{why}")
     if identity.id.startswith("builtin:"):
         return _load_builtin(identity, path)
-    directory = find_directory(identity, path)
-    network_class, config = read_config(directory)
-    _check_config(directory, config, identity)
+    directory, network_class, config = _found(identity, path)
     files = weight_files(directory)
     sha256 = hash_files(files)
     if identity.sha256 and identity.sha256 != sha256:
         _warn_hash(identity, str(directory), sha256)
     network = nnx.eval_shape(lambda: network_class(config, DTYPES[dtype]))
     return NetworkDecoder(network, config, read_params(files, network), whole)
+
+
+def require_decoder(identity: EncoderIdentity, path: str | None = None) -> None:
+    """Checks that there is a decoder that fits, without its weights; raises `DecoderError` as `load_decoder`."""
+    if identity.id.startswith("builtin:"):
+        _load_builtin(identity, path)
+    else:
+        _found(identity, path)
+
+
+def _found(identity: EncoderIdentity, path: str | None) -> tuple[Path, type, KlConfig | TinyConfig]:
+    """(directory, class and configuration of the network)."""
+    directory = find_directory(identity, path)
+    network_class, config = read_config(directory)
+    _check_config(directory, config, identity)
+    return directory, network_class, config
 
 
 def _check_config(directory: Path, config: KlConfig | TinyConfig, identity: EncoderIdentity) -> None:
