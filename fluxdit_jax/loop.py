@@ -16,6 +16,7 @@ import numpy as np
 
 from fluxdit_jax import overview
 from fluxdit_jax.config import ConfigError
+from fluxdit_jax.dataset.manifest import DatasetError
 from fluxdit_jax.device import devices, sharding
 from fluxdit_jax.loader import reader
 from fluxdit_jax.model import dit
@@ -24,17 +25,17 @@ from fluxdit_jax.plan import training_flops
 from fluxdit_jax.prepared import Prepared, open_source
 from fluxdit_jax.run import reporting
 from fluxdit_jax.run.checkpoint import Checkpoints
-from fluxdit_jax.run.health import Monitor
+from fluxdit_jax.run.health import DIVERGED, Monitor
 from fluxdit_jax.run.metrics import ACCUMULATE, PLAIN, UPDATE, MetricsWriter
 from fluxdit_jax.run.profile import Trace
 from fluxdit_jax.run.signals import Signals, any_process
-from fluxdit_jax.run.soundness import Watchdog
+from fluxdit_jax.run.soundness import BrokenRun, Watchdog
 from fluxdit_jax.run.timer import IntervalTimer
 from fluxdit_jax.run.validation_loss import ValidationLoss
 from fluxdit_jax.sampling.preview import Preview, make_preview
 from fluxdit_jax.settings import Settings
 from fluxdit_jax.shared import cli, image_grid
-from fluxdit_jax.state import TrainState
+from fluxdit_jax.state import TrainState, without_part
 
 log = logging.getLogger("fluxdit_jax")
 _Made = TypeVar("_Made")
@@ -106,11 +107,16 @@ def run_stage(run: Run, present: Prepared, position: Position) -> Ended:
             alignment = settings.alignment
             aligned = alignment is None or alignment.at(step)
             accumulate = programs.accumulate if aligned else programs.plain
+            begun = samples
             for _ in range(settings.optimizer.grad_accum_steps):
                 state, values = accumulate(state, batch)
                 samples += config.data.micro_batch_size
                 asked = time.monotonic()
-                if (following := next(batches, None)) is not None:
+                try:
+                    following = next(batches, None)
+                except DatasetError as error:
+                    raise _saved(run, reporter, state, begun, error) from error
+                if following is not None:
                     batch = sharding.put_batch(present.mesh, following)
                 if values.is_ready():  # the device was done before the data came
                     reporter.waited(time.monotonic() - asked)
@@ -133,11 +139,13 @@ def run_stage(run: Run, present: Prepared, position: Position) -> Ended:
             reporter.read()  # waits for the device
             if step == run.last:
                 reporter.end()
-            suspect = reporter.suspect and step < run.last
+            diverged = troubled and reporter.trouble is not None and reporter.trouble.kind == DIVERGED
+            suspect = (reporter.suspect or diverged) and step < run.last
             asked = time.monotonic()
             state_meta = {"samples": samples, "unfinished": reporter.unfinished()}
             if suspect and (stopping or save_due):
-                log.warning("no finite gradient in the last micro-batches: the state of step %d is not saved", step)
+                why = "it has diverged" if diverged else "no finite gradient in the last micro-batches"
+                log.warning("the state of step %d is not saved: %s", step, why)
             elif stopping:  # first, so that pictures do not delay the end
                 run.checkpoints.save(step, state, state_meta)
             for look in looks_due:
@@ -168,6 +176,26 @@ def run_stage(run: Run, present: Prepared, position: Position) -> Ended:
                 break
         trouble = reporter.trouble.kind if reporter.trouble is not None and config.health.action == "stop" else None
         return Ended(Position(state, samples), stopping, trouble)
+
+
+def _saved(
+    run: Run, reporter: reporting.Reporter, state: TrainState, samples: int, error: DatasetError
+) -> DatasetError:
+    """Saves the last whole step before an error of the data ends the run; returns the error with what is saved.
+
+    Of several processes the others are within a step, and nothing is saved.
+    """
+    state = without_part(state)
+    step = int(state.step)
+    if jax.process_count() > 1 or not step:
+        return error
+    with contextlib.suppress(BrokenRun):
+        reporter.read()
+        run.checkpoints.save(step, state, {"samples": samples, "unfinished": reporter.unfinished()})
+        run.checkpoints.poll(wait=True)
+        if run.checkpoints.latest_step() == step:
+            return DatasetError(f"{error}. The state of step {step} is saved: the same command goes on from there")
+    return error
 
 
 def _batches(present: Prepared, samples: int) -> Iterator[dict[str, np.ndarray]]:
@@ -305,7 +333,9 @@ def _heldout_look(run: Run, present: Prepared, heldout: ValidationLoss) -> Look:
         # At a switch of all stages, so that what a switch changes is seen.
         for other in (each for each in run.stages if last and each is not present):
             if (of_other := _make_heldout(other)) is not None:
-                _measure_other(of_other, state, step, run.writer, other.stage.name)
+                loss, name = of_other(state.ema)["heldout_loss"], other.stage.name
+                log.info("step %d: held-out loss %.4f at the resolution of %s", step, loss, name)
+                run.writer.scalars(step, {f"heldout_loss/{name}": loss})
 
     return Look("measuring the held-out loss", present.stage.config.log.heldout_every, measure)
 
@@ -335,13 +365,6 @@ def _measure_heldout(measure: ValidationLoss, state: TrainState, step: int, writ
     if state.short_ema is not None:
         values = measure(state.short_ema)
         writer.scalars(step, {f"short_ema/{name}": value for name, value in values.items()})
-
-
-def _measure_other(measure: ValidationLoss, state: TrainState, step: int, writer: MetricsWriter, stage: str) -> None:
-    """Measures and reports at the resolution of another stage than the present one."""
-    loss = measure(state.ema)["heldout_loss"]
-    log.info("step %d: held-out loss %.4f at the resolution of %s", step, loss, stage)
-    writer.scalars(step, {f"heldout_loss/{stage}": loss})
 
 
 def _make_preview(present: Prepared) -> Preview | None:

@@ -44,6 +44,12 @@ def create_state(params: Any, optimizer: optax.MultiSteps, short_ema: bool = Fal
     )
 
 
+def without_part(state: TrainState) -> TrainState:
+    """The state of the last whole step: without a gradient that is accumulated in part."""
+    zeros = jax.tree.map(jnp.zeros_like, (state.opt_state.mini_step, state.opt_state.acc_grads))
+    return state._replace(opt_state=state.opt_state._replace(mini_step=zeros[0], acc_grads=zeros[1]))
+
+
 def shape_difference(saved: Any, wanted: Any) -> str | None:
     """The first leaf, in words, that two trees do not share by path and shape; None if they share all."""
     shapes, expected = (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import signal
 import sys
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
@@ -37,12 +37,14 @@ from fluxdit_jax.program import Program
 from fluxdit_jax.run import continuation, reporting
 from fluxdit_jax.run.after_save import AfterSave
 from fluxdit_jax.run.checkpoint import (
+    CHECKPOINTS,
     CheckpointError,
     Checkpoints,
     checkpoint_steps,
     leaves_threads,
     require_same_shapes,
 )
+from fluxdit_jax.run.health import DIVERGED
 from fluxdit_jax.run.metrics import LogError, MetricsWriter
 from fluxdit_jax.run.profile import Trace
 from fluxdit_jax.run.run_directory import RunError, RunLock, check_resume, difference_from, flatten
@@ -54,11 +56,12 @@ from fluxdit_jax.run.weights import Weights, places, restore_weights
 from fluxdit_jax.shared import cli
 from fluxdit_jax.shared.host_memory import keep_freed_memory
 from fluxdit_jax.stages import stages_of
-from fluxdit_jax.state import TrainState, shape_difference
+from fluxdit_jax.state import TrainState, shape_difference, without_part
 from fluxdit_jax.vae.decoder import require_decoder
 from fluxdit_jax.vae.files import DecoderError
 
 log = logging.getLogger("fluxdit_jax")
+LOG = "train.log"
 USER_ERRORS = (
     configuration.ConfigError,
     DatasetError,
@@ -93,7 +96,8 @@ def train(config: ConfigDict) -> int:
             if config.log.vae:
                 require_decoder(first.manifest.vae, config.log.vae)
             closing.callback(RunLock(workdir).release)
-            closing.callback(reporting.log_to(workdir / "train.log"))
+            closing.callback(reporting.log_to(workdir / LOG))
+            closing.push(functools.partial(reporting.note_end, workdir / LOG))
             check_resume(workdir, config, first.manifest, manifests)
             continuation.require_checkpoints(workdir)
             if report is not None:
@@ -113,7 +117,11 @@ def train(config: ConfigDict) -> int:
         ends = [each.stage.last for each in stages]
         continuation.begin(workdir, config, first.manifest, checkpoints, position.state, ends, manifests)
         signals = closing.enter_context(Signals())  # before the log says that the run has begun
-        log.info("step %d of %d", step, ends[-1])
+        log.info("step %d of %d%s", step, ends[-1], "" if step < ends[-1] else ": nothing is left to train")
+        if done and config.resume.from_run is not None:
+            log.info("config.resume.from_run has no effect: the run has checkpoints of its own")
+        if after is not None and (newest := checkpoints.latest_step()):
+            after.go_on(workdir / CHECKPOINTS / str(newest))
         log.info("curves: tensorboard --logdir %s, best on its Custom Scalars page", workdir / "tensorboard")
 
         # ------------------------------------------------------------ the stages
@@ -139,11 +147,17 @@ def train(config: ConfigDict) -> int:
 
         # ------------------------------------------------------------ the end
         checkpoints.poll(wait=True)
+        copied = after is None or after.finish()
+        if not copied:
+            log.error("config.checkpoint.after has not succeeded for the last checkpoint: the same command tries again")
+        if step >= run.last and (kept := checkpoints.latest_step() or 0) < step:
+            log.error("step %d is the last, but its state is not saved. The same command goes on from %d", step, kept)
+            return 1
         if step >= run.last:
             pictures = f"; pictures: {workdir / 'samples'}" if (workdir / "samples").exists() else ""
             log.info("done: %d steps. EMA weights: %s%s", step, workdir / "ema", pictures)
             log.info("next: python -m fluxdit_jax.sample --workdir=%s --prompt TEXT --out FILE.png", workdir)
-            return 0 if checkpoints.failures == 0 else 1
+            return 0 if copied and checkpoints.failures == 0 else 1
         return _stopped(step, checkpoints, signals.received, trouble)
 
 
@@ -181,7 +195,14 @@ def _stopped(step: int, checkpoints: Checkpoints, received: int | None, trouble:
     elif trouble is not None:
         why, code = f"health: {trouble}", 3
     saved = checkpoints.latest_step() or 0
-    if saved == step:
+    if trouble == DIVERGED:
+        words = (
+            "stopped at step %d (%s); its state is not saved. Go on from step %d with a lower rate: the same command "
+            "with --config.optim.lr=... --config.resume.allow_changes=True. To go back further, move later folders out "
+            "of %s"
+        )
+        log.error(words, step, why, saved, CHECKPOINTS)
+    elif saved == step:
         log.info("stopped at step %d (%s), state saved. The same command goes on from there.", step, why)
     else:
         words = "stopped at step %d (%s); its state is not saved. The same command goes on from step %d."
@@ -210,8 +231,12 @@ def _first_position(config: ConfigDict, first: Prepared, checkpoints: Checkpoint
             restored = other.restore(program.abstract)
         if restored is None:
             raise RunError(f"config.resume.from_run: {config.resume.from_run} has no checkpoint")
-        log.info("continuing with the full state of %s", config.resume.from_run)
-        return dataclasses.replace(_whole_steps(*restored), unfinished=None)
+        position = dataclasses.replace(_whole_steps(*restored), unfinished=None)
+        step = int(position.state.step)
+        difference = difference_from(Path(config.resume.from_run), step, first.manifest)
+        words = "continuing with the full state of %s at step %d; data: %s"
+        log.info(words, config.resume.from_run, step, difference)
+        return position
     weights = restore_weights(Path(config.resume.from_run))
     ema = _with_projector(weights, program)
     require_same_shapes(str(weights.path), ema, program.abstract.params)
@@ -240,10 +265,8 @@ def _whole_steps(state: TrainState, meta: dict[str, Any]) -> Position:
     if not done:
         return Position(state, meta["samples"], meta.get("unfinished"))
     log.info("the checkpoint was saved in the middle of a step: %d micro-batch(es) are drawn again", done)
-    zeros = jax.tree.map(jnp.zeros_like, (state.opt_state.mini_step, state.opt_state.acc_grads))
-    opt_state = state.opt_state._replace(mini_step=zeros[0], acc_grads=zeros[1])
     samples = meta["samples"] - done * meta["batch_size"]
-    return Position(state._replace(opt_state=opt_state), samples, meta.get("unfinished"))
+    return Position(without_part(state), samples, meta.get("unfinished"))
 
 
 def main(argv: list[str]) -> None:

@@ -317,7 +317,13 @@ def test_a_run_may_go_on_with_the_whole_state_of_another(config, finished):
     config.resume.from_run, config.resume.take, config.train.steps = str(finished), "state", 10
     run(config)
     assert list(scalars(config.workdir)) == [9, 10]
-    assert lines_naming(log_of(config.workdir), "state", finished)
+    assert lines_naming(log_of(config.workdir), "state", finished, "step 8; data: the same data set")
+    run(config)
+    told = log_of(config.workdir).split("curves")[-2]
+    assert "step 10 of 10: nothing is left to train" in told and "resume.from_run has no effect" in log_of(
+        config.workdir
+    )
+    assert "memory of a device" not in told, "nothing is compiled"
 
 
 @slow

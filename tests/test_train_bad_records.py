@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import signal
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from wording import lines_naming
 from fluxdit_jax.dataset.fields import BF16
 from fluxdit_jax.dataset.manifest import MANIFEST
 from fluxdit_jax.loader import reader
+from fluxdit_jax.run.checkpoint import checkpoint_steps
 from fluxdit_jax.run.metrics import read_metrics
 from fluxdit_jax.train import train
 
@@ -52,6 +54,22 @@ def test_a_damaged_record_is_passed_over_if_asked_to_counted_and_resumed(config,
         interrupt(patch, 7)
         run(config, expected=128 + signal.SIGTERM)
     run(config)
+    assert_same_outcome(config.workdir, whole.workdir)
+
+
+def test_what_was_trained_before_a_damaged_record_is_kept(config, tmp_path):
+    sound = write_dataset(tmp_path / "sound")
+    path = damage_record_13(tmp_path / "data")
+    config.data.path, config.seed, config.log.heldout_every = str(tmp_path / "data"), 3, 0
+    with pytest.raises(reader.DatasetError, match=r"record 13.*The state of step 2 is saved"):
+        train(config)
+    assert checkpoint_steps(Path(config.workdir)) == [2]
+    assert lines_naming(log_of(config.workdir), "the run ends", "record 13")
+    shutil.copy(tmp_path / "sound" / sound.shards["train"][1].file, path)
+    run(config)
+    whole = config.copy_and_resolve_references()
+    whole.workdir = str(tmp_path / "whole")
+    run(whole)
     assert_same_outcome(config.workdir, whole.workdir)
 
 

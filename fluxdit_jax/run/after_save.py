@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fluxdit_jax.config import ConfigError
+from fluxdit_jax.shared.atomic_files import write_whole
 
 log = logging.getLogger(__name__)
 OUTPUT = "after_save.log"
+DONE = "after_save.done"  # the checkpoint for which the command has succeeded
 NICENESS = 10
 GRACE = 5.0  # seconds between asking a command to end and killing it
 TIMED_OUT = (124, 137)  # exit codes of coreutils' timeout
@@ -58,12 +60,22 @@ class AfterSave:
         self._thread: threading.Thread | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._superseded = False
+        self._failed = False  # the command of the last save, so far
 
     def __enter__(self) -> AfterSave:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Waits for the last save's command; one of an earlier save that still runs is stopped for it."""
+        self.finish()
+
+    def go_on(self, checkpoint: Path) -> None:
+        """At a start: runs the command for the newest checkpoint, unless it has been done for that one."""
+        done = self._workdir / DONE
+        if not done.exists() or done.read_text(encoding="utf-8").strip() != checkpoint.name:
+            self.saved(checkpoint)
+
+    def finish(self) -> bool:
+        """Waits for the last save's command, for which one of an earlier save is stopped; whether all is well."""
         until = time.monotonic() + self._seconds + 2 * GRACE
         with self._changed:
             if self._busy:
@@ -75,6 +87,7 @@ class AfterSave:
                 self._changed.wait(1.0)
             if self._busy:
                 log.error("config.checkpoint.after is not done in time; the run ends without it")
+        return not self._failed
 
     @property
     def _busy(self) -> bool:
@@ -85,7 +98,7 @@ class AfterSave:
         if not self._words:
             return
         with self._changed:
-            self._waiting = checkpoint
+            self._waiting, self._failed = checkpoint, True
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._work, name="after save", daemon=True)
                 self._thread.start()
@@ -159,6 +172,10 @@ class AfterSave:
             log.warning(form, checkpoint.name, why, said[-1], output)
         else:
             log.info("config.checkpoint.after is done for checkpoint %s", checkpoint.name)
+            with self._changed:
+                self._failed = self._waiting is not None
+            with contextlib.suppress(OSError):
+                write_whole(self._workdir / DONE, checkpoint.name + "\n")
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

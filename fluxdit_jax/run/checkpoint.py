@@ -29,13 +29,13 @@ import orbax.checkpoint as ocp
 from fluxdit_jax.device.hosts import of_a_collective
 from fluxdit_jax.run import history
 from fluxdit_jax.run.digest import tree_digest
+from fluxdit_jax.run.no_checkpoint import ways_on
 from fluxdit_jax.run.signals import any_process
 from fluxdit_jax.run.soundness import BrokenRun, state_fault, weights_fault
 from fluxdit_jax.state import TrainState, shape_difference
 
 log = logging.getLogger(__name__)
-_TEMPORARY = "orbax-checkpoint-tmp"
-_DIGEST = "digest"
+_TEMPORARY, _DIGEST = "orbax-checkpoint-tmp", "digest"
 AVERAGE_DIGEST = "{}_digest"  # of `ema`, of `short_ema`: beside the whole state's in a checkpoint's meta
 CHECKPOINTS, EMA, SHORT_EMA, DAMAGED = "checkpoints", "ema", "short_ema", "damaged"  # the folders
 _LOWER_RATE = "The learning rate is too high: lower optim.lr with --config.resume.allow_changes=True"
@@ -153,6 +153,13 @@ class Checkpoints:
 
         return self._start(folder, step, write)
 
+    def _moved(self, step: int) -> bool:
+        """Whether the run directory has gone: writing would make another one in its place."""
+        if gone := not (self._root / CHECKPOINTS).is_dir():
+            self.failures += 1
+            log.error("%s was moved or removed: step %d is not saved. Put it back: training goes on", self._root, step)
+        return gone
+
     def save_averages(self, step: int, state: TrainState) -> None:
         """`save_ema` of each average that the state holds."""
         self.save_ema(step, state.ema)
@@ -160,6 +167,8 @@ class Checkpoints:
             self.save_ema(step, state.short_ema, SHORT_EMA)
 
     def _start(self, folder: str, step: int, save: Callable[[], object]) -> bool:
+        if self._moved(step):
+            return False
         try:
             save()
         except Exception as error:  # noqa: BLE001  Orbax raises whatever the file system raised
@@ -306,15 +315,6 @@ class Checkpoints:
         self.poll(wait=True)
         self._manager.close()
         self._ema_saver.close()
-
-
-def ways_on(workdir: Path) -> str:
-    """What to do where a run has no checkpoint to go on from."""
-    return (
-        f"Bring back a backup of {workdir / CHECKPOINTS}; or start from the run's EMA weights in another directory "
-        f"(--config.workdir=NEW --config.resume.from_run={workdir}); or start anew, in another one or with {workdir} "
-        "moved away"
-    )
 
 
 def checkpoint_steps(workdir: Path) -> list[int]:

@@ -16,6 +16,7 @@ import math
 from collections import deque
 from statistics import median, pstdev
 
+DIVERGED = "diverged"  # the kind of a diagnosis after which the state is of no use
 WINDOW = 20  # steps a condition must last before it is named
 BASELINE = 200  # steps before the window that it is compared with
 SPIKE = 5.0  # a window's median this many times the baseline's
@@ -207,7 +208,7 @@ class Monitor:
             "now: what was learned is lost"
         )
         return self._change(
-            "diverged",
+            DIVERGED,
             lost or now > RISEN * self._first_loss or outbursts >= OUTBURSTS,
             f"step {seen.step}: {what}. The learning rate ({self._learning_rate:g}) is too high. "
             "Go back to a checkpoint from before, and lower optim.lr by 3 or lengthen optim.warmup_steps",

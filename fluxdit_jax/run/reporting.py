@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
@@ -22,6 +23,7 @@ from fluxdit_jax.run.metrics import UPDATE, MetricsWriter, unpack
 from fluxdit_jax.run.progress import Length, Progress
 from fluxdit_jax.run.soundness import SUSPECT_MICRO_BATCHES, BrokenRun, Watchdog
 from fluxdit_jax.shared.atomic_files import Appended
+from fluxdit_jax.shared.cli import explain
 from fluxdit_jax.shared.sanitize import shown
 
 log = logging.getLogger(__name__)
@@ -259,6 +261,14 @@ class _Lines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return shown(super().format(record), lines=True).replace("\n", "\n    ")
+
+
+def note_end(path: Path, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+    """Writes to a log the error that ends a run, which its program prints: a terminal may be gone by then."""
+    if error is not None and not isinstance(error, BrokenRun):  # that one is logged where it is found
+        with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as file:
+            words = explain(error) or type(error).__name__
+            file.write(shown(f"{time.strftime('%H:%M:%S')} E the run ends: {words}", lines=True) + "\n")
 
 
 def log_to(path: Path) -> Callable[[], None]:

@@ -22,7 +22,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from fluxdit_jax.config import ConfigError, default_config
-from fluxdit_jax.dataset.manifest import DatasetError, Manifest, json_checksum, load_manifest, parts_of
+from fluxdit_jax.dataset.manifest import MANIFEST, DatasetError, Manifest, json_checksum, load_manifest, parts_of
 from fluxdit_jax.renamed_keys import converted
 from fluxdit_jax.shared.atomic_files import write_whole
 from fluxdit_jax.shared.lock import Lock
@@ -267,11 +267,17 @@ def load_dataset(workdir: Path, stage: str = "") -> Manifest:
     path = _stage_file(workdir, stage) if stage else workdir / DATASET
     try:
         text = path.read_text(encoding="utf-8")
+        return Manifest.from_json(text, str(path))
     except FileNotFoundError as error:
-        raise RunError(f"{path} does not exist: {workdir} is not a run directory of fluxdit_jax.train") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"{path} cannot be read: {error}") from error
-    return Manifest.from_json(text, str(path))
+        if not (workdir / CONFIG).exists():
+            raise RunError(f"{path} does not exist: {workdir} is not a run directory of fluxdit_jax.train") from error
+        raise RunError(f"{path} is missing. {_again(path)}") from error
+    except (OSError, UnicodeDecodeError, DatasetError) as error:
+        raise RunError(f"{path} cannot be read: {error}. {_again(path)}") from error
+
+
+def _again(path: Path) -> str:
+    return f"It is a copy of the manifest of the run's data set: cp DATASET/{MANIFEST} {path}"
 
 
 def _dataset_identity(manifest: Manifest) -> tuple[list[str], tuple[float, ...], tuple[float, ...]]:

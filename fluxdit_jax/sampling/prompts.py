@@ -30,7 +30,9 @@ def read_prompts(path: Path) -> list[str]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise SampleError(f"--prompts {path}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
-    return [line.strip() for line in text.split("\n") if line.strip()]
+    if not (lines := [line.strip() for line in text.split("\n") if line.strip()]):
+        raise SampleError(f"--prompts {path}: it has no line that is not empty")
+    return lines
 
 
 def check_encoder(found: EncoderIdentity, trained: EncoderIdentity, option: str) -> None:

@@ -133,6 +133,19 @@ def test_a_command_that_cannot_be_read_is_refused(tmp_path, command):
         AfterSave(command, tmp_path, 1.0)
 
 
+def test_what_failed_for_the_last_checkpoint_is_done_at_the_next_start(tiny_dataset, tmp_path):
+    c = tiny_config(tiny_dataset, tmp_path / "run")
+    c.train.steps, c.checkpoint.after = 3, "false"
+    assert train(c) == 1
+    assert "has not succeeded for the last checkpoint" in (tmp_path / "run" / "train.log").read_text()
+    copied = tmp_path / "copied"
+    for again in (True, False):  # once is enough
+        c.checkpoint.after = f"touch {copied}"
+        assert train(c) == 0
+        assert copied.exists() is again
+        copied.unlink(missing_ok=True)
+
+
 def test_a_program_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=naming("config.checkpoint.after", "'not-a-program-here'")):
         AfterSave("not-a-program-here {checkpoint}", tmp_path, 1.0)

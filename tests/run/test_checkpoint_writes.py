@@ -18,7 +18,7 @@ from training_helpers import abstract_state, meta_of, small_state, tree_equal
 from wording import naming
 
 from fluxdit_jax.run import checkpoint
-from fluxdit_jax.run.checkpoint import CHECKPOINTS, EMA, SHORT_EMA, Checkpoints, restore_ema
+from fluxdit_jax.run.checkpoint import CHECKPOINTS, EMA, SHORT_EMA, Checkpoints, checkpoint_steps, restore_ema
 
 pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -110,6 +110,20 @@ def test_closing_waits_for_what_is_being_written_and_says_it_is_complete(tmp_pat
         save(checkpoints, CHECKPOINTS, 1, states)
         threading.Timer(0.3, disk.free.set).start()
     assert noted(tmp_path) == [1] and (tmp_path / CHECKPOINTS / "1").is_dir()
+
+
+def test_a_run_directory_that_was_moved_is_not_made_again(tmp_path, states, package_log):
+    workdir, moved = tmp_path / "run", tmp_path / "moved"
+    with Checkpoints(workdir, keep=2) as checkpoints:
+        assert checkpoints.save(1, states[1], meta_of(1))
+        checkpoints.poll(wait=True)
+        workdir.rename(moved)
+        assert not checkpoints.save(2, states[2], meta_of(2)) and not checkpoints.save_ema(2, states[2].ema)
+        assert not workdir.exists() and checkpoints.failures == 2 and checkpoints.latest_step() == 1
+        assert "moved or removed" in package_log[0] and str(workdir) in package_log[0]
+        moved.rename(workdir)
+        assert checkpoints.save(2, states[2], meta_of(2))
+    assert checkpoint_steps(workdir) == [1, 2]
 
 
 def test_a_history_that_cannot_be_written_is_told_and_nothing_is_lost(tmp_path, states, package_log):

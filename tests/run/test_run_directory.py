@@ -267,8 +267,12 @@ def test_what_is_damaged_or_missing_in_a_run_directory_is_named(config, manifest
         load_config(workdir)
     path.write_text(whole)
     (workdir / "dataset.json").unlink()
-    with pytest.raises(RunError, match=naming(workdir / "dataset.json", "exist")):
+    with pytest.raises(RunError, match=naming("cp DATASET/manifest.json", workdir / "dataset.json")):
         load_dataset(workdir)
+    (workdir / "dataset.json").write_text("")
+    with pytest.raises(RunError, match=naming("JSON", "cp DATASET/manifest.json", workdir / "dataset.json")):
+        load_dataset(workdir)
+    (workdir / "dataset.json").unlink()
     path.unlink()
     (workdir / "checkpoints" / "3").mkdir(parents=True)
     with pytest.raises(RunError, match=naming(workdir, "checkpoints", "config.json", "allow_changes=True")):

@@ -66,7 +66,9 @@ def test_prompts_come_from_lines(tmp_path: Path) -> None:
     assert parse_arguments([*GIVEN, "--prompt", "first", "--prompts", str(path)]).prompt[0] == "first"
 
 
-@pytest.mark.parametrize(("content", "named"), [(b"a\xff", [1, "UTF-8"]), (b"x" * 10_000_001, [10_000_000])])
+@pytest.mark.parametrize(
+    ("content", "named"), [(b"a\xff", [1, "UTF-8"]), (b"x" * 10_000_001, [10_000_000]), (b" \n\n", ["no line"])]
+)
 def test_files_of_prompts_that_are_refused(tmp_path: Path, content: bytes, named: list) -> None:
     (tmp_path / "prompts.txt").write_bytes(content)
     with pytest.raises(SampleError, match=naming("--prompts", tmp_path / "prompts.txt", *named)):

@@ -14,7 +14,7 @@ import training_helpers as helpers
 from fuzz_inputs import written
 
 from fluxdit_jax.dataset import fields, records
-from fluxdit_jax.dataset.manifest import MANIFEST, DatasetError, Manifest, json_checksum, load_manifest
+from fluxdit_jax.dataset.manifest import MANIFEST, Manifest, json_checksum, load_manifest
 from fluxdit_jax.gate.requirement import require_report
 from fluxdit_jax.run import metrics, run_directory
 from fluxdit_jax.sampling import prompts
@@ -125,7 +125,7 @@ def read_prompts(content: bytes) -> None:
 
 def read_run(content: bytes) -> None:
     scratch("run/dataset.json", content)
-    with contextlib.suppress(DatasetError):
+    with contextlib.suppress(run_directory.RunError):
         run_directory.load_dataset(SCRATCH / "run")
     scratch("run/config.json", content)
     run_directory.load_config(SCRATCH / "run").to_dict()
