@@ -348,7 +348,7 @@ def _make_heldout(each: Prepared) -> ValidationLoss | None:
     return ValidationLoss(
         each.settings.model,
         each.settings.flow,
-        reader.RecordSource(config.data.path, each.manifest, "holdout", config.data.on_corrupt),
+        open_source(config, each.manifest, "holdout"),
         mesh=each.mesh,
         statistics=each.statistics,
         layout=each.settings.batch,

@@ -45,6 +45,8 @@ class Prepared:
         manifest = _manifest(stage)
         settings = resolve(config, manifest, stage.first)
         open_source(config, manifest)  # now, rather than in a week
+        if config.log.heldout_every and manifest.records("holdout"):
+            open_source(config, manifest, "holdout")
         return cls(
             stage,
             manifest,
@@ -70,9 +72,9 @@ class Prepared:
         return plan
 
 
-def open_source(config: ConfigDict, manifest: Manifest) -> RecordSource:
-    """The records to train on. It holds files open, so a run has one for the stage it is in."""
-    return RecordSource(config.data.path, manifest, "train", config.data.on_corrupt)
+def open_source(config: ConfigDict, manifest: Manifest, split: str = "train") -> RecordSource:
+    """The records of a split. It holds files open, so a run has one for the stage it is in."""
+    return RecordSource(config.data.path, manifest, split, config.data.on_corrupt)
 
 
 def _manifest(stage: Stage) -> Manifest:

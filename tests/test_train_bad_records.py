@@ -96,7 +96,7 @@ def test_damage_in_the_holdout_split_is_named_or_passed_over(config, tmp_path):
     config.data.on_corrupt, config.train.steps = "skip", 4
     run(config)
     assert np.isfinite(scalars(config.workdir)[4]["heldout_loss"])
-    assert log_of(config.workdir).count(f"{path.name} row 0 (record 0)") == 1
+    assert len(lines_naming(log_of(config.workdir), "passed over", f"{path.name} row 0 (record 0)")) == 1
 
 
 # ------------------------------------------------------------------------------------------------ non-finite
@@ -162,3 +162,13 @@ def test_a_run_of_nothing_but_bad_records_still_obeys_a_signal(config, overflowi
     with monkeypatch.context() as patch:
         interrupt(patch, 30)
         run(config, expected=128 + signal.SIGTERM)
+
+
+def test_a_state_that_has_diverged_takes_no_place_of_a_good_one(config):
+    config.train.steps, config.log.heldout_every, config.checkpoint.minutes = 2, 0, 1e6
+    run(config)
+    config.train.steps, config.optim.lr, config.optim.warmup_steps, config.health.action = 200, 1.0, 0, "stop"
+    config.optim.grad_clip_norm, config.resume.allow_changes = 1e6, True
+    run(config, expected=3)
+    assert checkpoint_steps(Path(config.workdir)) == [2]
+    assert lines_naming(log_of(config.workdir), "health: diverged", "not saved", "step 2 ", "optim.lr", "checkpoints")

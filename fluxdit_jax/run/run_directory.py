@@ -5,7 +5,9 @@ dataset.json      the manifest of the data set it was trained on, as it was; of 
 datasets/         of a run in stages, NAME.json of each
 history.jsonl     its starts: from which step, with which changes, what was set aside
 abandoned/        what was beyond the step that a start began with
-checkpoints/ ema/ tensorboard/ metrics.jsonl samples/ validation/ train.log
+damaged/          checkpoints that could not be read
+after_save.log    what config.checkpoint.after said last; after_save.done: the checkpoint that it succeeded for
+checkpoints/ ema/ short_ema/ tensorboard/ metrics.jsonl samples/ validation/ score/ profile/ train.log
 """
 
 from __future__ import annotations
