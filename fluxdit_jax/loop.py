@@ -391,7 +391,7 @@ def _write_preview(preview: Preview | None, ema: Any, step: int, workdir: Path, 
         path.parent.mkdir(exist_ok=True)
         image_grid.save(sheet, path)
     except Exception as error:  # noqa: BLE001  disk, device memory: the run is worth more
-        log.error("no picture of this step, the run goes on: %s", cli.explain(error))
+        log.error("no picture of this step, the run goes on: %s: %s", type(error).__name__, cli.explain(error))
         return
     log.info("step %d: pictures by the EMA in %s", step, path)
     writer.image(step, "samples", np.asarray(sheet))

@@ -64,7 +64,7 @@ def test_what_was_trained_before_a_damaged_record_is_kept(config, tmp_path):
     with pytest.raises(reader.DatasetError, match=r"record 13.*The state of step 2 is saved"):
         train(config)
     assert checkpoint_steps(Path(config.workdir)) == [2]
-    assert lines_naming(log_of(config.workdir), "the run ends", "record 13")
+    assert lines_naming(log_of(config.workdir), "ended by an error", "record 13")
     shutil.copy(tmp_path / "sound" / sound.shards["train"][1].file, path)
     run(config)
     whole = config.copy_and_resolve_references()

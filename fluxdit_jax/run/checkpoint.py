@@ -167,9 +167,9 @@ class Checkpoints:
             self.save_ema(step, state.short_ema, SHORT_EMA)
 
     def _start(self, folder: str, step: int, save: Callable[[], object]) -> bool:
-        if self._moved(step):
-            return False
         try:
+            if self._moved(step):
+                return False
             save()
         except Exception as error:  # noqa: BLE001  Orbax raises whatever the file system raised
             self._failed(folder, step, error)

@@ -268,7 +268,7 @@ def note_end(path: Path, kind: type[BaseException] | None, error: BaseException 
     if error is not None and not isinstance(error, BrokenRun):  # that one is logged where it is found
         with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as file:
             words = explain(error) or type(error).__name__
-            file.write(shown(f"{time.strftime('%H:%M:%S')} E the run ends: {words}", lines=True) + "\n")
+            file.write(shown(f"{time.strftime('%H:%M:%S')} E ended by an error: {words}", lines=True) + "\n")
 
 
 def log_to(path: Path) -> Callable[[], None]:
