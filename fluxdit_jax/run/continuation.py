@@ -134,12 +134,13 @@ def set_aside(workdir: Path, step: int, digests: dict[str, str]) -> tuple[Path, 
     names += _scores_beyond(workdir, step - others_at_step)
     if _report_is_beyond(workdir, step, digests.get(EMA)):
         names.append("validation")
+    if lines:  # first: on a full disk nothing is moved
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.move(workdir / name, folder / name)  # ema/ may be a link to another disk
     if lines:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
         names.append(f"{METRICS} from step {lines[0]['step']} on")
     return folder, names
 
