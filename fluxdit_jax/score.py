@@ -42,8 +42,9 @@ from fluxdit_jax.quality.files import FOLDER
 from fluxdit_jax.quality.page import draw_pairs, write_page
 from fluxdit_jax.quality.scores import Scores, judge, told, write_tensorboard
 from fluxdit_jax.run.checkpoint import CheckpointError
+from fluxdit_jax.run.differences import dataset_difference
 from fluxdit_jax.run.metrics import LogError
-from fluxdit_jax.run.run_directory import RunError, RunLock, dataset_difference
+from fluxdit_jax.run.run_directory import RunError, RunLock
 from fluxdit_jax.sampling import solvers
 from fluxdit_jax.sampling.prompts import SampleError
 from fluxdit_jax.shared import atomic_files

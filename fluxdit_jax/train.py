@@ -44,10 +44,11 @@ from fluxdit_jax.run.checkpoint import (
     leaves_threads,
     require_same_shapes,
 )
+from fluxdit_jax.run.differences import check_resume, difference_from, flatten
 from fluxdit_jax.run.health import DIVERGED
 from fluxdit_jax.run.metrics import LogError, MetricsWriter
 from fluxdit_jax.run.profile import Trace
-from fluxdit_jax.run.run_directory import RunError, RunLock, check_resume, difference_from, flatten
+from fluxdit_jax.run.run_directory import RunError, RunLock
 from fluxdit_jax.run.signals import Signals
 from fluxdit_jax.run.soundness import BrokenRun
 from fluxdit_jax.run.timer import IntervalTimer

@@ -17,8 +17,9 @@ from fluxdit_jax.gate.eval_set import EvalSet
 from fluxdit_jax.gate.memorisation import Memorisation
 from fluxdit_jax.gate.swap import Swap
 from fluxdit_jax.loader.reader import RecordSource, spread
+from fluxdit_jax.run.differences import require_dataset
 from fluxdit_jax.run.metrics import METRICS, read_metrics
-from fluxdit_jax.run.run_directory import load_config, load_stage, require_dataset
+from fluxdit_jax.run.run_directory import load_config, load_stage
 from fluxdit_jax.run.weights import Weights, restore_weights
 from fluxdit_jax.sampling.prompts import encode_prompts
 from fluxdit_jax.settings import Settings, resolve

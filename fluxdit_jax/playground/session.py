@@ -19,7 +19,8 @@ from fluxdit_jax.dataset.records import Record
 from fluxdit_jax.loader.reader import RecordSource
 from fluxdit_jax.playground.form import NEWEST, Form
 from fluxdit_jax.run.checkpoint import EMA, SHORT_EMA, CheckpointError
-from fluxdit_jax.run.run_directory import RunError, find_dataset, load_stage
+from fluxdit_jax.run.differences import find_dataset
+from fluxdit_jax.run.run_directory import RunError, load_stage
 from fluxdit_jax.run.weights import places
 from fluxdit_jax.sample import kept_decoder, sample
 from fluxdit_jax.sampling import exported, recipe

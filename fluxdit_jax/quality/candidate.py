@@ -16,8 +16,9 @@ from fluxdit_jax.loader.reader import RecordSource
 from fluxdit_jax.plan import training_flops
 from fluxdit_jax.quality.answers import Pupil
 from fluxdit_jax.quality.eye import Eye
+from fluxdit_jax.run.differences import find_dataset
 from fluxdit_jax.run.metrics import METRICS, read_metrics
-from fluxdit_jax.run.run_directory import RunError, find_dataset, load_config, load_dataset, load_stage
+from fluxdit_jax.run.run_directory import RunError, load_config, load_dataset, load_stage
 from fluxdit_jax.run.validation_loss import ValidationLoss
 from fluxdit_jax.run.weights import Weights, restore_weights
 from fluxdit_jax.sampling.pipeline import Generator, besides_captions

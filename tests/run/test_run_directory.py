@@ -15,18 +15,8 @@ from wording import naming
 from fluxdit_jax.config import default_config
 from fluxdit_jax.dataset.manifest import MANIFEST, DatasetError, Manifest, load_manifest
 from fluxdit_jax.renamed_keys import RENAMED
-from fluxdit_jax.run.run_directory import (
-    SHAPE_KEYS,
-    RunError,
-    all_changes,
-    check_resume,
-    config_changes,
-    flatten,
-    load_config,
-    load_dataset,
-    record_start,
-    require_dataset,
-)
+from fluxdit_jax.run.differences import SHAPE_KEYS, all_changes, check_resume, config_changes, flatten, require_dataset
+from fluxdit_jax.run.run_directory import RunError, load_config, load_dataset, record_start
 from fluxdit_jax.stages import add_stage
 
 pytest_plugins = ("training_fixtures",)

@@ -31,9 +31,10 @@ from fluxdit_jax.gate.requirement import require_report
 from fluxdit_jax.loader import reader
 from fluxdit_jax.program import Program
 from fluxdit_jax.run.checkpoint import Checkpoints, restore_ema
+from fluxdit_jax.run.differences import check_resume
 from fluxdit_jax.run.digest import tree_digest
 from fluxdit_jax.run.metrics import MetricsWriter
-from fluxdit_jax.run.run_directory import RunLock, check_resume
+from fluxdit_jax.run.run_directory import RunLock
 from fluxdit_jax.settings import resolve
 from fluxdit_jax.train import USER_ERRORS, train
 from fluxdit_jax.train_step import patch_statistics
