@@ -130,7 +130,12 @@ class Session:
                     arguments = parse_arguments(argv)
             except SystemExit as error:
                 raise SampleError(refused.getvalue().strip().rpartition("error: ")[2]) from error
-            sample(arguments, self._kept, progress)
+            try:
+                sample(arguments, self._kept, progress)
+            except Stopped:  # those that were drawn before
+                for written in self.out.glob(f"{path.stem}*.png"):
+                    written.unlink()
+                raise
         return Drawn(path, [line for line in said.getvalue().splitlines() if line.startswith("note: ")])
 
     def _number(self) -> int:
