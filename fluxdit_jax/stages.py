@@ -35,6 +35,9 @@ def add_stage(config: ConfigDict, name: str, values: dict[str, Any]) -> None:
     config.train.stages = ", ".join(filter(None, [config.train.stages, name]))
 
 
+LENGTHS = ("train.steps", "train.images")  # the keys that say how long a run or a stage is
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """A part of a run that is trained in one way.
@@ -87,7 +90,7 @@ def _put(own: ConfigDict, name: str, config: ConfigDict) -> None:
         raise ConfigError(f"config.train.stages names {name!r}; the groups of config.stages are: {known}")
     group = config.stages[name]
     values = {key: value for key in STAGE_KEYS if (value := _given(group, key)) is not None}
-    if not values.keys() & {"train.steps", "train.images"}:
+    if not values.keys() & set(LENGTHS):
         raise ConfigError(f"config.stages.{name} must have train.steps or train.images")
     own.train.images = None
     for key, value in values.items():

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from fluxdit_jax.config import KEYS, STAGE_KEYS, default_config
 from fluxdit_jax.renamed_keys import EARLIER, gone
 from fluxdit_jax.shared.paths import expanded
+from fluxdit_jax.stages import LENGTHS
 
 SHIPPED = Path(__file__).parent / "configs"  # a link to configs/; in an installed package the files themselves
 
@@ -84,7 +85,7 @@ def require_effect(arguments: list[str], config: ConfigDict) -> None:
         if match is None or not stages or (key := f"{match[1]}.{match[2]}") not in STAGE_KEYS:
             continue
         own = [name for name, group in stages.items() if group.get(match[1], {}).get(match[2]) is not None]
-        own = list(stages) if key in ("train.steps", "train.images") else own  # each has a length of its own
+        own = list(stages) if key in LENGTHS else own  # each has a length of its own
         if not own:
             continue
         words = f"--config.{key} has no effect on the stages {', '.join(own)}, which have their own"

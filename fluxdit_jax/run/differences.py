@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from fluxdit_jax.dataset.manifest import DatasetError, Manifest, load_manifest, 
 from fluxdit_jax.run.run_directory import (
     CONFIG,
     DATASET,
+    NO_STAGES,
     RunError,
     load_dataset,
     load_stage,
@@ -22,9 +22,7 @@ from fluxdit_jax.run.run_directory import (
     stage_file,
     whole_path,
 )
-from fluxdit_jax.stages import Stage, key_of
-
-NO_STAGES: Mapping[str, Manifest] = types.MappingProxyType({})
+from fluxdit_jax.stages import LENGTHS, Stage, key_of
 
 # Keys that may change between two starts of a run without changing its mathematics. A micro-batch may change
 # because the draws of a step do not depend on how it is split; the length only while no schedule reads it.
@@ -58,7 +56,6 @@ SHAPE_KEYS = (
     "optim.name",
     "optim.split_fused",
 )
-LENGTHS = ("train.steps", "train.images")
 
 
 def check_resume(

@@ -28,6 +28,7 @@ from fluxdit_jax.shared.atomic_files import write_whole
 from fluxdit_jax.shared.lock import Lock
 from fluxdit_jax.stages import Stage, stage_at, stages_of
 
+NO_STAGES: Mapping[str, Manifest] = MappingProxyType({})
 CONFIG = "config.json"
 DATASET = "dataset.json"
 
@@ -43,7 +44,7 @@ class RunLock(Lock):
 
 
 def record_start(
-    workdir: Path, config: ConfigDict, manifest: Manifest, stages: Mapping[str, Manifest] = MappingProxyType({})
+    workdir: Path, config: ConfigDict, manifest: Manifest, stages: Mapping[str, Manifest] = NO_STAGES
 ) -> None:
     """Writes what the run is started with. Not before its state is there: what failed to start leaves no trace."""
     write_whole(workdir / DATASET, manifest.to_json())
