@@ -19,6 +19,8 @@ from ml_collections.config_dict import placeholder
 
 from fluxdit_jax.config import KEYS, STAGE_KEYS, ConfigError, check
 
+LENGTHS = ("train.steps", "train.images")  # the keys that say how long a run or a stage is
+
 
 def add_stage(config: ConfigDict, name: str, values: dict[str, Any]) -> None:
     """Adds a stage to a configuration, for files in `configs/`: the keys in which it differs, with their values."""
@@ -33,9 +35,6 @@ def add_stage(config: ConfigDict, name: str, values: dict[str, Any]) -> None:
         group[part][last] = value
     config.stages[name] = group
     config.train.stages = ", ".join(filter(None, [config.train.stages, name]))
-
-
-LENGTHS = ("train.steps", "train.images")  # the keys that say how long a run or a stage is
 
 
 @dataclasses.dataclass(frozen=True)
