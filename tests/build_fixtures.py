@@ -16,7 +16,8 @@ from fluxdit_jax.dataset.manifest import INDEX, load_manifest
 from preprocess.build.build import build
 from preprocess.build.encode import Counts
 from preprocess.build.options import Options
-from preprocess.build.units import Rows, read_rows
+from preprocess.build.rows import Rows
+from preprocess.build.units import read_rows
 from preprocess.inspect.verify import verify
 
 SIZES = [(160, 160), (140, 180), (180, 140), (300, 310), (128, 150)]

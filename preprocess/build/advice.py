@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import collections
-import math
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable
 
 import numpy as np
 
 from fluxdit_jax.shared.sanitize import shown
 from preprocess import PreprocessError, buckets
+from preprocess.build.items import Repeated
 from preprocess.build.options import Options
-from preprocess.build.plan import Item, Plan
+from preprocess.build.plan import Plan
 
 VISIBLE = 0.1  # a change of aspect ratio that is seen in faces and circles
 _FEW = 0.01  # images that may be bent or enlarged without a word
@@ -19,12 +19,11 @@ _SIDES = tuple(64 * n for n in range(2, 33))  # sides that --resolution is advis
 _REPEATED = 0.1  # images that share a caption, from where on it is a warning
 
 
-def bend(item: Item, bucket: buckets.Size, fit: str) -> float:
-    """How much `fit` costs an image, 0 = nothing.
+def bend(size: buckets.Size, bucket: buckets.Size, fit: str) -> float:
+    """How much `fit` costs a picture, 0 = nothing.
 
     For "resize" the relative change of aspect ratio, for "crop" the share cut off, for "pad" the share that is noise.
     """
-    size = (item.header.height, item.header.width)
     if fit == "resize":
         return buckets.distortion(size, bucket) - 1
     plan = buckets.geometry(size, bucket, fit)
@@ -36,7 +35,15 @@ def bend(item: Item, bucket: buckets.Size, fit: str) -> float:
 
 def bends(plan: Plan) -> np.ndarray:
     """`bend` of every image, in the order of the plan."""
-    return np.array([bend(item, item.bucket, plan.options.fit) for item in plan.items])
+    return _of_sizes(plan, plan.options.buckets(), functools.partial(bend, fit=plan.options.fit))
+
+
+def _of_sizes(
+    plan: Plan, table: tuple[buckets.Size, ...], measure: Callable[[buckets.Size, buckets.Size], float]
+) -> np.ndarray:
+    """f64 [N]: a measure of each picture's size and its bucket in a table."""
+    of_size = [measure(size, buckets.nearest(table, *size)) for size in plan.items.sizes]
+    return np.array(of_size)[plan.items.size_of]
 
 
 def report_bends(plan: Plan, say: Callable[[str], None]) -> None:
@@ -80,42 +87,34 @@ def _tried(plan: Plan, resolution: int, modulus: int) -> tuple[int, int] | None:
         table = buckets.bucket_table(resolution, modulus, plan.options.max_aspect)
     except PreprocessError:
         return None
-    fitted = [(item, _nearest(table, item)) for item in plan.items]
-    bent = sum(bend(item, bucket, "resize") > VISIBLE for item, bucket in fitted)
-    return bent, sum(_enlargement(item, bucket) > plan.options.max_upscale for item, bucket in fitted)
-
-
-def _nearest(table: tuple[buckets.Size, ...], item: Item) -> buckets.Size:
-    return buckets.nearest(table, item.header.height, item.header.width)
-
-
-def _enlargement(item: Item, bucket: buckets.Size) -> float:
-    return buckets.enlargement((item.header.height, item.header.width), bucket)
+    bent = _of_sizes(plan, table, functools.partial(bend, fit="resize")) > VISIBLE
+    return int(bent.sum()), int((_of_sizes(plan, table, buckets.enlargement) > plan.options.max_upscale).sum())
 
 
 def report_enlarged(plan: Plan, say: Callable[[str], None]) -> int:
     """Warns of pictures that are enlarged, and names a --resolution that fits them; returns how many."""
     options = plan.options
-    enlarged = [i for i in plan.items if _enlargement(i, i.bucket) > options.max_upscale]
+    enlargements = _of_sizes(plan, options.buckets(), buckets.enlargement)
+    enlarged = int((enlargements > options.max_upscale).sum())
     if not enlarged:
         return 0
-    worst = max(enlarged, key=lambda i: _enlargement(i, i.bucket))
+    worst = plan.items[int(enlargements.argmax())]
     say(
-        f"  warning: {len(enlarged):,} images are enlarged more than {options.max_upscale:g} times (worst "
-        f"{shown(worst.key)}, {_enlargement(worst, worst.bucket):.1f} times): they will look soft"
+        f"  warning: {enlarged:,} images are enlarged more than {options.max_upscale:g} times (worst "
+        f"{shown(worst.key)}, {enlargements.max():.1f} times): they will look soft"
     )
-    if len(enlarged) > _FEW * len(plan.items) and (fitting := fitting_resolution(plan)):
+    if enlarged > _FEW * len(plan.items) and (fitting := fitting_resolution(plan)):
         side, bent, count = fitting
         left = f"{count:,} are" if count else "none is"
         also = f", {bent:,} stretched by more than {VISIBLE:.0%}" if bent and options.fit == "resize" else ""
         say(f"  --resolution {side} would fit: at that size {left} enlarged so much{also}")
-    return len(enlarged)
+    return enlarged
 
 
 def fitting_resolution(plan: Plan) -> tuple[int, int, int] | None:
     """The largest --resolution at which few images are enlarged beyond --max-upscale; (it, images bent, enlarged)."""
     options = plan.options
-    sides = np.sort([math.sqrt(i.header.height * i.header.width) for i in plan.items])
+    sides = np.sort(np.sqrt([height * width for height, width in plan.items.sizes])[plan.items.size_of])
     most = options.max_upscale * sides[int(_FEW * len(sides))]
     for side in reversed(_SIDES):
         if side < options.resolution and side <= 1.03 * most:  # a bucket may be 6 % smaller than its budget
@@ -131,25 +130,16 @@ def _modulus(options: Options, resolution: int) -> int:
     return options.modulus if given else buckets.default_modulus(resolution)
 
 
-def repeated_captions(captions: Iterable[str], examples: int = 3) -> list[str]:
-    """Lines about captions that several images share; none if each has its own.
-
-    Args:
-      captions: the first one of each image.
-      examples: of the commonest, how many are shown.
-    """
-    counts = collections.Counter(captions)
-    total = counts.total()
-    common = [(text, count) for text, count in counts.most_common() if count > 1]
-    sharing = sum(count for _, count in common)
-    if not sharing:
+def repeated_captions(found: Repeated) -> list[str]:
+    """Lines about captions that several images share; none if each has its own."""
+    if not found.sharing:
         return []
-    word = "warning: " if sharing > _REPEATED * total else ""
+    word = "warning: " if found.sharing > _REPEATED * found.images else ""
     lines = [
-        f"  {word}{sharing:,} of {total:,} images share their caption with another; {len(counts):,} captions in all. "
-        "What differs between images of one caption cannot be asked for in words. The commonest:"
+        f"  {word}{found.sharing:,} of {found.images:,} images share their caption with another; {found.captions:,} "
+        "captions in all. What differs between images of one caption cannot be asked for in words. The commonest:"
     ]
-    return lines + [f"    {count:7,}  {shown(_short(text))}" for text, count in common[:examples]]
+    return lines + [f"    {count:7,}  {shown(_short(text))}" for text, count in found.commonest]
 
 
 def _short(text: str) -> str:

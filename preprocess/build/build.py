@@ -14,6 +14,7 @@ from fluxdit_jax.dataset.grid import INPUT_GRID, read_grid
 from fluxdit_jax.dataset.manifest import MANIFEST, REJECTS, DatasetError, EncoderIdentity, Manifest
 from preprocess import PreprocessError
 from preprocess.build import comparison, repeat
+from preprocess.build.archive import Archive
 from preprocess.build.encode import Counts, Encoders, Encoding
 from preprocess.build.jobs import Task
 from preprocess.build.journal import Journal
@@ -31,7 +32,7 @@ from preprocess.build.summary import (
     report_result,
     too_many_rejects,
 )
-from preprocess.build.units import WORK, Archive, Rows, disk_errors
+from preprocess.build.units import WORK, disk_errors, load_unit
 from preprocess.build.workers import devices_noted, note_device
 from preprocess.encoders import check_arguments
 from preprocess.input.findings import Reject, Scan, counted
@@ -108,7 +109,7 @@ def plan_only(options: Options, forecast: Forecast, replace: bool = False) -> li
     journal = Journal(None)
     listing, precomputed = _list(options, output)
     plan = _plan(options, listing, precomputed, journal, keep=False)
-    beyond = _beyond(listing)
+    beyond = _beyond(listing, options)
     interrupted = repeat.unfinished(output)
     encoders = load_encoders(options, precomputed) if are_here(options) else None
     if encoders is None:
@@ -166,15 +167,16 @@ def _likely_identities(options: Options, folders: list[Folder], earlier: list[re
     return found | {folder.field.encoder: folder.identity for folder in folders}
 
 
-def _beyond(listing: Scan) -> Set[str]:
-    """Keys of the input that `--limit` leaves out; of a listing that was planned."""
-    return {found.key for found in listing.found}
+def _beyond(listing: Scan, options: Options) -> Set[str]:
+    """Keys of the input that `--limit` leaves out."""
+    return listing.found.beyond(options.limit or len(listing.found))
 
 
 def _list(options: Options, output: Path) -> tuple[Scan, list[Folder]]:
     listing = scan(options.input, options.caption_field, output, options.allow_outside)
-    keys = [found.key for found in listing.found]
-    return listing, folders(options.condition, options.vision_embeddings, keys, options.vision_encoder)
+    return listing, folders(
+        options.condition, options.vision_embeddings, listing.found.all_keys, options.vision_encoder
+    )
 
 
 def _plan(options: Options, listing: Scan, precomputed: list[Folder], journal: Journal, keep: bool = True) -> Plan:
@@ -182,7 +184,8 @@ def _plan(options: Options, listing: Scan, precomputed: list[Folder], journal: J
         grid = read_grid(listing.root / INPUT_GRID)
     except DatasetError as error:
         raise PreprocessError(str(error)) from error
-    with journal.bar(len(listing.found[: options.limit or None]), "plan") as bar:
+    count = len(listing.found)
+    with journal.bar(min(options.limit or count, count), "plan") as bar:
         try:
             plan = make_plan(listing, options, precomputed, bar.update)
         except NothingToBuild as error:
@@ -259,7 +262,7 @@ def prepare(
     # ---- 3. The plan: every file is read once.
     start = time.perf_counter()
     plan = _plan(options, listing, precomputed, journal)
-    beyond = _beyond(listing)
+    beyond = _beyond(listing, options)
     seconds["plan"] = time.perf_counter() - start
 
     # ---- 4. What of it is done already, whole units and tensors of other units; and what would be lost.
@@ -272,7 +275,7 @@ def prepare(
         _require_kept(parts, repairing=damaged is not None)
     repeat.begin(output, options, identities, replace)
     todo = tasks(parts)
-    archive = tensors_of(parts, todo, prints)
+    archive = tensors_of(parts, todo)
     return Prepared(options, encoders, identities, prints, parts, counted(plan.rejects), todo, archive, seconds)
 
 
@@ -304,7 +307,10 @@ def _build(
     start = time.perf_counter()
     counts = (engine or _encode)(prepared, journal) if prepared.todo else Counts()
     for target in (target for task in prepared.todo for target in task.targets):
-        parts[target.number].done.add(Rows.load(target.folder / f"{target.uid}.parquet"))
+        made = load_unit(target.folder, target.uid)
+        if made is None:
+            raise PreprocessError(f"{target.folder} has lost unit {target.uid}: give the same command again")
+        parts[target.number].done.add(made)
     seconds["encode"] = time.perf_counter() - start
 
     # ---- 6. Publish.
@@ -316,7 +322,7 @@ def _build(
         journal.say(f"note: made on different devices, which round differently: {'; '.join(devices)}")
     published = []
     for part in parts:
-        finished = [(unit, *part.done.units[uid]) for uid, unit in part.wanted]
+        finished = [part.done.units[uid] for uid, _ in part.wanted]
         published.append(Published(part, finished, *publish(part.output, part.plan, finished, prepared.identities)))
     if options.resolutions:
         save_options(output / OPTIONS_FILE, options)

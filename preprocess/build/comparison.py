@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Container
 from typing import Any
-
-import pyarrow as pa
 
 from fluxdit_jax.dataset.fields import CAPTION, IMAGE, LATENT, field_named
 from fluxdit_jax.shared.sanitize import shown
 from preprocess import PreprocessError
 from preprocess.build.existing import Existing
+from preprocess.build.items import Item, Items
 from preprocess.build.journal import Journal
-from preprocess.build.plan import Fingerprints, Item, Plan
-from preprocess.build.units import id_columns
+from preprocess.build.plan import Fingerprints, Plan
+from preprocess.database import StoredSet
 
 _FEW, _FEW_SHARE = 3, 0.01  # records that a build may drop or encode again without being asked to
 _GONE = "no longer in the input"
@@ -25,6 +24,18 @@ _EDITED = ("caption changed", "vector changed", "condition added or changed")
 
 class WouldLose(PreprocessError):
     """A finished dataset would lose more than a few records."""
+
+
+@dataclasses.dataclass
+class Keys:
+    """How many there are, and the first of them."""
+
+    count: int = 0
+    first: str = ""
+
+    def add(self, key: str) -> None:
+        self.first = min(self.first or key, key)
+        self.count += 1
 
 
 @dataclasses.dataclass
@@ -38,7 +49,7 @@ class Comparison:
       unfinished: images that an interrupted build has encoded, beside those of the dataset.
       new: images that the dataset does not have.
       changed: images that the dataset has, with something to be made again, by reason.
-      dropped: keys of records that will not be in the dataset any more, by reason.
+      dropped: records that will not be in the dataset any more, by reason. gone: their keys.
       pictures, captions: images of which a picture or the captions must be encoded.
       missing: images whose tensor must be made, by field.
     """
@@ -48,14 +59,15 @@ class Comparison:
     moved: int = 0
     unfinished: int = 0
     new: int = 0
-    changed: dict[str, list[str]] = dataclasses.field(default_factory=dict)
-    dropped: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    changed: dict[str, Keys] = dataclasses.field(default_factory=dict)
+    dropped: dict[str, Keys] = dataclasses.field(default_factory=dict)
+    gone: list[str] = dataclasses.field(default_factory=list)
     pictures: int = 0
     captions: int = 0
     missing: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
-    def going(self, besides: tuple[str, ...]) -> dict[str, list[str]]:
-        """Keys of records dropped or made again, by reason, besides these kinds of change."""
+    def going(self, besides: tuple[str, ...]) -> dict[str, Keys]:
+        """Records dropped or made again, by reason, besides these kinds of change."""
         return self.dropped | {
             reason: keys for reason, keys in self.changed.items() if reason not in (*besides, "damaged")
         }
@@ -65,45 +77,42 @@ def compare(
     plan: Plan,
     prints: Fingerprints,
     existing: Existing,
-    known: Set[str],
+    known: Container[str],
     before: Fingerprints | None,
-    beyond: Set[str] = frozenset(),
+    beyond: Container[str] = frozenset(),
 ) -> Comparison:
     """Compares a plan with what exists.
 
     Args:
       prints: of the plan.
-      known: ids of all tensors that can be used, see `known_tensors`.
+      known: ids of all tensors that can be used, see `Existing.usable`.
       before: of the dataset, None if it is not known.
       beyond: keys of the input that `--limit` leaves out.
     """
-    result = Comparison(records=existing.index.table.num_rows)
-    items = {item.key: item for item in plan.items}
-    contents = {item.content for item in plan.items}
+    result = Comparison(records=existing.records)
     rejected = {reject.key: reject.reason for reject in plan.rejects}
-    had: set[str] = set()
-    had_contents: set[str] = set()
-    gone_contents: set[str] = set()
-    for row, old in enumerate(_rows(existing.index.table)):
+    had, had_contents, gone_contents = StoredSet(), StoredSet(), StoredSet()
+    for row, old in enumerate(existing.rows()):
         key, content = old["key"], old["content_hash"]
         had.add(key)
         had_contents.add(content)
-        item = items.get(key)
+        item = plan.items.get(key)
         if item is None:
             gone_contents.add(content)
         if item is not None:
-            reason = "damaged" if row in existing.damaged else _change(item, old, prints, before, contents)
+            reason = "damaged" if row in existing.damaged else _change(item, old, prints, before, plan.items)
             if reason:
-                result.changed.setdefault(reason, []).append(key)
+                result.changed.setdefault(reason, Keys()).add(key)
             else:
                 result.kept += 1
-        elif content not in contents:
+        elif not plan.items.has_content(content):
             reason = _GONE
             if key in rejected:
                 reason = f"rejected now: {rejected[key]}"
             elif key in beyond:
                 reason = f"beyond --limit {plan.options.limit}"
-            result.dropped.setdefault(reason, []).append(key)
+            result.dropped.setdefault(reason, Keys()).add(key)
+            result.gone.append(key)
     for item in plan.items:
         missing = [name for name, own in zip(prints.names, prints.ids(item), strict=True) if own not in known]
         result.missing.update(missing)
@@ -123,34 +132,14 @@ def compare(
     return result
 
 
-def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
-    """The rows of an index one after the other, without a list of all."""
-    for batch in table.to_batches(max_chunksize=4096):
-        yield from batch.to_pylist()
-
-
-def known_tensors(every: Iterable[Existing]) -> set[str]:
-    """Ids of all tensors of these that can be used."""
-    names: set[str] = set()
-    for existing in every:
-        tables = [(existing.index.table, existing.damaged), *((rows.table, ()) for rows in existing.work)]
-        for table, damaged in tables:
-            for column in id_columns(table) if table.num_rows else ():
-                values = table[column].to_pylist()
-                names.update(value for row, value in enumerate(values) if row not in damaged)
-    return names
-
-
-def _change(
-    item: Item, old: dict[str, Any], prints: Fingerprints, before: Fingerprints | None, contents: set[str]
-) -> str:
+def _change(item: Item, old: dict[str, Any], prints: Fingerprints, before: Fingerprints | None, items: Items) -> str:
     """Why a record must be made again, the weightiest reason; "" if it stays."""
     ids = dict(zip(prints.names, prints.ids(item), strict=True))
     changed = [name for name, own in ids.items() if own != old.get(f"{name}_id")]
     if not changed:
         had = {column.removesuffix("_id") for column, value in old.items() if column.endswith("_id") and value}
         return "without a condition that it had" if had - ids.keys() else ""
-    if item.content != old["content_hash"] and old["content_hash"] not in contents:
+    if item.content != old["content_hash"] and not items.has_content(old["content_hash"]):
         return "image changed"
     if item.bucket != (old["bucket_height"], old["bucket_width"]):
         return "encoded at another size"
@@ -180,23 +169,23 @@ def tell(journal: Journal, found: Comparison, plan: Plan) -> None:
     if not found.records and not found.unfinished:
         journal.say(f"{total:,} images to encode in {shape}")
     else:
-        changed = sum(map(len, found.changed.values()))
+        changed = sum(keys.count for keys in found.changed.values())
         parts = [f"{found.kept + found.moved:,} kept", f"{found.new:,} new", f"{changed:,} changed"]
         if found.unfinished:
             parts.insert(1, f"{found.unfinished:,} done before the interruption")
         if found.records:
-            parts.append(f"{sum(map(len, found.dropped.values())):,} dropped")
+            parts.append(f"{len(found.gone):,} dropped")
         journal.say(f"{total:,} images: {', '.join(parts)}; {shape}")
         journal.say(f"  to encode: {found.pictures:,} pictures, the captions of {found.captions:,} images")
     for reason, keys in found.changed.items():
-        journal.say(f"  changed: {len(keys):,} {reason} (for example {shown(min(keys))})")
+        journal.say(f"  changed: {keys.count:,} {reason} (for example {shown(keys.first)})")
     for reason, keys in found.dropped.items():
         journal.say(
-            f"  {len(keys):,} of {found.records:,} records of the dataset are {shown(reason)} and are left out "
-            f"(for example {shown(min(keys))})"
+            f"  {keys.count:,} of {found.records:,} records of the dataset are {shown(reason)} and are left out "
+            f"(for example {shown(keys.first)})"
         )
-    if found.dropped:
-        journal.event("gone", keys=sorted(key for keys in found.dropped.values() for key in keys))
+    if found.gone:
+        journal.event("gone", keys=sorted(found.gone))
 
 
 def require_kept(found: Comparison, output: str, differences: dict[str, str], repairing: bool = False) -> None:
@@ -216,11 +205,11 @@ def require_kept(found: Comparison, output: str, differences: dict[str, str], re
     elif not set(differences) - {"input", "condition", "vision_patches"}:
         allowed = _EDITED
     going = found.going(allowed)
-    count = sum(map(len, going.values()))
+    count = sum(keys.count for keys in going.values())
     few = 0 if differences else max(_FEW, int(_FEW_SHARE * found.records))
     if count <= few:
         return
-    lines = [f"  {len(keys):,} {reason} (for example {min(keys)})" for reason, keys in going.items()]
+    lines = [f"  {keys.count:,} {reason} (for example {keys.first})" for reason, keys in going.items()]
     meant = "verify --repair" if repairing else "--replace"
     ways = (
         "Mount or give the input that it was built from, and repeat the command"

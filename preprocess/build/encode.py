@@ -28,10 +28,13 @@ import numpy as np
 from fluxdit_jax.dataset.cells import factors_of
 from fluxdit_jax.dataset.fields import CAPTION, CELLS, IMAGE, LATENT, Layout, field_named
 from fluxdit_jax.dataset.records import Record
+from preprocess.build.archive import Archive
+from preprocess.build.items import Item
 from preprocess.build.jobs import Job, Loaded, Target, Task, batches, field_of
 from preprocess.build.options import Options
-from preprocess.build.plan import MAX_FILE_BYTES, Fingerprints, Identities, Item
-from preprocess.build.units import Archive, UnitInfo, index_row, write_unit
+from preprocess.build.plan import MAX_FILE_BYTES, Fingerprints, Identities
+from preprocess.build.rows import UnitInfo, index_row
+from preprocess.build.units import write_unit
 from preprocess.decoding.images import Rejected, decode_at
 from preprocess.encoders import Vae
 from preprocess.input.findings import Reject
@@ -189,7 +192,8 @@ class Encoding:
 
     def _feed(self, tasks: Iterable[Task], pool: ThreadPoolExecutor, feed: queue.Queue[Any]) -> None:
         try:
-            for task in tasks:
+            for planned in tasks:
+                task = planned.loaded()
                 ids = task.ids(self._prints)
                 tensors = self._archive.fetch(ids, field_of)
                 size = self._options.batch_size

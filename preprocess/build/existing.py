@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-
-import pyarrow as pa
+from typing import Any
 
 from fluxdit_jax.dataset.manifest import INDEX, DatasetError
+from preprocess.build.archive import Archive
 from preprocess.build.journal import Journal
 from preprocess.build.publish import pending_index
-from preprocess.build.units import SHARD_SUFFIX, WORK, Archive, Rows, UnitInfo, load_work
+from preprocess.build.rows import Finished, RowsFile, UnitInfo, id_columns
+from preprocess.build.units import SHARD_SUFFIX, WORK, load_work
+
+_COMPARED = ["key", "content_hash", "bucket_height", "bucket_width"]
 
 
 class Existing:
@@ -18,18 +21,18 @@ class Existing:
 
     Attributes:
       units: the finished units of the plan, by uid.
-      index: the rows of the dataset; empty if there is none.
-      damaged: rows of `index` whose record cannot be used.
-      work: rows of finished units in `.build`.
+      records: how many the dataset has; 0 if there is none.
+      damaged: those of its rows, by number, whose record cannot be used.
     """
 
     def __init__(self, output: Path, distrusted: frozenset[tuple[str, int]], journal: Journal) -> None:
         self._output, self._distrusted, self._journal = output, distrusted, journal
-        self.units: dict[str, tuple[UnitInfo, pa.Table]] = {}
-        self.index = Rows(pa.table({}), [])
+        self.units: dict[str, Finished] = {}
+        self.records = 0
         self.damaged: set[int] = set()
-        self.work: list[Rows] = []
-        self._sources: list[Rows] = []
+        self._index: list[Finished] = []
+        self._work: list[Finished] = []
+        self._sources: list[Finished] = []
 
     @classmethod
     def load(
@@ -47,14 +50,14 @@ class Existing:
         """
         existing = cls(output, distrusted, journal)
         existing._load_index(uids)
-        for uid, rows in load_work(output / WORK).items():
-            existing.work.append(rows)
+        for uid, unit in load_work(output / WORK).items():
+            existing._work.append(unit)
             # Tensors of a unit of this very plan are not used for its other units: whether it was made before
             # or after a kill must make no difference to them.
-            if uid not in uids or not rows.units[0].final:
-                existing._sources.append(rows)
+            if uid not in uids or not unit.info.final:
+                existing._sources.append(unit)
             elif uid not in existing.units:
-                existing.add(rows)
+                existing.add(unit)
         return existing
 
     def _load_index(self, uids: set[str]) -> None:
@@ -63,16 +66,18 @@ class Existing:
         if not path.exists():
             return
         try:
-            self.index = Rows.load(path)
+            index = RowsFile(path)
+            for unit in index:
+                unit.read()
         except DatasetError as error:
             self._journal.say(f"damaged: {error}; what it described is encoded again")
             return
-        if self.index.units:
-            self._sources.append(self.index)
+        self._index, self.records = list(index), index.records
+        self._sources += self._index
         distrusted_files = {file for file, _ in self._distrusted}
         start = 0
-        for info in self.index.units:
-            table = self.index.table.slice(start, info.records).drop_columns(["split", "shard", "row"])
+        for unit in self._index:
+            info = unit.info
             rows = range(start, start + info.records)
             start += info.records
             there = bool(pending) or _complete(self._output / info.file, info)
@@ -81,20 +86,36 @@ class Existing:
             if info.file in distrusted_files:
                 self.damaged.update(row for row in rows if (info.file, row - rows.start) in self._distrusted)
             if info.uid in uids and info.final and there and info.file not in distrusted_files:
-                self.add(Rows(table, [info]))
+                self.add(unit)
 
-    def add(self, rows: Rows) -> None:
-        """One unit that is finished."""
-        self.units[rows.units[0].uid] = (rows.units[0], rows.table)
+    def add(self, unit: Finished) -> None:
+        """A unit of the plan that is finished."""
+        self.units[unit.info.uid] = unit
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """What there is to compare of each record of the dataset: key, content, bucket and the ids of its tensors."""
+        for unit in self._index:
+            rows = unit.read()
+            yield from rows.select([*_COMPARED, *id_columns(rows)]).to_pylist()
+
+    def usable(self) -> Iterator[str]:
+        """Ids of all tensors that can be used."""
+        start = 0
+        for unit in self._index:
+            rows = unit.read()
+            for column in id_columns(rows):
+                numbered = enumerate(rows[column].to_pylist(), start)
+                yield from (id_ for number, id_ in numbered if id_ and number not in self.damaged)
+            start += rows.num_rows
+        for unit in self._work:
+            rows = unit.read()
+            for column in id_columns(rows):
+                yield from filter(None, rows[column].to_pylist())
 
     def add_to(self, found: Archive) -> None:
         """Makes the tensors findable that may be used."""
-        for rows in self._sources:
-            found.add(rows, self._shard, self._distrusted)
-
-    @property
-    def has_tensors(self) -> bool:
-        return bool(self._sources)
+        for unit in self._sources:
+            found.add(unit.info, unit.read(), self._shard(unit.info), self._distrusted)
 
     def report(self, message: str) -> None:
         """Says what is damaged."""
@@ -103,14 +124,6 @@ class Existing:
 
     def _shard(self, info: UnitInfo) -> Path:
         return self._output / info.file if info.file else self._output / WORK / (info.uid + SHARD_SUFFIX)
-
-
-def archive(every: list[Existing], wanted: Callable[[], set[str]]) -> Archive:
-    """The tensors of all of these; `wanted` gives the ids worth knowing, and is asked only if there are any."""
-    found = Archive(wanted() if any(each.has_tensors for each in every) else set(), every[0].report)
-    for each in every:
-        each.add_to(found)
-    return found
 
 
 def _complete(shard: Path, info: UnitInfo) -> bool:

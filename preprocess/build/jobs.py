@@ -12,7 +12,8 @@ import numpy as np
 
 from fluxdit_jax.dataset.fields import LATENT
 from preprocess.buckets import Size
-from preprocess.build.plan import Fingerprints, Item, Unit
+from preprocess.build.items import Item
+from preprocess.build.plan import Fingerprints, Unit
 from preprocess.decoding.images import Rejected
 
 _AT = "@"
@@ -45,7 +46,7 @@ def field_of(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """The same images at every resolution of a build.
+    """The same images at every resolution of a build; its images are in memory once it is `loaded`.
 
     Attributes:
       units: at each resolution.
@@ -55,8 +56,14 @@ class Task:
     units: tuple[Unit, ...]
     targets: tuple[Target, ...]
 
+    def loaded(self) -> Task:
+        """The task with its images in memory."""
+        units = tuple(unit.loaded() for unit in self.units)
+        of = dict(zip(map(id, self.units), units))
+        return Task(units, tuple(dataclasses.replace(target, unit=of[id(target.unit)]) for target in self.targets))
+
     @property
-    def items(self) -> tuple[Item, ...]:
+    def items(self) -> Sequence[Item]:
         """The images; their buckets are those of the first resolution."""
         return self.units[0].items
 

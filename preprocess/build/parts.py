@@ -16,15 +16,17 @@ from pathlib import Path
 from fluxdit_jax.dataset.manifest import INDEX, MANIFEST, REJECTS, parts_of
 from preprocess import PreprocessError
 from preprocess.build import comparison, repeat
-from preprocess.build.existing import Existing, archive
+from preprocess.build.archive import Archive
+from preprocess.build.existing import Existing
 from preprocess.build.jobs import Target, Task
 from preprocess.build.journal import Journal
 from preprocess.build.lock import locked
 from preprocess.build.options import Options
 from preprocess.build.plan import Fingerprints, Plan, Unit
 from preprocess.build.publish import LOG_FILE, OPTIONS_FILE, finish, load_options
-from preprocess.build.units import WORK, Archive, disk_errors
+from preprocess.build.units import WORK, disk_errors
 from preprocess.build.workers import require_no_worker
+from preprocess.database import StoredSet
 
 
 @dataclasses.dataclass
@@ -73,7 +75,7 @@ def load_parts(
         wanted = [(unit.uid(prints), unit) for unit in fitted.units]
         done = Existing.load(Path(own.output), {uid for uid, _ in wanted}, journal, damaged)
         parts.append(Part(own, repeat.published(Path(own.output)), fitted, wanted, done))
-    known = comparison.known_tensors([part.done for part in parts])
+    known = StoredSet(id_ for part in parts for id_ in part.done.usable())
     for part in parts:
         old = None
         if part.before and part.before.identities:
@@ -97,11 +99,12 @@ def tasks(parts: list[Part]) -> list[Task]:
     return found
 
 
-def tensors_of(parts: list[Part], todo: list[Task], prints: Fingerprints) -> Archive:
-    """Every tensor that tasks need and that exists, at whatever resolution it was made."""
-    return archive(
-        [part.done for part in parts], lambda: {i for t in todo for ids in t.ids(prints) for i in ids.values()}
-    )
+def tensors_of(parts: list[Part], todo: list[Task]) -> Archive:
+    """Every tensor that exists, at whatever resolution it was made; none if nothing is to be done."""
+    found = Archive(parts[0].done.report)
+    for part in parts if todo else ():
+        part.done.add_to(found)
+    return found
 
 
 def datasets_of(directory: Path) -> list[Path]:

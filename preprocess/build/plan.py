@@ -13,7 +13,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -23,12 +23,12 @@ from fluxdit_jax.dataset.manifest import SPLITS, EncoderIdentity, json_checksum
 from fluxdit_jax.dataset.records import WRITER_OPTIONS
 from preprocess import PreprocessError
 from preprocess.buckets import Size, nearest
+from preprocess.build.items import Item, Items, leaves
 from preprocess.build.options import Options
-from preprocess.decoding.formats import has_other_extension
-from preprocess.decoding.images import Header, Rejected, read_header
+from preprocess.decoding.images import Rejected, read_header
 from preprocess.input import captions
-from preprocess.input.byte_source import ByteSource
-from preprocess.input.findings import InputImage, Reject, Scan
+from preprocess.input.findings import Reject, Scan
+from preprocess.input.found import InputImage
 from preprocess.input.precomputed import Folder
 
 MAX_FILE_BYTES = 512_000_000
@@ -36,34 +36,6 @@ PIXELS_VERSION = 1  # raised when `images.decode` gives other pixels for all fil
 Identities = dict[str, EncoderIdentity]  # by `Field.encoder`
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Item:
-    """One image that is to become a record.
-
-    Attributes:
-      captions: at least one, all different.
-      content: sha256 of the image file, hex.
-      header: size of the upright picture.
-      bucket: (height, width), pixels.
-      seen: the size at which the vision encoder is given it; the bucket, or that of another resolution.
-      files: (field, sha256 of its file) of each precomputed condition.
-    """
-
-    key: str
-    image: ByteSource
-    captions: tuple[str, ...]
-    content: str
-    header: Header
-    bucket: Size
-    seen: Size
-    files: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def caption(self) -> str:
-        """The first caption."""
-        return self.captions[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,11 +107,15 @@ class Unit:
 
     Attributes:
       split: "train" or "holdout".
-      items: in the order of the records, by key.
+      items: in the order of the records, by key; read anew each time, before `loaded`.
     """
 
     split: str
-    items: tuple[Item, ...]
+    items: Sequence[Item]
+
+    def loaded(self) -> Unit:
+        """The unit with its items in memory."""
+        return Unit(self.split, tuple(self.items))
 
     def uid(self, prints: Fingerprints) -> str:
         """A hash over everything that decides the shard's bytes."""
@@ -162,32 +138,24 @@ class Plan:
     Attributes:
       duplicates: groups of keys whose image files are equal, byte by byte.
       passed_over: captions that were not taken because another one was, counted by reason.
-      wrong_extension: images whose extension names another format than they have.
       bytes_read: of images.
       grid: of a gate set, by key; empty of other inputs.
     """
 
     options: Options
-    items: list[Item]
+    items: Items
     units: list[Unit]
     rejects: list[Reject]
     duplicates: list[tuple[str, ...]]
     passed_over: collections.Counter[str]
-    wrong_extension: int
     bytes_read: int
     grid: Grid = dataclasses.field(default_factory=dict)
 
     def at(self, options: Options) -> Plan:
         """The plan of the same images at another resolution, that of the options."""
-        table = options.buckets()
-
-        def fitted(item: Item) -> Item:
-            bucket = nearest(table, item.header.height, item.header.width)
-            return item if bucket == item.bucket else dataclasses.replace(item, bucket=bucket)
-
-        items = {item.key: fitted(item) for item in self.items}
-        units = [dataclasses.replace(u, items=tuple(items[item.key] for item in u.items)) for u in self.units]
-        return dataclasses.replace(self, options=options, items=list(items.values()), units=units)
+        items = self.items.at(options)
+        units = make_units(items, options.shard_size)
+        return dataclasses.replace(self, options=options, items=items, units=units)
 
 
 def make_plan(
@@ -199,7 +167,6 @@ def make_plan(
     """Reads and judges every input found.
 
     Args:
-      scan: what there is; what is read is taken out of `found`, so that memory has each image once.
       options: checked ones.
       folders: of precomputed conditions.
       progress: called with the number of inputs done since the last call.
@@ -207,33 +174,34 @@ def make_plan(
     Raises:
       NothingToBuild: nothing is left to train on.
     """
-    found = collections.deque(scan.found[: options.limit or None])
-    del scan.found[: len(found)]
-    count = len(found)
-    items: list[Item] = []
+    count = min(options.limit or len(scan.found), len(scan.found))
     rejects = list(scan.rejects)
     passed_over = scan.passed_over.copy()
     size = 0
-    for result in _in_threads(lambda f: _examine(f, options, folders), found, options.workers):
-        if isinstance(result, Reject):
-            rejects.append(result)
-        else:
-            item, bytes_read, not_taken = result
-            items.append(item)
-            passed_over += not_taken
-            size += bytes_read
-        progress(1)
-    units = make_units(items, options.holdout, options.shard_size)
+
+    def taken() -> Iterator[Item]:
+        nonlocal size
+        for result in _in_threads(lambda f: _examine(f, options, folders), scan.found.first(count), options.workers):
+            if isinstance(result, Reject):
+                rejects.append(result)
+            else:
+                item, bytes_read, not_taken = result
+                passed_over.update(not_taken)
+                size += bytes_read
+                yield item
+            progress(1)
+
+    items = Items(options, taken())
+    units = make_units(items, options.shard_size)
     if not any(unit.split == "train" for unit in units):
-        raise NothingToBuild(_nothing(scan, count, items, rejects, options), rejects)
+        raise NothingToBuild(_nothing(scan, count, len(items), rejects, options), rejects)
     return Plan(
         options=options,
         items=items,
         units=units,
         rejects=rejects,
-        duplicates=_duplicates(items),
+        duplicates=items.duplicates(),
         passed_over=passed_over,
-        wrong_extension=sum(_wrong_extension(item) for item in items),
         bytes_read=size,
     )
 
@@ -261,61 +229,27 @@ def _examine(
     return item, len(data), passed_over
 
 
-def _in_threads(work: Callable[[_Job], _Result], jobs: collections.deque[_Job], threads: int) -> Iterator[_Result]:
-    """`map` in threads, in order, with a bounded number of results waiting; uses the jobs up."""
+def _in_threads(work: Callable[[_Job], _Result], jobs: Iterable[_Job], threads: int) -> Iterator[_Result]:
+    """`map` in threads, in order, with a bounded number of jobs and results waiting."""
     with ThreadPoolExecutor(threads) as pool:
         waiting: collections.deque[Future[_Result]] = collections.deque()
-        while jobs:
-            waiting.append(pool.submit(work, jobs.popleft()))
+        for job in jobs:
+            waiting.append(pool.submit(work, job))
             if len(waiting) >= 16 * threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
-def split_of(content: str, holdout: float) -> str:
-    """The split of an image, from the hash of its content: the same whatever else is in the dataset."""
-    return "holdout" if int(content[:16], 16) < holdout * 2**64 else "train"
-
-
-def make_units(items: list[Item], holdout: float, shard_size: int) -> list[Unit]:
+def make_units(items: Items, shard_size: int) -> list[Unit]:
     """Divides items into units of at most `shard_size`, train first."""
-    units = []
-    for split in SPLITS:
-        members = [
-            (int.from_bytes(hashlib.sha256(item.key.encode()).digest()[:8]), item)
-            for item in items
-            if split_of(item.content, holdout) == split
-        ]
-        for leaf in _leaves(members, shard_size, bit=63):
-            units.append(Unit(split, tuple(sorted((item for _, item in leaf), key=lambda item: item.key))))
-    return units
+    return [Unit(split, leaf) for split in SPLITS for leaf in leaves(items, split, shard_size)]
 
 
-def _leaves(members: list[tuple[int, Item]], size: int, bit: int) -> Iterator[list[tuple[int, Item]]]:
-    if len(members) <= size:
-        if members:
-            yield members
-        return
-    yield from _leaves([m for m in members if not m[0] >> bit & 1], size, bit - 1)
-    yield from _leaves([m for m in members if m[0] >> bit & 1], size, bit - 1)
-
-
-def _duplicates(items: list[Item]) -> list[tuple[str, ...]]:
-    groups: dict[str, list[str]] = collections.defaultdict(list)
-    for item in items:
-        groups[item.content].append(item.key)
-    return [tuple(keys) for keys in groups.values() if len(keys) > 1]
-
-
-def _wrong_extension(item: Item) -> bool:
-    return has_other_extension(item.key, item.header.format)
-
-
-def _nothing(scan: Scan, count: int, items: list[Item], rejects: list[Reject], options: Options) -> str:
+def _nothing(scan: Scan, count: int, items: int, rejects: list[Reject], options: Options) -> str:
     if items:
         return (
-            f"--holdout {options.holdout} puts all {len(items)} images into the holdout split and leaves none to "
+            f"--holdout {options.holdout} puts all {items} images into the holdout split and leaves none to "
             "train on; use --holdout 0"
         )
     others = ", ".join(f"{name} {count}" for name, count in scan.ignored.most_common(6))

@@ -8,6 +8,7 @@ While files are moved there is no manifest, so nobody takes the directory for a 
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 import json
 import re
 import shutil
@@ -34,17 +35,10 @@ from fluxdit_jax.shared.atomic_files import sync_folder, write_whole
 from fluxdit_jax.shared.sanitize import plain_name
 from preprocess import PreprocessError
 from preprocess.build.options import Options
-from preprocess.build.plan import Identities, Plan, Unit
+from preprocess.build.plan import Identities, Plan
+from preprocess.build.rows import Finished, bucket_histogram, rows_schema, write_rows
 from preprocess.build.statistics import Moments
-from preprocess.build.units import (
-    SHARD_SUFFIX,
-    WORK,
-    Rows,
-    UnitInfo,
-    bucket_histogram,
-    disk_errors,
-    rows_schema,
-)
+from preprocess.build.units import SHARD_SUFFIX, WORK, disk_errors
 from preprocess.input.findings import Reject, counted
 
 OPTIONS_FILE = "build.json"
@@ -59,14 +53,12 @@ def dataset_name(directory: Path) -> str:
     return name if name[:1].isalpha() else f"dataset_{name}".rstrip("_")
 
 
-def publish(
-    directory: Path, plan: Plan, done: list[tuple[Unit, UnitInfo, pa.Table]], identities: Identities
-) -> tuple[Manifest, bool]:
+def publish(directory: Path, plan: Plan, done: list[Finished], identities: Identities) -> tuple[Manifest, bool]:
     """Makes the dataset that consists of exactly these units.
 
     Args:
-      done: every unit of the plan in order, with what is known of it and its rows. `UnitInfo.file` tells
-        whether its shard is in the dataset already or in `.build`.
+      done: every unit of the plan in order. `UnitInfo.file` tells whether its shard is in the dataset already or in
+        `.build`.
 
     Returns:
       The manifest, and False if the directory was that dataset already.
@@ -77,7 +69,7 @@ def publish(
     name = dataset_name(directory)
     placed = _place(name, done)
     manifest = _manifest(name, plan, placed, identities)
-    rejects = [*plan.rejects, *(reject for info, _, _ in placed for reject in info.rejects)]
+    rejects = [*plan.rejects, *(reject for unit, _ in placed for reject in unit.info.rejects)]
     work = directory / WORK
     next_folder = work / _NEXT
     shutil.rmtree(next_folder, ignore_errors=True)
@@ -86,15 +78,15 @@ def publish(
         save_rejects(next_folder / REJECTS, rejects)
         rejects_sha256 = sha256_file(next_folder / REJECTS)
         schema = rows_schema(["latent", *manifest.layout], placed=True)
-        index = pa.concat_tables([_index_part(info, table) for info, table, _ in placed]).cast(schema)
-        Rows(index, [info for info, _, _ in placed], rejects_sha256).save(next_folder / INDEX)
+        infos = [unit.info for unit, _ in placed]
+        write_rows(next_folder / INDEX, schema, infos, (_index_part(unit) for unit, _ in placed), rejects_sha256)
         save_options(next_folder / OPTIONS_FILE, plan.options)
-        keys = set(index["key"].to_pylist()) if plan.grid else set()
+        keys = {key for unit, _ in placed for key in unit.read()["key"].to_pylist()} if plan.grid else set()
         grid = {key: place for key, place in plan.grid.items() if key in keys}
         if grid:
             write_grid(next_folder / GRID_FILE, grid)
         write_whole(next_folder / MANIFEST, manifest.to_json())
-    moves = [(info.uid, old, info.file) for info, _, old in placed if info.records]
+    moves = [(unit.info.uid, old, unit.info.file) for unit, old in placed if unit.info.records]
     if all(old == new for _, old, new in moves) and _same(directory, next_folder):
         finish(directory)
         return manifest, False
@@ -106,40 +98,47 @@ def publish(
     return manifest, True
 
 
-def _place(name: str, done: list[tuple[Unit, UnitInfo, pa.Table]]) -> list[tuple[UnitInfo, pa.Table, str]]:
-    """Gives shards their names; a unit without records gets none. Returns (info, rows, present name)."""
+def _place(name: str, done: list[Finished]) -> list[tuple[Finished, str]]:
+    """Gives shards their names; a unit without records gets none. Returns (unit, present name)."""
     placed = []
     for split in SPLITS:
-        units = [(info, table) for unit, info, table in done if unit.split == split]
-        count = sum(info.records > 0 for info, _ in units)
+        units = [unit for unit in done if unit.info.split == split]
+        count = sum(unit.info.records > 0 for unit in units)
         number = 0
-        for info, table in units:
+        for unit in units:
             file = ""
-            if info.records:
+            if unit.info.records:
                 file = shard_name(name, split, number, count)
                 number += 1
-            placed.append((dataclasses.replace(info, file=file), table, info.file))
+            info = dataclasses.replace(unit.info, file=file)
+            placed.append((dataclasses.replace(unit, info=info), unit.info.file))
     return placed
 
 
-def _index_part(info: UnitInfo, table: pa.Table) -> pa.Table:
-    count = table.num_rows
-    columns = {
-        "split": pa.array([info.split] * count, pa.string()),
-        "shard": pa.array([info.file] * count, pa.string()),
-        "row": pa.array(range(count), pa.int32()),
+def _index_part(unit: Finished) -> pa.Table:
+    info, table = unit.info, unit.read()
+    place = {
+        "split": pa.array([info.split] * info.records, pa.string()),
+        "shard": pa.array([info.file] * info.records, pa.string()),
+        "row": pa.array(range(info.records), pa.int32()),
     }
-    return pa.table(columns | {column: table[column] for column in table.column_names})
+    return pa.table(place | {column: table[column] for column in table.column_names if column not in place})
 
 
-def _manifest(name: str, plan: Plan, placed: list[tuple[UnitInfo, pa.Table, str]], identities: Identities) -> Manifest:
+def _manifest(name: str, plan: Plan, placed: list[tuple[Finished, str]], identities: Identities) -> Manifest:
     options = plan.options
     shards: dict[str, list[Shard]] = {}
-    for info, table, _ in placed:
+    lengths = {"text": 0}  # of the longest of each sequence
+    for unit, _ in placed:
+        info, longest = unit.info, dict(unit.info.lengths)
         if info.records:
+            table = unit.read()
             shard = Shard(info.file, info.sha256, info.bytes, info.records, bucket_histogram(table))
             shards.setdefault(info.split, []).append(shard)
-    moments = Moments.merged(info.moments for info, _, _ in placed if info.moments and info.split == "train")
+            longest["text"] = max(table["tokens"].to_pylist())
+        lengths |= {name: max(tokens, lengths.get(name, 0)) for name, tokens in longest.items()}
+    infos = [unit.info for unit, _ in placed]
+    moments = Moments.merged(info.moments for info in infos if info.moments and info.split == "train")
     if moments is None:
         output = Path(options.output)
         beside = output if (output / LOG_FILE).exists() else output.parent  # one log for all resolutions
@@ -163,21 +162,11 @@ def _manifest(name: str, plan: Plan, placed: list[tuple[UnitInfo, pa.Table, str]
         latent_mean=tuple(moments.mean.tolist()),
         latent_std=tuple(moments.std.tolist()),
         latent_count=moments.count,
-        lengths=_lengths(placed),
+        lengths=lengths,
         shards={split: tuple(of_split) for split, of_split in shards.items()},
         vision_resolution=options.vision_resolution,
-        rejects=counted(plan.rejects) + sum(len(info.rejects) for info, _, _ in placed),
+        rejects=counted(plan.rejects) + sum(len(info.rejects) for info in infos),
     )
-
-
-def _lengths(placed: list[tuple[UnitInfo, pa.Table, str]]) -> dict[str, int]:
-    """Tokens of the longest of each sequence."""
-    tables = [table for info, table, _ in placed if info.records]
-    lengths = {"text": max(max(table["tokens"].to_pylist()) for table in tables)}
-    for info, _, _ in placed:
-        for name, longest in info.lengths.items():
-            lengths[name] = max(longest, lengths.get(name, 0))
-    return lengths
 
 
 def save_rejects(path: Path, rejects: list[Reject]) -> None:
@@ -198,7 +187,7 @@ def _same(directory: Path, next_folder: Path) -> bool:
     """Whether the published files equal the next ones, byte for byte."""
     for path in next_folder.iterdir():
         try:
-            if (directory / path.name).read_bytes() != path.read_bytes():
+            if not filecmp.cmp(directory / path.name, path, shallow=False):
                 return False
         except FileNotFoundError:
             return False

@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import fluxdit_jax
-from fluxdit_jax.dataset.fields import Layout
 from fluxdit_jax.dataset.manifest import EncoderIdentity
 from fluxdit_jax.shared.atomic_files import write_whole
 from preprocess import PreprocessError
+from preprocess.build.archive import Archive, Place
+from preprocess.build.items import Item
 from preprocess.build.jobs import Target, Task
 from preprocess.build.loading import real_encoders
 from preprocess.build.options import Options
-from preprocess.build.plan import Fingerprints, Identities, Item, Unit
-from preprocess.build.units import WORK, Archive, disk_errors
+from preprocess.build.plan import Fingerprints, Identities, Unit
+from preprocess.build.units import WORK, disk_errors
 from preprocess.decoding.images import Header
 from preprocess.input.byte_source import ByteSource
 
@@ -61,7 +62,7 @@ class StoredPlan:
         with disk_errors(folder):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            for number, task in enumerate(tasks):
+            for number, task in enumerate(each.loaded() for each in tasks):
                 places = archive.places(id_ for ids in task.ids(prints) for id_ in ids.values())
                 write_whole(folder / f"{number:06d}.json", json.dumps(_raw_task(task, places)))
             raw = {
@@ -94,7 +95,7 @@ class StoredPlan:
         """Removes a plan, which ends where its build publishes."""
         (_folder(output) / _PLAN).unlink(missing_ok=True)
 
-    def task(self, number: int) -> tuple[Task, dict[str, tuple[Path, int, Layout]]]:
+    def task(self, number: int) -> tuple[Task, dict[str, Place]]:
         """A task and where tensors of it exist, for `Archive.learn`.
 
         Raises:

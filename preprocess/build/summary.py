@@ -9,8 +9,6 @@ import shlex
 from collections.abc import Sequence, Set
 from pathlib import Path
 
-import pyarrow as pa
-
 from fluxdit_jax.dataset import records
 from fluxdit_jax.dataset.manifest import REJECTS, Manifest
 from fluxdit_jax.shared.sanitize import shown
@@ -20,9 +18,9 @@ from preprocess.build.encode import Counts
 from preprocess.build.journal import Journal
 from preprocess.build.options import Options
 from preprocess.build.parts import Part
-from preprocess.build.plan import Identities, Plan, Unit
+from preprocess.build.plan import Identities, Plan
 from preprocess.build.publish import LOG_FILE
-from preprocess.build.units import UnitInfo
+from preprocess.build.rows import Finished
 from preprocess.input.findings import Scan, counted
 
 MANY_REJECTS = 3  # exit status
@@ -35,7 +33,7 @@ def report_plan(journal: Journal, plan: Plan, listing: Scan, beyond: Set[str] = 
             f"  --limit {plan.options.limit}: {len(beyond):,} more images of the input are not looked at; --limit 0 "
             "takes all"
         )
-    several, captions = sum(len(i.captions) > 1 for i in plan.items), sum(len(i.captions) for i in plan.items)
+    several, captions = plan.items.several, plan.items.captions
     if several:
         journal.say(f"  {several:,} images have several captions; {captions:,} captions in all")
     if listing.ignored:
@@ -50,12 +48,12 @@ def report_plan(journal: Journal, plan: Plan, listing: Scan, beyond: Set[str] = 
             f"  {sum(len(g) - 1 for g in plan.duplicates):,} images are copies of another, byte by byte "
             f"(for example {shown(group[0])} = {shown(group[1])}); each is a record of its own"
         )
-    if plan.wrong_extension:
-        journal.say(f"  {plan.wrong_extension:,} images have another format than their extension says; read by content")
+    if wrong := plan.items.wrong_extension:
+        journal.say(f"  {wrong:,} images have another format than their extension says; read by content")
     if plan.grid:
         journal.say(f"  a gate set: {len({place.photograph for place in plan.grid.values()})} photographs in a grid")
     else:
-        for line in advice.repeated_captions(item.caption for item in plan.items):
+        for line in advice.repeated_captions(plan.items.repeated()):
             journal.say(line)
     advice.report_bends(plan, journal.say)
     enlarged = advice.report_enlarged(plan, journal.say)
@@ -67,7 +65,7 @@ def report_plan(journal: Journal, plan: Plan, listing: Scan, beyond: Set[str] = 
         passed_over=dict(plan.passed_over),
         duplicates=plan.duplicates,
         enlarged=enlarged,
-        wrong_extension=plan.wrong_extension,
+        wrong_extension=wrong,
         several_captions=several,
         captions=captions,
     )
@@ -88,12 +86,12 @@ class Published:
     """A dataset that a build has published.
 
     Attributes:
-      units: of its plan, with what is known of each and its rows.
+      units: of its plan.
       changed: False if it was up to date.
     """
 
     part: Part
-    units: list[tuple[Unit, UnitInfo, pa.Table]]
+    units: list[Finished]
     manifest: Manifest
     changed: bool
 
@@ -112,15 +110,15 @@ def report_result(
     output = published[-1].part.output
     reasons = collections.Counter(reject.reason for reject in plan.rejects if reject.counted)
     listed = collections.Counter(reject.reason for reject in plan.rejects if not reject.counted)
-    reasons.update(reject.reason for _, info, _ in finished for reject in info.rejects)
+    reasons.update(reject.reason for unit in finished for reject in unit.info.rejects)
     names = {"latent": "latents", "text": "captions", "vision": "vision vectors"}
     names |= {"patches": "pictures' patches"} if options.vision_patches else {}
     made = ", ".join(f"{counts.made.get(name, 0):,} {what}" for name, what in names.items())
     journal.say(f"  encoded {made}; {counts.reused:,} tensors taken over from before")
     if further := manifest.further():
         journal.say(f"  with the conditions {', '.join(f'{n} [{manifest.encoders[n].width}]' for n in further)}")
-    if several := sum(info.several for _, info, _ in finished):
-        captions = total + sum(info.others for _, info, _ in finished)
+    if several := sum(unit.info.several for unit in finished):
+        captions = total + sum(unit.info.others for unit in finished)
         journal.say(f"  {several:,} records have several captions; {captions:,} captions in all")
     if counts.truncated:
         journal.say(f"  {counts.truncated:,} captions were longer than {plan.options.max_tokens} tokens and were cut")

@@ -18,6 +18,7 @@ from pathlib import Path
 from fluxdit_jax.dataset.manifest import MANIFEST
 from fluxdit_jax.shared.lock import holder_of
 from preprocess import PreprocessError
+from preprocess.build.archive import Archive
 from preprocess.build.build import Prepared, Progress, prepare
 from preprocess.build.encode import Counts, Encoding
 from preprocess.build.jobs import Task
@@ -27,7 +28,7 @@ from preprocess.build.options import Options
 from preprocess.build.parts import all_locked, require_place
 from preprocess.build.publish import LOG_FILE
 from preprocess.build.stored_plan import StoredPlan, versions_here
-from preprocess.build.units import WORK, Archive, load_unit
+from preprocess.build.units import WORK, load_unit
 from preprocess.build.workers import note_device, worker_locked
 from preprocess.input.precomputed import folders_of_plan
 
@@ -103,7 +104,7 @@ class Worker:
 
     def make(self, numbers: Sequence[int]) -> Counts:
         """Makes the shards of these tasks that are not there yet; returns what was done for it."""
-        archive = Archive(set(), lambda what: self._journal.say(f"damaged: {what}"))
+        archive = Archive(lambda what: self._journal.say(f"damaged: {what}"))
         encoding = Encoding(self._encoders, self._options, self._plan.prints, archive, self._journal.event)
         with self._journal.bar(sum(self._plan.images[number] for number in numbers), "encode") as bar:
 

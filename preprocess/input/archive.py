@@ -10,7 +10,8 @@ from typing import BinaryIO
 from preprocess.decoding.formats import EXTENSIONS, OTHER_IMAGES, format_of, not_read
 from preprocess.decoding.images import Rejected
 from preprocess.input.byte_source import ByteSource
-from preprocess.input.findings import InputImage, Reject, Scan, utf8
+from preprocess.input.findings import Reject, Scan, utf8
+from preprocess.input.found import InputImage
 from preprocess.input.sidecars import TYPES, Sidecars, extension
 from preprocess.input.system_folders import hidden, names_an_image, of_a_system
 
@@ -77,7 +78,8 @@ def scan_tar(result: Scan, path: Path, prefix: str) -> None:
     sidecars = Sidecars(pictures, files, others, first_dot=True)
     for name, places in pictures.items():
         sources = sidecars.sources(name)
-        result.found += [InputImage(f"{prefix}/{name}", place, sources) for place in places]
+        for place in places:
+            result.take(InputImage(f"{prefix}/{name}", place, sources))
     for name, _ in sidecars.unused():
         why = Rejected("caption without an image", "no picture of this name was taken")
         result.rejects.append(Reject.of(f"{prefix}/{name}", str(path), why, counted=False))

@@ -8,25 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from preprocess.decoding.images import Rejected
-from preprocess.input.byte_source import ByteSource
-from preprocess.input.captions import Source
+from preprocess.input.found import Found, InputImage
 
 _LONGEST = 4096  # characters of a name or detail in `rejects.jsonl`: what a table says may be of any length
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class InputImage:
-    """An image that may become a record.
-
-    Attributes:
-      key: path below the input, with its extension; unique.
-      image: its bytes.
-      captions: where its captions may stand, in order of preference.
-    """
-
-    key: str
-    image: ByteSource
-    captions: tuple[Source, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -70,17 +54,23 @@ class Scan:
 
     Attributes:
       root: the input folder, resolved.
-      found: by key.
+      found: images by key.
       rejects: inputs that can be seen to be none without opening them.
       ignored: other files and folders, counted by extension or kind.
       passed_over: captions and rows that were not taken because another one was, counted by reason.
     """
 
     root: Path
-    found: list[InputImage] = dataclasses.field(default_factory=list)
+    found: Found = dataclasses.field(default_factory=Found)
     rejects: list[Reject] = dataclasses.field(default_factory=list)
     ignored: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     passed_over: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+    def take(self, image: InputImage) -> None:
+        """Adds an image; its key may be used by another one, then it is rejected."""
+        if not self.found.add(image):
+            why = Rejected("name used twice", "the first one was taken")
+            self.rejects.append(Reject.of(image.key, image.image.path, why))
 
     def reject(self, path: Path, why: Rejected, line: int = 0, counted: bool = True) -> None:
         """Adds a path below the root, or a line of the table that it is, to the rejects."""

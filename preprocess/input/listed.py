@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import collections
-import dataclasses
 import os
 import re
 import unicodedata
@@ -11,11 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from preprocess.database import Database
 from preprocess.decoding.images import Rejected
 from preprocess.input import captions, tables
 from preprocess.input.byte_source import ByteSource
-from preprocess.input.captions import Source
-from preprocess.input.findings import InputImage, Reject, Scan, key_of
+from preprocess.input.findings import Reject, Scan, key_of
+from preprocess.input.found import InputImage
 from preprocess.input.sidecars import extension, normal
 
 ALLOW = "; --allow-outside takes it"
@@ -101,13 +100,12 @@ class Rows:
     def __init__(self, result: Scan, names: tuple[str, ...], outside: bool) -> None:
         self._result, self._names = result, names
         self._locator = Locator(result.root, outside)
-        self._known = {found.key for found in result.found}
         self._missing = {reject.key for reject in result.rejects}
-        self._spellings: dict[str, str | None] = {}  # None: of several pictures
-        for key in self._known:
-            at = normal(key)
-            self._spellings[at] = None if at in self._spellings else key
-        self._of_key: dict[str, list[Source]] = collections.defaultdict(list)
+        self._spellings = Database("CREATE TABLE spellings (spelling TEXT PRIMARY KEY, key TEXT) WITHOUT ROWID")
+        self._spellings.run_many(  # NULL: of several pictures
+            "INSERT INTO spellings VALUES (?, ?) ON CONFLICT (spelling) DO UPDATE SET key = NULL",
+            ((normal(key), key) for key in result.found.all_keys()),
+        )
 
     def read(self, path: Path) -> None:
         """Takes the rows of a table."""
@@ -120,8 +118,7 @@ class Rows:
                 name = tables.path_in(row)
                 key = self._find(path.parent, name) or self._other(path.parent, name, table, number)
                 if key:
-                    texts = _texts(self._result, row, self._names)
-                    self._of_key[key].append(Source(f"{table}:{number}", 0, texts=texts))
+                    self._result.found.add_row(key, table, number, _texts(self._result, row, self._names))
             except Rejected as rejected:
                 self._result.reject(path, rejected, number, counted=False)
 
@@ -129,20 +126,20 @@ class Rows:
         """The key of the picture of the folder that a row means."""
         for spelt in _spellings(name):
             key = os.path.relpath(os.path.normpath(folder / spelt), self._result.root)
-            if key in self._known:
+            if key in self._result.found:
                 return key
-            if (other := self._spellings.get(normal(key))) is not None:
-                return other
+            other = self._spellings.one("SELECT key FROM spellings WHERE spelling = ?", normal(key))
+            if other and other[0] is not None:
+                return other[0]
         return None
 
     def _other(self, folder: Path, name: str, table: str, number: int) -> str | None:
         """The key of a picture outside, which may be taken; lists what is missing."""
         key, path, there = self._locator.locate(folder, name)
-        if key in self._known:
+        if key in self._result.found:
             return key
         if there and path.is_file() and key.startswith(self._locator.prefix + "/"):
-            self._result.found.append(InputImage(key, ByteSource(str(path))))
-            self._known.add(key)
+            self._result.take(InputImage(key, ByteSource(str(path))))
             return key
         if key in self._missing:
             self._result.pass_over("a row for a picture that is missing or was rejected", 1)
@@ -152,21 +149,10 @@ class Rows:
             self._result.rejects.append(Reject.of(key, str(path), why, counted=False))
         return None
 
-    def give(self) -> None:
-        """Puts the rows behind the caption files of each picture."""
-        for index, found in enumerate(self._result.found):
-            if rows := self._of_key.get(found.key):
-                first = 1 + max((source.group for source in found.captions), default=-1)
-                groups: dict[str, int] = {}  # by table
-                numbers = [groups.setdefault(row.name.rpartition(":")[0], len(groups)) for row in rows]
-                behind = tuple(dataclasses.replace(row, group=first + number) for row, number in zip(rows, numbers))
-                self._result.found[index] = dataclasses.replace(found, captions=found.captions + behind)
-
 
 def scan_table(result: Scan, path: Path, names: tuple[str, ...], outside: bool) -> None:
     """Adds the rows of a table that is the input itself: paths are below the folder that it is in."""
     locator = Locator(result.root, outside)
-    pictures: dict[str, tuple[Path, list[Source]]] = {}
 
     def is_picture(name: str) -> bool:
         try:
@@ -179,11 +165,11 @@ def scan_table(result: Scan, path: Path, names: tuple[str, ...], outside: bool) 
             if isinstance(row, Rejected):
                 raise row
             key, file, _ = locator.locate(result.root, tables.path_in(row))
-            source = Source(f"{path.name}:{number}", 0, texts=_texts(result, row, names))
-            pictures.setdefault(key, (file, []))[1].append(source)
+            if key not in result.found:
+                result.take(InputImage(key, ByteSource(str(file))))
+            result.found.add_row(key, path.name, number, _texts(result, row, names))
         except Rejected as rejected:
             result.reject(path, rejected, number)
-    result.found += [InputImage(key, ByteSource(str(file)), tuple(rows)) for key, (file, rows) in pictures.items()]
 
 
 def _rows(result: Scan, path: Path, names: tuple[str, ...], is_picture: Callable[[str], bool]) -> Iterator[tables.Row]:

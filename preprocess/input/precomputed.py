@@ -7,7 +7,7 @@ import io
 import math
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from fluxdit_jax.dataset.fields import DECLARED, FILE, SEQUENCE, VECTOR, VISION, Field, field_named, name_fault
 from fluxdit_jax.dataset.manifest import EncoderIdentity
 from preprocess import PreprocessError
+from preprocess.database import StoredSet
 from preprocess.decoding.formats import EXTENSIONS
 from preprocess.decoding.images import Rejected
 from preprocess.input.byte_source import ByteSource
@@ -39,25 +40,29 @@ class Folder:
       PreprocessError: there is no such folder, or no file of an image in it.
     """
 
-    def __init__(self, field: Field, directory: str, keys: Sequence[str], source: str = "") -> None:
+    def __init__(self, field: Field, directory: str, keys: Callable[[], Iterable[str]], source: str = "") -> None:
         """
         Args:
           directory: the folder.
-          keys: of all images of the input.
+          keys: gives those of all images of the input, sorted.
           source: name of what made the files, or "".
         """
         self.field, self.directory = field, Path(directory)
         option = "--vision-embeddings" if field == VISION else f"--condition {field.name}="
         if not self.directory.is_dir():
             raise PreprocessError(f"{option} {directory}: there is no such folder")
-        stems = collections.Counter(_stem(key) for key in keys)
-        self._shared = {stem for stem, count in stems.items() if count > 1}
+        stems = StoredSet()
+        self._shared: set[str] = set()
+        for stem in map(_stem, keys()):
+            if stem in stems:
+                self._shared.add(stem)
+            stems.add(stem)
         self.identity = EncoderIdentity(
             id=f"precomputed:{source}" if source else "precomputed",
             revision="",
             sha256="",
             dtype="float32",
-            width=VISION_WIDTH if field == VISION else self._width(option, keys),
+            width=VISION_WIDTH if field == VISION else self._width(option, keys()),
             options={"precomputed": True},
         )
 
@@ -68,11 +73,12 @@ class Folder:
         folder.field, folder.directory, folder.identity, folder._shared = field, Path(directory), identity, set()
         return folder
 
-    def _width(self, option: str, keys: Sequence[str]) -> int:
+    def _width(self, option: str, keys: Iterable[str]) -> int:
         """The commonest width of the first files; one that has another is then the reject."""
         widths: collections.Counter[int] = collections.Counter()
-        fault = f"there is no file of an image in it, as {min(keys, default='KEY')}.npy"
-        for key in sorted(keys):
+        fault, example = "", "KEY"
+        for key in keys:
+            example = key if example == "KEY" else example
             path = self._file(key) or self._file(_stem(key))
             if path is None:
                 continue
@@ -83,6 +89,7 @@ class Folder:
             if widths.total() == _LOOKED_AT:
                 break
         if not widths:
+            fault = fault or f"there is no file of an image in it, as {example}.npy"
             raise PreprocessError(f"{option} {self.directory}: {fault}")
         return widths.most_common(1)[0][0]
 
@@ -175,8 +182,13 @@ def folders_of_plan(conditions: Sequence[str], vision: str, identities: dict[str
     return [Folder.of_plan(field, directory, identities[field.encoder]) for field, directory in named]
 
 
-def folders(conditions: Sequence[str], vision: str, keys: Sequence[str], vision_source: str) -> list[Folder]:
+def folders(
+    conditions: Sequence[str], vision: str, keys: Callable[[], Iterable[str]], vision_source: str
+) -> list[Folder]:
     """The folders of a build: those of `--condition`, and of `--vision-embeddings` if it is given.
+
+    Args:
+      keys: gives those of all images of the input, sorted.
 
     Raises:
       PreprocessError: an option is malformed, a declared condition has no folder, or a folder is not what it must be.

@@ -17,7 +17,8 @@ from preprocess.input import captions, tables
 from preprocess.input.archive import COMPRESSED, scan_tar
 from preprocess.input.byte_source import ByteSource
 from preprocess.input.captions import Source
-from preprocess.input.findings import InputImage, Reject, Scan, key_of
+from preprocess.input.findings import Scan, key_of
+from preprocess.input.found import InputImage
 from preprocess.input.listed import ALLOW, Rows, scan_table
 from preprocess.input.sidecars import TYPES, Sidecars, extension
 from preprocess.input.system_folders import hidden, is_plot, names_an_image, of_a_system, of_this_project
@@ -56,22 +57,8 @@ def scan(source: str | Path, caption_field: str = "", exclude: Path | None = Non
             f"--input {source}: expected a folder of images, a .tar, or a table of image_path and caption "
             f"({', '.join(tables.TYPES)}){unpack}"
         )
-    _settle(result)
-    return result
-
-
-def _settle(result: Scan) -> None:
-    """Sorts by key and rejects every second use of a key."""
-    result.found.sort(key=lambda found: found.key)
-    unique: list[InputImage] = []
-    for found in result.found:
-        if unique and unique[-1].key == found.key:
-            why = Rejected("name used twice", "the first one was taken")
-            result.rejects.append(Reject.of(found.key, found.image.path, why))
-        else:
-            unique.append(found)
-    result.found = unique
     result.rejects.sort(key=lambda reject: (reject.key, reject.reason, reject.detail))
+    return result
 
 
 # ------------------------------------------------------------------------------------------ a tree of files
@@ -101,7 +88,6 @@ class _Folder:
             rows = Rows(self._result, self._names, self._outside)
             for path in sorted(self._tables, key=_table_order):
                 rows.read(path)
-            rows.give()
 
     def _look_into(self, folder: Path) -> list[Path]:
         """Takes the files of one folder; returns the folders in it."""
@@ -187,7 +173,7 @@ class _Folder:
             sources = beside.sources(path.name)
             if not sources and path.is_symlink():
                 sources = self._sources_of_target(path.resolve())
-            result.found.append(InputImage(key_of(result.root, path), ByteSource(str(path)), sources))
+            result.take(InputImage(key_of(result.root, path), ByteSource(str(path)), sources))
         for name, _ in beside.unused():
             why = Rejected("caption without an image", "no picture of this name was taken")
             result.reject(folder / name, why, counted=False)

@@ -78,22 +78,34 @@ class Forecast:
 def forecast(plan: Plan, widths: Widths = Widths()) -> Forecast:  # noqa: B008  frozen
     """The figures of a plan."""
     options = plan.options
-    counts = collections.Counter(item.bucket for item in plan.items)
+    counts = _counts(plan)
     table = {size: counts.get(size, 0) for size in options.buckets()}
-    texts = [caption for item in plan.items for caption in item.captions]
-    tokens = np.array([min(options.max_tokens, len(text) / _CHARACTERS_A_TOKEN + 1) for text in texts])
-    pixels = np.array([item.bucket[0] * item.bucket[1] for item in plan.items])
-    record = 2 * widths.channels * pixels.mean() / widths.factor**2 + 4 * widths.vision + _RECORD_OVERHEAD
+    tokens = bytes_of_texts = 0.0
+    for text in (caption for item in plan.items for caption in item.captions):
+        tokens += min(options.max_tokens, len(text) / _CHARACTERS_A_TOKEN + 1)
+        bytes_of_texts += len(text.encode())
+    total, captions = len(plan.items), plan.items.captions
+    pixels = sum(height * width * count for (height, width), count in counts.items()) / total
+    record = 2 * widths.channels * pixels / widths.factor**2 + 4 * widths.vision + _RECORD_OVERHEAD
     record += options.vision_patches * (widths.vision + FACTOR_BYTES)
-    record += (2 * widths.text * tokens.sum() + sum(len(text.encode()) for text in texts)) / len(plan.items)
+    record += (2 * widths.text * tokens + bytes_of_texts) / total
     return Forecast(
         counts=table,
         bends=advice.bends(plan),
         padding=padding(table, widths.factor),
-        tokens=float(tokens.mean()),
-        captions=len(texts) / len(plan.items),
-        record_bytes=float(record),
+        tokens=tokens / captions,
+        captions=captions / total,
+        record_bytes=record,
     )
+
+
+def _counts(plan: Plan) -> collections.Counter[buckets.Size]:
+    """Images a bucket."""
+    counts: collections.Counter[buckets.Size] = collections.Counter()
+    table = plan.options.buckets()
+    for size, count in zip(plan.items.sizes, np.bincount(plan.items.size_of).tolist(), strict=True):
+        counts[buckets.nearest(table, *size)] += count
+    return counts
 
 
 def dry_run(options: Options, drawing: str = "", replace: bool = False) -> list[Part]:
@@ -127,7 +139,7 @@ def _report(drawing: str, parts: list[Part], encoders: Encoders | None, say: Cal
     if drawing:
         from preprocess.inspect.plots import draw_aspects
 
-        aspects = np.array([item.header.width / item.header.height for item in plan.items])
+        aspects = np.array([width / height for height, width in plan.items.sizes])[plan.items.size_of]
         with disk_errors(Path(drawing)):
             draw_aspects(aspects, figures.counts, Path(drawing))
         say(f"Picture: {drawing}")
@@ -170,7 +182,7 @@ def _report_bends(plan: Plan, figures: Forecast, say: Callable[[str], None]) -> 
         f"worst {bends.max():.1%}; the worst are"
     )
     for index in np.argsort(-bends, kind="stable")[:5]:
-        item = plan.items[index]
+        item = plan.items[int(index)]
         height, width = item.bucket
         say(f"  {bends[index]:6.1%}  {shown(item.key)}  {item.header.width}x{item.header.height} to {width}x{height}")
 
@@ -206,7 +218,8 @@ def _report_time(parts: list[Part], figures: Forecast, encoders: Encoders | None
         + once["text"] * _TEXT_A_TOKEN * figures.tokens * figures.captions
     )
     for part in parts:
-        pixels = float(np.mean([item.bucket[0] * item.bucket[1] for item in part.plan.items]))
+        counts = _counts(part.plan)
+        pixels = sum(height * width * count for (height, width), count in counts.items()) / counts.total()
         work += part.found.missing[LATENT.name] * _VAE_AT_1024 * pixels / 1024**2
     rates = {"20 TFLOP/s (an APU)": 20, "60 (an RTX 4090)": 60, "0.5 (8 CPU cores)": 0.5}
     times = ", ".join(f"{duration(work / rate)} at {name}" for name, rate in rates.items())
@@ -218,10 +231,10 @@ def _report_time(parts: list[Part], figures: Forecast, encoders: Encoders | None
 
 def _trial(plan: Plan, encoders: Encoders, names: list[str]) -> dict[str, float]:
     """Seconds an image of each of these fields: a picture of the commonest bucket and its captions, after a first."""
-    ((height, width), _), *_ = collections.Counter(item.bucket for item in plan.items).most_common(1)
+    ((height, width), _), *_ = _counts(plan).most_common(1)
     pictures = np.random.default_rng(0).integers(0, 256, (2, 1, height, width, 3), np.uint8)
-    by_length = sorted((item.captions for item in plan.items), key=lambda texts: sum(map(len, texts)))
-    captions = list(by_length[len(plan.items) // 2])
+    lengths = np.fromiter((sum(map(len, item.captions)) for item in plan.items), np.int64)
+    captions = list(plan.items[int(np.argsort(lengths, kind="stable")[len(lengths) // 2])].captions)
     seconds = {}
     try:
         for name in names:

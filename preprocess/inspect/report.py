@@ -19,7 +19,9 @@ from fluxdit_jax.dataset.records import Record
 from fluxdit_jax.shared.sanitize import shown
 from preprocess import buckets
 from preprocess.build import advice
-from preprocess.build.units import Rows, read_rows
+from preprocess.build.items import Repeated
+from preprocess.build.rows import Rows
+from preprocess.build.units import read_rows
 from preprocess.inspect import separation
 from preprocess.inspect.wording import wording
 
@@ -172,7 +174,7 @@ def _text_lines(dataset: Dataset) -> list[str]:
     captions = dataset.index["caption"].to_pylist()
     if dataset.grid:  # the pictures of one photograph share its caption on purpose
         return lines
-    return [*lines, *wording(captions), *advice.repeated_captions(captions)]
+    return [*lines, *wording(captions), *advice.repeated_captions(Repeated.of(captions))]
 
 
 _QUANTILES = (("min", 0), ("p5", 0.05), ("median", 0.5), ("p95", 0.95), ("p99", 0.99), ("max", 1))

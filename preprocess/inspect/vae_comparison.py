@@ -30,7 +30,8 @@ from preprocess.build.plan import MAX_FILE_BYTES
 from preprocess.build.publish import load_options
 from preprocess.build.units import disk_errors
 from preprocess.decoding.images import Rejected, decode, read_header
-from preprocess.input.findings import InputImage, Reject
+from preprocess.input.findings import Reject
+from preprocess.input.found import InputImage
 from preprocess.input.scan import scan
 from preprocess.input.system_folders import MARK, is_plot
 from preprocess.inspect.reconstruction import Reconstruction, reconstruct

@@ -35,8 +35,9 @@ from preprocess.build.journal import Journal
 from preprocess.build.options import Options
 from preprocess.build.plan import Fingerprints, digest
 from preprocess.build.publish import load_options, write_tfds_metadata
+from preprocess.build.rows import Rows, UnitInfo, bucket_histogram, id_columns, index_row, rows_schema
 from preprocess.build.statistics import Moments
-from preprocess.build.units import Rows, UnitInfo, bucket_histogram, id_columns, index_row, read_rows, rows_schema
+from preprocess.build.units import read_rows
 
 WHOLE = -1  # the row of a finding about a whole shard
 _UNLISTED = "is not in the manifest"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Iterable
+import heapq
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,12 +16,14 @@ from PIL import Image
 from fluxdit_jax.dataset.manifest import MANIFEST, parts_of
 from preprocess import PreprocessError
 from preprocess.buckets import TOKEN_SIDE, Size
+from preprocess.build.items import Item, Items
 from preprocess.build.journal import Journal
 from preprocess.build.options import Options
-from preprocess.build.plan import MAX_FILE_BYTES, Item, make_plan
+from preprocess.build.plan import MAX_FILE_BYTES, make_plan
 from preprocess.build.publish import load_options
 from preprocess.decoding.images import Rejected, decode
 from preprocess.input.findings import Reject, Scan
+from preprocess.input.found import Found
 from preprocess.input.scan import scan
 from preprocess.inspect.report import Dataset
 from preprocess.subset.lights import LIGHTS, Light, lit
@@ -166,34 +169,37 @@ def gather(options: SubsetOptions, journal: Journal) -> Pool:
     listing = scan(build.input, build.caption_field, Path(options.output), build.allow_outside)
     total = len(listing.found) if hashes is None else len(hashes)
     if hashes is not None:
-        listing = Scan(listing.root, [found for found in listing.found if found.key in hashes])
-        if not listing.found:
+        listing = Scan(listing.root, Found(found for found in listing.found if found.key in hashes))
+        if not len(listing.found):
             raise PreprocessError(
                 f"none of the {total:,} pictures of {source} is in {build.input} (the first is {min(hashes)!r}): say "
                 "where they are with --images DIR"
             )
-    there = {found.key for found in listing.found}
-    with journal.bar(len(there), "read") as bar:
+    with journal.bar(len(listing.found), "read") as bar:
         plan = make_plan(listing, build, (), bar.update)
-    left_out, items = list(plan.rejects), plan.items
+    left_out = list(plan.rejects)
     if hashes is not None:
-        left_out += [_left_out(k, build.input, "not in the input folder any more") for k in sorted(set(hashes) - there)]
-        changed = [item for item in items if item.content != hashes[item.key]]
+        missing = (key for key in sorted(hashes) if key not in listing.found)
+        left_out += [_left_out(key, build.input, "not in the input folder any more") for key in missing]
+        changed = (item for item in plan.items if item.content != hashes[item.key])
         left_out += [_left_out(i.key, i.image.path, "picture changed since the dataset was built") for i in changed]
-        items = [item for item in items if item.content == hashes[item.key]]
-    candidates, rejects = _look_at(_sample(items, options), options, journal)
+    same = lambda item: hashes is None or item.content == hashes[item.key]  # noqa: E731
+    candidates, rejects = _look_at(_sample(plan.items, same, options), options, journal)
     return Pool(build, hashes is not None, total, candidates, left_out + rejects)
 
 
-def _sample(items: list[Item], options: SubsetOptions) -> list[Item]:
-    """At most `options.candidates`, by the hash of the key: any of them, and always the same. Captions with words of
-    the edit come first, up to half."""
-    order = sorted(items, key=lambda item: hashlib.sha256(item.key.encode()).digest())
-    if len(order) > options.candidates:
-        first = [item for item in order if options.has_words(item.caption)][: options.candidates // 2]
-        keys = {item.key for item in first}
-        order = (first + [item for item in order if item.key not in keys])[: options.candidates]
-    return sorted(order, key=lambda item: item.key)
+def _sample(items: Items, usable: Callable[[Item], bool], options: SubsetOptions) -> list[Item]:
+    """At most `options.candidates` of the usable ones, by the hash of the key: any of them, and always the same.
+    Captions with words of the edit come first, up to half."""
+
+    def least(count: int, which: Callable[[Item], bool]) -> list[Item]:
+        order = lambda item: hashlib.sha256(item.key.encode()).digest()  # noqa: E731
+        return heapq.nsmallest(count, filter(which, items), key=order)
+
+    first = least(options.candidates // 2, lambda item: usable(item) and options.has_words(item.caption))
+    keys = {item.key for item in first}
+    rest = least(options.candidates - len(first), lambda item: usable(item) and item.key not in keys)
+    return sorted(first + rest, key=lambda item: item.key)
 
 
 def _left_out(key: str, path: str, reason: str, detail: str = "") -> Reject:

@@ -248,8 +248,8 @@ def _write(
 
 def _write_conditions(folder: Path, options: SubsetOptions, pool: Pool, chosen: list[Photograph]) -> None:
     """The dataset's further conditions: every picture that is made of a photograph gets the photograph's."""
-    keys = [one.candidate.item.key for one in chosen]
-    for each in folders(pool.build.condition, "", keys, ""):
+    keys = sorted(one.candidate.item.key for one in chosen)
+    for each in folders(pool.build.condition, "", lambda: keys, ""):
         for one in chosen:
             key = one.candidate.item.key
             try:

@@ -16,6 +16,7 @@ from fluxdit_jax.dataset.grid import GRID_FILE, read_grid
 from fluxdit_jax.dataset.manifest import load_manifest
 from preprocess.__main__ import main
 from preprocess.build.advice import repeated_captions
+from preprocess.build.items import Repeated
 
 
 class Road:
@@ -88,8 +89,8 @@ def test_captions_that_many_share_are_reported_by_all_three(road: Road, draw_pho
     for said in [*told, road.run("inspect", str(road.data), "--cells", "1")]:
         assert re.search(f"warning: {numbers(6, 8, 4)}", said)
         assert re.search("4  a dog", said) and re.search("2  a cat", said) and "\x1b" not in said
-    assert repeated_captions(["a", "b", "c"]) == []
-    (line, *_) = repeated_captions(["a", "a", *map(str, range(98))])
+    assert repeated_captions(Repeated.of(["a", "b", "c"])) == []
+    (line, *_) = repeated_captions(Repeated.of(["a", "a", *map(str, range(98))]))
     assert "2 of 100" in line and "warning" not in line
 
 

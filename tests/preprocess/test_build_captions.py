@@ -26,6 +26,7 @@ from fluxdit_jax.dataset import captions as stored
 from fluxdit_jax.dataset import records
 from fluxdit_jax.dataset.manifest import INDEX, REJECTS, load_manifest
 from preprocess.build.build import build
+from preprocess.build.items import Items
 from preprocess.build.plan import make_plan
 from preprocess.encoders import load_text_encoder
 from preprocess.input import captions
@@ -338,9 +339,8 @@ def test_a_set_of_one_caption_each_is_not_told_of_several(
 def test_the_forecast_counts_all_captions(built: Path) -> None:
     chosen = options(built / "photos", built / "x").checked()
     plan = make_plan(scan(built / "photos"), chosen)
-    one = dataclasses.replace(
-        plan, items=[dataclasses.replace(item, captions=item.captions[:1]) for item in plan.items]
-    )
+    one_each = (dataclasses.replace(item, captions=item.captions[:1]) for item in plan.items)
+    one = dataclasses.replace(plan, items=Items(chosen, one_each))
     many, few = forecast(plan), forecast(one)
     assert (many.captions, few.captions) == (ALL / 24, 1)
     more = [c for item in plan.items for c in item.captions[1:]]

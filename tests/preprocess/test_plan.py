@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
-import random
 import threading
 from pathlib import Path
 
@@ -17,26 +16,26 @@ from PIL import Image
 
 from fluxdit_jax.dataset.fields import VISION
 from fluxdit_jax.dataset.manifest import EncoderIdentity
+from preprocess.build.items import Item, Items, split_of
 from preprocess.build.options import Options
 from preprocess.build.plan import (
     Fingerprints,
-    Item,
     NothingToBuild,
     Unit,
     _in_threads,
     digest,
     make_plan,
     make_units,
-    split_of,
 )
 from preprocess.decoding.images import Header, Rejected
 from preprocess.input.byte_source import ByteSource
 from preprocess.input.captions import Source
-from preprocess.input.findings import InputImage, Reject, Scan
+from preprocess.input.findings import Reject, Scan
+from preprocess.input.found import Found, InputImage
 from preprocess.input.precomputed import Folder
 
 IDENTITY = EncoderIdentity("owner/model", "abc", "f" * 64, "bfloat16", 16, {"factor": 8})
-OPTIONS = Options("in", "out")
+OPTIONS = Options("in", "out").checked()
 
 
 def item(number: int) -> Item:
@@ -56,30 +55,28 @@ def prints(options: Options = OPTIONS, **changed: EncoderIdentity) -> Fingerprin
     return Fingerprints.of(options, {"vae": IDENTITY, "text": IDENTITY, "vision": IDENTITY} | changed)
 
 
-@given(st.sets(st.integers(0, 10**6), min_size=1, max_size=300), st.integers(1, 40), st.floats(0, 0.9))
+@given(st.sets(st.integers(0, 10**6 - 1), min_size=1, max_size=300), st.integers(1, 40), st.floats(0, 0.9))
 @settings(deadline=None, max_examples=60)
 def test_every_item_is_in_one_unit_and_no_unit_is_too_large(numbers: set[int], size: int, holdout: float) -> None:
-    items = [item(n) for n in numbers]
-    units = make_units(items, holdout, size)
-    assert sorted(i.key for u in units for i in u.items) == sorted(i.key for i in items)
+    items = Items(dataclasses.replace(OPTIONS, holdout=holdout), map(item, sorted(numbers)))
+    units = make_units(items, size)
+    assert sorted(i.key for u in units for i in u.items) == [i.key for i in items]
     for unit in units:
         assert 1 <= len(unit.items) <= size
         assert [i.key for i in unit.items] == sorted(i.key for i in unit.items)
         assert {split_of(i.content, holdout) for i in unit.items} == {unit.split}
-    shuffled = random.Random(0).sample(items, len(items))
-    assert make_units(shuffled, holdout, size) == units
 
 
 def test_one_item_more_touches_one_unit() -> None:
     items, names = [item(n) for n in range(1000)], prints()
-    before = {u.uid(names) for u in make_units(items, 0.02, 20)}
+    before = {u.uid(names) for u in make_units(Items(OPTIONS, items), 20)}
     for number in range(1000, 1010):
-        after = {u.uid(names) for u in make_units([*items, item(number)], 0.02, 20)}
+        after = {u.uid(names) for u in make_units(Items(OPTIONS, [*items, item(number)]), 20)}
         assert len(before - after) == 1 and len(after - before) in (1, 2)
 
 
 def test_shards_are_well_filled() -> None:
-    sizes = [len(u.items) for u in make_units([item(n) for n in range(20_000)], 0.0, 1000)]
+    sizes = [len(u.items) for u in make_units(Items(OPTIONS, map(item, range(20_000))), 1000)]
     assert max(sizes) <= 1000 and sum(sizes) / len(sizes) > 500
 
 
@@ -146,7 +143,7 @@ def test_a_unit_is_named_by_its_records() -> None:
 
 def test_splits_shards_and_names_are_those_of_earlier_versions() -> None:
     """Otherwise the next build moves pictures between the splits, or encodes and writes everything again."""
-    units = make_units([item(n) for n in range(16)], 0.25, 3)
+    units = make_units(Items(dataclasses.replace(OPTIONS, holdout=0.25), map(item, range(16))), 3)
     assert [(unit.split, [int(i.key[:6]) for i in unit.items]) for unit in units] == [
         ("train", [5, 11, 15]),
         ("train", [1, 6, 7]),
@@ -194,32 +191,34 @@ def pictures(folder: Path) -> list[InputImage]:
 
 
 def test_everything_that_is_found_is_read_and_judged(folder: Path) -> None:
-    listing = Scan(folder, pictures(folder), [Reject("x.gif", "x.gif", "image type is not read")])
-    listing.found[2:2] = [found(folder, "d.jpg"), found(folder, "no.png", "no")]
+    listing = Scan(folder, Found(pictures(folder)), [Reject("x.gif", "x.gif", "image type is not read")])
     twice = (Source("t.csv:2", 0, texts=("one", "one")), Source("t.csv:3", 1, texts=("behind",)))
-    listing.found.append(InputImage("d.jpg", ByteSource(str(folder / "d.jpg")), twice))
+    listing.take(InputImage("d.jpg", ByteSource(str(folder / "d.jpg")), twice))
+    for other in (found(folder, "d2.jpg"), found(folder, "no.png", "no")):
+        listing.take(other)
     listing.passed_over["the same caption again"] = 4
     done: list[int] = []
     plan = make_plan(listing, SMALL, progress=done.append)
     assert done == [1] * 7
 
-    read = {name: (folder / name).read_bytes() for name in ("a.png", "b.png", "c.png", "e.png", "d.jpg")}
+    read = {name: (folder / name).read_bytes() for name in ("a.png", "b.png", "c.png", "d.jpg", "e.png")}
     assert [i.key for i in plan.items] == list(read)
     assert [i.content for i in plan.items] == [hashlib.sha256(data).hexdigest() for data in read.values()]
     assert plan.bytes_read == sum(map(len, read.values()))
-    assert [i.captions for i in plan.items[:2]] == [("caption a",), ("caption b", "b")]
-    assert [(i.header.height, i.header.width) for i in plan.items[:2]] == [(70, 100), (128, 64)]
-    assert [i.bucket for i in plan.items[:3]] == [(112, 144), (144, 112), (128, 128)]
+    first = [plan.items[position] for position in range(3)]
+    assert [i.captions for i in first[:2]] == [("caption a",), ("caption b", "b")]
+    assert [(i.header.height, i.header.width) for i in first[:2]] == [(70, 100), (128, 64)]
+    assert [i.bucket for i in first] == [(112, 144), (144, 112), (128, 128)]
     assert {i.files for i in plan.items} == {()}
-    assert plan.units == make_units(plan.items, 0.0, 3) and len(plan.units) > 1
+    assert plan.units == make_units(plan.items, 3) and len(plan.units) > 1
 
     assert [(r.key, r.reason) for r in plan.rejects] == [
         ("x.gif", "image type is not read"),
-        ("d.jpg", "empty caption"),
+        ("d2.jpg", "empty caption"),
         ("no.png", "not an image"),
     ]
-    assert plan.rejects[1].file == str(folder / "d.jpg")
-    assert plan.duplicates == [("a.png", "e.png")] and plan.wrong_extension == 1
+    assert plan.rejects[1].file == str(folder / "d2.jpg")
+    assert plan.duplicates == [("a.png", "e.png")] and plan.items.wrong_extension == 1
     assert plan.passed_over == {"the same caption again": 5, "a row for a picture that has a caption": 1}
     assert (
         listing.passed_over == {"the same caption again": 4} and len(listing.rejects) == 1
@@ -227,17 +226,19 @@ def test_everything_that_is_found_is_read_and_judged(folder: Path) -> None:
 
 
 def test_a_limit_takes_the_first(folder: Path) -> None:
-    listing = Scan(folder, pictures(folder))
-    keys = [each.key for each in listing.found]
+    listing = Scan(folder, Found(pictures(folder)))
     plan = make_plan(listing, dataclasses.replace(SMALL, limit=2))
-    assert [each.key for each in listing.found] == keys[2:]
+    beyond = listing.found.beyond(2)
+    assert sorted(beyond) == ["c.png", "e.png"] and len(beyond) == 2
+    assert "c.png" in beyond and "a.png" not in beyond and "b.png" not in beyond and "d.png" not in beyond
+    assert not listing.found.beyond(4) and not listing.found.beyond(9)
     assert [i.key for i in plan.items] == ["a.png", "b.png"]
 
 
 def test_more_inputs_than_threads_stay_in_order(folder: Path) -> None:
     names = [f"{number:03}.png" for number in range(100)]
     members = [dataclasses.replace(pictures(folder)[0], key=name) for name in names]
-    assert [i.key for i in make_plan(Scan(folder, members), SMALL).items] == names
+    assert [i.key for i in make_plan(Scan(folder, Found(members)), SMALL).items] == names
 
 
 def test_all_threads_work_at_once_and_a_bounded_number_of_inputs_ahead() -> None:
@@ -252,8 +253,8 @@ def test_all_threads_work_at_once_and_a_bounded_number_of_inputs_ahead() -> None
 def test_vectors_are_part_of_an_item_and_one_that_is_missing_rejects_it(folder: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "a.png.npy", np.ones(1024, np.float32))
     members = pictures(folder)[:2]
-    vectors = Folder(VISION, str(tmp_path), [member.key for member in members])
-    plan = make_plan(Scan(folder, members), SMALL, [vectors])
+    vectors = Folder(VISION, str(tmp_path), lambda: [member.key for member in members])
+    plan = make_plan(Scan(folder, Found(members)), SMALL, [vectors])
     vector = hashlib.sha256((tmp_path / "a.png.npy").read_bytes()).hexdigest()
     assert [(i.key, i.files) for i in plan.items] == [("a.png", (("vision", vector),))]
     assert [(r.key, r.reason) for r in plan.rejects] == [("b.png", "no vector")]
@@ -262,7 +263,7 @@ def test_vectors_are_part_of_an_item_and_one_that_is_missing_rejects_it(folder: 
 def test_the_largest_file_that_is_read(folder: Path) -> None:
     sizes = {"c.png": 512_000_000, "b.png": 512_000_001}  # claimed, as members of an archive
     members = [found(folder, name, "caption", size=size) for name, size in sizes.items()]
-    plan = make_plan(Scan(folder, [*pictures(folder)[:1], *members]), SMALL)
+    plan = make_plan(Scan(folder, Found([*pictures(folder)[:1], *members])), SMALL)
     assert {r.key: r.reason for r in plan.rejects} == {"c.png": "unreadable file", "b.png": "file too large"}
 
 
@@ -273,7 +274,7 @@ def nothing(listing: Scan, options: Options = SMALL) -> NothingToBuild:
 
 
 def test_a_holdout_of_everything_is_refused_by_its_option(folder: Path) -> None:
-    error = nothing(Scan(folder, pictures(folder)), dataclasses.replace(SMALL, holdout=0.999999))
+    error = nothing(Scan(folder, Found(pictures(folder))), dataclasses.replace(SMALL, holdout=0.999999))
     assert "--holdout 0.999999" in str(error) and "4 images" in str(error) and error.rejects == []
 
 
@@ -287,10 +288,10 @@ def test_a_folder_without_a_picture_says_what_else_is_there(folder: Path) -> Non
 def test_pictures_that_all_are_refused_are_told_by_the_most_common_reason(folder: Path) -> None:
     lone = Reject("lone.txt", "lone.txt", "not an image", "this is not counted", counted=False)
     members = [found(folder, "a.png"), found(folder, "b.png"), found(folder, "no.png", "no")]
-    error = nothing(Scan(folder, list(members), [lone, lone]))
+    error = nothing(Scan(folder, Found(members), [lone, lone]))
     assert "3 images" in str(error) and "not an image: 3; empty caption: 2" in str(error)
     assert f"{folder / 'no.png'}: " in str(error) and [r.key for r in error.rejects[2:]] == ["a.png", "b.png", "no.png"]
-    error = nothing(Scan(folder, members, ignored=collections.Counter({".md": 2})))
+    error = nothing(Scan(folder, Found(members), ignored=collections.Counter({".md": 2})))
     assert "empty caption: 2; not an image: 1" in str(error) and ".md 2" in str(error)
     assert f"{folder / 'a.png'}: " in str(error) and "of a.png" in str(error)
     error = nothing(Scan(folder, rejects=[Reject("x.gif", "x.gif", "image type is not read")]))

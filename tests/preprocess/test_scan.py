@@ -17,7 +17,8 @@ from wording import naming
 from preprocess import PreprocessError
 from preprocess.decoding.images import Rejected
 from preprocess.input.byte_source import ByteSource
-from preprocess.input.findings import InputImage, Scan
+from preprocess.input.findings import Scan
+from preprocess.input.found import InputImage
 from preprocess.input.scan import scan
 
 
@@ -148,7 +149,7 @@ def test_metadata_jsonl(tmp_path: Path) -> None:
         "sub/d.png": ("from above",),
         "f.png": None,
     }
-    assert caption_file(result.found[2]) is not None
+    assert caption_file(list(result.found)[2]) is not None
     assert reasons(result) == {
         "missing.png": "missing file",
         "metadata.jsonl:7": "path leaves the input",
@@ -201,7 +202,7 @@ def test_one_jsonl(tmp_path: Path) -> None:
     }
     assert reasons(result) == {"list.jsonl:4": "path leaves the input"}
     with pytest.raises(Rejected, match="missing file"):
-        result.found[2].image.read(100)
+        list(result.found)[2].image.read(100)
 
 
 def add(archive: tarfile.TarFile, name: str, data: bytes = b"", **more) -> None:
@@ -257,7 +258,7 @@ def test_a_tar_that_is_cut_short_or_none(tmp_path: Path) -> None:
     assert keys(result) == ["a.tar/0.png", "a.tar/1.png", "a.tar/2.png"]
     assert reasons(result) == {"a.tar": "damaged archive", "b.tar": "damaged archive"}
     with pytest.raises(Rejected, match="cut short"):
-        result.found[2].image.read(10_000)
+        list(result.found)[2].image.read(10_000)
 
 
 @pytest.mark.parametrize("name", ["nothing", "file.zip"])
@@ -269,7 +270,7 @@ def test_what_is_no_input(tmp_path: Path, name: str) -> None:
 
 def test_place_refuses_what_is_too_large_or_gone(tmp_path: Path) -> None:
     touch(tmp_path, "a.png")
-    place = scan(tmp_path).found[0].image
+    place = next(iter(scan(tmp_path).found)).image
     (tmp_path / "a.png").write_bytes(b"0123456789")
     with pytest.raises(Rejected, match=naming("file too large", 10, 5)):
         place.read(5)

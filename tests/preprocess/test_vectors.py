@@ -85,7 +85,7 @@ def test_names(tmp_path: Path) -> None:
     for name in ("a.jpg.npy", "b.npy", "sub/c.npy"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(npy(GOOD))
-    vectors = Folder(VISION, str(tmp_path), ["a.jpg", "a.png", "b.jpg", "sub/c.jpg", "sub/c.png", "d.png"])
+    vectors = Folder(VISION, str(tmp_path), lambda: ["a.jpg", "a.png", "b.jpg", "d.png", "sub/c.jpg", "sub/c.png"])
     for key in ("a.jpg", "b.jpg"):
         assert vectors.read(key)[1].shape == (1024,)
     for key, message in (
@@ -95,7 +95,7 @@ def test_names(tmp_path: Path) -> None:
         with pytest.raises(Rejected, match=message):
             vectors.read(key)
     with pytest.raises(PreprocessError, match=f"--vision-embeddings {tmp_path / 'nowhere'}"):
-        Folder(VISION, str(tmp_path / "nowhere"), [])
+        Folder(VISION, str(tmp_path / "nowhere"), list)
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
@@ -104,5 +104,5 @@ def test_a_vector_whose_name_composes_accents_in_another_way(tmp_path: Path, for
     other = {"NFC": "NFD", "NFD": "NFC"}[form]
     np.save(tmp_path / (unicodedata.normalize(other, "Café") + suffix + ".npy"), GOOD)
     key = unicodedata.normalize(form, "Café") + ".jpg"
-    _, vector = Folder(VISION, str(tmp_path), [key]).read(key)
+    _, vector = Folder(VISION, str(tmp_path), lambda: [key]).read(key)
     np.testing.assert_allclose(vector, GOOD / np.linalg.norm(GOOD), atol=1e-6)

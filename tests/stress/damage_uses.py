@@ -39,7 +39,7 @@ from fluxdit_jax.settings import resolve
 from fluxdit_jax.train import USER_ERRORS, train
 from fluxdit_jax.train_step import patch_statistics
 from preprocess.__main__ import main as preprocess_main
-from preprocess.build.units import Rows
+from preprocess.build.rows import Rows
 
 BUILD = [
     "--resolution",

@@ -19,7 +19,7 @@ from fluxdit_jax.gate.requirement import require_report
 from fluxdit_jax.run import metrics, run_directory
 from fluxdit_jax.sampling import prompts
 from fluxdit_jax.vae import files
-from preprocess.build import units
+from preprocess.build import rows
 from preprocess.decoding import images
 from preprocess.decoding.images import Rejected
 from preprocess.input import captions, precomputed, scan, tables
@@ -169,4 +169,4 @@ def from_json(data: bytes) -> None:
 
 
 def load_index(data: bytes) -> None:
-    units.Rows.load(scratch("index.parquet", data))
+    rows.Rows.load(scratch("index.parquet", data))

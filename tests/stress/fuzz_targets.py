@@ -26,7 +26,7 @@ from fluxdit_jax.run import metrics, run_directory
 from fluxdit_jax.sampling import prompts
 from fluxdit_jax.vae import files
 from preprocess import PreprocessError
-from preprocess.build import options, units
+from preprocess.build import options, rows
 from preprocess.decoding.images import Rejected
 from preprocess.input import captions
 
@@ -164,8 +164,8 @@ def vector(array: np.ndarray) -> bytes:
 
 def index_bytes() -> bytes:
     with tempfile.TemporaryDirectory() as name:
-        info = units.UnitInfo("u" * 8, "train", "", 0, 0, helpers.LAYOUT | {"pose": None}, None, ())
-        units.Rows(units.rows_schema(["latent", *info.layout]).empty_table(), [info]).save(Path(name) / "index.parquet")
+        info = rows.UnitInfo("u" * 8, "train", "", 0, 0, helpers.LAYOUT | {"pose": None}, None, ())
+        rows.Rows(rows.rows_schema(["latent", *info.layout]).empty_table(), [info]).save(Path(name) / "index.parquet")
         return (Path(name) / "index.parquet").read_bytes()
 
 
