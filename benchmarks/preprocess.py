@@ -4,7 +4,6 @@
     python -m benchmarks.preprocess --images 40 --encoders larger
     python -m benchmarks.preprocess --images 16 --encoders full --repeats 2   # of real size; 10 minutes on 2 cores
     python -m benchmarks.preprocess --plan 100000
-    python -m benchmarks.preprocess --rows 200000
 
 Images are drawn with mixed sizes (0.3 to 2.2 megapixels, JPEG) and encoded at 512 pixels. Each build is followed by
 the same networks alone, on ready tensors of the same shapes and batches and as often as `--repeats` says: their
@@ -17,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -255,36 +253,12 @@ def plan(work: Path, count: int) -> None:
     print(f"plan of {count:,} files: {seconds:.1f} s, {count / seconds:,.0f}/s, peak {peak:.0f} MB (exit {status})")
 
 
-def rows_of_plan(count: int) -> None:
-    """Memory of a plan with `count` items with captions of 300 characters, and what that is for ten million."""
-    import hashlib
-
-    from preprocess.build.options import Options
-    from preprocess.build.plan import Item, make_units
-    from preprocess.decoding.images import Header
-    from preprocess.input.byte_source import ByteSource
-
-    buckets = Options("in", "out").checked().buckets()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    items = []
-    for number in range(count):
-        content = hashlib.sha256(b"%d" % number).hexdigest()
-        header = Header(1000 + number % 500, 1200, 1, "JPEG")
-        path = f"/data/photos/{number // 1000:05}/{number:08}.jpg"
-        caption = f"{number:08} " + "word " * 58
-        items.append(Item(path[13:], ByteSource(path), (caption,), content, header, buckets[number % len(buckets)]))
-    make_units(items, 0.02, 1000)
-    used = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    print(f"{count:,} planned items: {used / count:,.0f} bytes each, {used / count * 1e7 / 1e9:.1f} GB for ten million")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, nargs="*", default=[], help="builds of so many images")
     parser.add_argument("--encoders", nargs="+", choices=ENCODERS, default=["tiny"])
     parser.add_argument("--repeats", type=int, default=3, help="builds of each")
     parser.add_argument("--plan", type=int, default=0, help="plan so many files")
-    parser.add_argument("--rows", type=int, default=0, help="memory of so many planned items")
     parser.add_argument("--work", type=expanded, default=str(Path(tempfile.gettempdir()) / "bench_preprocess"))
     parser.add_argument("--plain-bare", action="store_true", help="leave glibc as it is for the encoders alone")
     parser.add_argument("--name", default="preprocess", help="of the result")
@@ -304,8 +278,6 @@ def main() -> None:
         print(show(rows))
     if arguments.plan:
         plan(work, arguments.plan)
-    if arguments.rows:
-        rows_of_plan(arguments.rows)
 
 
 if __name__ == "__main__":

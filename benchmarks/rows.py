@@ -105,10 +105,10 @@ def finish(work: Path, uid: str, unit: Unit, prints: Fingerprints) -> None:
     write_rows(work / f"{uid}.parquet", schema, [info], [pa.Table.from_pylist(rows, schema)])
 
 
-def build(count: int, output: Path) -> dict[str, tuple[float, float]]:
+def build(count: int, output: Path, shard_size: int = Options.shard_size) -> dict[str, tuple[float, float]]:
     """Everything twice; returns seconds and peak MB (above the start's) by step."""
     watch = Watch()
-    options = Options("in", str(output)).checked()
+    options = Options("in", str(output), shard_size=shard_size).checked()
     prints, journal = Fingerprints.of(options, IDENTITIES), Journal(None)
     (output / WORK).mkdir(parents=True)
     found = Found(listed(count))

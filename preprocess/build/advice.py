@@ -42,8 +42,9 @@ def _of_sizes(
     plan: Plan, table: tuple[buckets.Size, ...], measure: Callable[[buckets.Size, buckets.Size], float]
 ) -> np.ndarray:
     """f64 [N]: a measure of each picture's size and its bucket in a table."""
-    of_size = [measure(size, buckets.nearest(table, *size)) for size in plan.items.sizes]
-    return np.array(of_size)[plan.items.size_of]
+    sizes = ((int(height), int(width)) for height, width in plan.items.sizes)
+    of_size = (measure(size, buckets.nearest(table, *size)) for size in sizes)
+    return np.fromiter(of_size, np.float64)[plan.items.size_of]
 
 
 def report_bends(plan: Plan, say: Callable[[str], None]) -> None:
@@ -114,7 +115,7 @@ def report_enlarged(plan: Plan, say: Callable[[str], None]) -> int:
 def fitting_resolution(plan: Plan) -> tuple[int, int, int] | None:
     """The largest --resolution at which few images are enlarged beyond --max-upscale; (it, images bent, enlarged)."""
     options = plan.options
-    sides = np.sort(np.sqrt([height * width for height, width in plan.items.sizes])[plan.items.size_of])
+    sides = np.sort(np.sqrt(plan.items.sizes.prod(axis=1))[plan.items.size_of])
     most = options.max_upscale * sides[int(_FEW * len(sides))]
     for side in reversed(_SIDES):
         if side < options.resolution and side <= 1.03 * most:  # a bucket may be 6 % smaller than its budget

@@ -36,6 +36,7 @@ _INDICES = (
     "CREATE INDEX of_place ON items (split, place)",
 )
 _MIDDLE = 2**63  # integers of SQLite have a sign
+_FITTED = 65_536  # sizes whose buckets are remembered
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -95,18 +96,18 @@ class Items:
     """Images by key, at the resolution of `options`; positions are in the order of the keys.
 
     Attributes:
-      sizes: the different (height, width) of pictures. size_of: int32 [N], which of them each image has.
+      sizes: int64 [M, 2], the different (height, width) of pictures. size_of: int32 [N], which of them each image has.
       several: images with more than one caption. captions: of all images.
       wrong_extension: images whose extension names another format than they have.
     """
 
-    def __init__(self, options: Options, items: Iterable[Item] = ()) -> None:
+    def __init__(self, options: Options, items: Iterable[Item]) -> None:
         """
         Args:
           items: sorted by key, no two of one key. Their bucket and `seen` are not taken: they follow from the options.
         """
         self.options = options
-        self._fitted: dict[Size, tuple[Size, Size]] = {}  # bucket and `seen` by size
+        self._fitted: dict[Size, tuple[Size, Size]] = {}  # bucket and `seen` by size, of some
         self._rows = Database(_TABLE)
         self.several = self.captions = self.wrong_extension = 0
         sizes = array.array("q")
@@ -130,7 +131,7 @@ class Items:
         for index in _INDICES:
             self._rows.run(index)
         different, which = np.unique(np.array(sizes, np.int64), return_inverse=True)
-        self.sizes: list[Size] = [(size >> 32, size & (1 << 32) - 1) for size in different.tolist()]
+        self.sizes = np.stack([different >> 32, different & (1 << 32) - 1], axis=1)
         self.size_of = which.astype(np.int32)
 
     def at(self, options: Options) -> Items:
@@ -206,6 +207,8 @@ class Items:
 
     def _fit(self, height: int, width: int) -> tuple[Size, Size]:
         if (height, width) not in self._fitted:
+            if len(self._fitted) == _FITTED:
+                self._fitted.clear()
             tables = self.options.buckets(), self.options.seen_buckets()
             bucket, seen = (nearest(table, height, width) for table in tables)
             self._fitted[height, width] = bucket, seen

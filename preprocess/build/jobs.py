@@ -59,8 +59,7 @@ class Task:
     def loaded(self) -> Task:
         """The task with its images in memory."""
         units = tuple(unit.loaded() for unit in self.units)
-        of = dict(zip(map(id, self.units), units))
-        return Task(units, tuple(dataclasses.replace(target, unit=of[id(target.unit)]) for target in self.targets))
+        return Task(units, tuple(dataclasses.replace(target, unit=units[target.number]) for target in self.targets))
 
     @property
     def items(self) -> Sequence[Item]:

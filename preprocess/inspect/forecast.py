@@ -103,8 +103,8 @@ def _counts(plan: Plan) -> collections.Counter[buckets.Size]:
     """Images a bucket."""
     counts: collections.Counter[buckets.Size] = collections.Counter()
     table = plan.options.buckets()
-    for size, count in zip(plan.items.sizes, np.bincount(plan.items.size_of).tolist(), strict=True):
-        counts[buckets.nearest(table, *size)] += count
+    for (height, width), count in zip(plan.items.sizes, np.bincount(plan.items.size_of), strict=True):
+        counts[buckets.nearest(table, int(height), int(width))] += int(count)
     return counts
 
 
@@ -139,7 +139,7 @@ def _report(drawing: str, parts: list[Part], encoders: Encoders | None, say: Cal
     if drawing:
         from preprocess.inspect.plots import draw_aspects
 
-        aspects = np.array([width / height for height, width in plan.items.sizes])[plan.items.size_of]
+        aspects = (plan.items.sizes[:, 1] / plan.items.sizes[:, 0])[plan.items.size_of]
         with disk_errors(Path(drawing)):
             draw_aspects(aspects, figures.counts, Path(drawing))
         say(f"Picture: {drawing}")
