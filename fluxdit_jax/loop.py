@@ -7,18 +7,18 @@ import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
 
 from fluxdit_jax import overview
-from fluxdit_jax.config import ConfigError
 from fluxdit_jax.dataset.manifest import DatasetError
 from fluxdit_jax.device import devices, sharding
 from fluxdit_jax.loader import reader
+from fluxdit_jax.looks import Look, looks_of
 from fluxdit_jax.model import dit
 from fluxdit_jax.optimizer import learning_rate
 from fluxdit_jax.plan import training_flops
@@ -31,14 +31,10 @@ from fluxdit_jax.run.profile import Trace
 from fluxdit_jax.run.signals import Signals, any_process
 from fluxdit_jax.run.soundness import BrokenRun, Watchdog
 from fluxdit_jax.run.timer import IntervalTimer
-from fluxdit_jax.run.validation_loss import ValidationLoss
-from fluxdit_jax.sampling.preview import Preview, make_preview
 from fluxdit_jax.settings import Settings
-from fluxdit_jax.shared import cli, image_grid
 from fluxdit_jax.state import TrainState, without_part
 
 log = logging.getLogger("fluxdit_jax")
-_Made = TypeVar("_Made")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,98 +80,157 @@ class Ended:
     trouble: str | None = None
 
 
+class _Feed:
+    """The micro-batches of a stage from a sample on, to those of its last step; one is ahead on the devices.
+
+    Attributes:
+      batch: the present one.
+    """
+
+    def __init__(self, present: Prepared, samples: int, steps: int) -> None:
+        self._mesh = present.mesh
+        self._batches = itertools.islice(
+            _batches(present, samples), steps * present.settings.optimizer.grad_accum_steps
+        )
+        self.advance()
+
+    def advance(self) -> None:
+        """Raises `DatasetError` if the next one cannot be read."""
+        if (batch := next(self._batches, None)) is not None:
+            self.batch = sharding.put_batch(self._mesh, batch)
+
+
 def run_stage(run: Run, present: Prepared, position: Position) -> Ended:
     """Trains from a position before the end of a stage to it, or until a signal or a diagnosis stops the run."""
-    config, settings, stage = present.stage.config, present.settings, present.stage
-    with contextlib.ExitStack() as closing:
-        # ------------------------------------------------------------ data, and what is written and shown
-        programs = present.compiled
-        state, samples = position.state, position.samples
-        step = first = int(state.step)
-        count = (stage.last - first) * settings.optimizer.grad_accum_steps
-        batches = itertools.islice(_batches(present, samples), count)  # none beyond the end is read
-        batch = sharding.put_batch(present.mesh, next(batches))
-        looks = _looks(run, present)
-        reporter = closing.enter_context(_reporter(run, present, step, position.unfinished))
-
-        # ------------------------------------------------------------ the loop
+    stage = present.stage
+    state, samples = position.state, position.samples
+    first = int(state.step)
+    feed = _Feed(present, samples, stage.last - first)
+    looks = looks_of(run.stages, present, run.workdir, run.writer)
+    with _reporter(run, present, first, position.unfinished) as reporter:
         # The metrics of a program are read after the next one is dispatched, so that the device never waits for
         # the host. The host waits for the device only when it needs the state.
         stopping = False
         for step in range(first + 1, stage.last + 1):
             run.trace.at(step - 1)
-            alignment = settings.alignment
-            aligned = alignment is None or alignment.at(step)
-            accumulate = programs.accumulate if aligned else programs.plain
-            begun = samples
-            for _ in range(settings.optimizer.grad_accum_steps):
-                state, values = accumulate(state, batch)
-                samples += config.data.micro_batch_size
-                asked = time.monotonic()
-                try:
-                    following = next(batches, None)
-                except DatasetError as error:
-                    raise _saved(run, reporter, state, begun, error) from error
-                if following is not None:
-                    batch = sharding.put_batch(present.mesh, following)
-                if values.is_ready():  # the device was done before the data came
-                    reporter.waited(time.monotonic() - asked)
-                reporter.take(ACCUMULATE if aligned else PLAIN, values)
-            state, values = programs.update(state)
-            reporter.take(UPDATE, values)
-
-            last = step == stage.last
-            troubled = reporter.trouble is not None and config.health.action == "stop"
-            asked_to_stop = run.signals.received is not None or troubled
-            stopping, save_due, show_due = any_process(
-                [asked_to_stop, last or run.save_timer.due(), last or run.show_timer.due()]
-            )
-            show_due = show_due and (last or not stopping)
-            ema_due = last or step % config.checkpoint.ema_every == 0
-            looks_due = [look for look in looks if look.due(step, last, show_due, stopping)]
-            if not (stopping or save_due or ema_due or looks_due):
+            state = _trained(run, present, reporter, feed, state, samples, step)
+            samples += present.settings.global_batch_size
+            due = _due(run, present, reporter, looks, step)
+            if not due.anything:
                 run.checkpoints.poll()
                 continue
-            reporter.read()  # waits for the device
-            if step == run.last:
-                reporter.end()
-            diverged = troubled and reporter.trouble is not None and reporter.trouble.kind == DIVERGED
-            suspect = (reporter.suspect or diverged) and step < run.last
-            asked = time.monotonic()
-            state_meta = {"samples": samples, "unfinished": reporter.unfinished()}
-            if suspect and (stopping or save_due):
-                why = "it has diverged" if diverged else "no finite gradient in the last micro-batches"
-                log.warning("the state of step %d is not saved: %s", step, why)
-            elif stopping:  # first, so that pictures do not delay the end
-                run.checkpoints.save(step, state, state_meta)
-            for look in looks_due:
-                if not look.late:
-                    with reporter.progress.doing(look.doing):
-                        look.show(state, step, last)
-            if show_due:
-                run.show_timer.done()
-            if ema_due and not suspect:
-                run.checkpoints.save_averages(step, state)
-            if save_due and not stopping and not suspect:
-                with reporter.progress.doing("saving"):
-                    run.checkpoints.save(step, state, state_meta)
-                run.save_timer.done()
-            for look in looks_due:
-                if look.late:
-                    with reporter.progress.doing(look.doing):
-                        look.show(state, step, last)
-            reporter.pause(time.monotonic() - asked)
+            stopping = _visit(run, present, reporter, due, state, samples, step)
             if stopping:
                 break
-            # Either may have come meanwhile; the next stage has a monitor of its own.
-            troubled = last and reporter.trouble is not None and config.health.action == "stop"
-            if step < run.last and any_process([run.signals.received is not None or troubled])[0]:
-                if not (save_due or suspect):
-                    run.checkpoints.save(step, state, state_meta)
-                stopping = True
-                break
-        trouble = reporter.trouble.kind if reporter.trouble is not None and config.health.action == "stop" else None
+        trouble = reporter.trouble.kind if reporter.trouble is not None and _troubled(present, reporter) else None
         return Ended(Position(state, samples), stopping, trouble)
+
+
+def _trained(
+    run: Run, present: Prepared, reporter: reporting.Reporter, feed: _Feed, state: TrainState, samples: int, step: int
+) -> TrainState:
+    """The state after a step: its micro-batches, then the update. `samples` were drawn before."""
+    programs, alignment = present.compiled, present.settings.alignment
+    aligned = alignment is None or alignment.at(step)
+    accumulate = programs.accumulate if aligned else programs.plain
+    for _ in range(present.settings.optimizer.grad_accum_steps):
+        state, values = accumulate(state, feed.batch)
+        asked = time.monotonic()
+        try:
+            feed.advance()
+        except DatasetError as error:
+            raise _saved(run, reporter, state, samples, error) from error
+        if values.is_ready():  # the device was done before the data came
+            reporter.waited(time.monotonic() - asked)
+        reporter.take(ACCUMULATE if aligned else PLAIN, values)
+    state, values = programs.update(state)
+    reporter.take(UPDATE, values)
+    return state
+
+
+@dataclasses.dataclass(frozen=True)
+class _Due:
+    """What a step calls for.
+
+    Attributes:
+      stopping: the run ends here.
+      save, averages: the state, and its averages alone.
+      show: what is looked at by time.
+    """
+
+    stopping: bool
+    save: bool
+    averages: bool
+    show: bool
+    looks: list[Look]
+
+    @property
+    def anything(self) -> bool:
+        return self.stopping or self.save or self.averages or bool(self.looks)
+
+
+def _due(run: Run, present: Prepared, reporter: reporting.Reporter, looks: list[Look], step: int) -> _Due:
+    last = step == present.stage.last
+    to_stop = run.signals.received is not None or _troubled(present, reporter)
+    stopping, save, show = any_process([to_stop, last or run.save_timer.due(), last or run.show_timer.due()])
+    show = show and (last or not stopping)
+    return _Due(
+        stopping=stopping,
+        save=save,
+        averages=last or step % present.stage.config.checkpoint.ema_every == 0,
+        show=show,
+        looks=[look for look in looks if look.due(step, last, show, stopping)],
+    )
+
+
+def _troubled(present: Prepared, reporter: reporting.Reporter) -> bool:
+    """Whether a diagnosis ends the run."""
+    return reporter.trouble is not None and present.stage.config.health.action == "stop"
+
+
+def _visit(
+    run: Run, present: Prepared, reporter: reporting.Reporter, due: _Due, state: TrainState, samples: int, step: int
+) -> bool:
+    """Saves and looks at the state of a step, as far as it is due; returns whether the run stops there."""
+    last = step == present.stage.last
+    reporter.read()  # waits for the device
+    if step == run.last:
+        reporter.end()
+    diverged = _troubled(present, reporter) and reporter.trouble is not None and reporter.trouble.kind == DIVERGED
+    suspect = (reporter.suspect or diverged) and step < run.last
+    asked = time.monotonic()
+    meta = {"samples": samples, "unfinished": reporter.unfinished()}
+
+    def show(late: bool) -> None:
+        for look in (look for look in due.looks if look.late == late):
+            with reporter.progress.doing(look.doing):
+                look.show(state, step, last)
+
+    if suspect and (due.stopping or due.save):
+        why = "it has diverged" if diverged else "no finite gradient in the last micro-batches"
+        log.warning("the state of step %d is not saved: %s", step, why)
+    elif due.stopping:  # first, so that pictures do not delay the end
+        run.checkpoints.save(step, state, meta)
+    show(late=False)
+    if due.show:
+        run.show_timer.done()
+    if due.averages and not suspect:
+        run.checkpoints.save_averages(step, state)
+    if due.save and not (due.stopping or suspect):
+        with reporter.progress.doing("saving"):
+            run.checkpoints.save(step, state, meta)
+        run.save_timer.done()
+    show(late=True)
+    reporter.pause(time.monotonic() - asked)
+    if due.stopping:
+        return True
+    # Either may have come meanwhile; the next stage has a monitor of its own.
+    to_stop = run.signals.received is not None or (last and _troubled(present, reporter))
+    if step < run.last and any_process([to_stop])[0]:
+        if not (due.save or suspect):
+            run.checkpoints.save(step, state, meta)
+        return True
+    return False
 
 
 def _saved(
@@ -248,150 +303,3 @@ def _constants(run: Run, present: Prepared) -> dict[str, float]:
     if not present.stage.name:
         return {}
     return {"stage": run.stages.index(present) + 1, "resolution": present.manifest.resolution}
-
-
-@dataclasses.dataclass(frozen=True)
-class Look:
-    """What is looked at while a run trains.
-
-    Attributes:
-      doing: it, in words.
-      every: steps.
-      show: given the state, the step, and whether it is the last of the stage.
-      late: it takes long: after all is saved, not when a run stops, and not by `log.minutes`.
-    """
-
-    doing: str
-    every: int
-    show: Callable[[TrainState, int, bool], None]
-    late: bool = False
-
-    def due(self, step: int, last: bool, show_due: bool, stopping: bool) -> bool:
-        if self.late:
-            return (last or step % self.every == 0) and not stopping
-        return last or step % self.every == 0 or show_due
-
-
-def _looks(run: Run, present: Prepared) -> list[Look]:
-    """Held-out loss first, then pictures, then the score, as far as they are asked for and can be had."""
-    config = present.stage.config
-    looks = []
-    if (heldout := _make_heldout(present)) is not None:
-        looks.append(_heldout_look(run, present, heldout))
-    preview, there = _on_first("log.preview_every", lambda: _make_preview(present))
-    if there:
-
-        def draw(state: TrainState, step: int, last: bool) -> None:
-            _write_preview(preview, state.ema, step, run.workdir, run.writer)
-
-        looks.append(Look("drawing pictures", config.log.preview_every, draw))
-    if config.score.every and (scoring := _scoring(run, present)) is not None:
-        looks.append(scoring)
-    return looks
-
-
-def _on_first(key: str, make: Callable[[], _Made | None]) -> tuple[_Made | None, bool]:
-    """(what process 0 has made, None on the others; whether there is one), so that all or none gather for it.
-
-    Raises:
-      ConfigError: process 0 cannot make it; there it is its own error.
-    """
-    made, failure = None, None
-    if jax.process_index() == 0:
-        try:
-            made = make()
-        except Exception as error:  # noqa: BLE001  raised again below, once all processes know
-            failure = error
-    there, failed = any_process([made is not None, failure is not None])
-    if failed:
-        raise failure or ConfigError(f"config.{key}: process 0 cannot do it, and says why")
-    return made, there
-
-
-def _scoring(run: Run, present: Prepared) -> Look | None:
-    from fluxdit_jax.quality.scorer import Scorer  # late: few runs are scored while they train
-
-    config, settings = present.stage.config, present.settings
-    scorer, there = _on_first("score.every", lambda: Scorer.make(config, present.manifest, settings, run.workdir))
-    if not there:
-        return None
-
-    def score(state: TrainState, step: int, last: bool) -> None:
-        ema = sharding.gather(state.ema)
-        if scorer is not None:
-            pictures = (step - present.stage.first) * settings.global_batch_size
-            values = scorer.visit(ema, step, pictures / present.manifest.records("train"))
-            if values:
-                run.writer.scalars(step, values)
-
-    return Look("scoring", config.score.every, score, late=True)
-
-
-def _heldout_look(run: Run, present: Prepared, heldout: ValidationLoss) -> Look:
-    def measure(state: TrainState, step: int, last: bool) -> None:
-        _measure_heldout(heldout, state, step, run.writer, present.stage.name)
-        # At a switch of all stages, so that what a switch changes is seen.
-        for other in (each for each in run.stages if last and each is not present):
-            if (of_other := _make_heldout(other)) is not None:
-                loss, name = of_other(state.ema)["heldout_loss"], other.stage.name
-                log.info("step %d: held-out loss %.4f at the resolution of %s", step, loss, name)
-                run.writer.scalars(step, {f"heldout_loss/{name}": loss})
-
-    return Look("measuring the held-out loss", present.stage.config.log.heldout_every, measure)
-
-
-def _make_heldout(each: Prepared) -> ValidationLoss | None:
-    """The held-out loss of a stage, at its own resolution and times; None without a holdout split."""
-    config = each.stage.config
-    if not config.log.heldout_every or not each.manifest.records("holdout"):
-        return None
-    return ValidationLoss(
-        each.settings.model,
-        each.settings.flow,
-        open_source(config, each.manifest, "holdout"),
-        mesh=each.mesh,
-        statistics=each.statistics,
-        layout=each.settings.batch,
-        batch_size=each.settings.micro_batch_size,
-        pictures=config.log.heldout_count,
-    )
-
-
-def _measure_heldout(measure: ValidationLoss, state: TrainState, step: int, writer: MetricsWriter, stage: str) -> None:
-    """Measures and reports; in a run with stages under the stage's name, too, so that one name is one curve."""
-    values = measure(state.ema)
-    log.info("step %d: held-out loss %.4f (EMA, %d pictures)", step, values["heldout_loss"], measure.pictures)
-    writer.scalars(step, values | ({f"heldout_loss/{stage}": values["heldout_loss"]} if stage else {}))
-    if state.short_ema is not None:
-        values = measure(state.short_ema)
-        writer.scalars(step, {f"short_ema/{name}": value for name, value in values.items()})
-
-
-def _make_preview(present: Prepared) -> Preview | None:
-    log_ = present.stage.config.log
-    return make_preview(
-        present.stage.config.data.path,
-        present.manifest,
-        present.settings,
-        count=log_.preview_count if log_.preview_every else 0,
-        steps=log_.preview_steps,
-        guidance=log_.preview_guidance,
-        vae=log_.vae,
-        on_corrupt=present.stage.config.data.on_corrupt,
-    )
-
-
-def _write_preview(preview: Preview | None, ema: Any, step: int, workdir: Path, writer: MetricsWriter) -> None:
-    ema = sharding.gather(ema)
-    if preview is None:
-        return
-    path = workdir / "samples" / f"step_{step:07d}.png"
-    try:
-        sheet = preview.draw(ema)
-        path.parent.mkdir(exist_ok=True)
-        image_grid.save(sheet, path)
-    except Exception as error:  # noqa: BLE001  disk, device memory: the run is worth more
-        log.error("no picture of this step, the run goes on: %s: %s", type(error).__name__, cli.explain(error))
-        return
-    log.info("step %d: pictures by the EMA in %s", step, path)
-    writer.image(step, "samples", np.asarray(sheet))
