@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import pytest
 from fork_server import Commands
+from grain._src.python.dataset.transformations import shuffle
 from training_helpers import TrainCommand, write_dataset
 
 import fluxdit_jax.prepared
@@ -42,9 +45,16 @@ def quick_compile(xla_cache: Path) -> Iterator[None]:
         jax.config.update(name, value)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fluxdit_jax.prepared, "Program", _traced_once)
+        patch.setattr(shuffle, "index_shuffle", _SHUFFLED_ONCE)
         yield
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+# For each record of a small set Grain goes through 65,536/N numbers: milliseconds. Runs share their seeds.
+_SHUFFLED_ONCE = types.SimpleNamespace(
+    index_shuffle=functools.lru_cache(100_000)(shuffle.index_shuffle.index_shuffle),
+)
 
 
 class _TracedOnce(Program):

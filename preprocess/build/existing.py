@@ -67,8 +67,7 @@ class Existing:
             return
         try:
             index = RowsFile(path)
-            for unit in index:
-                unit.read()
+            index.check()
         except DatasetError as error:
             self._journal.say(f"damaged: {error}; what it described is encoded again")
             return

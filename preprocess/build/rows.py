@@ -13,6 +13,7 @@ import functools
 import hashlib
 import itertools
 import json
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,12 @@ class RowsFile:
         self._groups = list(itertools.accumulate(groups, initial=0))
         self._units = list(itertools.accumulate((unit.records for unit in self.units), initial=0))
         self._held = -1, self.schema.empty_table()
+        self._lock = threading.Lock()
+
+    def check(self) -> None:
+        """Reads all rows once."""
+        for unit in self:
+            unit.read()
 
     def __iter__(self) -> Iterator[Finished]:
         for number, info in enumerate(self.units):
@@ -174,11 +181,12 @@ class RowsFile:
     def rows(self, number: int) -> pa.Table:
         """Of a unit."""
         start, stop, parts = self._units[number], self._units[number + 1], []
-        while start < stop:
-            group = bisect.bisect_right(self._groups, start) - 1
-            part = self._group(group).slice(start - self._groups[group], stop - start)
-            parts.append(part)
-            start += part.num_rows
+        with self._lock:
+            while start < stop:
+                group = bisect.bisect_right(self._groups, start) - 1
+                part = self._group(group).slice(start - self._groups[group], stop - start)
+                parts.append(part)
+                start += part.num_rows
         return pa.concat_tables(parts) if parts else self.schema.empty_table()
 
     def _group(self, number: int) -> pa.Table:

@@ -35,9 +35,19 @@ from preprocess.build.journal import Journal
 from preprocess.build.options import Options
 from preprocess.build.plan import Fingerprints, digest
 from preprocess.build.publish import load_options, write_tfds_metadata
-from preprocess.build.rows import Rows, UnitInfo, bucket_histogram, id_columns, index_row, rows_schema
+from preprocess.build.rows import (
+    Finished,
+    Rows,
+    RowsFile,
+    UnitInfo,
+    bucket_histogram,
+    id_columns,
+    index_row,
+    rows_schema,
+)
 from preprocess.build.statistics import Moments
 from preprocess.build.units import read_rows
+from preprocess.database import Database
 
 WHOLE = -1  # the row of a finding about a whole shard
 _UNLISTED = "is not in the manifest"
@@ -66,14 +76,15 @@ def verify(directory: str | Path, workers: int = 2) -> list[Finding]:
     findings: list[Finding] = []
     index, rejects_sha256 = None, ""
     try:
-        rows = Rows.load(directory / INDEX)
-        index, rejects_sha256 = _by_shard(rows), rows.rejects_sha256
+        rows = RowsFile(directory / INDEX)
+        rows.check()
+        index, rejects_sha256 = {unit.info.file: unit for unit in rows}, rows.rejects_sha256
     except DatasetError as error:
         findings.append(Finding(INDEX, WHOLE, str(error)))
     findings += _check_metadata(directory, manifest, rejects_sha256)
     shards = [(split, shard) for split, of_split in manifest.shards.items() for shard in of_split]
     moments: list[Moments] = []
-    keys: dict[str, str] = {}
+    keys = Database("CREATE TABLE keys (key TEXT PRIMARY KEY, place TEXT) WITHOUT ROWID")
     journal = Journal(None)
     with (
         ThreadPoolExecutor(workers) as pool,
@@ -86,25 +97,15 @@ def verify(directory: str | Path, workers: int = 2) -> list[Finding]:
             if split == "train" and of_shard:
                 moments.append(of_shard)
             for row, key in enumerate(shard_keys):
-                if key in keys:
-                    findings.append(Finding(shard.file, row, f"key {key!r} is in {keys[key]} too"))
-                elif key:
-                    keys[key] = f"{shard.file} row {row}"
-    count = sum(table.num_rows for table in index.values()) if index is not None else 0
+                if key and not keys.run("INSERT OR IGNORE INTO keys VALUES (?, ?)", key, f"{shard.file} row {row}"):
+                    ((other,),) = keys.rows("SELECT place FROM keys WHERE key = ?", key)
+                    findings.append(Finding(shard.file, row, f"key {key!r} is in {other} too"))
+    count = sum(unit.info.records for unit in index.values()) if index is not None else 0
     if index is not None and count != sum(shard.records for _, shard in shards):
         findings.append(Finding(INDEX, WHOLE, f"{count} rows, not one for each record"))
     if not findings:
         findings += _check_statistics(manifest, Moments.merged(moments))
     return findings
-
-
-def _by_shard(rows: Rows) -> dict[str, pa.Table]:
-    """The rows of each shard, by the shard's name."""
-    tables, start = {}, 0
-    for unit in rows.units:
-        tables[unit.file] = rows.table.slice(start, unit.records)
-        start += unit.records
-    return tables
 
 
 def _check_metadata(directory: Path, manifest: Manifest, rejects_sha256: str) -> list[Finding]:
@@ -141,7 +142,7 @@ def _check_shard(
     shard: Shard,
     split: str,
     manifest: Manifest,
-    index: dict[str, pa.Table] | None,
+    index: dict[str, Finished] | None,
     progress: Callable[[int], None],
 ) -> tuple[list[Finding], Moments | None, list[str]]:
     path = directory / shard.file
@@ -167,7 +168,7 @@ def _check_shard(
         whole(f"{count} records, the manifest says {shard.records}")
     rows = None
     if index is not None:
-        of_shard = index.get(shard.file)
+        of_shard = index[shard.file].read() if shard.file in index else None
         rows = of_shard.to_pylist() if of_shard is not None else []
         if len(rows) != shard.records or any((r["split"], r["shard"]) != (split, shard.file) for r in rows):
             whole(f"{len(rows)} rows in {INDEX}, {shard.records} records in the manifest")
@@ -229,7 +230,7 @@ def difference(datasets: list[Path]) -> list[Finding]:
         Finding(str(dataset), WHOLE, f"its records are not those of {datasets[0]}: {name} differs")
         for dataset, table in zip(datasets[1:], others, strict=True)
         for name in shared
-        if name not in table.column_names or table[name].to_pylist() != first[name].to_pylist()
+        if name not in table.column_names or not table[name].equals(first[name])
     ]
 
 
