@@ -65,9 +65,9 @@ class StoredSet:
     _WAITING = 1000  # texts that are written at once
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
-        self._rows = Database("CREATE TABLE texts (text TEXT PRIMARY KEY) WITHOUT ROWID")
+        self._rows = Database("CREATE TABLE texts (text TEXT)")
         self._waiting: list[str] = []
-        self._empty = True
+        self._empty, self._sorted = True, False
         for text in texts:
             self.add(text)
 
@@ -77,13 +77,16 @@ class StoredSet:
             self._write()
 
     def _write(self) -> None:
-        self._rows.run_many("INSERT OR IGNORE INTO texts VALUES (?)", ((text,) for text in self._waiting))
+        self._rows.run_many("INSERT INTO texts VALUES (?)", ((text,) for text in self._waiting))
         self._waiting.clear()
         self._empty = False
 
     def __contains__(self, text: object) -> bool:
         if self._waiting:
             self._write()
+        if not (self._empty or self._sorted):
+            self._rows.run("CREATE INDEX of_text ON texts (text)")  # of many at once: sorted, not one by one
+            self._sorted = True
         return not self._empty and self._rows.one("SELECT 1 FROM texts WHERE text = ?", text) is not None
 
 

@@ -35,7 +35,8 @@ class Archive:
 
     def __init__(self, damaged: Callable[[str], None]) -> None:
         self._damaged = damaged
-        self._rows = Database("CREATE TABLE tensors (id TEXT PRIMARY KEY, shard INTEGER, row INTEGER) WITHOUT ROWID")
+        self._rows = Database("CREATE TABLE tensors (number INTEGER PRIMARY KEY, id TEXT, shard INTEGER, row INTEGER)")
+        self._sorted = False
         self._shards: list[tuple[Path, Layout]] = []
         self._numbers: dict[Path, int] = {}
 
@@ -54,9 +55,12 @@ class Archive:
 
     def places(self, ids: Iterable[str]) -> dict[str, Place]:
         """Of those of these tensors that are known."""
-        found = {}
+        if not self._sorted:
+            self._rows.run("CREATE INDEX of_id ON tensors (id)")  # of many at once: sorted, not one by one
+            self._sorted = True
+        found, first = {}, "SELECT shard, row FROM tensors WHERE id = ? ORDER BY number LIMIT 1"
         for id_ in ids:
-            if at := self._rows.one("SELECT shard, row FROM tensors WHERE id = ?", id_):
+            if at := self._rows.one(first, id_):
                 path, layout = self._shards[at[0]]
                 found[id_] = path, at[1], layout
         return found
@@ -70,7 +74,8 @@ class Archive:
         shard = self._numbers.setdefault(path, len(self._shards))
         if shard == len(self._shards):
             self._shards.append((path, layout))
-        self._rows.run_many("INSERT OR IGNORE INTO tensors VALUES (?, ?, ?)", ((id_, shard, row) for id_, row in rows))
+        values = ((id_, shard, row) for id_, row in rows)
+        self._rows.run_many("INSERT INTO tensors (id, shard, row) VALUES (?, ?, ?)", values)
 
     def fetch(self, ids: list[dict[str, str]], field_of: Callable[[str], str] = str) -> list[dict[str, Any]]:
         """For the ids of each item its tensors, by the names of the ids; what is not known is missing.
