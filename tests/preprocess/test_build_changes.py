@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from build_fixtures import assert_as_fresh, index, killed_before, made, options, read, write_image, write_photos
 from wording import lines_naming, naming
@@ -13,6 +14,7 @@ from wording import lines_naming, naming
 from fluxdit_jax.dataset.manifest import INDEX, MANIFEST, REJECTS, load_manifest
 from preprocess.build.build import build
 from preprocess.build.comparison import WouldLose
+from preprocess.inspect.verify import verify
 
 
 @pytest.fixture
@@ -28,6 +30,18 @@ def test_nothing_changed_means_nothing_done(photos: Path, tmp_path: Path) -> Non
     for path, (stamp, data) in before.items():
         if path.name != "build_log.jsonl":
             assert (path.stat().st_mtime_ns, path.read_bytes()) == (stamp, data)
+
+
+def test_an_index_of_earlier_versions_is_written_once_more(photos: Path, tmp_path: Path) -> None:
+    """They wrote the rows of all shards as one group, with statistics."""
+    build(options(photos, tmp_path / "data"))
+    path = tmp_path / "data" / INDEX
+    now = path.read_bytes()
+    pq.write_table(pq.read_table(path), path, compression="zstd", write_page_checksum=True)
+    assert path.read_bytes() != now and verify(tmp_path / "data") == []
+    result = build(options(photos, tmp_path / "data"))
+    assert result.changed and made(result.counts) == (0, 0, 0) and path.read_bytes() == now
+    assert not build(options(photos, tmp_path / "data")).changed
 
 
 def test_one_more_image_is_one_image_encoded(photos: Path, tmp_path: Path, draw_photo) -> None:
