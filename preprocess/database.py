@@ -32,22 +32,22 @@ class Database:
         """Runs a statement; returns how many rows it has changed."""
         try:
             return self._connection.execute(statement, values).rowcount
-        except sqlite3.OperationalError as error:
-            raise _full(error) from error
+        except sqlite3.DatabaseError as error:
+            raise _failed(error) from error
 
     def run_many(self, statement: str, rows: Iterable[tuple[Any, ...]]) -> None:
         """Runs a statement for each of the rows."""
         try:
             self._connection.executemany(statement, rows)
-        except sqlite3.OperationalError as error:
-            raise _full(error) from error
+        except sqlite3.DatabaseError as error:
+            raise _failed(error) from error
 
     def rows(self, query: str, *values: Any) -> Iterator[tuple[Any, ...]]:
         """The rows of a query, one at a time."""
         try:
             yield from self._connection.execute(query, values)
-        except sqlite3.OperationalError as error:
-            raise _full(error) from error
+        except sqlite3.DatabaseError as error:
+            raise _failed(error) from error
 
     def one(self, query: str, *values: Any) -> tuple[Any, ...] | None:
         """The first row of a query; None if there is none, as for a text that is no UTF-8."""
@@ -55,8 +55,8 @@ class Database:
             return self._connection.execute(query, values).fetchone()
         except UnicodeEncodeError:
             return None
-        except sqlite3.OperationalError as error:
-            raise _full(error) from error
+        except sqlite3.DatabaseError as error:
+            raise _failed(error) from error
 
 
 class StoredSet:
@@ -90,8 +90,8 @@ class StoredSet:
         return not self._empty and self._rows.one("SELECT 1 FROM texts WHERE text = ?", text) is not None
 
 
-def _full(error: sqlite3.OperationalError) -> PreprocessError:
+def _failed(error: sqlite3.DatabaseError) -> PreprocessError:
     return PreprocessError(
-        f"temporary files cannot be written ({error}): make space in /var/tmp, or set TMPDIR to a folder that has "
-        "some, about 2 KB for each image"
+        f"temporary files cannot be written or read ({error}): make space in /var/tmp, or set TMPDIR to a "
+        "folder that has some, about 2 KB for each image"
     )

@@ -172,3 +172,14 @@ def test_a_state_that_has_diverged_takes_no_place_of_a_good_one(config):
     run(config, expected=3)
     assert checkpoint_steps(Path(config.workdir)) == [2]
     assert lines_naming(log_of(config.workdir), "health: diverged", "not saved", "step 2 ", "optim.lr", "checkpoints")
+
+
+@slow
+def test_a_state_that_is_due_when_it_is_found_diverged_is_not_saved(config):
+    config.log.heldout_every, config.checkpoint.minutes, config.train.steps = 0, 1e-9, 200
+    config.optim.lr, config.optim.warmup_steps, config.optim.grad_clip_norm = 1.0, 0, 1e6
+    config.health.action = "stop"
+    run(config, expected=3)
+    logged = read_metrics(Path(config.workdir) / "metrics.jsonl")
+    found = next(entry["step"] for entry in logged if "health/diverged" in entry)
+    assert max(checkpoint_steps(Path(config.workdir))) == found - 1

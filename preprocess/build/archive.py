@@ -66,7 +66,7 @@ class Archive:
         return found
 
     def learn(self, places: dict[str, Place]) -> None:
-        """Makes findable what `places` gave in another process."""
+        """Makes findable what `places` gave in another process, as far as it is not known."""
         for id_, (path, row, layout) in places.items():
             self._add(path, layout, [(id_, row)])
 

@@ -309,7 +309,7 @@ def _build(
     for target in (target for task in prepared.todo for target in task.targets):
         made = load_unit(target.folder, target.uid)
         if made is None:
-            raise PreprocessError(f"{target.folder} has lost unit {target.uid}: give the same command again")
+            raise PreprocessError(f"{target.folder}: unit {target.uid} is lost or damaged: give the same command again")
         parts[target.number].done.add(made)
     seconds["encode"] = time.perf_counter() - start
 

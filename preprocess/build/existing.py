@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,9 +108,10 @@ class Existing:
                 yield from (id_ for number, id_ in numbered if id_ and number not in self.damaged)
             start += rows.num_rows
         for unit in self._work:
-            rows = unit.read()
-            for column in id_columns(rows):
-                yield from filter(None, rows[column].to_pylist())
+            with contextlib.suppress(DatasetError):  # published meanwhile, where this is only looking
+                rows = unit.read()
+                for column in id_columns(rows):
+                    yield from filter(None, rows[column].to_pylist())
 
     def add_to(self, found: Archive) -> None:
         """Makes the tensors findable that may be used."""

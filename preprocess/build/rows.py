@@ -162,7 +162,7 @@ class RowsFile:
             fields = ("latent", *USUAL, *(name.removesuffix("_id") for name in names if name.endswith("_id")))
             self.schema = rows_schema(dict.fromkeys(fields), placed="shard" in names)
             groups = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
-            if sum(groups) != self.records or any(rows < 1 for rows in groups):
+            if sum(groups) != self.records or any(rows < 0 for rows in groups):
                 raise ValueError(f"{sum(groups)} rows in its row groups, {self.records} in all")
         self._groups = list(itertools.accumulate(groups, initial=0))
         self._units = list(itertools.accumulate((unit.records for unit in self.units), initial=0))
@@ -205,7 +205,8 @@ def _damage(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DatasetError(f"{path} is damaged or was not written by this program: {error}") from error
+        why = " ".join(str(error).split())
+        raise DatasetError(f"{path} is damaged or was not written by this program: {why}") from error
 
 
 def write_rows(

@@ -84,8 +84,10 @@ class Found:
 
     def beyond(self, count: int) -> Set[str]:
         """The keys of all images but the first `count`."""
-        last = self._rows.one("SELECT key FROM found ORDER BY key LIMIT 1 OFFSET ?", count - 1)
-        return _Beyond(self, last[0]) if last else frozenset()
+        if count >= self._count:
+            return frozenset()
+        ((last,),) = self._rows.rows("SELECT key FROM found ORDER BY key LIMIT 1 OFFSET ?", count - 1)
+        return _Beyond(self, last)
 
     def _image(self, key: str, row: str) -> InputImage:
         place, captions = json.loads(row)

@@ -47,7 +47,9 @@ def test_a_full_disk_of_temporary_files_is_told(tmp_path: Path) -> None:
     limited = f"ulimit -f 20000; trap '' XFSZ; exec {sys.executable} -c \"$CODE\""
     environment = os.environ | {"CODE": code, "TMPDIR": str(tmp_path)}
     ended = subprocess.run(["bash", "-c", limited], env=environment, capture_output=True, text=True)
-    assert ended.returncode == 1 and "PreprocessError: temporary files cannot be written (" in ended.stderr, ended
+    assert ended.returncode == 1 and "PreprocessError: temporary files cannot be written or read (" in ended.stderr, (
+        ended
+    )
     assert "TMPDIR" in ended.stderr and not list(tmp_path.iterdir())
 
 
@@ -174,6 +176,18 @@ def test_an_index_of_earlier_versions_is_read(published: Path, tmp_path: Path) -
         file = RowsFile(tmp_path / "old.parquet")
         assert Rows.load(tmp_path / "old.parquet").table.equals(expected.table)
         assert pa.concat_tables([unit.read() for unit in file]).equals(expected.table)
+
+
+def test_a_unit_of_earlier_versions_without_records_is_read(published: Path, tmp_path: Path) -> None:
+    """They wrote a row group of no rows."""
+    table = pq.read_table(published).slice(0, 0)
+    info = dataclasses.replace(RowsFile(published).units[0], records=0, moments=None)
+    Rows(table, [info]).save(tmp_path / "new.parquet")
+    pq.write_table(pq.read_table(tmp_path / "new.parquet"), tmp_path / "old.parquet")
+    for name, groups in (("new", 0), ("old", 1)):
+        path = tmp_path / f"{name}.parquet"
+        assert pq.ParquetFile(path).num_row_groups == groups
+        assert RowsFile(path).rows(0).num_rows == Rows.load(path).table.num_rows == 0
 
 
 def test_rows_that_are_missing_are_damage(published: Path, tmp_path: Path) -> None:
