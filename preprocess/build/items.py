@@ -27,7 +27,7 @@ CREATE TABLE items (
   content TEXT,
   split TEXT,
   place INTEGER,               -- hash of the key: decides the shard
-  caption BLOB,
+  caption INTEGER,             -- hash of the first one
   row TEXT                     -- the rest, as JSON
 )"""
 _INDICES = (
@@ -123,8 +123,7 @@ class Items:
                 self.captions += len(item.captions)
                 self.wrong_extension += has_other_extension(item.key, item.header.format)
                 split = split_of(item.content, options.holdout)
-                caption = item.caption.encode("utf-8", "surrogatepass")
-                yield item.key, item.content, split, _place(item.key), caption, _row(item)
+                yield item.key, item.content, split, _hash(item.key), _hash(item.caption), _row(item)
 
         columns = "key, content, split, place, caption, row"
         self._rows.run_many(f"INSERT INTO items ({columns}) VALUES (?, ?, ?, ?, ?, ?)", taken())
@@ -174,9 +173,9 @@ class Items:
             self._rows.rows(f"SELECT COUNT(*), TOTAL(CASE WHEN count > 1 THEN count END) FROM ({counts})")
         )
         common = self._rows.rows(
-            f"SELECT caption, count FROM ({counts}) WHERE count > 1 ORDER BY count DESC, first LIMIT {EXAMPLES}"
+            f"SELECT first, count FROM ({counts}) WHERE count > 1 ORDER BY count DESC, first LIMIT {EXAMPLES}"
         )
-        commonest = [(text.decode("utf-8", "surrogatepass"), count) for text, count in common]
+        commonest = [(self[first - 1].caption, count) for first, count in common]
         return Repeated(len(self), distinct, int(sharing), commonest)
 
     def places(self, split: str) -> np.ndarray:
@@ -221,8 +220,9 @@ def _row(item: Item) -> str:
     return json.dumps(((image.path, image.offset, image.size), item.captions, shape, item.files))
 
 
-def _place(key: str) -> int:
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) - _MIDDLE
+def _hash(text: str) -> int:
+    """64 bits."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8]) - _MIDDLE
 
 
 def split_of(content: str, holdout: float) -> str:
