@@ -25,7 +25,7 @@ from fluxdit_jax.plan import training_flops
 from fluxdit_jax.prepared import Prepared, open_source
 from fluxdit_jax.run import reporting
 from fluxdit_jax.run.checkpoint import Checkpoints
-from fluxdit_jax.run.health import DIVERGED, Monitor
+from fluxdit_jax.run.health import DIVERGED, Diagnosis, Monitor
 from fluxdit_jax.run.metrics import ACCUMULATE, PLAIN, UPDATE, MetricsWriter
 from fluxdit_jax.run.profile import Trace
 from fluxdit_jax.run.signals import Signals, any_process
@@ -122,8 +122,8 @@ def run_stage(run: Run, present: Prepared, position: Position) -> Ended:
             stopping = _visit(run, present, reporter, due, state, samples, step)
             if stopping:
                 break
-        trouble = reporter.trouble.kind if reporter.trouble is not None and _troubled(present, reporter) else None
-        return Ended(Position(state, samples), stopping, trouble)
+        trouble = _trouble(present, reporter)
+        return Ended(Position(state, samples), stopping, trouble.kind if trouble else None)
 
 
 def _trained(
@@ -171,7 +171,7 @@ class _Due:
 
 def _due(run: Run, present: Prepared, reporter: reporting.Reporter, looks: list[Look], step: int) -> _Due:
     last = step == present.stage.last
-    to_stop = run.signals.received is not None or _troubled(present, reporter)
+    to_stop = run.signals.received is not None or _trouble(present, reporter) is not None
     stopping, save, show = any_process([to_stop, last or run.save_timer.due(), last or run.show_timer.due()])
     show = show and (last or not stopping)
     return _Due(
@@ -183,9 +183,9 @@ def _due(run: Run, present: Prepared, reporter: reporting.Reporter, looks: list[
     )
 
 
-def _troubled(present: Prepared, reporter: reporting.Reporter) -> bool:
-    """Whether a diagnosis ends the run."""
-    return reporter.trouble is not None and present.stage.config.health.action == "stop"
+def _trouble(present: Prepared, reporter: reporting.Reporter) -> Diagnosis | None:
+    """The diagnosis that ends the run; None if there is none."""
+    return reporter.trouble if present.stage.config.health.action == "stop" else None
 
 
 def _visit(
@@ -196,7 +196,8 @@ def _visit(
     reporter.read()  # waits for the device
     if step == run.last:
         reporter.end()
-    diverged = _troubled(present, reporter) and reporter.trouble is not None and reporter.trouble.kind == DIVERGED
+    trouble = _trouble(present, reporter)
+    diverged = trouble is not None and trouble.kind == DIVERGED
     suspect = (reporter.suspect or diverged) and step < run.last
     asked = time.monotonic()
     meta = {"samples": samples, "unfinished": reporter.unfinished()}
@@ -225,7 +226,7 @@ def _visit(
     if due.stopping:
         return True
     # Either may have come meanwhile; the next stage has a monitor of its own.
-    to_stop = run.signals.received is not None or (last and _troubled(present, reporter))
+    to_stop = run.signals.received is not None or (last and _trouble(present, reporter) is not None)
     if step < run.last and any_process([to_stop])[0]:
         if not (due.save or suspect):
             run.checkpoints.save(step, state, meta)

@@ -52,11 +52,9 @@ class Database:
     def one(self, query: str, *values: Any) -> tuple[Any, ...] | None:
         """The first row of a query; None if there is none, as for a text that is no UTF-8."""
         try:
-            return self._connection.execute(query, values).fetchone()
+            return next(self.rows(query, *values), None)
         except UnicodeEncodeError:
             return None
-        except sqlite3.DatabaseError as error:
-            raise _failed(error) from error
 
 
 class StoredSet:

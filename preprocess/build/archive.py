@@ -36,7 +36,6 @@ class Archive:
     def __init__(self, damaged: Callable[[str], None]) -> None:
         self._damaged = damaged
         self._rows = Database("CREATE TABLE tensors (number INTEGER PRIMARY KEY, id TEXT, shard INTEGER, row INTEGER)")
-        self._sorted = False
         self._shards: list[tuple[Path, Layout]] = []
         self._numbers: dict[Path, int] = {}
 
@@ -55,9 +54,7 @@ class Archive:
 
     def places(self, ids: Iterable[str]) -> dict[str, Place]:
         """Of those of these tensors that are known."""
-        if not self._sorted:
-            self._rows.run("CREATE INDEX of_id ON tensors (id)")  # of many at once: sorted, not one by one
-            self._sorted = True
+        self._rows.run("CREATE INDEX IF NOT EXISTS of_id ON tensors (id)")  # of many at once: sorted, not one by one
         found, first = {}, "SELECT shard, row FROM tensors WHERE id = ? ORDER BY number LIMIT 1"
         for id_ in ids:
             if at := self._rows.one(first, id_):

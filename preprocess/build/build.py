@@ -20,7 +20,7 @@ from preprocess.build.jobs import Task
 from preprocess.build.journal import Journal
 from preprocess.build.loading import are_here, device_name, load_encoders, torch_device
 from preprocess.build.options import Options, option_of
-from preprocess.build.parts import Part, all_locked, load_parts, require_place, tasks, tensors_of
+from preprocess.build.parts import Part, all_locked, load_parts, require_place, tasks
 from preprocess.build.plan import Fingerprints, Identities, NothingToBuild, Plan, make_plan
 from preprocess.build.publish import LOG_FILE, OPTIONS_FILE, finish, publish, roll_forward, save_options, save_rejects
 from preprocess.build.stored_plan import StoredPlan, versions_here
@@ -169,7 +169,7 @@ def _likely_identities(options: Options, folders: list[Folder], earlier: list[re
 
 def _beyond(listing: Scan, options: Options) -> Set[str]:
     """Keys of the input that `--limit` leaves out."""
-    return listing.found.beyond(options.limit or len(listing.found))
+    return listing.found.beyond(listing.found.within(options.limit))
 
 
 def _list(options: Options, output: Path) -> tuple[Scan, list[Folder]]:
@@ -184,8 +184,7 @@ def _plan(options: Options, listing: Scan, precomputed: list[Folder], journal: J
         grid = read_grid(listing.root / INPUT_GRID)
     except DatasetError as error:
         raise PreprocessError(str(error)) from error
-    count = len(listing.found)
-    with journal.bar(min(options.limit or count, count), "plan") as bar:
+    with journal.bar(listing.found.within(options.limit), "plan") as bar:
         try:
             plan = make_plan(listing, options, precomputed, bar.update)
         except NothingToBuild as error:
@@ -275,7 +274,9 @@ def prepare(
         _require_kept(parts, repairing=damaged is not None)
     repeat.begin(output, options, identities, replace)
     todo = tasks(parts)
-    archive = tensors_of(parts, todo)
+    archive = Archive(parts[0].done.report)
+    for part in parts if todo else ():  # at whatever resolution a tensor was made
+        part.done.add_to(archive)
     return Prepared(options, encoders, identities, prints, parts, counted(plan.rejects), todo, archive, seconds)
 
 

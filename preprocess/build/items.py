@@ -146,9 +146,7 @@ class Items:
         yield from self._read("ORDER BY number")
 
     def __getitem__(self, position: int) -> Item:
-        for item in self._read("WHERE number = ?", range(1, len(self) + 1)[position]):
-            return item
-        raise IndexError(position)
+        return next(self._read("WHERE number = ?", range(1, len(self) + 1)[position]))
 
     def get(self, key: str) -> Item | None:
         """The image of a key; None if there is none."""

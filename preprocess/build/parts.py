@@ -16,7 +16,6 @@ from pathlib import Path
 from fluxdit_jax.dataset.manifest import INDEX, MANIFEST, REJECTS, parts_of
 from preprocess import PreprocessError
 from preprocess.build import comparison, repeat
-from preprocess.build.archive import Archive
 from preprocess.build.existing import Existing
 from preprocess.build.jobs import Target, Task
 from preprocess.build.journal import Journal
@@ -96,14 +95,6 @@ def tasks(parts: list[Part]) -> list[Task]:
         )
         if targets:
             found.append(Task(tuple(unit for _, unit in units), targets))
-    return found
-
-
-def tensors_of(parts: list[Part], todo: list[Task]) -> Archive:
-    """Every tensor that exists, at whatever resolution it was made; none if nothing is to be done."""
-    found = Archive(parts[0].done.report)
-    for part in parts if todo else ():
-        part.done.add_to(found)
     return found
 
 

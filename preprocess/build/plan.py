@@ -174,7 +174,7 @@ def make_plan(
     Raises:
       NothingToBuild: nothing is left to train on.
     """
-    count = min(options.limit or len(scan.found), len(scan.found))
+    count = scan.found.within(options.limit)
     rejects = list(scan.rejects)
     passed_over = scan.passed_over.copy()
     size = 0

@@ -8,7 +8,6 @@ While files are moved there is no manifest, so nobody takes the directory for a 
 from __future__ import annotations
 
 import dataclasses
-import filecmp
 import json
 import re
 import shutil
@@ -187,7 +186,7 @@ def _same(directory: Path, next_folder: Path) -> bool:
     """Whether the published files equal the next ones, byte for byte."""
     for path in next_folder.iterdir():
         try:
-            if not filecmp.cmp(directory / path.name, path, shallow=False):
+            if sha256_file(directory / path.name) != sha256_file(path):
                 return False
         except FileNotFoundError:
             return False

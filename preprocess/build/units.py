@@ -111,7 +111,7 @@ def load_unit(folder: Path, uid: str) -> Finished | None:
         file = RowsFile(path)
         info = file.units[0] if file.units else None
         if info and info.uid == uid:
-            file.rows(0)
+            file.check()
             shard = folder / (uid + SHARD_SUFFIX)
             if not info.records or (shard.is_file() and shard.stat().st_size == info.bytes):
                 return Finished(info, lambda: RowsFile(path).rows(0))

@@ -73,6 +73,10 @@ class Found:
     def __iter__(self) -> Iterator[InputImage]:
         return self.first(self._count)
 
+    def within(self, limit: int) -> int:
+        """How many images a limit takes; 0 takes all."""
+        return min(limit or self._count, self._count)
+
     def first(self, count: int) -> Iterator[InputImage]:
         """The first images."""
         for key, row in self._rows.rows("SELECT key, row FROM found ORDER BY key LIMIT ?", count):
@@ -87,7 +91,7 @@ class Found:
         if count >= self._count:
             return frozenset()
         ((last,),) = self._rows.rows("SELECT key FROM found ORDER BY key LIMIT 1 OFFSET ?", count - 1)
-        return _Beyond(self, last)
+        return _Beyond(self, last, self._count - count)
 
     def _image(self, key: str, row: str) -> InputImage:
         place, captions = json.loads(row)
@@ -100,11 +104,11 @@ class Found:
 class _Beyond(Set[str]):
     """The keys behind `last`."""
 
-    def __init__(self, found: Found, last: str) -> None:
-        self._found, self._last = found, last
+    def __init__(self, found: Found, last: str, count: int) -> None:
+        self._found, self._last, self._count = found, last, count
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return self._count
 
     def __contains__(self, key: object) -> bool:
         return isinstance(key, str) and key > self._last and key in self._found

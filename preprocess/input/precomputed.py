@@ -62,7 +62,7 @@ class Folder:
             revision="",
             sha256="",
             dtype="float32",
-            width=VISION_WIDTH if field == VISION else self._width(option, keys()),
+            width=VISION_WIDTH if field == VISION else self._width(option, keys),
             options={"precomputed": True},
         )
 
@@ -73,12 +73,11 @@ class Folder:
         folder.field, folder.directory, folder.identity, folder._shared = field, Path(directory), identity, set()
         return folder
 
-    def _width(self, option: str, keys: Iterable[str]) -> int:
+    def _width(self, option: str, keys: Callable[[], Iterable[str]]) -> int:
         """The commonest width of the first files; one that has another is then the reject."""
         widths: collections.Counter[int] = collections.Counter()
-        fault, example = "", "KEY"
-        for key in keys:
-            example = key if example == "KEY" else example
+        fault = f"there is no file of an image in it, as {next(iter(keys()), 'KEY')}.npy"
+        for key in keys():
             path = self._file(key) or self._file(_stem(key))
             if path is None:
                 continue
@@ -89,7 +88,6 @@ class Folder:
             if widths.total() == _LOOKED_AT:
                 break
         if not widths:
-            fault = fault or f"there is no file of an image in it, as {example}.npy"
             raise PreprocessError(f"{option} {self.directory}: {fault}")
         return widths.most_common(1)[0][0]
 

@@ -59,7 +59,7 @@ class Forecast:
     """Figures about a plan.
 
     Attributes:
-      counts: images a bucket, for the whole table.
+      counts: images a bucket, for the whole table. pixels: of an image's bucket, mean.
       bends: per image, in the order of the plan, see `advice.bend`.
       padding: share of a run's image tokens that are padding.
       tokens: estimated text tokens a caption.
@@ -68,6 +68,7 @@ class Forecast:
     """
 
     counts: dict[buckets.Size, int]
+    pixels: float
     bends: np.ndarray
     padding: float
     tokens: float
@@ -78,34 +79,27 @@ class Forecast:
 def forecast(plan: Plan, widths: Widths = Widths()) -> Forecast:  # noqa: B008  frozen
     """The figures of a plan."""
     options = plan.options
-    counts = _counts(plan)
-    table = {size: counts.get(size, 0) for size in options.buckets()}
+    table = dict.fromkeys(options.buckets(), 0)
+    for (height, width), count in zip(plan.items.sizes, np.bincount(plan.items.size_of), strict=True):
+        table[buckets.nearest(options.buckets(), int(height), int(width))] += int(count)
     tokens = bytes_of_texts = 0.0
     for text in (caption for item in plan.items for caption in item.captions):
         tokens += min(options.max_tokens, len(text) / _CHARACTERS_A_TOKEN + 1)
         bytes_of_texts += len(text.encode())
     total, captions = len(plan.items), plan.items.captions
-    pixels = sum(height * width * count for (height, width), count in counts.items()) / total
+    pixels = sum(height * width * count for (height, width), count in table.items()) / total
     record = 2 * widths.channels * pixels / widths.factor**2 + 4 * widths.vision + _RECORD_OVERHEAD
     record += options.vision_patches * (widths.vision + FACTOR_BYTES)
     record += (2 * widths.text * tokens + bytes_of_texts) / total
     return Forecast(
         counts=table,
+        pixels=pixels,
         bends=advice.bends(plan),
         padding=padding(table, widths.factor),
         tokens=tokens / captions,
         captions=captions / total,
         record_bytes=record,
     )
-
-
-def _counts(plan: Plan) -> collections.Counter[buckets.Size]:
-    """Images a bucket."""
-    counts: collections.Counter[buckets.Size] = collections.Counter()
-    table = plan.options.buckets()
-    for (height, width), count in zip(plan.items.sizes, np.bincount(plan.items.size_of), strict=True):
-        counts[buckets.nearest(table, int(height), int(width))] += int(count)
-    return counts
 
 
 def dry_run(options: Options, drawing: str = "", replace: bool = False) -> list[Part]:
@@ -135,7 +129,7 @@ def _report(drawing: str, parts: list[Part], encoders: Encoders | None, say: Cal
     _report_bends(plan, figures, say)
     _report_rejects(plan, say)
     _report_disk(parts, forecasts, widths, say)
-    _report_time(parts, figures, encoders, say)
+    _report_time(parts, forecasts, encoders, say)
     if drawing:
         from preprocess.inspect.plots import draw_aspects
 
@@ -200,27 +194,29 @@ def _report_rejects(plan: Plan, say: Callable[[str], None]) -> None:
             say(f"  {count:7,}  {reason} (for example {shown(example.key)})")
 
 
-def _report_time(parts: list[Part], figures: Forecast, encoders: Encoders | None, say: Callable[[str], None]) -> None:
+def _report_time(
+    parts: list[Part], forecasts: list[Forecast], encoders: Encoders | None, say: Callable[[str], None]
+) -> None:
     total = max(part.found.pictures for part in parts)
     if not total:
         say("time: no picture is to be encoded")
         return
     once = parts[-1].found.missing  # what is made once for all resolutions is missing at each of them
     if encoders is not None:
-        largest = _trial(parts[-1].plan, encoders, [name for name in encoders.by_field if once[name]])
+        made = [name for name in encoders.by_field if once[name]]
+        largest = _trial(parts[-1].plan, forecasts[-1], encoders, made)
         seconds = sum(once[name] * each for name, each in largest.items())
-        for part in parts[:-1]:
-            seconds += part.found.missing[LATENT.name] * _trial(part.plan, encoders, [LATENT.name])[LATENT.name]
+        for part, figures in zip(parts[:-1], forecasts[:-1], strict=True):
+            each = _trial(part.plan, figures, encoders, [LATENT.name])[LATENT.name]
+            seconds += part.found.missing[LATENT.name] * each
         say(f"time: about {duration(seconds)} for {total:,} images with these encoders on this machine, by a trial")
         return
     work = (
         max(once["vision"], once.get("patches", 0)) * _VISION
-        + once["text"] * _TEXT_A_TOKEN * figures.tokens * figures.captions
+        + once["text"] * _TEXT_A_TOKEN * forecasts[-1].tokens * forecasts[-1].captions
     )
-    for part in parts:
-        counts = _counts(part.plan)
-        pixels = sum(height * width * count for (height, width), count in counts.items()) / counts.total()
-        work += part.found.missing[LATENT.name] * _VAE_AT_1024 * pixels / 1024**2
+    for part, figures in zip(parts, forecasts, strict=True):
+        work += part.found.missing[LATENT.name] * _VAE_AT_1024 * figures.pixels / 1024**2
     rates = {"20 TFLOP/s (an APU)": 20, "60 (an RTX 4090)": 60, "0.5 (8 CPU cores)": 0.5}
     times = ", ".join(f"{duration(work / rate)} at {name}" for name, rate in rates.items())
     say(
@@ -229,9 +225,9 @@ def _report_time(parts: list[Part], figures: Forecast, encoders: Encoders | None
     )
 
 
-def _trial(plan: Plan, encoders: Encoders, names: list[str]) -> dict[str, float]:
+def _trial(plan: Plan, figures: Forecast, encoders: Encoders, names: list[str]) -> dict[str, float]:
     """Seconds an image of each of these fields: a picture of the commonest bucket and its captions, after a first."""
-    ((height, width), _), *_ = _counts(plan).most_common(1)
+    height, width = max(figures.counts, key=lambda size: figures.counts[size])
     pictures = np.random.default_rng(0).integers(0, 256, (2, 1, height, width, 3), np.uint8)
     lengths = np.fromiter((sum(map(len, item.captions)) for item in plan.items), np.int64)
     captions = list(plan.items[int(np.argsort(lengths, kind="stable")[len(lengths) // 2])].captions)
