@@ -11,20 +11,23 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
+import dataclasses
 import hashlib
 import multiprocessing
 import resource
-import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.environment import table, write
+from benchmarks.environment import write
 from fluxdit_jax.dataset.manifest import EncoderIdentity
 from preprocess.build import comparison
 from preprocess.build.archive import Archive
@@ -54,18 +57,25 @@ IDENTITIES = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step that has ended: its seconds, and the peak of memory since the start, MB above what the start took."""
+
+    name: str
+    seconds: float
+    peak: float
+
+
 class Watch:
-    """Seconds and the peak of memory by step; a step's name is given when it has ended."""
+    """Gives the `Step`s of a process as they end."""
 
     def __init__(self) -> None:
-        self.steps: dict[str, tuple[float, float]] = {}
         self._begun = time.perf_counter()
         self._before = _peak()
 
-    def __call__(self, step: str) -> None:
-        now = time.perf_counter()
-        self.steps[step] = now - self._begun, _peak() - self._before
-        self._begun = now
+    def __call__(self, name: str) -> Step:
+        begun, self._begun = self._begun, time.perf_counter()
+        return Step(name, self._begun - begun, _peak() - self._before)
 
 
 def _peak() -> float:
@@ -105,41 +115,59 @@ def finish(work: Path, uid: str, unit: Unit, prints: Fingerprints) -> None:
     write_rows(work / f"{uid}.parquet", schema, [info], [pa.Table.from_pylist(rows, schema)])
 
 
-def build(count: int, output: Path, shard_size: int = Options.shard_size) -> dict[str, tuple[float, float]]:
-    """Everything twice; returns seconds and peak MB (above the start's) by step."""
+def build(count: int, output: Path, shard_size: int = Options.shard_size) -> Iterator[Step]:
+    """Everything twice."""
     watch = Watch()
     options = Options("in", str(output), shard_size=shard_size).checked()
     prints, journal = Fingerprints.of(options, IDENTITIES), Journal(None)
     (output / WORK).mkdir(parents=True)
     found = Found(listed(count))
-    watch("list")
+    yield watch("list")
     for again in ("", " again"):
         items = Items(options, judged(found))
         units = make_units(items, options.shard_size)
         plan = Plan(options, items, units, [], items.duplicates(), collections.Counter(), 0)
         items.repeated()
-        watch("plan" + again)
+        yield watch("plan" + again)
         wanted = [(unit.uid(prints), unit) for unit in units]
-        watch("name" + again)
+        yield watch("name" + again)
         done = Existing.load(output, {uid for uid, _ in wanted}, journal)
         known = StoredSet(done.usable())
         result = comparison.compare(plan, prints, done, known, prints)
         assert (result.kept, result.new) == ((count, 0) if again else (0, count))
-        watch("compare" + again)
+        yield watch("compare" + again)
         if not again:
             for uid, unit in wanted:
                 finish(output / WORK, uid, unit, prints)
                 made = load_unit(output / WORK, uid)
                 assert made is not None
                 done.add(made)
-            watch("rows of shards")
+            yield watch("rows of shards")
         else:
             done.add_to(Archive(print))
-            watch("all tensors again")
+            yield watch("all tensors again")
         _, changed = publish(output, plan, [done.units[uid] for uid, _ in wanted], IDENTITIES)
         assert changed == (not again)
-        watch("publish" + again)
-    return watch.steps
+        yield watch("publish" + again)
+
+
+def measured(count: int, folder: Path) -> Iterator[Step]:
+    """`build` in a process of its own."""
+    receiver, sender = multiprocessing.get_context("spawn").Pipe(duplex=False)
+    process = multiprocessing.get_context("spawn").Process(target=_send, args=(sender, count, folder))
+    process.start()
+    sender.close()
+    with contextlib.suppress(EOFError):
+        while True:
+            yield receiver.recv()
+    process.join()
+    if process.exitcode:
+        sys.exit(f"the build of {count} pictures ended with status {process.exitcode}")
+
+
+def _send(sender: Connection, count: int, folder: Path) -> None:
+    for step in build(count, folder / "data"):
+        sender.send(step)
 
 
 def main() -> None:
@@ -148,18 +176,17 @@ def main() -> None:
     parser.add_argument("--work", default=tempfile.gettempdir(), help="folder for the datasets, 0.5 KB a picture")
     parser.add_argument("--name", default="rows", help="of the result")
     arguments = parser.parse_args()
-    results = []
+    results: list[dict[str, Any]] = []
     for count in arguments.counts:
-        folder = tempfile.mkdtemp(dir=arguments.work)
-        try:
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                steps = pool.submit(build, count, Path(folder) / "data").result()
-        finally:
-            shutil.rmtree(folder)
+        steps: dict[str, tuple[float, float]] = {}
         results.append({"count": count, "steps": steps})
-        write(arguments.name, results)
-        rows = [[step, f"{s:.1f}", f"{s / count * 1e6:.0f}", f"{mb:.0f}"] for step, (s, mb) in steps.items()]
-        print(f"{count:,} pictures\n{table(['step', 's', 'us a picture', 'peak MB so far'], rows)}", flush=True)
+        print(f"{count:,} pictures", flush=True)
+        with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
+            for step in measured(count, Path(folder)):
+                steps[step.name] = step.seconds, step.peak
+                write(arguments.name, results)  # a run of hours that is stopped leaves what it has measured
+                each = step.seconds / count * 1e6
+                print(f"{step.name:20}{step.seconds:9.1f} s{each:6.0f} us each{step.peak:6.0f} MB peak", flush=True)
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def test_images_that_are_out_of_order_are_refused() -> None:
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The index of a dataset of 300 records in shards of 100 at most."""
     output = tmp_path_factory.mktemp("rows") / "data"
-    simulated.build(300, output, shard_size=100)
+    list(simulated.build(300, output, shard_size=100))
     return output / "index.parquet"
 
 
@@ -203,7 +203,7 @@ def test_memory_does_not_grow_with_the_pictures(tmp_path: Path) -> None:
     peaks = []
     for count in (500, 2500):
         tracemalloc.start()
-        simulated.build(count, tmp_path / str(count), shard_size=100)
+        list(simulated.build(count, tmp_path / str(count), shard_size=100))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert np.diff(peaks)[0] / 2000 < 200, peaks
