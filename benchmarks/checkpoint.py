@@ -37,6 +37,7 @@ from configs import demo, nano, prod
 from fluxdit_jax.config import default_config
 from fluxdit_jax.flow import FlowConfig, parse_drop
 from fluxdit_jax.model import dit
+from fluxdit_jax.objective import Objective
 from fluxdit_jax.optimizer import OptimizerConfig, build_optimizer
 from fluxdit_jax.run.checkpoint import Checkpoints
 from fluxdit_jax.run.digest import tree_digest
@@ -90,7 +91,9 @@ def make_steps() -> Callable[[], float]:
     width = config.token_width
     moments = np.zeros(width, np.float32), np.ones(width, np.float32)
     graph = dit.build(config)[0]
-    whole = make_train_step(graph, config, optimizer, flow, moments, seed=0, global_batch_size=BATCH, ema_target=0.9999)
+    whole = make_train_step(
+        Objective(graph, config, flow, moments, seed=0, global_batch_size=BATCH), optimizer, ema_target=0.9999
+    )
     accumulate, update = (jax.jit(part, donate_argnums=0) for part in whole[:2])
     batch = {
         "latent": jnp.ones((BATCH, TOKENS, width), jnp.bfloat16),

@@ -42,6 +42,7 @@ from fluxdit_jax.gate.sampler import Sampler
 from fluxdit_jax.gate.swap import Swap
 from fluxdit_jax.loader import reader
 from fluxdit_jax.model import cost, dit
+from fluxdit_jax.objective import Objective, patch_statistics
 from fluxdit_jax.optimizer import build_optimizer
 from fluxdit_jax.sampling.pipeline import Generator
 from fluxdit_jax.sampling.prompts import encode_prompts
@@ -49,7 +50,7 @@ from fluxdit_jax.settings import Settings, resolve
 from fluxdit_jax.shared.host_memory import keep_freed_memory
 from fluxdit_jax.shared.paths import expanded
 from fluxdit_jax.state import create_state
-from fluxdit_jax.train_step import make_train_step, patch_statistics
+from fluxdit_jax.train_step import make_train_step
 from fluxdit_jax.vae.decoder import decode_all, load_decoder
 
 NAME = "convergence"
@@ -147,9 +148,12 @@ def measure(name: str, directory: str, seed: int, averages: bool, probe: int, li
     params = jax.jit(lambda key: network.initialize(settings.model, key))(jax.random.key(seed))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     whole = make_train_step(
-        graph, settings.model, optimizer, settings.flow, statistics, seed=seed,
-        global_batch_size=settings.global_batch_size, ema_target=settings.ema_decay,
-    )  # fmt: skip
+        Objective(
+            graph, settings.model, settings.flow, statistics, seed=seed, global_batch_size=settings.global_batch_size
+        ),
+        optimizer,
+        ema_target=settings.ema_decay,
+    )
     accumulate, update = (jax.jit(part, donate_argnums=0) for part in whole[:2])
     forward = (plain_dit if plain else cost).flops_per_sample(settings.model, settings.tokens, settings.batch.lengths)
     flops = 3 * forward * settings.global_batch_size  # of a step

@@ -102,8 +102,8 @@ def flops_per_image(target: Target) -> int:
 def settings(target: Target, spec: dict[str, Any]) -> tuple[Any, tuple[np.ndarray, np.ndarray]]:
     """(`Settings` as a run with this micro-batch, remat and attention would get them, latent statistics)."""
     from fluxdit_jax.dataset.manifest import EncoderIdentity, Manifest
+    from fluxdit_jax.objective import patch_statistics
     from fluxdit_jax.settings import resolve
-    from fluxdit_jax.train_step import patch_statistics
 
     c = configuration_of(target)
     if spec["target"] == "toy":

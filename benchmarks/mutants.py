@@ -32,6 +32,7 @@ EQUIVALENT = environment.ROOT / "tests" / "equivalent_mutants.toml"
 # Each module with the tests that are to notice. Slow ones are left out.
 MODULES = {
     "fluxdit_jax/flow.py": ["test_flow"],
+    "fluxdit_jax/objective.py": ["test_train_step_by_hand"],
     "fluxdit_jax/train_step.py": ["test_train_step_by_hand"],
     "fluxdit_jax/optimizer.py": ["test_optimizer"],
     "fluxdit_jax/muon.py": ["test_muon"],

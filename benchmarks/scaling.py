@@ -39,7 +39,7 @@ from fluxdit_jax.dataset.manifest import load_manifest
 from fluxdit_jax.device.sharding import make_mesh
 from fluxdit_jax.program import Program
 from fluxdit_jax.settings import resolve
-from fluxdit_jax.train_step import patch_statistics
+from fluxdit_jax.objective import patch_statistics
 data, fsdp = map(int, sys.argv[1:])
 root = Path(tempfile.mkdtemp())
 write_dataset(root / "ds")

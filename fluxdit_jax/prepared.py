@@ -14,10 +14,10 @@ from fluxdit_jax.dataset.manifest import DatasetError, Manifest, load_manifest, 
 from fluxdit_jax.device import devices, sharding
 from fluxdit_jax.device.memory_plan import MemoryPlan, require_fit
 from fluxdit_jax.loader.reader import RecordSource
+from fluxdit_jax.objective import patch_statistics
 from fluxdit_jax.program import CompiledStep, Program
 from fluxdit_jax.settings import Settings, resolve
 from fluxdit_jax.stages import Stage
-from fluxdit_jax.train_step import patch_statistics
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ import numpy as np
 from fluxdit_jax.device import sharding
 from fluxdit_jax.device.memory_plan import MemoryPlan, plan
 from fluxdit_jax.model import dit
+from fluxdit_jax.objective import Objective
 from fluxdit_jax.optimizer import build_optimizer
 from fluxdit_jax.run.metrics import ACCUMULATE, PLAIN, UPDATE, pack
 from fluxdit_jax.settings import Settings
@@ -46,18 +47,20 @@ class Program:
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, self._placed
         )
         self._step = make_train_step(
-            graph,
-            settings.model,
+            Objective(
+                graph,
+                settings.model,
+                settings.flow,
+                statistics,
+                seed=settings.seed,
+                global_batch_size=settings.global_batch_size,
+                routing=settings.routing,
+                aligned=settings.alignment,
+            ),
             self._optimizer,
-            settings.flow,
-            statistics,
-            seed=settings.seed,
-            global_batch_size=settings.global_batch_size,
             ema_target=settings.ema_decay,
             short_ema_target=settings.short_ema_decay,
             first_step=settings.optimizer.first_step,
-            routing=settings.routing,
-            aligned=settings.alignment,
         )
         self._create = jax.jit(
             lambda key: self._state_of(dit.initialize(settings.model, key)), out_shardings=self._placed

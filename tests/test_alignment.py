@@ -17,9 +17,10 @@ from fluxdit_jax.alignment import AlignmentConfig
 from fluxdit_jax.dataset import cells
 from fluxdit_jax.model import dit
 from fluxdit_jax.model.routing import Routed, Routing
+from fluxdit_jax.objective import Objective, patch_statistics, valid_tokens
 from fluxdit_jax.optimizer import build_optimizer
 from fluxdit_jax.state import create_state
-from fluxdit_jax.train_step import make_train_step, patch_statistics, valid_tokens
+from fluxdit_jax.train_step import make_train_step
 
 pytest_plugins = ("training_fixtures",)
 
@@ -77,9 +78,19 @@ def step_of(depth: int, aligned: AlignmentConfig | None, routing: Routing | None
     graph, shapes = dit.build(config)
     optimizer = build_optimizer(tiny_optimizer())
     step = make_train_step(
-        graph, config, optimizer, flow.FlowConfig(), patch_statistics((0.5,) * 4, (2.0,) * 4, 2), seed=0,
-        global_batch_size=4, ema_target=0.99, routing=routing, aligned=aligned,
-    )  # fmt: skip
+        Objective(
+            graph,
+            config,
+            flow.FlowConfig(),
+            patch_statistics((0.5,) * 4, (2.0,) * 4, 2),
+            seed=0,
+            global_batch_size=4,
+            routing=routing,
+            aligned=aligned,
+        ),
+        optimizer,
+        ema_target=0.99,
+    )
     return create_state(lively(shapes, scale=0.2), optimizer), step
 
 

@@ -18,13 +18,13 @@ from wording import lines_naming, naming
 from fluxdit_jax.dataset.manifest import load_manifest
 from fluxdit_jax.device.sharding import make_mesh
 from fluxdit_jax.loader import reader
+from fluxdit_jax.objective import patch_statistics
 from fluxdit_jax.program import Program
 from fluxdit_jax.run.checkpoint import SHORT_EMA, CheckpointError, Checkpoints, ema_steps, restore_ema
 from fluxdit_jax.run.run_directory import RunError, RunLock, load_config, load_dataset
 from fluxdit_jax.run.scalars import on_board
 from fluxdit_jax.settings import resolve
 from fluxdit_jax.train import train
-from fluxdit_jax.train_step import patch_statistics
 
 pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.usefixtures("quick_compile")

@@ -28,9 +28,10 @@ from training_helpers import (
 from fluxdit_jax import flow
 from fluxdit_jax.loader import reader
 from fluxdit_jax.model import dit
+from fluxdit_jax.objective import Objective, patch_statistics, valid_tokens
 from fluxdit_jax.optimizer import build_optimizer, ema_decay, path_name
 from fluxdit_jax.state import create_state
-from fluxdit_jax.train_step import make_train_step, patch_statistics, valid_tokens
+from fluxdit_jax.train_step import make_train_step
 
 pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -61,13 +62,15 @@ def _programs(accumulate, effective, dtype, warmup, lr, eps, name, flow_changes)
     config = tiny_model(dtype=dtype)
     graph, shapes = dit.build(config)
     step = make_train_step(
-        graph,
-        config,
+        Objective(
+            graph,
+            config,
+            tiny_flow(stratified=True, **dict(flow_changes)),
+            patch_statistics(MEAN, STD, 2),
+            seed=0,
+            global_batch_size=effective,
+        ),
         optimizer,
-        tiny_flow(stratified=True, **dict(flow_changes)),
-        patch_statistics(MEAN, STD, 2),
-        seed=0,
-        global_batch_size=effective,
         ema_target=0.9999,
     )
     return create_state(lively(shapes, scale=0.2), optimizer), jitted(step)
@@ -284,7 +287,7 @@ def test_the_optimizer_is_fed_f32_gradients_of_a_bf16_network():
     graph, shapes = dit.build(config)
     statistics = patch_statistics(MEAN, STD, 2)
     step = make_train_step(
-        graph, config, watched, tiny_flow(), statistics, seed=0, global_batch_size=12, ema_target=0.9999
+        Objective(graph, config, tiny_flow(), statistics, seed=0, global_batch_size=12), watched, ema_target=0.9999
     )
     state, _ = jax.eval_shape(step.accumulate, create_state(lively(shapes), optimizer), make_batch())
     jax.eval_shape(step.update, state)
@@ -337,16 +340,11 @@ def test_a_second_ema_has_its_own_decay_and_changes_nothing_else():
     one, two = (
         jitted(
             make_train_step(
-                graph,
-                config,
+                Objective(graph, config, tiny_flow(), mean_std, seed=0, global_batch_size=4),
                 optimizer,
-                tiny_flow(),
-                mean_std,
-                seed=0,
-                global_batch_size=4,
                 ema_target=0.9999,
                 short_ema_target=short,
-            )  # fmt: skip
+            )
         )
         for short in (None, 0.9)
     )

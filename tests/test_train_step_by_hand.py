@@ -26,9 +26,10 @@ from training_helpers import (
 
 from fluxdit_jax import flow
 from fluxdit_jax.loader import reader
+from fluxdit_jax.objective import Objective, normalize_latents, patch_statistics, valid_tokens
 from fluxdit_jax.optimizer import build_optimizer
 from fluxdit_jax.state import TrainState, create_state
-from fluxdit_jax.train_step import make_train_step, normalize_latents, patch_statistics, valid_tokens
+from fluxdit_jax.train_step import make_train_step
 
 pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -74,13 +75,8 @@ def program(accumulate: int):
     optimizer = build_optimizer(dataclasses.replace(OPTIMIZER, grad_accum_steps=accumulate))
     graph, params = linear_network.build()
     step = make_train_step(
-        graph,
-        MODEL,
+        Objective(graph, MODEL, FLOW, patch_statistics(MEAN, STD, 2), seed=0, global_batch_size=4 * accumulate),
         optimizer,
-        FLOW,
-        patch_statistics(MEAN, STD, 2),
-        seed=0,
-        global_batch_size=4 * accumulate,
         ema_target=EMA,
         short_ema_target=SHORT_EMA,
     )
@@ -219,7 +215,9 @@ def test_a_step_of_nothing_finite_is_counted_and_changes_nothing_else() -> None:
 def test_without_a_second_average_there_is_none() -> None:
     optimizer, (graph, params) = build_optimizer(OPTIMIZER), linear_network.build()
     step = make_train_step(
-        graph, MODEL, optimizer, FLOW, patch_statistics(MEAN, STD, 2), seed=0, global_batch_size=4, ema_target=EMA
+        Objective(graph, MODEL, FLOW, patch_statistics(MEAN, STD, 2), seed=0, global_batch_size=4),
+        optimizer,
+        ema_target=EMA,
     )
     after: TrainState = jax.eval_shape(step.update, create_state(params, optimizer))[0]
     assert after.short_ema is None

@@ -29,6 +29,7 @@ from fluxdit_jax.loader import reader
 from fluxdit_jax.model import cost, dit
 from fluxdit_jax.model.conditions import Given
 from fluxdit_jax.model.patches import patchify
+from fluxdit_jax.objective import patch_statistics
 from fluxdit_jax.run import weights
 from fluxdit_jax.run.checkpoint import EMA, SHORT_EMA, restore_ema
 from fluxdit_jax.run.digest import tree_digest
@@ -42,7 +43,6 @@ from fluxdit_jax.sampling.prompts import read_reference
 from fluxdit_jax.sampling.sizes import pictures_by_size
 from fluxdit_jax.settings import resolve
 from fluxdit_jax.shared import image_grid
-from fluxdit_jax.train_step import patch_statistics
 from fluxdit_jax.vae.decoder import load_decoder
 from preprocess.encoders import load_vae
 

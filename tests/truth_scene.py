@@ -25,6 +25,7 @@ from fluxdit_jax.dataset.manifest import Manifest, load_manifest
 from fluxdit_jax.dataset.records import Record
 from fluxdit_jax.loader import reader
 from fluxdit_jax.model import dit
+from fluxdit_jax.objective import patch_statistics
 from fluxdit_jax.run import weights
 from fluxdit_jax.run.checkpoint import Checkpoints
 from fluxdit_jax.run.metrics import read_metrics
@@ -32,7 +33,6 @@ from fluxdit_jax.sample import sample
 from fluxdit_jax.sampling.arguments import parse_arguments
 from fluxdit_jax.sampling.pipeline import Generator
 from fluxdit_jax.settings import Settings, resolve
-from fluxdit_jax.train_step import patch_statistics
 from preprocess.build.build import build
 
 SEED, SHIFT, STEPS = 5, 3.0, 8

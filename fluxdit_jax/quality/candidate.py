@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from fluxdit_jax.dataset.manifest import Manifest
 from fluxdit_jax.flow import FlowConfig
 from fluxdit_jax.loader.reader import RecordSource
+from fluxdit_jax.objective import patch_statistics
 from fluxdit_jax.plan import training_flops
 from fluxdit_jax.quality.answers import Pupil
 from fluxdit_jax.quality.eye import Eye
@@ -24,7 +25,6 @@ from fluxdit_jax.run.weights import Weights, restore_weights
 from fluxdit_jax.sampling.pipeline import Generator, besides_captions
 from fluxdit_jax.settings import Settings, resolve
 from fluxdit_jax.stages import stages_of
-from fluxdit_jax.train_step import patch_statistics
 from fluxdit_jax.vae.decoder import Decoder
 
 

@@ -19,7 +19,7 @@ from fluxdit_jax.device import sharding
 from fluxdit_jax.loader.reader import BatchLayout, RecordSource, collate, spread
 from fluxdit_jax.model import dit
 from fluxdit_jax.model.conditions import given
-from fluxdit_jax.train_step import flow_loss, normalize_latents
+from fluxdit_jax.objective import flow_loss, normalize_latents
 
 # Far from the sample numbers of training, so that its noise is never the held-out noise.
 _FIRST_INDEX = 2**31

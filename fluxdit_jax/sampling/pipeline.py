@@ -15,10 +15,10 @@ from fluxdit_jax.dataset.records import Record
 from fluxdit_jax.model import dit
 from fluxdit_jax.model.conditions import Condition, given
 from fluxdit_jax.model.patches import unpatchify
+from fluxdit_jax.objective import patch_statistics, valid_tokens
 from fluxdit_jax.portable.noise import normal
 from fluxdit_jax.sampling import solvers
 from fluxdit_jax.settings import Settings
-from fluxdit_jax.train_step import patch_statistics, valid_tokens
 
 Conditions = dict[str, np.ndarray]
 
@@ -101,7 +101,7 @@ class Generator:
           tokens: sequence length; the largest rows * columns that will be asked for.
           lengths: tokens that each sequence is padded to in training. A longer one is padded to twice as many, four
             times as many and so on: each of these lengths is a program of its own.
-          statistics: `train_step.patch_statistics` of the training data set.
+          statistics: `objective.patch_statistics` of the training data set.
           steps, method: see `solvers.integrate`.
           batch_size: pictures computed at once.
           graph: of another network with the same interface; None: `dit.build(config)`'s.

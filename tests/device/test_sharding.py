@@ -123,7 +123,7 @@ from fluxdit_jax.run.digest import tree_digest
 from fluxdit_jax.program import Program
 from fluxdit_jax.dataset.manifest import load_manifest
 from fluxdit_jax.device.sharding import make_mesh, put_batch, gather
-from fluxdit_jax.train_step import patch_statistics
+from fluxdit_jax.objective import patch_statistics
 
 dataset, scratch = Path(sys.argv[1]), Path(sys.argv[2])
 layouts = [tuple(map(int, name.split("x"))) for name in sys.argv[3:]]

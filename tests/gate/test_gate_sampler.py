@@ -11,8 +11,8 @@ from training_helpers import TEXT_WIDTH, VISION_WIDTH, lively, tiny_model
 from fluxdit_jax.dataset.fields import BF16
 from fluxdit_jax.gate.sampler import Request, Sampler
 from fluxdit_jax.model import dit
+from fluxdit_jax.objective import patch_statistics
 from fluxdit_jax.sampling.pipeline import Generator
-from fluxdit_jax.train_step import patch_statistics
 
 
 class Grey:

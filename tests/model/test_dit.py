@@ -22,9 +22,10 @@ from training_helpers import (
 )
 
 from fluxdit_jax.model import attention, dit, rotary
+from fluxdit_jax.objective import Objective, patch_statistics
 from fluxdit_jax.optimizer import build_optimizer, gradient_norms, path_name
 from fluxdit_jax.state import create_state
-from fluxdit_jax.train_step import make_train_step, patch_statistics
+from fluxdit_jax.train_step import make_train_step
 
 pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -254,13 +255,15 @@ def two_steps(quick_compile):
     state = create_state(jax.jit(lambda key: dit.initialize(config, key))(jax.random.key(0)), optimizer)
     step = jitted(
         make_train_step(
-            graph,
-            config,
+            Objective(
+                graph,
+                config,
+                tiny_flow(drop=dropping(0.2, 0.2, 0.2)),
+                patch_statistics((0.5,) * 4, (2.0,) * 4, 2),
+                seed=0,
+                global_batch_size=16,
+            ),
             optimizer,
-            tiny_flow(drop=dropping(0.2, 0.2, 0.2)),
-            patch_statistics((0.5,) * 4, (2.0,) * 4, 2),
-            seed=0,
-            global_batch_size=16,
             ema_target=0.999,
         )
     )

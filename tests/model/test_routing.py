@@ -29,10 +29,11 @@ from training_helpers import (
 from fluxdit_jax import flow
 from fluxdit_jax.model import cost, dit
 from fluxdit_jax.model.routing import Routed, Routing, reordered
+from fluxdit_jax.objective import Objective, patch_statistics, valid_tokens
 from fluxdit_jax.optimizer import build_optimizer
 from fluxdit_jax.settings import resolve
 from fluxdit_jax.state import create_state
-from fluxdit_jax.train_step import make_train_step, patch_statistics, valid_tokens
+from fluxdit_jax.train_step import make_train_step
 
 pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -54,15 +55,17 @@ def training_step(routing, **changes):
     graph, shapes = dit.build(config)
     optimizer = build_optimizer(tiny_optimizer())
     step = make_train_step(
-        graph,
-        config,
+        Objective(
+            graph,
+            config,
+            tiny_flow(drop=dropping(0.1, 0.2, 0.2)),
+            patch_statistics((0.5,) * 4, (2.0,) * 4, 2),
+            seed=0,
+            global_batch_size=4,
+            routing=routing,
+        ),
         optimizer,
-        tiny_flow(drop=dropping(0.1, 0.2, 0.2)),
-        patch_statistics((0.5,) * 4, (2.0,) * 4, 2),
-        seed=0,
-        global_batch_size=4,
         ema_target=0.99,
-        routing=routing,
     )
     return create_state(lively(shapes, scale=0.2), optimizer), step
 

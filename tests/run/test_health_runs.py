@@ -10,6 +10,7 @@ from training_helpers import conditions, dropping, jitted
 
 from fluxdit_jax import flow
 from fluxdit_jax.model import dit
+from fluxdit_jax.objective import Objective
 from fluxdit_jax.optimizer import OptimizerConfig, build_optimizer
 from fluxdit_jax.run.health import Monitor, Observation
 from fluxdit_jax.state import create_state
@@ -54,7 +55,7 @@ def diagnoses(rule: OptimizerConfig, *, steps: int, doctor=lambda params: params
     state = create_state(doctor(dit.initialize(SHAPE, jax.random.key(0))), optimizer)
     statistics = (np.zeros(SHAPE.token_width, np.float32), np.ones(SHAPE.token_width, np.float32))
     step = make_train_step(
-        graph, SHAPE, optimizer, TIMES, statistics, seed=0, global_batch_size=BATCH, ema_target=0.999
+        Objective(graph, SHAPE, TIMES, statistics, seed=0, global_batch_size=BATCH), optimizer, ema_target=0.999
     )
     if constant:  # the target velocity is zero: nothing is left to learn but silence
         zeros = dict(pictures(1), latent=np.zeros((1, TOKENS, SHAPE.token_width), np.float32))

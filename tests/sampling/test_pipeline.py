@@ -17,9 +17,9 @@ from fluxdit_jax import flow
 from fluxdit_jax.dataset.fields import BF16
 from fluxdit_jax.model import dit
 from fluxdit_jax.model.patches import unpatchify
+from fluxdit_jax.objective import patch_statistics
 from fluxdit_jax.sampling.pipeline import Generator, _padded, conditions, record_conditions
 from fluxdit_jax.sampling.solvers import Guidance
-from fluxdit_jax.train_step import patch_statistics
 
 pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.usefixtures("quick_compile")

@@ -29,6 +29,7 @@ from fluxdit_jax.dataset.manifest import load_manifest
 from fluxdit_jax.device.sharding import make_mesh
 from fluxdit_jax.gate.requirement import require_report
 from fluxdit_jax.loader import reader
+from fluxdit_jax.objective import patch_statistics
 from fluxdit_jax.program import Program
 from fluxdit_jax.run.checkpoint import Checkpoints, restore_ema
 from fluxdit_jax.run.differences import check_resume
@@ -37,7 +38,6 @@ from fluxdit_jax.run.metrics import MetricsWriter
 from fluxdit_jax.run.run_directory import RunLock
 from fluxdit_jax.settings import resolve
 from fluxdit_jax.train import USER_ERRORS, train
-from fluxdit_jax.train_step import patch_statistics
 from preprocess.__main__ import main as preprocess_main
 from preprocess.build.rows import Rows
 
