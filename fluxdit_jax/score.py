@@ -15,7 +15,6 @@ noise, and the differences are printed with their standard errors (against.json,
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import datetime
 import math
 import sys
@@ -137,12 +136,7 @@ def score(arguments: argparse.Namespace) -> dict[str, Any]:
 
     # ------------------------------------------------------------ the numbers
     about = {
-        "dataset": str(run.directory),
-        "questions": len(exam.questions),
-        "references": len(exam.train),
-        "eye": {"encoder": eye.encoder.identity.id, "own": eye.own},
-        "sampling": {**how, "guidance_text": float(text)},
-        "amounts": dataclasses.asdict(amounts),
+        **files.circumstances(run.directory, exam, eye, {**how, "guidance_text": float(text)}, amounts),
         "notes": notes,
         "device": f"{jax.default_backend()}: {jax.devices()[0].device_kind}",
         "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+from fluxdit_jax.quality.answers import Amounts
+from fluxdit_jax.quality.exam import Exam
+from fluxdit_jax.quality.eye import Eye
 from fluxdit_jax.shared.json_files import write_json
 
 FOLDER = "score"
 SCORE, REPORT, STEPS = "score.json", "report.html", "steps"
 # What two scorings share whose numbers make one curve.
 CIRCUMSTANCES = ("dataset", "questions", "references", "eye", "sampling", "amounts")
+
+
+def circumstances(dataset: Path, exam: Exam, eye: Eye, sampling: dict[str, Any], amounts: Amounts) -> dict[str, Any]:
+    """The `CIRCUMSTANCES` of a report; `sampling` says how pictures are drawn."""
+    asked = len(exam.questions), len(exam.train)
+    seen_by = {"encoder": eye.encoder.identity.id, "own": eye.own}
+    values = str(dataset), *asked, seen_by, sampling, dataclasses.asdict(amounts)
+    return dict(zip(CIRCUMSTANCES, values, strict=True))
 
 
 def write(report: dict[str, Any], folder: Path) -> None:

@@ -112,19 +112,14 @@ class Scorer:
         amounts = Amounts(64, 8, 4)
         answers = pupil.answer(self.exam, self.settings.model.patch, amounts, lambda n: None)
         scores = judge(self.exam, answers)
-        how = {"steps": self.config.score.steps, "method": "heun", "batch": self.generator.batch_size}
-        how |= {"guidance_text": guidance}
+        how = {"steps": self.config.score.steps, "method": "heun", "batch": self.generator.batch_size,
+               "guidance_text": guidance}  # fmt: skip
         report = {
             **scores.to_json(),
             "workdir": str(self.workdir.absolute()),
             "step": step,
             "epochs": epochs,
-            "dataset": str(self.directory),
-            "questions": len(self.exam.questions),
-            "references": len(self.exam.train),
-            "eye": {"encoder": self.eye.encoder.identity.id, "own": self.eye.own},
-            "sampling": how,
-            "amounts": dataclasses.asdict(amounts),
+            **files.circumstances(self.directory, self.exam, self.eye, how, amounts),
             "notes": [self.eye.note] if self.eye.note else [],
             "seconds": {"all": round(time.monotonic() - begin, 2)},
         }

@@ -29,7 +29,7 @@ import orbax.checkpoint as ocp
 from fluxdit_jax.device.hosts import of_a_collective
 from fluxdit_jax.run import history
 from fluxdit_jax.run.digest import tree_digest
-from fluxdit_jax.run.no_checkpoint import ways_on
+from fluxdit_jax.run.run_directory import ways_on
 from fluxdit_jax.run.signals import any_process
 from fluxdit_jax.run.soundness import BrokenRun, state_fault, weights_fault
 from fluxdit_jax.state import TrainState, shape_difference

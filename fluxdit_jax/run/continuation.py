@@ -32,8 +32,7 @@ from fluxdit_jax.run.checkpoint import (
 from fluxdit_jax.run.differences import all_changes
 from fluxdit_jax.run.digest import tree_digest
 from fluxdit_jax.run.metrics import METRICS, beyond, last_step
-from fluxdit_jax.run.no_checkpoint import ways_on
-from fluxdit_jax.run.run_directory import NO_STAGES, RunError, record_start
+from fluxdit_jax.run.run_directory import NO_STAGES, RunError, record_start, ways_on
 from fluxdit_jax.run.signals import any_process
 from fluxdit_jax.shared.atomic_files import write_whole
 from fluxdit_jax.state import TrainState

@@ -146,3 +146,12 @@ def load_dataset(workdir: Path, stage: str = "") -> Manifest:
 
 def _again(path: Path) -> str:
     return f"It is a copy of the manifest of the run's data set: cp DATASET/{MANIFEST} {path}"
+
+
+def ways_on(workdir: Path) -> str:
+    """What to do where a run has no checkpoint to go on from."""
+    return (
+        f"Bring back a backup of {workdir / 'checkpoints'}; or start from the run's EMA weights in another directory "
+        f"(--config.workdir=NEW --config.resume.from_run={workdir}); or start anew, in another one or with {workdir} "
+        "moved away"
+    )
