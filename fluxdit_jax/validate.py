@@ -73,8 +73,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     for name in ("limit", "pairs", "edits", "steps", "batch_size"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if arguments.seed < 0:
-        parser.error("--seed must be at least 0")
+    if not 0 <= arguments.seed < 2**31:
+        parser.error(f"--seed must be at least 0 and below 2**31, not {arguments.seed}")
     return arguments
 
 
@@ -82,7 +82,7 @@ def _add_arguments(add: Any) -> None:
     add("--workdir", type=given_path, required=True, help="run directory of fluxdit_jax.train (required)")
     add("--data", type=given_path, help="dataset directory; default: where it was when the run was trained")
     add("--step", type=int, help="weights of this step; default: the newest, of ema/ or of a checkpoint")
-    add("--limit", type=int, default=200, help="records at most, spread evenly; default: 200")
+    add("--limit", type=int, default=200, help="records at most, whole photographs of a gate set; default: 200")
     add(
         "--pairs",
         type=int,

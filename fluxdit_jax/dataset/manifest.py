@@ -58,6 +58,13 @@ class EncoderIdentity:
     width: int
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def spec(self) -> str:
+        """What names the very same weights: a hub model with its revision, which is found in the cache offline."""
+        if not self.revision or self.id.startswith("builtin:") or Path(self.id).is_dir():
+            return self.id
+        return f"{self.id.partition('@')[0]}@{self.revision}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Shard:

@@ -150,19 +150,16 @@ def _encoder(folder: Path, name: str, identity: EncoderIdentity, bundle: str) ->
 
     stem = files.DIFFUSERS_WEIGHTS if name == "vae" else files.TRANSFORMERS_WEIGHTS
     extra = {"text": TOKENIZER_FILES, "vision": ("preprocessor_config.json",)}.get(name, ())
-    spec = (
-        identity.id
-        if Path(identity.id).is_dir() or not identity.revision or "@" in identity.id
-        else (f"{identity.id}@{identity.revision}")
-    )
     try:
-        found = files.find(spec, f"--bundle {bundle}", stem, subfolder="vae" if name == "vae" else "", extra=extra)
+        found = files.find(
+            identity.spec, f"--bundle {bundle}", stem, subfolder="vae" if name == "vae" else "", extra=extra
+        )
     except PreprocessError as error:
         raise ExportError(f"the {name} encoder of the training set cannot be bundled: {error}") from error
     if found.sha256 != identity.sha256:
         raise ExportError(
-            f"--bundle {bundle}: {spec} has other weights (sha256 {found.sha256[:12]}) than the {name} encoder of the "
-            f"training set ({identity.sha256[:12]}): pictures would come out wrong"
+            f"--bundle {bundle}: {identity.spec} has other weights (sha256 {found.sha256[:12]}) than the {name} "
+            f"encoder of the training set ({identity.sha256[:12]}): pictures would come out wrong"
         )
     _copy(found.directory, folder / component, ("config.json", f"{stem}*.safetensors", f"{stem}*.index.json"))
     config: Mapping[str, Any] = found.config

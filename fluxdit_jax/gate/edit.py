@@ -135,7 +135,7 @@ class TextEdit:
     def measure(self, draw: Draw, library: Library) -> Verdict:
         if self.possible < MIN_CASES:
             why = f"which has {self.possible} pictures of a photograph's other view"
-            return not_judged(*TITLE, QUESTION, RIGHT, why)
+            return not_judged(*TITLE, QUESTION, RIGHT, why, self.eval_set.left_out)
         eval_set = self.eval_set
         own, answers = (list(indices) for indices in zip(*self.cases))
         drawn = draw(self.edited)

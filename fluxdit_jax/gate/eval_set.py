@@ -25,6 +25,7 @@ class EvalSet:
       patch: side of a token in latent pixels.
       grid: the places of pictures, by record key; empty for a set that is no grid.
       seed: of the first record's noise.
+      left_out: records of the set that are not under test.
     """
 
     records: tuple[Record, ...]
@@ -32,6 +33,7 @@ class EvalSet:
     patch: int
     grid: Grid = dataclasses.field(default_factory=dict)
     seed: int = 0
+    left_out: int = 0
 
     def __len__(self) -> int:
         return len(self.records)

@@ -19,6 +19,8 @@ from fluxdit_jax.run.weights import places, weights_digest
 from fluxdit_jax.shared.sanitize import shown
 
 log = logging.getLogger(__name__)
+WORDS = {"parameters": "the network's structure", "patch": "model.patch", "positions": "model.positions"}
+BEFORE = {"positions": "index"}  # of a family in reports of earlier versions, which do not say it
 SCALING = ("factor", "scale", "shift")  # what latents of the same VAE's weights mean depends on them
 
 
@@ -38,6 +40,7 @@ def family(config: ModelConfig) -> dict[str, Any]:
         "parameters": hashlib.sha256("\n".join(names).encode()).hexdigest()[:16],
         "patch": config.patch,
         "channels": config.channels,
+        "positions": config.positions,
     } | {f"{condition.name}_width": condition.width for condition in config.conditions}
 
 
@@ -119,9 +122,9 @@ def _differences(report: dict[str, Any], config: ModelConfig, manifest: Manifest
             problems.append("that run did not pass its validation")
     theirs = report["model"]["family"]
     for key, value in family(config).items():
-        if theirs.get(key) != value:
-            what = {"parameters": "the network's structure", "patch": "model.patch"}.get(key, key.replace("_", " "))
-            problems.append(f"{what} was {theirs.get(key)!r} there, is {value!r} here")
+        if (there := theirs.get(key, BEFORE.get(key))) != value:
+            what = WORDS.get(key, key.replace("_", " "))
+            problems.append(f"{what} was {there!r} there, is {value!r} here")
     # Of what the network is given: patches serve training alone.
     wanted, measured = {LATENT.encoder, *manifest.conditions}, report["encoders"].keys() - {PATCHES.encoder}
     if measured != wanted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from pathlib import Path
@@ -10,14 +11,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from fluxdit_jax.dataset.grid import GRID_FILE, Grid, read_grid
-from fluxdit_jax.dataset.manifest import Manifest, parts_of
+from fluxdit_jax.dataset.manifest import Manifest
 from fluxdit_jax.dataset.records import Record
 from fluxdit_jax.gate.edit import TextEdit
 from fluxdit_jax.gate.eval_set import EvalSet
 from fluxdit_jax.gate.memorisation import Memorisation
 from fluxdit_jax.gate.swap import Swap
 from fluxdit_jax.loader.reader import RecordSource, spread
-from fluxdit_jax.run.differences import require_dataset
+from fluxdit_jax.run.differences import find_dataset
 from fluxdit_jax.run.metrics import METRICS, read_metrics
 from fluxdit_jax.run.run_directory import load_config, load_stage
 from fluxdit_jax.run.weights import Weights, restore_weights
@@ -67,7 +68,7 @@ class Subject:
         """
         Args:
           workdir: of `fluxdit_jax.train`.
-          limit: records at most, spread evenly.
+          limit: records at most; see `_under_test`.
           data: directory of the dataset; None: where it was when the run was trained.
           step: of the weights; None: the newest.
           vae: directory of the VAE; None: `config.log.vae`, or where the dataset found it.
@@ -80,16 +81,13 @@ class Subject:
         stage, manifest = load_stage(workdir, weights.step)
         log = [entry for entry in log if entry["step"] > stage.first]  # losses of other stages do not compare
         config, settings = stage.config, resolve(stage.config, manifest, stage.first)
-        directory = data or Path(config.data.path)
-        if data is not None and config.data.resolution is not None and config.data.resolution in parts_of(data):
-            directory = parts_of(data)[config.data.resolution]
-        require_dataset(directory, workdir, stage.name)
+        directory = find_dataset(workdir, stage, data)
+        grid = read_grid(directory / GRID_FILE)
         source = RecordSource(directory, manifest, "train", config.data.get("on_corrupt", "stop"))
         records = tuple(
             record.having(text=record.text[: settings.text_limit])  # as in training
-            for _, record in source.iter_valid(spread(len(source), limit))
+            for _, record in source.iter_valid(_under_test(source, grid, limit))
         )
-        grid = read_grid(directory / GRID_FILE)
         decoder = load_decoder(manifest.vae, vae or config.log.vae)
         return cls(config, manifest, settings, log, weights, directory, len(source), decoder, records, grid, seed)
 
@@ -97,7 +95,8 @@ class Subject:
     def eval_set(self) -> EvalSet:
         """The records with their pictures, which the VAE decodes on the first call."""
         truths = decode_all(self.decoder, [record.latent for record in self.records])
-        return EvalSet(self.records, tuple(truths), self.settings.model.patch, self.grid, self.seed)
+        left_out = self.available - len(self.records)
+        return EvalSet(self.records, tuple(truths), self.settings.model.patch, self.grid, self.seed, left_out)
 
     def tests(
         self, pairs: int, edits: int, unrelated: str | None = None, text_encoder: str | None = None
@@ -119,3 +118,19 @@ class Subject:
                 lambda captions: encode_prompts(captions, self.manifest, text_encoder, self.settings.text_limit),
             ),
         )
+
+
+def _under_test(source: RecordSource, grid: Grid, limit: int) -> list[int]:
+    """Numbers of at most `limit` records, spread evenly: of a grid whole photographs, if there is room for two, as the
+    questions are between pictures of one."""
+    everything = list(range(len(source)))
+    if not grid or len(everything) <= limit:
+        return spread(len(everything), limit)
+    photographs: dict[str, list[int]] = collections.defaultdict(list)
+    for number, record in source.iter_valid(everything):
+        place = grid.get(record.key)
+        photographs[record.key if place is None else place.photograph].append(number)
+    of_each = list(photographs.values())
+    if (room := limit // max(map(len, of_each))) < 2:
+        return spread(len(everything), limit)
+    return sorted(number for chosen in spread(len(of_each), room) for number in of_each[chosen])

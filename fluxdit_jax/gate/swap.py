@@ -100,7 +100,7 @@ class Swap:
                 if eval_set.rows
                 else "which is no grid of photographs and lights"
             )
-            return not_judged(*TITLE, QUESTION, PASSING, why)
+            return not_judged(*TITLE, QUESTION, PASSING, why, eval_set.left_out)
         answers = [pair.answer for pair in self.pairs]
         swapped = draw(self.swapped)
         found = library.retrieve(swapped, answers)

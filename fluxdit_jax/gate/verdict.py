@@ -117,18 +117,19 @@ class Verdict:
 MAKE_ONE = "make one with `python -m preprocess subset`"
 
 
-def not_judged(name: str, title: str, question: str, threshold: float, why: str) -> Verdict:
-    """Of a test that this set does not allow."""
+def not_judged(name: str, title: str, question: str, threshold: float, why: str, left_out: int) -> Verdict:
+    """Of a test that this set does not allow, or the part of it under test; `left_out`: its other records."""
+    way = f"--limit leaves {left_out} of its pictures out: give a larger one" if left_out else MAKE_ONE
     return Verdict(
         name=name,
         title=title,
         question=question,
         value=0.0,
         threshold=threshold,
-        statement=f"cannot be judged on this set: {MAKE_ONE}",
+        statement=f"cannot be judged on this set: {way}",
         numbers={},
         controls=(),
-        reasons=(f"cannot be judged on this set, {why}: {MAKE_ONE}",),
+        reasons=(f"cannot be judged on this set, {why}: {way}",),
         cases=(),
         judged=False,
     )

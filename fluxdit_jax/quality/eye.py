@@ -52,7 +52,7 @@ class Eye:
 
         scale = manifest.vision_resolution / manifest.resolution if manifest.vision_resolution else 1.0
         try:
-            encoder = load_vision_encoder(spec or manifest.vision.id, device, manifest.vision.dtype or "auto")
+            encoder = load_vision_encoder(spec or manifest.vision.spec, device, manifest.vision.dtype or "auto")
         except PreprocessError as error:
             if spec or "--device" in str(error):
                 raise

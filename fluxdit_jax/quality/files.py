@@ -21,7 +21,7 @@ CIRCUMSTANCES = ("dataset", "questions", "references", "eye", "sampling", "amoun
 def circumstances(dataset: Path, exam: Exam, eye: Eye, sampling: dict[str, Any], amounts: Amounts) -> dict[str, Any]:
     """The `CIRCUMSTANCES` of a report; `sampling` says how pictures are drawn."""
     asked = len(exam.questions), len(exam.train)
-    seen_by = {"encoder": eye.encoder.identity.id, "own": eye.own}
+    seen_by = {"encoder": eye.encoder.identity.id.partition("@")[0], "own": eye.own}
     values = str(dataset), *asked, seen_by, sampling, dataclasses.asdict(amounts)
     return dict(zip(CIRCUMSTANCES, values, strict=True))
 

@@ -77,7 +77,7 @@ def _encode(
 
     trained, longest = manifest.encoders[field.encoder], manifest.lengths[field.name]
     most = trained.options.get("max_tokens", 512)
-    name, dtype = spec or trained.id, trained.dtype
+    name, dtype = spec or trained.spec, trained.dtype
     encoder = kept.get(field.name, (name, dtype, most), lambda: load_text_encoder(name, dtype=dtype, max_tokens=most))
     check_encoder(encoder.identity, trained, "--text-encoder" if field == TEXT else f"the {field.maker}")
     texts = encoder.encode(prompts)
@@ -148,7 +148,7 @@ def encode_reference(pixels: np.ndarray, manifest: Manifest, spec: str | None, k
     """
     from preprocess.encoders import load_vision_encoder
 
-    name, dtype = spec or manifest.vision.id, manifest.vision.dtype
+    name, dtype = spec or manifest.vision.spec, manifest.vision.dtype
     kept = Kept() if kept is None else kept
     encoder = kept.get("vision", (name, dtype), lambda: load_vision_encoder(name, dtype=dtype))
     check_encoder(encoder.identity, manifest.vision, "--vision-encoder")

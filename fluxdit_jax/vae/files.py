@@ -91,11 +91,11 @@ def _hub_snapshot(identity: EncoderIdentity, offline: bool) -> Path:
     """Snapshot directory of a Hugging Face repository; raises whatever the hub raises."""
     from huggingface_hub import snapshot_download  # imports neither torch nor jax
 
-    repository, _, revision = identity.id.partition("@")
+    repository, _, revision = identity.spec.partition("@")
     names = ("config.json", WEIGHTS, INDEX, WEIGHTS.replace(".", "-*-of-*.", 1))
     root = snapshot_download(
         repository,
-        revision=identity.revision or revision or None,
+        revision=revision or None,
         allow_patterns=[*names, *(f"{SUBFOLDER}/{name}" for name in names)],
         local_files_only=offline,
     )

@@ -137,6 +137,11 @@ def plan_only(options: Options, forecast: Forecast, replace: bool = False) -> li
 def _require_kept(parts: list[Part], repairing: bool = False) -> None:
     """Raises `PreprocessError` where a finished dataset has other options or would lose more than a few records."""
     for part in parts:
+        if part.done.unreadable and not repairing:
+            raise PreprocessError(
+                f"{part.done.unreadable}. `python -m preprocess verify --repair {part.options.output}` writes it anew "
+                "from the shards. Or everything is encoded again, with --replace; nothing was changed"
+            )
         if part.before is not None:
             differences = repeat.require_same(part.options, part.before, part.options.output)
             comparison.require_kept(part.found, part.options.output, differences, repairing)
@@ -321,10 +326,12 @@ def _build(
     StoredPlan.discard(output)
     if len(devices := devices_noted(output / WORK)) > 1:
         journal.say(f"note: made on different devices, which round differently: {'; '.join(devices)}")
-    published = []
+    published, anew = [], damaged is not None
     for part in parts:
         finished = [part.done.units[uid] for uid, _ in part.wanted]
-        published.append(Published(part, finished, *publish(part.output, part.plan, finished, prepared.identities)))
+        published.append(
+            Published(part, finished, *publish(part.output, part.plan, finished, prepared.identities, anew))
+        )
     if options.resolutions:
         save_options(output / OPTIONS_FILE, options)
         finish(output)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fluxdit_jax.dataset.manifest import INDEX, DatasetError
+from fluxdit_jax.dataset.manifest import INDEX, MANIFEST, DatasetError
 from preprocess.build.archive import Archive
 from preprocess.build.journal import Journal
 from preprocess.build.publish import pending_index
@@ -24,6 +24,7 @@ class Existing:
       units: the finished units of the plan, by uid.
       records: how many the dataset has; 0 if there is none.
       damaged: those of its rows, by number, whose record cannot be used.
+      unreadable: why the index of the dataset cannot be read; "" if it can, or there is no dataset.
     """
 
     def __init__(self, output: Path, distrusted: frozenset[tuple[str, int]], journal: Journal) -> None:
@@ -31,6 +32,7 @@ class Existing:
         self.units: dict[str, Finished] = {}
         self.records = 0
         self.damaged: set[int] = set()
+        self.unreadable = ""
         self._index: list[Finished] = []
         self._work: list[Finished] = []
         self._sources: list[Finished] = []
@@ -64,12 +66,13 @@ class Existing:
     def _load_index(self, uids: set[str]) -> None:
         pending = pending_index(self._output)  # while its shards are being moved their places say nothing
         path = pending or self._output / INDEX
-        if not path.exists():
+        if not path.exists() and not (self._output / MANIFEST).exists():
             return
         try:
             index = RowsFile(path)
             index.check()
         except DatasetError as error:
+            self.unreadable = str(error)
             self._journal.say(f"damaged: {error}; what it described is encoded again")
             return
         self._index, self.records = list(index), index.records

@@ -13,7 +13,8 @@ import dataclasses
 from collections.abc import Iterator, Set
 from pathlib import Path
 
-from fluxdit_jax.dataset.manifest import INDEX, MANIFEST, REJECTS, parts_of
+from fluxdit_jax.dataset.manifest import INDEX, MANIFEST, DatasetError, load_manifest, parts_of
+from fluxdit_jax.shared.sanitize import shown
 from preprocess import PreprocessError
 from preprocess.build import comparison, repeat
 from preprocess.build.existing import Existing
@@ -22,10 +23,12 @@ from preprocess.build.journal import Journal
 from preprocess.build.lock import locked
 from preprocess.build.options import Options
 from preprocess.build.plan import Fingerprints, Plan, Unit
-from preprocess.build.publish import LOG_FILE, OPTIONS_FILE, finish, load_options
+from preprocess.build.publish import LOG_FILE, finish, load_options
+from preprocess.build.rows import RowsFile
 from preprocess.build.units import WORK, disk_errors
 from preprocess.build.workers import require_no_worker
 from preprocess.database import StoredSet
+from preprocess.input.system_folders import hidden
 
 
 @dataclasses.dataclass
@@ -107,16 +110,26 @@ def datasets_of(directory: Path) -> list[Path]:
 
 
 def _require_ours(output: Path) -> None:
-    """Raises `PreprocessError` where files of a dataset's names stand that no build made: they would be replaced."""
-    names = (MANIFEST, INDEX, REJECTS, OPTIONS_FILE, "features.json", "dataset_info.json")
-    found = [name for name in names if (output / name).exists()]
+    """Raises `PreprocessError` where something stands that no build made: pictures, or another program's shards."""
+    if not output.is_dir() or any((output / name).exists() for name in (LOG_FILE, Path(WORK) / "lock")):
+        return
+    found = sorted(path.name for path in output.iterdir() if not hidden(path.name))
     if (output / WORK).is_dir() and any((output / WORK).iterdir()):  # one that is empty may be of a killed build
         found.append(WORK)
-    made = (output / LOG_FILE).exists() or (output / WORK / "lock").exists() or any(output.glob("*.array_record-*"))
-    if found and not made:
+    if found and not (_is_dataset(output) or parts_of(output)):
         raise PreprocessError(
-            f"--output {output} holds no dataset and has {found[0]}, which would be replaced: give another folder"
+            f"--output {output} holds no dataset of `build`, and has {shown(found[0])}"
+            f"{f' and {len(found) - 1:,} more' if found[1:] else ''}: give a new folder, or an empty one"
         )
+
+
+def _is_dataset(directory: Path) -> bool:
+    """Whether there is a manifest or an index of `build`."""
+    for read in (lambda: load_manifest(directory), lambda: RowsFile(directory / INDEX)):
+        with contextlib.suppress(DatasetError):
+            read()
+            return True
+    return False
 
 
 def require_place(options: Options) -> None:

@@ -52,12 +52,15 @@ def dataset_name(directory: Path) -> str:
     return name if name[:1].isalpha() else f"dataset_{name}".rstrip("_")
 
 
-def publish(directory: Path, plan: Plan, done: list[Finished], identities: Identities) -> tuple[Manifest, bool]:
+def publish(
+    directory: Path, plan: Plan, done: list[Finished], identities: Identities, anew: bool = False
+) -> tuple[Manifest, bool]:
     """Makes the dataset that consists of exactly these units.
 
     Args:
       done: every unit of the plan in order. `UnitInfo.file` tells whether its shard is in the dataset already or in
         `.build`.
+      anew: also if it is that dataset already by what it lists.
 
     Returns:
       The manifest, and False if the directory was that dataset already.
@@ -86,7 +89,7 @@ def publish(directory: Path, plan: Plan, done: list[Finished], identities: Ident
             write_grid(next_folder / GRID_FILE, grid)
         write_whole(next_folder / MANIFEST, manifest.to_json())
     moves = [(unit.info.uid, old, unit.info.file) for unit, old in placed if unit.info.records]
-    if all(old == new for _, old, new in moves) and _same(directory, next_folder):
+    if not anew and all(old == new for _, old, new in moves) and _same(directory, next_folder):
         finish(directory)
         return manifest, False
     with disk_errors(work / _COMMIT):

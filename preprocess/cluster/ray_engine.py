@@ -46,7 +46,7 @@ class _Place:
 
     Attributes:
       actor: its handle. device: what it said of itself; "" before. task: what it is making, None while it starts.
-      failures: in a row.
+      failures: since it last made something.
     """
 
     number: int
@@ -193,6 +193,7 @@ class _Crew:
         # Ray would give PyTorch one thread for each CPU that is asked for.
         self._threads = str(max(1, int(resources.get("CPU", 1)) // self._wanted))
         self._busy: dict[Any, _Place] = {}  # by what is waited for
+        self._idle: list[_Place] = []
 
     def make(self, numbers: Sequence[int]) -> Counts:
         counts, waiting, output = Counts(), collections.deque(numbers), Path(self._options.output)
@@ -208,12 +209,12 @@ class _Crew:
                 except self._ray.exceptions.RayError as error:
                     self._failed(place, error, waiting)
                     continue
-                place.failures = 0
                 if place.task is None:
                     place.device = answer
                     note_device(output / WORK, answer.partition(", GPU")[0].partition(" on ")[0])
                     self._journal.say(f"started: {place}")
                 else:
+                    place.failures = 0
                     counts += Counts(**answer)
                     bar.update(self._plan.images[place.task])
                     self._journal.event("task", number=place.task, place=place.number, device=place.device)
@@ -236,7 +237,9 @@ class _Crew:
 
     def _give(self, place: _Place, waiting: collections.deque[int]) -> None:
         place.task = waiting.popleft() if waiting else None
-        if place.task is not None:
+        if place.task is None:
+            self._idle.append(place)
+        else:
             self._busy[place.actor.make.remote(place.task)] = place
 
     def _failed(self, place: _Place, error: Exception, waiting: collections.deque[int]) -> None:
@@ -245,7 +248,7 @@ class _Crew:
         if isinstance(cause, PreprocessError):
             raise cause
         if place.task is not None:
-            waiting.appendleft(place.task)
+            waiting.append(place.task)  # behind the others: it may be what kills its actors
         place.failures += 1
         why = ([line.strip() for line in str(cause or error).splitlines() if line.strip()] or ["?"])[0]
         self._journal.event("failed", place=place.number, device=place.device, task=place.task, why=why)
@@ -255,3 +258,5 @@ class _Crew:
             self._start(place)
         else:
             self._journal.say(f"dropped after {FAILURES} failures in a row: {place}: {why}")
+        if waiting and self._idle:
+            self._give(self._idle.pop(), waiting)

@@ -108,9 +108,14 @@ def _from_hub(spec: str, option: str, stem: str, subfolder: str, extra: tuple[st
             folder = ""
             snapshot = fetch(folder, revision)
         if not revision and not _weight_files(snapshot / folder, stem):
-            offered = _offered_conversion(repository)
-            if offered:
-                snapshot = fetch(folder, offered)
+            try:
+                offered = _offered_conversion(repository)
+            except (OSError, ValueError):
+                if (cached := _cached_conversion(snapshot, folder, stem)) is None:
+                    raise
+                snapshot = cached
+            else:
+                snapshot = fetch(folder, offered) if offered else snapshot
     except (OSError, ValueError) as error:  # huggingface_hub's errors derive from these two
         raise _unreachable(spec, option, stem, subfolder, extra, error) from error
     return snapshot, snapshot.name
@@ -127,6 +132,13 @@ def _offered_conversion(repository: str) -> str:
         repository, author=_CONVERSION_BOT, discussion_type="pull_request", discussion_status="open"
     )
     return next((f"refs/pr/{offer.num}" for offer in offers if "safetensors" in offer.title), "")
+
+
+def _cached_conversion(snapshot: Path, folder: str, stem: str) -> Path | None:
+    """The snapshot of a pull request with weights that is in the cache, where the Hub cannot be asked."""
+    references = sorted((snapshot.parents[1] / "refs" / "refs" / "pr").glob("*"))
+    found = (snapshot.parent / path.read_text().strip() for path in references)
+    return next((each for each in found if _weight_files(each / folder, stem)), None)
 
 
 def _unreachable(

@@ -28,13 +28,14 @@ from fluxdit_jax.dataset.manifest import (
     sha256_file,
 )
 from fluxdit_jax.shared.sanitize import shown
+from preprocess import PreprocessError
 from preprocess.buckets import nearest
 from preprocess.build.build import build
-from preprocess.build.comparison import WouldLose
 from preprocess.build.journal import Journal
 from preprocess.build.options import Options
+from preprocess.build.parts import all_locked
 from preprocess.build.plan import Fingerprints, digest
-from preprocess.build.publish import load_options, write_tfds_metadata
+from preprocess.build.publish import OPTIONS_FILE, load_options, write_tfds_metadata
 from preprocess.build.rows import (
     Finished,
     Rows,
@@ -113,7 +114,7 @@ def _check_metadata(directory: Path, manifest: Manifest, rejects_sha256: str) ->
     if (directory / MANIFEST).read_text(encoding="utf-8") != manifest.to_json():
         findings.append(Finding(MANIFEST, WHOLE, "says the right things, but is not as it was written"))
     listed = {shard.file for shards in manifest.shards.values() for shard in shards}
-    for path in directory.glob("*.array_record*"):
+    for path in directory.glob("*.array_record-*-of-*"):
         if path.name not in listed:
             findings.append(Finding(path.name, WHOLE, _UNLISTED))
     with tempfile.TemporaryDirectory() as folder:
@@ -125,6 +126,11 @@ def _check_metadata(directory: Path, manifest: Manifest, rejects_sha256: str) ->
                 findings.append(Finding(name, WHOLE, "is missing"))
             elif (directory / name).read_bytes() != (Path(folder) / name).read_bytes():
                 findings.append(Finding(name, WHOLE, "is not what the manifest calls for"))
+    if (directory / OPTIONS_FILE).exists():
+        try:
+            load_options(directory)
+        except PreprocessError as error:
+            findings.append(Finding(OPTIONS_FILE, WHOLE, str(error)))
     try:
         read_grid(directory / GRID_FILE)
     except DatasetError as error:
@@ -256,24 +262,26 @@ def repair_all(directory: str | Path, findings: Mapping[Path, list[Finding]]) ->
     options = dataclasses.replace(load_options(Path(directory)), output=str(directory))
     # Of all datasets in one set: a shard's name holds that of its folder.
     damaged = frozenset((f.file, f.row) for found in findings.values() for f in found if ".array_record" in f.file)
-    before: dict[Path, bytes] = {}
-    for dataset, found in findings.items():
-        if any(finding.file == INDEX for finding in found):
-            with contextlib.suppress(DatasetError):  # without a manifest too, everything is encoded again
-                salvage_index(dataset, load_options(dataset))
-        manifest = dataset / MANIFEST
-        if manifest.is_file() and any(finding.file != INDEX for finding in found):
-            before[manifest] = manifest.read_bytes()
-            manifest.unlink()  # it is no finished dataset until it is repaired
-        for finding in found:
-            if finding.what == _UNLISTED:
-                (dataset / finding.file).unlink()
-    try:
-        build(options, damaged)
-    except WouldLose:
-        for manifest, content in before.items():  # nothing was done
-            manifest.write_bytes(content)
-        raise
+    with all_locked(options):
+        for dataset, found in findings.items():
+            if any(finding.file == INDEX for finding in found):
+                with contextlib.suppress(DatasetError):  # without a manifest too, everything is encoded again
+                    salvage_index(dataset, load_options(dataset))
+            elif any(finding.file == MANIFEST for finding in found):
+                damaged |= _unlike_index(dataset)
+    build(options, damaged)
+
+
+def _unlike_index(directory: Path) -> set[tuple[str, int]]:
+    """All records of the shards that are not those of the index, for want of a manifest that `verify` compares with."""
+    with contextlib.suppress(DatasetError):
+        return {
+            (unit.file, row)
+            for unit in RowsFile(directory / INDEX).units
+            if not (directory / unit.file).is_file() or sha256_file(directory / unit.file) != unit.sha256
+            for row in range(unit.records)
+        }
+    return set()
 
 
 def salvage_index(directory: Path, options: Options) -> None:

@@ -294,7 +294,7 @@ def test_causes_of_a_bad_edit(numbers, controls, expected):
 
 
 def test_what_is_not_judged_is_the_sets_fault_whatever_the_training():
-    unjudged = [not_judged(name, name, "?", 0.8, "which is no grid") for name in ("vision swap", "text edit")]
+    unjudged = [not_judged(name, name, "?", 0.8, "which is no grid", 0) for name in ("vision swap", "text edit")]
     for log in (FLAT, []):
         (first, *told) = advise([verdicts({})[0], *unjudged], log)
         assert first.advice == ()

@@ -164,6 +164,18 @@ def test_a_network_of_another_structure_is_another_family(tmp_path):
         require_report(path, LARGE, manifest())
 
 
+def test_other_positions_are_another_family(tmp_path):
+    """With the same parameters. Reports of earlier versions do not say which: there was one kind."""
+    scaled, path = dataclasses.replace(LARGE, positions="scaled"), write(tmp_path)
+    report = json.loads(path.read_text())
+    for _ in range(2):
+        require_report(path, LARGE, manifest())
+        with pytest.raises(GateError, match=r"model\.positions was 'index' there, is 'scaled' here"):
+            require_report(path, scaled, manifest())
+        report["model"]["family"].pop("positions", None)
+        path.write_text(json.dumps(report))
+
+
 def test_the_family_sees_structure_and_not_size():
     assert family(NANO) == family(LARGE)
     assert family(NANO)["parameters"] == family(dataclasses.replace(NANO, channels=4))["parameters"]

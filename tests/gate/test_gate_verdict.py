@@ -52,13 +52,16 @@ def test_the_picture_that_is_judged_is_the_last():
 
 
 def test_what_cannot_be_judged_has_neither_passed_nor_failed():
-    verdict = not_judged("vision_swap", "Vision swap", "?", 0.8, "which is no grid")
+    verdict = not_judged("vision_swap", "Vision swap", "?", 0.8, "which is no grid", left_out=0)
     assert not verdict.passed and not verdict.judged and grade(verdict) == "not judged"
     assert "which is no grid" in verdict.reasons[0] and "preprocess subset" in verdict.reasons[0]
     assert "preprocess subset" in verdict.statement
     written = verdict.to_json()
     assert (written["passed"], written["judged"], written["value"], written["cases"]) == (False, False, 0, [])
     assert written["threshold"] == 0.8 and written["controls"] == [] and written["numbers"] == {}
+    limited = not_judged("vision_swap", "Vision swap", "?", 0.8, "which is no grid", left_out=80)
+    for told in (limited.statement, *limited.reasons):
+        assert "--limit" in told and "80" in told and "subset" not in told
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,7 @@ def test_the_ema_of_a_newer_checkpoint_is_validated_and_named(untrained, tmp_pat
     shown = capsys.readouterr().out
     assert lines_naming(shown, f"{workdir}/checkpoints/20", "EMA", "step 20", "ema/", "step 7")
     assert lines_naming(shown, 20, 500)  # the run has not come to its end
+    assert "--limit leaves 26 of its pictures out" in report["metrics"]["text_edit"]["reasons"][0]
 
 
 def test_options_choose_what_is_measured(untrained, capsys):
@@ -101,10 +102,11 @@ def test_options_choose_what_is_measured(untrained, capsys):
     )  # fmt: skip
     metrics = report["metrics"]
     assert status == 1 and report["weights"]["ema_step"] == 0 and report["sampling"]["seed"] == 3
-    assert [metric["numbers"]["questions"] for metric in metrics.values()] == [24, 6, 4]
+    # Whole photographs, of which each has 10 pictures.
+    assert [metric["numbers"]["questions"] for metric in metrics.values()] == [20, 6, 4]
     assert all(metric["judged"] for metric in metrics.values())
     shown = capsys.readouterr().out
-    assert "'portrait' becomes 'view'" in shown and lines_naming(shown, 24, 30)
+    assert "'portrait' becomes 'view'" in shown and lines_naming(shown, 20, 30)
     assert any("at least 50" in reason for reason in metrics["vision_swap"]["reasons"])
 
 
@@ -158,6 +160,7 @@ def test_what_cannot_be_measured_is_one_line_and_status_2(untrained, capsys, opt
         ("--edits=0", "error: --edits"),
         ("--edits=looking left=>looking right", "--edits"),
         ("--seed=-1", "--seed"),
+        (f"--seed={2**31}", "--seed"),
         ("--method=magic", "rk3"),
     ],
 )

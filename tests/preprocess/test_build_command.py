@@ -67,13 +67,17 @@ def test_arguments_that_are_none(words, capsys) -> None:
     assert stop.value.code == 2 and "invalid" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "features.json", ".build/mine"])
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "features.json", ".build/mine", "p000.jpg", "mnist-train.array_record-00000-of-00002"]
+)
 def test_files_of_others_are_not_replaced(name: str, photos: Path, tmp_path: Path, capsys) -> None:
     file = tmp_path / "data" / name
     file.parent.mkdir(parents=True)
     file.write_text('{"mine": 1}')
     assert main(["build", "--input", str(photos), "--output", str(tmp_path / "data"), *FLAGS]) == 1
-    assert "would be replaced" in capsys.readouterr().err and file.read_text() == '{"mine": 1}'
+    assert re.search(naming(tmp_path / "data", Path(name).parts[0], "new folder"), capsys.readouterr().err)
+    assert file.read_text() == '{"mine": 1}'
+    assert [path for path in (tmp_path / "data").rglob("*") if path.is_file()] == [file]
 
 
 def test_help_loads_nothing_heavy() -> None:

@@ -107,6 +107,27 @@ def test_a_cached_repository_is_used_offline_with_its_commit(tiny_vae_dir: Path,
     assert result.stdout.split() == ["someone/flux", commit]
 
 
+def test_a_cached_conversion_is_used_offline_by_name_and_by_what_a_manifest_says(
+    tiny_t5_dir: Path, tmp_path: Path
+) -> None:
+    """google/t5-v1_1-large has safetensors in a pull request alone, which nobody can be asked for without a network."""
+    cache, main, conversion = tmp_path / "hub" / "models--google--t5-v1_1-large", "a" * 40, "b" * 40
+    (cache / "refs" / "refs" / "pr").mkdir(parents=True)
+    (cache / "refs" / "main").write_text(main)
+    for number, commit in (("1", main), ("2", conversion)):
+        shutil.copytree(tiny_t5_dir, cache / "snapshots" / commit)
+        (cache / "refs" / "refs" / "pr" / number).write_text(commit)
+    (cache / "snapshots" / main / "model.safetensors").unlink()
+    code = (
+        "from preprocess.encoders import load_text_encoder; i = load_text_encoder('google/t5-v1_1-large').identity; "
+        "print(i.id, i.revision, i.spec, load_text_encoder(i.spec).identity.revision)"
+    )
+    result = offline(tmp_path, "-c", code)
+    assert result.returncode == 0, result.stderr
+    name = "google/t5-v1_1-large"
+    assert result.stdout.split() == [name, conversion, f"{name}@{conversion}", conversion]
+
+
 def test_safetensors_are_taken_from_the_hubs_conversion_where_main_has_none(
     tiny_t5_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

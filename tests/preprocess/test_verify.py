@@ -12,13 +12,15 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from build_fixtures import contents, index, options, write_photos
-from wording import lines_naming
+from wording import lines_naming, naming
 
 from fluxdit_jax.dataset.manifest import INDEX, MANIFEST, DatasetError, load_manifest
 from preprocess import PreprocessError
 from preprocess.build.build import build
+from preprocess.build.comparison import WouldLose
+from preprocess.build.lock import locked
 from preprocess.build.rows import Rows
-from preprocess.inspect.verify import repair, verify
+from preprocess.inspect.verify import WHOLE, Finding, repair, verify
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +172,56 @@ def test_the_command_line(built: Path, copied: Path) -> None:
     assert mended.returncode == 0, mended.stderr
     assert lines_naming(mended.stdout, str(copied), "every record")
     assert contents(copied) == contents(built / "data")
+
+
+@pytest.mark.parametrize("lost", [True, False], ids=["lost", "damaged"])
+def test_without_its_index_a_dataset_is_not_replaced(
+    lost: bool, built: Path, copied: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Of pictures that are gone from the input it has the only records; `verify --repair` writes the index anew."""
+    flip(copied / INDEX, 2000)
+    if lost:
+        (copied / INDEX).unlink()
+    pictures = [path for path in (built / "photos").rglob("p*") if path.suffix != ".json"]
+    for path in pictures[2:]:
+        path.rename(path.with_suffix(".away"))
+    before = contents(copied)
+    try:
+        with pytest.raises(PreprocessError, match=naming(INDEX, "verify --repair", copied, "--replace")):
+            build(options(built / "photos", copied))
+        assert contents(copied) == before
+        with pytest.raises(WouldLose):
+            repair(copied, verify(copied))
+    finally:
+        for path in pictures[2:]:
+            path.with_suffix(".away").rename(path)
+    assert {**contents(copied), INDEX: b""} == {**before, INDEX: b""}
+    assert build(options(built / "photos", copied)).counts.made == {}
+    assert contents(copied) == contents(built / "data")
+
+
+def test_a_repair_that_cannot_begin_leaves_all_as_it_is(copied: Path) -> None:
+    """So that the next one knows what is damaged."""
+    shard = copied / load_manifest(copied).shards["train"][0].file
+    flip(shard, 70_000)
+    mine = copied / "backup.array_record-old"
+    mine.write_text("mine")
+    findings, before = verify(copied), contents(copied)
+    (copied / ".build").mkdir()
+    with locked(copied / ".build" / "lock"), pytest.raises(PreprocessError, match="being written"):
+        repair(copied, findings)
+    shutil.rmtree(copied / ".build", ignore_errors=True)
+    assert contents(copied) == before and verify(copied) == findings
+    repair(copied, findings)
+    assert verify(copied) == [] and mine.read_text() == "mine"
+
+
+def test_without_a_manifest_damaged_shards_are_made_again(built: Path, copied: Path) -> None:
+    shard = copied / load_manifest(copied).shards["train"][0].file
+    flip(shard, 70_000)
+    (copied / MANIFEST).unlink()
+    repair(copied, [Finding(MANIFEST, WHOLE, "is missing")])
+    assert verify(copied) == [] and contents(copied) == contents(built / "data")
 
 
 def test_repair_without_the_sources_says_so(copied: Path) -> None:
