@@ -24,6 +24,7 @@ from preprocess.build.rows import Finished
 from preprocess.input.findings import Scan, counted
 
 MANY_REJECTS = 3  # exit status
+_SHOWN_KINDS = 6  # of files that are not looked at
 
 
 def report_plan(journal: Journal, plan: Plan, listing: Scan, beyond: Set[str] = frozenset()) -> None:
@@ -37,8 +38,11 @@ def report_plan(journal: Journal, plan: Plan, listing: Scan, beyond: Set[str] = 
     if several:
         journal.say(f"  {several:,} images have several captions; {captions:,} captions in all")
     if listing.ignored:
-        others = ", ".join(f"{shown(name)} {count}" for name, count in listing.ignored.most_common(6))
-        journal.say(f"  other files, not looked at: {others}")
+        kinds = listing.ignored.most_common()
+        journal.event("ignored", files=dict(kinds))
+        others = ", ".join(f"{shown(name)} {count}" for name, count in kinds[:_SHOWN_KINDS])
+        more = f", and {len(kinds) - _SHOWN_KINDS} more kinds" if kinds[_SHOWN_KINDS:] else ""
+        journal.say(f"  other files, not looked at: {others}{more}")
     if plan.passed_over:
         what = ", ".join(f"{shown(reason)} {count:,}" for reason, count in plan.passed_over.most_common(8))
         journal.say(f"  captions passed over, as another one was taken: {what}")

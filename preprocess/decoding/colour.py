@@ -76,7 +76,8 @@ def _of_png(png: Png) -> bytes | None:
         return profile
     if b"sRGB" in png.chunks:
         return b""
-    gamma = int.from_bytes(png.chunks.get(b"gAMA", b"")) / 100_000
+    number = png.chunks.get(b"gAMA", b"")
+    gamma = int.from_bytes(number) / 100_000 if len(number) == 4 else 0.0
     points = png.chunks.get(b"cHRM", b"")
     places = np.array(struct.unpack(">8I", points)) / 100_000 if len(points) == 32 else ()
     primaries = _PRIMARIES[1]

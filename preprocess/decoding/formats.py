@@ -64,7 +64,7 @@ def _register_plugins() -> list[str]:
 _NAMES |= {name: _OPTIONAL[name] for name in _register_plugins()}
 EXTENSIONS = tuple(dict.fromkeys(extension for names in _NAMES.values() for extension in names))
 _NEVER = ".gif .jp2 .psd .svg .ico .tga .exr .hdr .apng .ppm .pgm .eps"
-_NEVER += " .raw .dng .cr2 .cr3 .nef .arw .orf .rw2"
+_NEVER += " .raw .dng .cr2 .cr3 .nef .nrw .arw .srw .orf .rw2 .raf .pef .3fr"
 OTHER_IMAGES = (
     *_NEVER.split(),
     *(extension for name in _OPTIONAL for extension in _OPTIONAL[name] if name not in _NAMES),

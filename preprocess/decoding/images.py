@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 from preprocess.buckets import Size, geometry
 from preprocess.decoding import colour, formats, jpeg
@@ -57,7 +58,8 @@ class Header:
       orientation: 1 to 8 as in EXIF, what makes the decoded pixels upright.
       format: Pillow's name of the file's format.
       version: of `decode`, the one since which the file gives the pixels that it gives. 2: orientation or
-        colours come from where version 1 does not look.
+        colours come from where version 1 does not look. 3: one channel of more than 8 bits that is not as in most
+        files, see `_Wide`.
     """
 
     height: int
@@ -108,12 +110,46 @@ def _check_size(size: tuple[int, int] | None, limits: Limits) -> None:
 
 
 def _version(image: Image.Image, png: Png | None, data: bytes, turn: int) -> int:
+    if (wide := _Wide.of(image)) and wide != _Wide():
+        return 3
     if png and turn != orientation(image, dataclasses.replace(png, texts={})):
         return 2
     profile = colour.profile_of(image, png, read_exif(image, png), data)
     mode = "L" if image.mode in ("1", "L", "I") or image.mode.startswith("I;16") else image.mode
     mode = mode if mode in ("L", "CMYK") and "transparency" not in image.info else "RGB"
     return 1 if colour.is_version_1(colour.icc_profile(image, png), profile, mode) else 2
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wide:
+    """One channel of more than 8 bits: its largest value, whether that is black, and the one that is transparent."""
+
+    largest: int = 65535
+    inverted: bool = False
+    transparent: int | None = None
+
+    @classmethod
+    def of(cls, image: Image.Image) -> _Wide | None:
+        """None of a picture of another kind."""
+        if image.mode != "I" and not image.mode.startswith("I;16"):
+            return None
+        tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+        (bits, *_) = tags.get(BITSPERSAMPLE, (16,))
+        inverted = tags.get(PHOTOMETRIC_INTERPRETATION) == 0
+        transparent = image.info.get("transparency")
+        return cls(2 ** min(bits, 16) - 1, inverted, transparent if isinstance(transparent, int) else None)
+
+    def eight_bits(self, image: Image.Image) -> Image.Image:
+        """The picture in mode L; raises `Rejected` for values that are not of 16 bits."""
+        values = np.asarray(image).astype(np.int32)
+        if values.min() < 0 or values.max() > self.largest:
+            raise Rejected("unsupported pixels", f"integers outside 0 to {self.largest}")
+        levels = ((values * 255 + self.largest // 2) // self.largest).astype(np.uint8)
+        if self.inverted:
+            levels = 255 - levels
+        if self.transparent is not None:
+            levels[values == self.transparent] = _PAPER[0]
+        return Image.fromarray(levels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,11 +268,8 @@ def _lying_box(box: tuple[float, float, float, float], header: Header) -> tuple[
 def _without_alpha(image: Image.Image) -> Image.Image:
     """The picture in mode L, RGB or CMYK with 8 bits a channel."""
     mode = image.mode
-    if mode.startswith("I;16") or mode == "I":
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise Rejected("unsupported pixels", "32-bit integers outside 0 to 65535")
-        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    if wide := _Wide.of(image):
+        return wide.eight_bits(image)
     if mode == "F":
         raise Rejected("unsupported pixels", "floating point")
     if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:

@@ -62,8 +62,8 @@ class Wanted:
         """The `hf download` line that puts it into a folder."""
         revision = self.spec.partition("@")[2]
         at = f"--revision {revision} " if revision else ""
-        names = " ".join([self.files[0], *(f"'{name}'" for name in self.files[1:])])
-        return f"hf download {self.repository} {at}--include {names} --local-dir {folder}"
+        names = " ".join(f"--include '{name}'" for name in self.files)
+        return f"hf download {self.repository} {at}{names} --local-dir {folder}"
 
 
 class Unreachable(PreprocessError):

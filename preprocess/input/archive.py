@@ -54,13 +54,21 @@ def scan_tar(result: Scan, path: Path, prefix: str) -> None:
     files: list[tuple[str, ByteSource]] = []
     others: list[str] = []
 
+    written: dict[str, tuple[int, int]] = {}  # offset and size of each file, to which hard links lead
+
     def reject(name: str, why: Rejected) -> None:
-        result.rejects.append(Reject.of(f"{prefix}/{name}" if name else prefix, str(path), why))
+        key = f"{prefix}/{name}" if name else prefix
+        result.rejects.append(Reject.of(key, str(path), why, counted=extension(name) not in TYPES))
 
     try:
         with path.open("rb") as file:
             for member in _members(file):
                 name = str(PurePosixPath(member.name))
+                if member.islnk() and member.linkname in written:
+                    member.type = tarfile.REGTYPE
+                    member.offset_data, member.size = written[member.linkname]
+                elif member.isreg() and not member.issparse():
+                    written[member.name] = member.offset_data, member.size
                 try:
                     kind = _kind(result, member, file)
                 except Rejected as rejected:
@@ -110,6 +118,8 @@ def _kind(result: Scan, member: tarfile.TarInfo, file: BinaryIO) -> str:
         return ""
     if not member.isreg():
         raise Rejected("not a regular file", "a link or device in the archive")
+    if member.issparse():  # its bytes do not stand in the archive one after the other
+        raise Rejected("not a regular file", "a sparse file in the archive: make it without -S")
     suffix = extension(member.name)
     if suffix in OTHER_IMAGES:
         raise Rejected("image type is not read", not_read(suffix))
@@ -132,8 +142,11 @@ def _head(member: tarfile.TarInfo, file: BinaryIO) -> bytes:
 
 
 def _damaged(path: Path, error: Exception, count: int) -> Rejected:
-    with path.open("rb") as file:
-        head = file.read(8)
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+    except OSError as unreadable:
+        return Rejected("unreadable file", unreadable.strerror or str(unreadable), transient=True)
     if method := next((name for magic, name in _MAGIC.items() if head.startswith(magic)), ""):
         return Rejected("compressed archive", f"by {method}: unpack it; members are read in place")
     what = str(error)[:200] or type(error).__name__

@@ -48,6 +48,8 @@ class Locator:
             try:
                 key, path = self._inside(folder, spelt)
                 there = self._on_disk(path)
+                if there is not None and there != path.name:
+                    self._inside(path.parent, there)  # it may be a link that leads elsewhere
             except Rejected as rejected:
                 refused = refused or rejected
                 continue

@@ -183,12 +183,16 @@ class _Folder:
         """The captions beside the file that a link leads to: who links pictures need not link their captions."""
         folder = target.parent
         if folder not in self._beside_targets:
-            paths = [path for path in sorted(folder.iterdir()) if not hidden(path.name)]
+            paths = [path for path in sorted(folder.iterdir()) if not hidden(path.name) and self._within(path)]
             files = [(path.name, ByteSource(str(path))) for path in paths if extension(path.name) in TYPES]
             names = [path.name for path in paths if extension(path.name) not in TYPES]
             pictures = [name for name in names if extension(name) in EXTENSIONS]
             self._beside_targets[folder] = Sidecars(pictures, files, set(names) - set(pictures))
         return self._beside_targets[folder].sources(target.name)
+
+    def _within(self, path: Path) -> bool:
+        """Whether a file is of the input, wherever a link leads, or may be of elsewhere."""
+        return self._outside or Path(os.path.realpath(path)).is_relative_to(self._result.root)
 
 
 def _is_picture(path: Path) -> bool:

@@ -44,6 +44,8 @@ def is_plot(path: Path, ours: bool) -> bool:
     if path.name not in PLOTS:
         return False
     try:
+        if not path.is_file():  # opening a pipe would wait for its writer
+            return False
         with path.open("rb") as file:
             return ours or MARK.encode() in file.read(4096)
     except OSError:

@@ -149,7 +149,7 @@ def gather(options: SubsetOptions, journal: Journal) -> Pool:
         index = Dataset.load(source).index
         hashes = dict(zip(index["key"].to_pylist(), index["content_hash"].to_pylist()))
         build = load_options(source)
-        build = dataclasses.replace(build, input=options.images or build.input, modulus=0, limit=0)
+        build = dataclasses.replace(build, input=options.images or build.input, modulus=0, vision_resolution=0, limit=0)
         if not Path(build.input).exists():
             raise PreprocessError(
                 f"the pictures that {source} was built from are not in {build.input}: say where they are with "

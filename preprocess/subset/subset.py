@@ -13,6 +13,7 @@ import dataclasses
 import json
 import shlex
 import shutil
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -85,10 +86,7 @@ def subset(options: SubsetOptions) -> Result:
     if Path(options.input).resolve().is_relative_to(output):
         raise PreprocessError(f"--output {options.output} must not be the input or a folder that holds it")
     journal = Journal(None)
-    staging = output.parent / f".{output.name}.subset"
-    with disk_errors(output):
-        (staging / "work").mkdir(parents=True, exist_ok=True)
-    with locked(staging / "work" / "lock"), disk_errors(output):
+    with _staging(output) as staging:
         if (staging / "old").exists() and not output.exists():  # killed between the two renames
             (staging / "old").rename(output)
         _check_output(output)
@@ -115,6 +113,21 @@ def subset(options: SubsetOptions) -> Result:
     for line in [*_report(options, result, lights, encoder), *commands(options, pool, chosen, output)]:
         journal.say(line)
     return result
+
+
+@contextlib.contextmanager
+def _staging(output: Path) -> Iterator[Path]:
+    """A locked folder beside the output to make it in; after an error it stays only if the old output is in it."""
+    staging = output.parent / f".{output.name}.subset"
+    with disk_errors(output):
+        (staging / "work").mkdir(parents=True, exist_ok=True)
+    with locked(staging / "work" / "lock"), disk_errors(output):
+        try:
+            yield staging
+        except PreprocessError:
+            if not (staging / "old").exists():
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
 
 
 def _vision_encoder(options: SubsetOptions, pool: Pool) -> VisionEncoder | None:
@@ -359,7 +372,8 @@ def commands(options: SubsetOptions, pool: Pool, chosen: list[Photograph], outpu
         build += ["--min-side", str(shortest)]
     if pool.dataset:
         build += ["--vae", pool.build.vae, "--text-encoder", pool.build.text_encoder]
-        build += ["--vision-encoder", options.vision_encoder or pool.build.vision_encoder]
+        if vision := options.vision_encoder or pool.build.vision_encoder:  # none: vectors from files
+            build += ["--vision-encoder", vision]
         if pool.build.max_aspect != 4.0 and not options.square:
             build += ["--max-aspect", f"{pool.build.max_aspect:g}"]
     elif options.vision_encoder:

@@ -266,7 +266,12 @@ def test_what_a_png_states(chunks: list[bytes], points: tuple, exponent: float |
         [numbers(1, 13), LINEAR_SRGB],
         [numbers(1, 1)],
         [numbers(2, 2)],
-        [png_chunk(b"gAMA", b"\0"), png_chunk(b"cHRM", b"short"), png_chunk(b"cICP", b"\1")],
+        [
+            png_chunk(b"gAMA", b"\0"),
+            png_chunk(b"gAMA", bytes(range(200))),
+            png_chunk(b"cHRM", b"short"),
+            png_chunk(b"cICP", b"\1"),
+        ],
     ],
 )
 def test_what_a_png_states_is_srgb(chunks: list[bytes], patches: np.ndarray) -> None:

@@ -68,7 +68,7 @@ def test_a_hub_that_cannot_be_reached_says_what_to_fetch(tmp_path: Path) -> None
     result = offline(tmp_path, "-c", code)
     assert result.returncode == 0, result.stderr
     vae, text, vision = result.stdout.strip().splitlines()
-    assert "hf download black-forest-labs/FLUX.1-schnell --include vae/config.json" in vae
+    assert "hf download black-forest-labs/FLUX.1-schnell --include 'vae/config.json' --include 'vae/" in vae
     assert "--vae DIRECTORY" in vae and str(tmp_path) in vae
     assert "hf download google/t5-v1_1-large" in text and "'spiece.model'" in text
     assert "hf download facebook/dinov3-vitl16-pretrain-lvd1689m" in vision

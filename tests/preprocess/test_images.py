@@ -88,6 +88,38 @@ def test_grey_modes_and_16_bits(mode: str) -> None:
         assert np.abs(pixels[0, :, 0].astype(float) - np.round(ramp[0])).max() <= 1
 
 
+def tiff(bits: int, photometric: int, values: np.ndarray) -> bytes:
+    """One channel, uncompressed; of 12 bits two values stand in three bytes."""
+    height, width = values.shape
+    if bits == 12:
+        first, second = values.ravel()[::2].astype(int), values.ravel()[1::2].astype(int)
+        data = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8).tobytes()
+    else:
+        data = values.astype("<u2").tobytes()
+    tags = [(256, 3, width), (257, 3, height), (258, 3, bits), (259, 3, 1), (262, 3, photometric), (273, 4, 8),
+            (277, 3, 1), (278, 3, height), (279, 4, len(data))]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize(("bits", "photometric", "version"), [(16, 1, 1), (16, 0, 3), (12, 1, 3)])
+def test_a_tiff_of_more_than_8_bits_says_what_is_white(bits: int, photometric: int, version: int) -> None:
+    ramp = np.tile(np.linspace(0, 1, 64), (16, 1))
+    stored = np.round((ramp if photometric else 1 - ramp) * (2**bits - 1))
+    data = tiff(bits, photometric, stored)
+    assert np.abs(whole(data)[0, :, 0].astype(float) - 255 * ramp[0]).max() <= 1
+    assert read_header(data, LIMITS).version == version
+
+
+def test_a_transparent_value_of_a_16_bit_png_is_white() -> None:
+    rows = (b"\0" + struct.pack(">2H", 0, 40_000) * 32) * 16
+    data = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">2I5B", 64, 16, 16, 0, 0, 0, 0))
+    data += png_chunk(b"tRNS", struct.pack(">H", 0))
+    data += png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b"")
+    pixels = whole(data)
+    assert (pixels[:, ::2] == 255).all() and (pixels[:, 1::2] == 156).all()
+
+
 def test_16_bit_colour_png() -> None:
     rows = b"".join(
         b"\0" + b"".join(struct.pack(">3H", x * 1024, 65535 - x * 1024, 32768) for x in range(64)) for _ in range(16)

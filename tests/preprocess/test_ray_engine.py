@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import re
 import signal
 import subprocess
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +22,9 @@ from wording import naming
 
 from preprocess import PreprocessError
 from preprocess.build.build import build
+from preprocess.build.encode import Counts
+from preprocess.build.journal import Journal
+from preprocess.build.options import Options
 from preprocess.build.units import WORK
 
 pytest.importorskip("ray")
@@ -107,6 +113,79 @@ def test_a_place_that_always_fails_is_dropped_and_the_command_goes_on(
     assert re.search(naming("all places have failed", "goes on from there"), told)
     build(small(photos, output))
     assert contents(output) == alone
+
+
+class _Cluster:
+    """In place of Ray: actors begin to work at once, and each task takes its time or kills its actor.
+
+    Attributes:
+      deadly: what kills: (place, task), None for any.
+      given: tasks in the order in which they were given, with their place.
+    """
+
+    exceptions = types.SimpleNamespace(RayError=RuntimeError)
+
+    def __init__(self, places: int, deadly: set[tuple[int | None, int | None]]) -> None:
+        self.places, self.deadly = places, deadly
+        self.given: list[tuple[int, int]] = []
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": self.places}
+
+    def nodes(self) -> list[dict[str, bool]]:
+        return [{"Alive": True}] * self.places
+
+    def remote(self, kind: type) -> Any:
+        return types.SimpleNamespace(options=lambda **_: types.SimpleNamespace(remote=self._actor))
+
+    def _actor(self, output: str, name: str, overrides: dict[str, Any]) -> Any:
+        place = int(name.removeprefix("ray-"))
+
+        def make(task: int) -> Callable[[], Any]:
+            self.given.append((place, task))
+            dies = {(place, task), (place, None), (None, task)} & self.deadly
+            error = RuntimeError("the actor died")
+            return functools.partial(_raise, error) if dies else lambda: dataclasses.asdict(Counts(pictures=1))
+
+        def method(function: Callable[..., Any]) -> Any:
+            return types.SimpleNamespace(remote=function)
+
+        return types.SimpleNamespace(start=method(lambda: lambda: "cpu on here"), make=method(make))
+
+    def wait(self, asked: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
+        return asked[:1], asked[1:]
+
+    def get(self, asked: Callable[[], Any]) -> Any:
+        return asked()
+
+    def kill(self, actor: Any) -> None:
+        pass
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def crew(cluster: _Cluster, tasks: int, folder: Path) -> ray_engine._Crew:
+    (folder / WORK).mkdir()
+    plan, given = types.SimpleNamespace(images=[1] * tasks), Options("in", str(folder))
+    return ray_engine._Crew(cluster, plan, given, Journal(None), cluster.places)
+
+
+def test_a_place_that_starts_well_and_makes_nothing_is_dropped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    cluster = _Cluster(2, {(2, None)})
+    assert crew(cluster, 2, tmp_path).make(range(2)).pictures == 2
+    assert sum(place == 2 for place, _ in cluster.given) <= ray_engine.FAILURES
+    assert {task for place, task in cluster.given if place == 1} == {0, 1}  # the idle place takes what was given back
+
+
+def test_a_task_that_kills_every_actor_costs_no_other_task(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    cluster = _Cluster(2, {(None, 1)})
+    with pytest.raises(PreprocessError, match=naming("all places have failed", 1, 6)):
+        crew(cluster, 6, tmp_path).make(range(6))
+    made = {task for _, task in cluster.given if task != 1}
+    assert made == {0, 2, 3, 4, 5} and len(cluster.given) <= 5 + 2 * ray_engine.FAILURES + 2
+    assert capsys.readouterr().out.count("dropped after 3 failures") == 2
 
 
 def test_a_cluster_that_is_not_there_is_told(photos: Path, tmp_path: Path) -> None:

@@ -101,6 +101,17 @@ def test_links_and_paths_out_of_the_input(folder: Folder, tmp_path: Path) -> Non
     assert main(["verify", str(folder.output)]) == 0
 
 
+def test_a_row_that_names_a_link_in_another_case_stays_in_the_input(folder: Folder, tmp_path: Path) -> None:
+    folder.picture("a.png", caption="a")
+    folder.picture("x.png", root=tmp_path / "library")
+    (folder.root / "c.PNG").symlink_to(tmp_path / "library" / "x.png")
+    folder.write(
+        "metadata.jsonl", "".join(f'{{"file_name": "{name}", "caption": "row"}}\n' for name in ("a.png", "c.png"))
+    )
+    assert folder.build("--max-rejects", "0.9") == {"a.png": ("a",)}
+    assert set(folder.rejects().values()) == {"path leaves the input"}
+
+
 def test_a_list_of_absolute_paths(folder: Folder, tmp_path: Path) -> None:
     folder.picture("one.png", "two.png", root=tmp_path / "library")
     lines = [{"image_path": str(tmp_path / "library" / f"{n}.png"), "caption": n} for n in ("one", "two")]

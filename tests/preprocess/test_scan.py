@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
 import tarfile
 import tempfile
 from pathlib import Path
@@ -105,6 +106,7 @@ def test_links_and_special_files(tmp_path: Path) -> None:
     (inside / "sub" / "up").symlink_to(inside)
     (inside / "elsewhere").symlink_to(outside)
     os.mkfifo(inside / "pipe.png")
+    os.mkfifo(inside / "plan.png")  # as a plot of ours is named
     result = scan(inside)
     assert keys(result) == ["alias.png", "real.png", "sub/x.png"]
     assert reasons(result) == {
@@ -114,6 +116,7 @@ def test_links_and_special_files(tmp_path: Path) -> None:
         "sub/up": "link to a folder",
         "elsewhere": "link to a folder",
         "pipe.png": "not a regular file",
+        "plan.png": "not a regular file",
     }
 
 
@@ -245,6 +248,50 @@ def test_webdataset_tar(tmp_path: Path) -> None:
         assert dict(result.ignored) == {".cls": 1}
         types = [[source.type for source in found.captions] for found in result.found]
         assert types == [[".json"], [".txt"], [".json"], []]
+
+
+def test_hard_links_in_a_tar_are_the_files_that_they_lead_to(tmp_path: Path) -> None:
+    touch(tmp_path, "in/a.png", "in/a.txt")
+    (tmp_path / "in" / "b.png").hardlink_to(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "b.txt").hardlink_to(tmp_path / "in" / "a.txt")
+    with tarfile.open(tmp_path / "t.tar", "w") as archive:
+        archive.add(tmp_path / "in", "in")
+        add(archive, "in/c.png", type=tarfile.LNKTYPE, linkname="in/not there.png")
+        add(archive, "in/c.txt", type=tarfile.LNKTYPE, linkname="in/not there.txt")
+    result = scan(tmp_path / "t.tar")
+    found = {each.key: (each.image.read(10), caption_file(each).read(10)) for each in result.found}
+    assert found == {f"t.tar/in/{name}.png": (b"x", b"x") for name in "ab"}
+    assert [(reject.key, reject.counted) for reject in result.rejects] == [
+        ("t.tar/in/c.png", True),
+        ("t.tar/in/c.txt", False),
+    ]
+
+
+@pytest.mark.parametrize("format_", ["gnu", "pax"])
+def test_a_sparse_file_in_a_tar_is_refused(tmp_path: Path, format_: str) -> None:
+    """Its holes are left out, so its bytes would be those of the files behind it."""
+    with (tmp_path / "a.bmp").open("wb") as file:
+        file.truncate(1_000_000)
+    touch(tmp_path, "b.bmp")
+    subprocess.run(["tar", f"--format={format_}", "-S", "-cf", "t.tar", "a.bmp", "b.bmp"], cwd=tmp_path, check=True)
+    result = scan(tmp_path / "t.tar")
+    assert keys(result) == ["t.tar/b.bmp"] and [reject.reason for reject in result.rejects] == ["not a regular file"]
+    assert "-S" in result.rejects[0].detail
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_a_tar_that_must_not_be_read_costs_its_own_pictures(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "b.tar")
+    (tmp_path / "b.tar").chmod(0)
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.owner() == "root" and folder.is_relative_to(tempfile.gettempdir()):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    os.seteuid(65534)
+    try:
+        result = scan(tmp_path)
+    finally:
+        os.seteuid(0)
+    assert keys(result) == ["a.png"] and reasons(result) == {"b.tar": "unreadable file"}
 
 
 def test_a_tar_that_is_cut_short_or_none(tmp_path: Path) -> None:

@@ -131,6 +131,15 @@ def test_a_linked_picture_has_its_own_captions_or_its_targets(tmp_path: Path) ->
     }
 
 
+def test_captions_beside_a_target_are_of_the_input_too(tmp_path: Path) -> None:
+    touch(tmp_path, "outside/secret.txt", "in/all/a.png", "in/b.png")
+    (tmp_path / "in" / "x.png").symlink_to(tmp_path / "in" / "all" / "a.png")
+    (tmp_path / "in" / "all" / "a.txt").symlink_to(tmp_path / "outside" / "secret.txt")
+    for outside, of_each in ((False, []), (True, ["a.txt"])):
+        found = captions(scan(tmp_path / "in", outside=outside))
+        assert found == {"all/a.png": of_each, "b.png": [], "x.png": of_each}
+
+
 # ------------------------------------------------------------------------------------------------ what is not readable
 
 

@@ -193,6 +193,13 @@ def test_the_dataset_decides_what_is_chosen_from(photos: Path, tmp_path: Path, d
     assert captions["set1/p01.png"] == "another caption, looking left", "of the folder as it is"
 
 
+def test_a_dataset_of_several_resolutions_at_another_one(photos: Path, tmp_path: Path) -> None:
+    """Its vision encoder saw another size, which is of no matter here."""
+    build(options(photos, tmp_path / "data", resolutions=(128, 256), resolution=256, modulus=32))
+    told = about(subset(small(tmp_path / "data" / "128", tmp_path / "out", resolution=192, square=True)).output)
+    assert (told["pictures"], told["resolution"]) == (14, 192)
+
+
 def test_pictures_that_moved(photos: Path, tmp_path: Path) -> None:
     build(options(photos, tmp_path / "ds"))
     photos.rename(tmp_path / "elsewhere")
@@ -213,11 +220,12 @@ def test_vectors_of_a_dataset_that_came_from_files(photos: Path, tmp_path: Path,
         path = tmp_path / "vectors" / f"{image.relative_to(photos)}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path, rng.normal(size=1024).astype(np.float32))
-    build(options(photos, tmp_path / "ds", vision_embeddings=str(tmp_path / "vectors")))
+    build(options(photos, tmp_path / "ds", vision_encoder="", vision_embeddings=str(tmp_path / "vectors")))
     capsys.readouterr()
     told = subset(small(tmp_path / "ds", tmp_path / "out")).about
     assert told["lights_seen"] is None and told["vision_encoder"] == ""
-    assert "lights: not measured" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "lights: not measured" in said and "--vision-encoder" not in said.partition("preprocess build")[2]
     told = subset(small(tmp_path / "ds", tmp_path / "out", vision_encoder="builtin:tone")).about
     assert told["lights_seen"]["chance"] == 0.5 and told["vision_encoder"] == "builtin:tone"
 

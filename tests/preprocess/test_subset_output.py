@@ -77,6 +77,7 @@ def test_too_few_are_an_error_that_says_how_many_and_why(
     assert main([*arguments, "--count", "15"]) == 1
     error = capsys.readouterr().err
     assert "Traceback" not in error and "--allow-fewer" in error
+    assert not list(tmp_path.glob(".*"))  # nothing that it was to be made in
     told = ["1 copy of another, byte by byte", "1 not an image", "1 black", "1 has the caption of another"]
     assert re.search(naming("--count 15", 14, 18, "--count 14", *told), error), error
     assert not (tmp_path / "out").exists()
