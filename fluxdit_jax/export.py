@@ -31,6 +31,7 @@ from fluxdit_jax.exporting.card import card, verdict_of
 from fluxdit_jax.exporting.place import CARD, WORK, remove_older, require_place
 from fluxdit_jax.exporting.samples import draw
 from fluxdit_jax.run.checkpoint import EMA, SHORT_EMA, CheckpointError
+from fluxdit_jax.run.differences import find_dataset
 from fluxdit_jax.run.run_directory import RunError, RunLock, load_stage
 from fluxdit_jax.run.weights import restore_weights
 from fluxdit_jax.sampling.exported import DESCRIPTION, WEIGHTS, ExportError, describe, flatten
@@ -62,6 +63,7 @@ def export(
     license: str | None = None,
     bundle: str = "none",
     samples: int = 0,
+    data: Path | None = None,
     vae: str | None = None,
 ) -> Path:
     """Writes the EMA of `step` (None: the newest) and says which; returns the path of what describes the export.
@@ -70,6 +72,7 @@ def export(
       folder: which average, see `restore_weights`.
       form: `OURS` or `DIFFUSERS`. dtype, bundle: of the latter, see `diffusers_folder.write`.
       license: identifier of the Hub, for the card. samples: pictures in the card.
+      data: directory of the dataset, for these; None: where it was when the run was trained.
       vae: directory of the dataset's VAE, for these; None: that of the run's previews.
 
     Raises:
@@ -87,6 +90,7 @@ def export(
     weights = restore_weights(workdir, step, folder)
     stage, manifest = load_stage(workdir, weights.step)
     settings = resolve(stage.config, manifest, stage.first)
+    source = find_dataset(workdir, stage, data) if samples else None
     print(f"weights: {weights}")
     verdict = verdict_of(workdir, weights)
     weights = weights.without_projector()
@@ -101,8 +105,8 @@ def export(
             atomic_files.write_whole(work / DESCRIPTION, description + "\n")
         else:
             diffusers_folder.write(work, settings, manifest, weights, dtype=dtype, bundle=bundle)
-        data, decoder = Path(stage.config.data.path), vae or stage.config.log.vae
-        drawn = draw(work, settings, manifest, weights, data, samples, decoder) if samples else []
+        decoder = vae or stage.config.log.vae
+        drawn = draw(work, settings, manifest, weights, source, samples, decoder) if source else []
         text = card(
             settings, manifest, weights, tensors, workdir, verdict=verdict, license=license, dtype=dtype,
             usage=USAGE if ours else diffusers_folder.USAGE, library=form, samples=drawn,
@@ -161,6 +165,8 @@ def main() -> None:
         "folder for diffusers: none, the vae, or all; others are fetched by their names; default: none")  # fmt: skip
     add("--samples", type=int, default=0, metavar="N", help="pictures drawn for the card, of captions of the dataset, "
         "which the card then shows; default: 0")  # fmt: skip
+    add("--data", type=given_path, help="dataset directory, for --samples; default: where it was when the run was "
+        "trained")  # fmt: skip
     add("--vae", type=expanded, help="directory of the VAE, for --samples; default: config.log.vae, or where the data "
         "set found it")  # fmt: skip
     arguments = parser.parse_args()
@@ -175,7 +181,7 @@ def main() -> None:
         path = export(
             arguments.workdir, arguments.out, arguments.step, arguments.weights, form=arguments.format,
             dtype=arguments.dtype, license=arguments.license, bundle=arguments.bundle, samples=arguments.samples,
-            vae=arguments.vae,
+            data=arguments.data, vae=arguments.vae,
         )  # fmt: skip
         print(path)
         out = str(arguments.out)

@@ -27,6 +27,7 @@ from fluxdit_jax.run.run_directory import RunError, RunLock
 from fluxdit_jax.sample import USER_ERRORS
 from fluxdit_jax.shared import cli
 from fluxdit_jax.shared.paths import expanded, given_path
+from fluxdit_jax.shared.sanitize import shown
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -67,6 +68,16 @@ def _require_free(host: str, port: int) -> None:
         ) from error
 
 
+def _require_own(out: Path) -> None:
+    """Raises `RunError` where a folder holds more than a history: the page gives away every file of it."""
+    others = [path.name for path in sorted(out.glob("*")) if not (path.match(".*") or path.match("play-[0-9]*.png"))]
+    if others:
+        raise RunError(
+            f"--out {out} holds {shown(others[0])}, and whoever reaches the page can read every file there: give a "
+            "folder of its own"
+        )
+
+
 def play(arguments: argparse.Namespace) -> None:
     """Serves the page until a signal ends the process."""
     if arguments.workdir is not None and not arguments.workdir.is_dir():
@@ -78,6 +89,7 @@ def play(arguments: argparse.Namespace) -> None:
         held.enter_context(cli.undoing(lambda: shutil.rmtree(scratch, ignore_errors=True)))
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": scratch}
         session = Session(arguments, Path(scratch))
+        _require_own(session.out)
         lock = RunLock(session.out, ".lock", temporary=True, option="--out")  # two would give the same numbers
         held.callback(lock.release)
         from fluxdit_jax.playground import page  # imports gradio, which reads the environment

@@ -24,6 +24,7 @@ PEAK_TFLOPS = {
     "NVIDIA H100": 989.4,
     "NVIDIA H200": 989.4,
 }
+_OTHER_CHIPS = {"Laptop", "Max-Q", "D", "Ti", "NVL"}  # behind such a name: slower or faster than it
 
 
 def peak_tflops(override: float | None = None) -> float | None:
@@ -35,7 +36,10 @@ def peak_tflops(override: float | None = None) -> float | None:
 
 def peak_tflops_of(kind: str) -> float | None:
     """Peak dense bf16 TFLOP/s of a device by its name; None if it is not known."""
-    return next((peak for name, peak in PEAK_TFLOPS.items() if kind.startswith(name)), None)
+    for name, peak in PEAK_TFLOPS.items():
+        if kind.startswith(name):
+            return None if _OTHER_CHIPS & set(kind.removeprefix(name).split()) else peak
+    return None
 
 
 @functools.lru_cache

@@ -69,7 +69,7 @@ pipeline_tag: text-to-image
 tags: [diffusion, rectified-flow, dit]
 {f"license: {license}" + chr(10) if license else ""}---
 
-# {workdir.name}
+# {workdir.absolute().name}
 
 A text-to-image diffusion transformer trained from scratch with fluxdit_jax.
 

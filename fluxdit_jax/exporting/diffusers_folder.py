@@ -30,7 +30,7 @@ INDEX = "model_index.json"
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 BUNDLES = {"none": (), "vae": ("vae",), "all": ("vae", "text", "vision")}
 VERSION = "0.40.0"  # of diffusers, the oldest that is tried
-REQUIREMENTS = f"torch\ndiffusers>={VERSION}\ntransformers\nsentencepiece\ngradio\n"  # of a Space
+REQUIREMENTS = f"torch\ndiffusers>={VERSION}\ntransformers\nsentencepiece\nprotobuf\ngradio\n"  # of a Space
 _SOURCES = Path(portable.__file__).parent
 _T5 = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
 _COMPONENTS = {"vae": "vae", "text": "text_encoder", "vision": "vision_encoder"}  # by encoder

@@ -37,7 +37,7 @@ def torch_weights(tensors: dict[str, np.ndarray], conditions: Sequence[Condition
     """
     places: dict[str, str] = {}
     for condition in conditions:
-        place = f"embed.{condition.name}"
+        place = f"embed.of_{condition.name}"
         places |= {f"{condition.name}_embed": f"{place}.linear", f"null_{condition.name}": f"{place}.null"}
         places |= {f"{condition.name}_scale": f"{place}.scale"} if condition.sequence else {}
     for name in ("patch_embed", "time_in", "time_out", "modulation", "out"):

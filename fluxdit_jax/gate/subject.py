@@ -120,9 +120,12 @@ class Subject:
         )
 
 
+_FEWEST = 3  # photographs with which each light can be swapped often enough
+
+
 def _under_test(source: RecordSource, grid: Grid, limit: int) -> list[int]:
-    """Numbers of at most `limit` records, spread evenly: of a grid whole photographs, if there is room for two, as the
-    questions are between pictures of one."""
+    """Numbers of at most `limit` records, spread evenly: of a grid whole photographs, if there is room for a few, as
+    the questions are between pictures of one and of others."""
     everything = list(range(len(source)))
     if not grid or len(everything) <= limit:
         return spread(len(everything), limit)
@@ -131,6 +134,6 @@ def _under_test(source: RecordSource, grid: Grid, limit: int) -> list[int]:
         place = grid.get(record.key)
         photographs[record.key if place is None else place.photograph].append(number)
     of_each = list(photographs.values())
-    if (room := limit // max(map(len, of_each))) < 2:
+    if (room := limit // max(map(len, of_each))) < _FEWEST:
         return spread(len(everything), limit)
     return sorted(number for chosen in spread(len(of_each), room) for number in of_each[chosen])

@@ -117,7 +117,7 @@ class Verdict:
 MAKE_ONE = "make one with `python -m preprocess subset`"
 
 
-def not_judged(name: str, title: str, question: str, threshold: float, why: str, left_out: int) -> Verdict:
+def not_judged(name: str, title: str, question: str, threshold: float, why: str, left_out: int = 0) -> Verdict:
     """Of a test that this set does not allow, or the part of it under test; `left_out`: its other records."""
     way = f"--limit leaves {left_out} of its pictures out: give a larger one" if left_out else MAKE_ONE
     return Verdict(

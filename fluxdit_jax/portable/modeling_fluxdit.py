@@ -191,7 +191,8 @@ class FluxDiT(ModelMixin, ConfigMixin):
         self.time_in, self.time_out = nn.Linear(TIME_FEATURES, width), nn.Linear(width, width)
         # Parameters stand in the module whose `forward` uses them: offloading brings them when it is called.
         kinds = {"sequence": SequenceEmbedding, "vector": VectorEmbedding}
-        self.embed = nn.ModuleDict({name: kinds[kind](size, width) for name, size, kind in conditions})
+        # Not by the names alone, which may be those of a ModuleDict's own attributes ("type").
+        self.embed = nn.ModuleDict({f"of_{name}": kinds[kind](size, width) for name, size, kind in conditions})
         self.modulation = nn.Linear(width, (BLOCK_MODULATIONS + 2) * width)
         hidden = mlp_hidden or 64 * math.ceil(width * 8 / 3 / 64)
         self.blocks = nn.ModuleList(Block(width, heads, hidden) for _ in range(depth))
@@ -233,7 +234,7 @@ class FluxDiT(ModelMixin, ConfigMixin):
         angles = 1000.0 * timestep.float()[:, None] * frequencies
         time = self.time_out(F.silu(self.time_in(torch.cat([angles.cos(), angles.sin()], -1).to(dtype))))
         for name in self.vectors:
-            time = time + self.embed[name](conditions.get(name), conditions.get(f"keep_{name}"), B)
+            time = time + self.embed[f"of_{name}"](conditions.get(name), conditions.get(f"keep_{name}"), B)
         modulation = self.modulation(F.silu(time)).unflatten(-1, (BLOCK_MODULATIONS + 2, D))
         for block in self.blocks:
             x = block(x, modulation[:, :-2], sequence, sequence_valid, cos, sin, valid)
@@ -248,7 +249,7 @@ class FluxDiT(ModelMixin, ConfigMixin):
         for name in self.sequences:
             given = conditions if name in conditions else {}
             keep, length = given.get(f"keep_{name}"), given.get(f"{name}_length")
-            embedded = self.embed[name](given.get(name), keep, B)
+            embedded = self.embed[f"of_{name}"](given.get(name), keep, B)
             T = embedded.shape[1]
             if length is None:
                 length = torch.full((B,), T, device=device)

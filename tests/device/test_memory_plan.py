@@ -67,6 +67,19 @@ def test_a_device_whose_compiler_tells_no_plan_has_one_of_the_state_alone(monkey
     assert "activations" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("NVIDIA GeForce RTX 4090", 165.2), ("NVIDIA A100-SXM4-80GB", 312.0), ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.0), ("NVIDIA RTX 6000 Ada Generation", 364.2), ("NVIDIA H100 NVL", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None), ("cpu", None),
+    ],
+)  # fmt: skip
+def test_a_rate_is_that_of_the_very_chip(kind, peak):
+    assert devices.peak_tflops_of(kind) == peak
+
+
 def test_jax_may_take_most_of_the_memory_unless_told_otherwise(monkeypatch):
     names = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
     for told in (None, *names):

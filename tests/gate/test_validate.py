@@ -1,5 +1,6 @@
 """The gate as a command, on an untrained run."""
 
+import collections
 import shutil
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from training_helpers import lively, tiny_optimizer
 from wording import lines_naming
 
 from fluxdit_jax import validate
-from fluxdit_jax.dataset.grid import GRID_FILE
+from fluxdit_jax.dataset.grid import GRID_FILE, read_grid
 from fluxdit_jax.dataset.manifest import load_manifest
 from fluxdit_jax.gate.requirement import GateError, require_report
 from fluxdit_jax.gate.sampler import Request, Sampler
+from fluxdit_jax.gate.subject import _under_test
+from fluxdit_jax.loader.reader import RecordSource, spread
 from fluxdit_jax.model import dit
 from fluxdit_jax.optimizer import build_optimizer
 from fluxdit_jax.run.checkpoint import Checkpoints, restore_ema
@@ -102,12 +105,23 @@ def test_options_choose_what_is_measured(untrained, capsys):
     )  # fmt: skip
     metrics = report["metrics"]
     assert status == 1 and report["weights"]["ema_step"] == 0 and report["sampling"]["seed"] == 3
-    # Whole photographs, of which each has 10 pictures.
-    assert [metric["numbers"]["questions"] for metric in metrics.values()] == [20, 6, 4]
+    assert [metric["numbers"]["questions"] for metric in metrics.values()] == [24, 6, 4]
     assert all(metric["judged"] for metric in metrics.values())
     shown = capsys.readouterr().out
-    assert "'portrait' becomes 'view'" in shown and lines_naming(shown, 20, 30)
+    assert "'portrait' becomes 'view'" in shown and lines_naming(shown, 24, 30)
     assert any("at least 50" in reason for reason in metrics["vision_swap"]["reasons"])
+
+
+def test_of_a_large_set_whole_photographs_are_tested(tmp_path):
+    """The questions are between pictures of one photograph, which an even choice of records would tear apart."""
+    write_dataset(eval_set((*SUBJECTS, "lighthouse")), tmp_path / "set")
+    source = RecordSource(tmp_path / "set", load_manifest(tmp_path / "set"), "train")
+    grid = read_grid(tmp_path / "set" / GRID_FILE)
+    chosen = [grid[source[number].key].photograph for number in _under_test(source, grid, 39)]
+    assert sorted(collections.Counter(chosen).values()) == [10, 10, 10]
+    assert _under_test(source, grid, 40) == list(range(40))
+    for few, of in ((29, grid), (39, {})):
+        assert _under_test(source, of, few) == spread(40, few)
 
 
 def test_a_set_without_a_grid_is_told_what_it_does_not_allow(untrained, dataset, tmp_path, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from wording import naming
 
 from fluxdit_jax.dataset.manifest import DatasetError
 from fluxdit_jax.export import export
-from fluxdit_jax.play import parse_arguments
+from fluxdit_jax.play import parse_arguments, play
 from fluxdit_jax.playground.form import MAX_PICTURES, MAX_PROMPT, Form
 from fluxdit_jax.playground.session import Session, Stopped
 from fluxdit_jax.run.checkpoint import CheckpointError
@@ -48,6 +49,17 @@ def drawn(session: Session, **fields: object) -> Path:
 
 def arguments_of(path: Path) -> dict:
     return recipe.read(path).arguments
+
+
+def test_a_history_is_given_away_and_nothing_else(scene: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gradio")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    arguments = parse_arguments([f"--workdir={scene / 'run'}", f"--out={tmp_path}", f"--port={port}"])
+    for name in ("play-000001.png", "play-000002_01.png", ".lock", "private.png"):
+        (tmp_path / name).touch()
+    with pytest.raises(RunError, match=naming(tmp_path, "private.png", "folder of its own")):
+        play(arguments)
 
 
 def test_a_part_is_loaded_once_and_only_the_last_one_stays() -> None:

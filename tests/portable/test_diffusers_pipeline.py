@@ -23,6 +23,7 @@ from safetensors.numpy import load_file
 from wording import naming
 
 from fluxdit_jax import export as command
+from fluxdit_jax.dataset.manifest import DatasetError
 from fluxdit_jax.export import export
 from fluxdit_jax.exporting import diffusers_folder
 from fluxdit_jax.portable import encoders
@@ -253,6 +254,18 @@ def test_the_card_shows_samples_with_their_captions(scene, tmp_path):
         with Image.open(tmp_path / "out" / "samples" / f"00{number}.png") as picture:
             assert np.std(np.asarray(picture)) > 5
     assert not (tmp_path / "out" / "samples" / "002.png").exists()
+
+
+def test_samples_are_of_the_dataset_wherever_it_is(scene, tmp_path):
+    (scene.root / "ds").rename(tmp_path / "moved")
+    try:
+        with pytest.raises(DatasetError, match=naming(scene.root / "ds", "--data")):
+            export(scene.root / "run", tmp_path / "out", samples=1)
+        assert not (tmp_path / "out").exists()
+        export(scene.root / "run", tmp_path / "out", samples=1, data=tmp_path / "moved")
+    finally:
+        (tmp_path / "moved").rename(scene.root / "ds")
+    assert (tmp_path / "out" / "samples" / "000.png").exists()
 
 
 @pytest.mark.parametrize(("license", "words"), [(None, ("--license", "missing")), ("My Licence", ("My Licence",))])

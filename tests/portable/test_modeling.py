@@ -84,6 +84,12 @@ def test_one_size_for_all_needs_no_masks():
     assert_equal(ours(params, config, inputs), theirs(model, inputs, without, (2, 2)), inputs)
 
 
+def test_a_condition_may_have_the_name_of_a_modules_attribute():
+    params, model, config = networks(conditions=(*tiny_model().conditions, Condition("type", 6)))
+    inputs = network_inputs(config) | {"type": np.eye(3, 6, dtype=np.float32), "keep_type": np.ones(3, bool)}
+    assert_equal(ours(params, config, inputs), theirs(model, inputs), inputs)
+
+
 def test_further_conditions_and_two_sequences():
     more = (Condition("tags", 12, sequence=True), Condition("pose", 6))
     params, model, config = networks(conditions=(*tiny_model().conditions, *more))

@@ -80,7 +80,7 @@ def test_files_of_prompts_that_are_refused(tmp_path: Path, content: bytes, named
     [
         (lambda: parse_arguments(["--help"]), 24),
         (lambda: validate.parse_arguments(["--help"]), 13),
-        (export.main, 10),
+        (export.main, 11),
     ],
     ids=["sample", "validate", "export"],
 )

@@ -26,7 +26,7 @@ from fluxdit_jax.sample import sample
 from fluxdit_jax.sampling.arguments import parse_arguments
 from fluxdit_jax.sampling.kept import Kept
 from fluxdit_jax.sampling.prompts import SampleError, encode_reference, read_reference
-from fluxdit_jax.sampling.recipe import Recipe
+from fluxdit_jax.sampling.recipe import Recipe, read
 from fluxdit_jax.settings import Settings, resolve
 from preprocess.build.build import build
 
@@ -114,6 +114,13 @@ def test_one_picture_is_the_file_that_is_asked_for(scene: Scene) -> None:
     assert lines_naming(scene.told, "size", f"{width}x{height}")
     assert f"{path}  {width}x{height}  seed 7  'a dog'\n" in scene.told and "sheet" not in scene.told
     assert not list(scene.root.glob(".*lock"))
+
+
+def test_a_recipe_is_read_however_large_its_picture(scene: Scene, monkeypatch) -> None:
+    """A sheet may have more pixels than Pillow opens."""
+    before = read(scene.root / "drawn.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16)
+    assert read(scene.root / "drawn.png").notes().chunks == before.notes().chunks
 
 
 def test_a_recipe_alone_draws_it_again(scene: Scene, capsys) -> None:
