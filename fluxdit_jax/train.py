@@ -89,8 +89,9 @@ def train(config: ConfigDict) -> int:
             report = require_report(config.gate.report, first.settings.model, first.manifest)
         workdir, after, tracker = Path(config.workdir), None, None
         done = max(checkpoint_steps(workdir), default=0)
+        begin_with = None
         if config.resume.from_run is not None and not done:
-            _require_source(config.resume)
+            begin_with = _source(config.resume, first.program)
         if jax.process_index() == 0:
             after = AfterSave(config.checkpoint.after, workdir, config.checkpoint.after_minutes)
             tracker = Tracker(config.log.tracker) if config.log.tracker else None
@@ -113,7 +114,7 @@ def train(config: ConfigDict) -> int:
         # ------------------------------------------------------------ the state: resumed, continued or new
         saved = closing.enter_context(after).saved if after else None
         checkpoints = closing.enter_context(Checkpoints(workdir, config.checkpoint.keep, saved=saved))
-        position = _first_position(config, first, checkpoints)
+        position = _first_position(config, first, checkpoints, begin_with)
         step = int(position.state.step)
         ends = [each.stage.last for each in stages]
         continuation.begin(workdir, config, first.manifest, checkpoints, position.state, ends, manifests)
@@ -211,23 +212,38 @@ def _stopped(step: int, checkpoints: Checkpoints, received: int | None, trouble:
     return code
 
 
-def _require_source(resume: ConfigDict) -> None:
-    """Raises `RunError` where the run to begin with has not what is to be taken of it."""
+def _source(resume: ConfigDict, program: Program) -> Weights | None:
+    """The weights to begin with; None where the whole state is taken.
+
+    Raises:
+      RunError: that run has not what is to be taken of it. CheckpointError: its weights have other shapes.
+    """
     source, whole = Path(resume.from_run), resume.take == "state"
     if not (checkpoint_steps(source) if whole else places(source)):
         what = "resumable checkpoint" if whole else "weights of a run"
         raise RunError(f"config.resume.from_run is {resume.from_run!r}: no {what} there")
+    if whole:
+        return None
+    weights = restore_weights(source)
+    weights = dataclasses.replace(weights, ema=_with_projector(weights, program))
+    require_same_shapes(str(weights.path), weights.ema, program.abstract.params)
+    return weights
 
 
-def _first_position(config: ConfigDict, first: Prepared, checkpoints: Checkpoints) -> Position:
+def _first_position(
+    config: ConfigDict, first: Prepared, checkpoints: Checkpoints, begin_with: Weights | None
+) -> Position:
     """Where the run begins: at this run's checkpoint, at the state or the weights of another run, or anew."""
     program = first.program
     restored = checkpoints.restore(program.abstract)
     if restored is not None:
         return _whole_steps(*restored)
-    if config.resume.from_run is None:
-        return Position(program.create(), 0)
-    if config.resume.take == "state":
+    if begin_with is not None:
+        difference = difference_from(Path(config.resume.from_run), begin_with.step, first.manifest)
+        words = "starting from the EMA of %s at step %d; data: %s"
+        log.info(words, config.resume.from_run, begin_with.step, difference)
+        return Position(program.from_ema(begin_with.ema), 0)
+    if config.resume.from_run is not None:
         with Checkpoints(Path(config.resume.from_run), config.checkpoint.keep, read_only=True) as other:
             restored = other.restore(program.abstract)
         if restored is None:
@@ -238,12 +254,7 @@ def _first_position(config: ConfigDict, first: Prepared, checkpoints: Checkpoint
         words = "continuing with the full state of %s at step %d; data: %s"
         log.info(words, config.resume.from_run, step, difference)
         return position
-    weights = restore_weights(Path(config.resume.from_run))
-    ema = _with_projector(weights, program)
-    require_same_shapes(str(weights.path), ema, program.abstract.params)
-    difference = difference_from(Path(config.resume.from_run), weights.step, first.manifest)
-    log.info("starting from the EMA of %s at step %d; data: %s", config.resume.from_run, weights.step, difference)
-    return Position(program.from_ema(ema), 0)
+    return Position(program.create(), 0)
 
 
 def _with_projector(weights: Weights, program: Program) -> Any:

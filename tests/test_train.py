@@ -310,6 +310,7 @@ def test_a_stage_of_another_network_names_the_difference(config, finished):
         train(config)
     assert str(finished) in str(refusal.value) and "blocks/" in str(refusal.value)
     assert "[2, " in str(refusal.value) and "[3, " in str(refusal.value)
+    assert not Path(config.workdir).exists()  # told before anything is compiled
 
 
 @slow
