@@ -28,8 +28,11 @@ def input_size(height: int, width: int, patch: int, side: int = SIDE) -> tuple[i
     """(height, width) in pixels at which a picture is shown to the vision transformer.
 
     The whole picture, never a crop: scaled down (never up) to an area of at most side x side, each side then
-    rounded to the nearest multiple of the patch. The rounding bends the aspect ratio by half a patch at most.
+    rounded to the nearest multiple of the patch. The rounding bends the aspect ratio by half a patch at most. A size
+    that this function gives is its own, though rounding may have made its area a little larger.
     """
+    if not (height % patch or width % patch) and height * width <= (side + patch) ** 2:
+        return height, width
     scale = min(1.0, side / math.sqrt(height * width))
     return (
         max(patch, round(height * scale / patch) * patch),

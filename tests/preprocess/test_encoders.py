@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from wording import naming
 
 from preprocess import PreprocessError
+from preprocess.buckets import bucket_table
 from preprocess.encoders import load_text_encoder, load_vae, load_vision_encoder
 from preprocess.encoders.vision import input_size
 
@@ -224,6 +225,15 @@ def test_vision_prepare_is_what_encode_would_do(tiny_dino_dir: Path, draw_photo)
 )
 def test_input_size(size: tuple[int, int], patch: int, expected: tuple[int, int]) -> None:
     assert input_size(*size, patch) == expected
+
+
+@pytest.mark.parametrize("patch", [14, 16])
+def test_a_prepared_picture_is_not_resized_again(patch: int) -> None:
+    """Threads prepare ahead of the encoder, which prepares what it is given."""
+    for resolution, modulus in ((1024, 64), (768, 32), (512, 64), (256, 64)):
+        for size in bucket_table(resolution, modulus):
+            shown = input_size(*size, patch)
+            assert input_size(*shown, patch) == shown, size
 
 
 @pytest.mark.parametrize("load", [load_vae, load_text_encoder, load_vision_encoder])
