@@ -25,7 +25,7 @@ from fluxdit_jax.gate.report import FOLDER
 from fluxdit_jax.gate.retrieval import Library
 from fluxdit_jax.gate.sampler import Sampler
 from fluxdit_jax.gate.subject import Subject
-from fluxdit_jax.run.checkpoint import ema_steps
+from fluxdit_jax.run.averages import ema_steps
 from fluxdit_jax.run.run_directory import load_config, load_dataset
 from fluxdit_jax.sampling.pipeline import Generator
 

@@ -36,7 +36,7 @@ from fluxdit_jax.flow import FlowConfig
 from fluxdit_jax.loader.reader import RecordSource
 from fluxdit_jax.plan import training_flops
 from fluxdit_jax.prepared import Prepared
-from fluxdit_jax.run.checkpoint import ema_steps, restore_ema
+from fluxdit_jax.run.averages import ema_steps, restore_ema
 from fluxdit_jax.run.metrics import read_metrics
 from fluxdit_jax.run.run_directory import load_config
 from fluxdit_jax.run.validation_loss import ValidationLoss

@@ -39,6 +39,7 @@ POSITIVE = Bounds(lambda x: 0 < x < math.inf, "a finite number above 0")
 TWO_OR_MORE = Bounds(lambda x: 2 <= x < math.inf, "2 or above")
 NOT_NEGATIVE = Bounds(lambda x: 0 <= x < math.inf, "0 or above")
 FINITE = Bounds(math.isfinite, "a finite number")
+PART = Bounds(lambda x: 0 < x <= 1, "above 0 and at most 1")
 SHARE = Bounds(lambda x: 0 <= x <= 1, "between 0 and 1")
 DECAY = Bounds(lambda x: 0 <= x < 1, "at least 0 and below 1")
 ANY = Bounds(lambda x: True, "")
@@ -199,7 +200,7 @@ KEYS = {
     "score.steps": Key(12, "solver steps", POSITIVE),
     "score.vision_encoder": Key(str, "directory or id; None: the one named in the dataset", path=True),
     "score.device": Key("cpu", "of the vision encoder: cpu, cuda, mps; on the training GPU it needs room"),
-    "plan.utilisation": Key(0.4, "share of the devices' peak rate that the plan takes training to reach", POSITIVE),
+    "plan.utilisation": Key(0.4, "share of the devices' peak rate that the plan takes training to reach", PART),
     "plan.watts": Key(450.0, "of the whole machine while it trains", POSITIVE),
     "gate.required": Key(False, "refuse to train without a passing validation report"),
     "gate.report": Key(str, "validation/report.json of a nano run", path=True),
@@ -296,7 +297,7 @@ def _require_kind(name: str, value: Any, kind: type) -> None:
         _require(isinstance(value, str) and "\0" not in value, name, value, "a text")
 
 
-def check(c: ConfigDict) -> None:
+def check(c: ConfigDict, stage: bool = False) -> None:
     """Expands `~` in the keys that are paths; raises `ConfigError`, naming the key, for an invalid value."""
     for name in EARLIER:
         group, _, last = name.partition(".")
@@ -322,7 +323,7 @@ def check(c: ConfigDict) -> None:
         if not (key.optional and value is None):
             _require(key.bounds.test(value), name, value, key.bounds.words)
     _check_stages(_value(c, "stages"))
-    _check_together(c)
+    _check_together(c, stage or not c.train.stages)
 
 
 def _check_stages(stages: Any) -> None:
@@ -343,8 +344,8 @@ def _check_stages(stages: Any) -> None:
                     _require_kind(name, value, KEYS[f"{part}.{last}"].kind)
 
 
-def _check_together(c: ConfigDict) -> None:
-    """Constraints between keys."""
+def _check_together(c: ConfigDict, stage: bool) -> None:
+    """Constraints between keys; some only of a `stage`, as each may have these keys for itself."""
     if c.ema.short_decay is not None:
         below = f"below ema.decay ({c.ema.decay})"
         _require(c.ema.short_decay < c.ema.decay, "ema.short_decay", c.ema.short_decay, below)
@@ -353,12 +354,6 @@ def _check_together(c: ConfigDict) -> None:
         "model.width",
         c.model.width,
         f"a multiple of model.heads ({c.model.heads}) with a head size that is a multiple of 4",
-    )
-    _require(
-        c.optim.global_batch_size % c.data.micro_batch_size == 0,
-        "optim.global_batch_size",
-        c.optim.global_batch_size,
-        f"a multiple of data.micro_batch_size ({c.data.micro_batch_size})",
     )
     _require(
         c.routing.share == 0 or c.routing.first + c.routing.last < c.model.depth,
@@ -371,12 +366,12 @@ def _check_together(c: ConfigDict) -> None:
     if c.profile is not None:
         profile_steps(c.profile)
     check_mesh(c.mesh)
-    _require(
-        c.optim.warmup_steps <= c.train.steps or c.optim.schedule == "constant",
-        "optim.warmup_steps",
-        c.optim.warmup_steps,
-        f"at most train.steps ({c.train.steps}) with a cosine schedule",
-    )
+    if stage:
+        batch, micro_batch, warmup = c.optim.global_batch_size, c.data.micro_batch_size, c.optim.warmup_steps
+        words = f"a multiple of data.micro_batch_size ({micro_batch})"
+        _require(batch % micro_batch == 0, "optim.global_batch_size", batch, words)
+        words = f"at most train.steps ({c.train.steps}) with a cosine schedule"
+        _require(warmup <= c.train.steps or c.optim.schedule == "constant", "optim.warmup_steps", warmup, words)
 
 
 def check_mesh(mesh: ConfigDict) -> None:

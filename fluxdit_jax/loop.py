@@ -25,7 +25,7 @@ from fluxdit_jax.plan import training_flops
 from fluxdit_jax.prepared import Prepared, open_source
 from fluxdit_jax.run import reporting
 from fluxdit_jax.run.checkpoint import Checkpoints
-from fluxdit_jax.run.health import DIVERGED, Diagnosis, Monitor
+from fluxdit_jax.run.health import DEAD_STEPS, DIVERGED, Diagnosis, Monitor
 from fluxdit_jax.run.metrics import ACCUMULATE, PLAIN, UPDATE, MetricsWriter
 from fluxdit_jax.run.profile import Trace
 from fluxdit_jax.run.signals import Signals, any_process
@@ -113,7 +113,11 @@ def run_stage(run: Run, present: Prepared, position: Position) -> Ended:
         stopping = False
         for step in range(first + 1, stage.last + 1):
             run.trace.at(step - 1)
-            state = _trained(run, present, reporter, feed, state, samples, step)
+            state, whole = _trained(run, present, reporter, feed, state, samples, step)
+            if not whole:
+                state = without_part(state)
+                _visit(run, present, reporter, _STOP, state, samples, step - 1)
+                return Ended(Position(state, samples), stopped=True)
             samples += present.settings.global_batch_size
             due = _due(run, present, reporter, looks, step)
             if not due.anything:
@@ -128,12 +132,18 @@ def run_stage(run: Run, present: Prepared, position: Position) -> Ended:
 
 def _trained(
     run: Run, present: Prepared, reporter: reporting.Reporter, feed: _Feed, state: TrainState, samples: int, step: int
-) -> TrainState:
-    """The state after a step: its micro-batches, then the update. `samples` were drawn before."""
+) -> tuple[TrainState, bool]:
+    """The state after a step: its micro-batches, then the update. `samples` were drawn before.
+
+    A signal ends it after a micro-batch, as a step may take longer than a process is left after it; then the second
+    value is False. Of several processes it does not: the others go on.
+    """
     programs, alignment = present.compiled, present.settings.alignment
     aligned = alignment is None or alignment.at(step)
     accumulate = programs.accumulate if aligned else programs.plain
     for _ in range(present.settings.optimizer.grad_accum_steps):
+        if run.signals.received is not None and jax.process_count() == 1 and step > 1:
+            return state, False
         state, values = accumulate(state, feed.batch)
         asked = time.monotonic()
         try:
@@ -145,7 +155,7 @@ def _trained(
         reporter.take(ACCUMULATE if aligned else PLAIN, values)
     state, values = programs.update(state)
     reporter.take(UPDATE, values)
-    return state
+    return state, True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +177,9 @@ class _Due:
     @property
     def anything(self) -> bool:
         return self.stopping or self.save or self.averages or bool(self.looks)
+
+
+_STOP = _Due(stopping=True, save=False, averages=False, show=False, looks=[])
 
 
 def _due(run: Run, present: Prepared, reporter: reporting.Reporter, looks: list[Look], step: int) -> _Due:
@@ -198,6 +211,8 @@ def _visit(
         reporter.end()
     trouble = _trouble(present, reporter)
     diverged = trouble is not None and trouble.kind == DIVERGED
+    if reporter.diverged and due.save and not diverged and (kept := run.checkpoints.keep_newest()) is not None:
+        log.warning("checkpoints/%d is from before the weights diverged, and is kept beside newer ones", kept)
     suspect = (reporter.suspect or diverged) and step < run.last
     asked = time.monotonic()
     meta = {"samples": samples, "unfinished": reporter.unfinished()}
@@ -292,9 +307,13 @@ def _reporter(run: Run, present: Prepared, step: int, unfinished: dict[str, Any]
 
 
 def _untrained(settings: Settings) -> frozenset[str]:
-    """What may get no gradient: nulls of conditions that are never dropped, and the projector once alignment ended."""
-    dropped = {name for subset, share in settings.flow.drop for name in subset if share}
-    nulls = {f"null_{each.name}" for each in settings.model.conditions if each.name not in dropped}
+    """What may get no gradient for long: nulls of conditions that are rarely or never dropped, and the projector once
+    alignment has ended."""
+    nulls = set()
+    for condition in settings.model.conditions:
+        dropped = sum(share for subset, share in settings.flow.drop if condition.name in subset)
+        if (1 - dropped) ** (DEAD_STEPS * settings.global_batch_size) > 1e-6:  # chance that none is in all that time
+            nulls.add(f"null_{condition.name}")
     ends = settings.alignment is None or settings.alignment.until is not None
     return frozenset(nulls | ({dit.PROJECTOR} if ends else set()))
 

@@ -138,11 +138,12 @@ def totals(plans: Sequence[StagePlan], stages: Sequence[Prepared], rate: Rate) -
     average = _bytes((stages[0].program.abstract.ema, stages[0].program.abstract.short_ema))
     last, ends = stages[-1].stage.last, {each.stage.last for each in stages}
     kept = len(ends | set(range(config.checkpoint.ema_every, last + 1, config.checkpoint.ema_every)))
-    disk = state * config.checkpoint.keep + average * kept
+    states = config.checkpoint.keep + 1  # one is there while it is written
+    disk = state * states + average * kept
     return [
         f"in all {duration(seconds)} ({seconds / 86400:.2f} days) and {kwh:,.2f} kWh at {config.plan.watts:g} W, if "
         f"{rate.flops / 1e12:.3g} TFLOP/s are reached ({rate.source}); pictures, saving and held-out losses besides",
-        f"disk for checkpoints: {disk / 1e9:.2f} GB ({config.checkpoint.keep} states of {state / 1e9:.2f} GB, {kept} "
+        f"disk for checkpoints: {disk / 1e9:.2f} GB ({states} states of {state / 1e9:.2f} GB, {kept} "
         f"EMA weights of {average / 1e9:.2f} GB)",
     ]
 
@@ -157,7 +158,8 @@ def warnings(plans: Sequence[StagePlan]) -> list[str]:
     key = "--config.train.steps" if len(plans) == 1 else "in all stages together train.steps"
     return [
         f"train.steps is {sum(plan.steps for plan in plans)}: {epochs:.3g} epochs of {images} images. After so many a "
-        f"model has memorised its images; {MANY_EPOCHS // 10} epochs are {key}={fewer}"
+        f"model has memorised its images; {MANY_EPOCHS // 10} epochs are {key}={fewer}, or "
+        f"train.images={round(MANY_EPOCHS / 10 * images)}"
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from fluxdit_jax.model.attention import choose_implementation
 from fluxdit_jax.model.conditions import Condition
 from fluxdit_jax.model.routing import Routing
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -91,8 +93,11 @@ def resolve(c: ConfigDict, manifest: Manifest, first: int = 0) -> Settings:
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     attention = c.model.attention
-    if attention == "auto":
-        attention = choose_implementation(dtype, c.model.width // c.model.heads)
+    runs_here = choose_implementation(dtype, c.model.width // c.model.heads)
+    if attention == "cudnn" != runs_here:
+        log.warning("config.model.attention is cudnn, which cannot run here: xla is taken, which computes the same")
+    if attention == "auto" or runs_here == "xla":
+        attention = runs_here
     shift = flow.shift_for_tokens(tokens) if c.flow.shift is None else c.flow.shift
     model = _fill(
         dit.ModelConfig,

@@ -71,7 +71,7 @@ def stages_of(config: ConfigDict) -> tuple[Stage, ...]:
             _put(own, name, config)
         _set_length(own)
         try:
-            check(own)
+            check(own, stage=True)
         except ConfigError as error:
             raise ConfigError(f"stage {name}: {error}" if name else str(error)) from error
         first = stages[-1].last if stages else 0

@@ -102,7 +102,7 @@ def _require_one_length(arguments: list[str], config: ConfigDict) -> None:
         if match and (images := group.get("images")) is not None:
             sys.exit(
                 f"error: --config.{match[1]}steps has no effect, as config.{match[1]}images is {images}: give "
-                f"--config.{match[1]}images, or --config.{match[1]}images=None beside it"
+                f"--config.{match[1]}images"
             )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging as absl_logging
 
 from fluxdit_jax.loader import reader
-from fluxdit_jax.run.checkpoint import restore_ema
+from fluxdit_jax.run.averages import restore_ema
 from fluxdit_jax.run.run_directory import load_stage
 from fluxdit_jax.sampling.pipeline import Generator, conditions
 from fluxdit_jax.sampling.prompts import encode_prompts

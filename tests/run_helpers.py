@@ -10,7 +10,8 @@ import pytest
 from training_helpers import tiny_config, tree_equal
 
 from fluxdit_jax.loader import reader
-from fluxdit_jax.run.checkpoint import EMA, SHORT_EMA, restore_ema
+from fluxdit_jax.run.averages import restore_ema
+from fluxdit_jax.run.checkpoint import EMA, SHORT_EMA
 from fluxdit_jax.run.metrics import read_metrics
 from fluxdit_jax.train import train
 

@@ -22,7 +22,7 @@ from fluxdit_jax.export import export
 from fluxdit_jax.gate.requirement import family
 from fluxdit_jax.loader import reader
 from fluxdit_jax.prepared import Prepared, of_one_image_set
-from fluxdit_jax.run.checkpoint import restore_ema
+from fluxdit_jax.run.averages import restore_ema
 from fluxdit_jax.run.metrics import read_metrics
 from fluxdit_jax.sample import sample
 from fluxdit_jax.sampling.arguments import parse_arguments

@@ -26,7 +26,8 @@ from fluxdit_jax.loader import reader
 from fluxdit_jax.model import cost
 from fluxdit_jax.optimizer import learning_rate
 from fluxdit_jax.prepared import Prepared, open_source
-from fluxdit_jax.run.checkpoint import checkpoint_steps, ema_steps, restore_ema
+from fluxdit_jax.run.averages import ema_steps, restore_ema
+from fluxdit_jax.run.checkpoint import checkpoint_steps
 from fluxdit_jax.run.metrics import last_step, read_metrics
 from fluxdit_jax.run.run_directory import RunError, load_stage
 from fluxdit_jax.sample import sample
@@ -356,7 +357,7 @@ def test_the_plan_by_hand(data: Path, tmp_path: Path) -> None:
         assert one.epochs == 8 * steps / each.manifest.records("train")
     lines = "\n".join([*plan.table(plans), *plan.totals(plans, stages, plan.Rate(1e9, "given"))])
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stages[0].program.abstract))
-    assert "px32" in lines and f"2 states of {size / 1e9:.2f} GB, 2 EMA" in lines
+    assert "px32" in lines and f"3 states of {size / 1e9:.2f} GB, 2 EMA" in lines
     many = [dataclasses.replace(one, pictures=10**6, images=500) for one in plans]
     assert plan.warnings(plans) == [] and len(plan.warnings(many)) == 1
 

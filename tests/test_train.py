@@ -20,7 +20,8 @@ from fluxdit_jax.device.sharding import make_mesh
 from fluxdit_jax.loader import reader
 from fluxdit_jax.objective import patch_statistics
 from fluxdit_jax.program import Program
-from fluxdit_jax.run.checkpoint import SHORT_EMA, CheckpointError, Checkpoints, ema_steps, restore_ema
+from fluxdit_jax.run.averages import ema_steps, restore_ema
+from fluxdit_jax.run.checkpoint import SHORT_EMA, CheckpointError, Checkpoints
 from fluxdit_jax.run.run_directory import RunError, RunLock, load_config, load_dataset
 from fluxdit_jax.run.scalars import on_board
 from fluxdit_jax.settings import resolve
@@ -148,6 +149,8 @@ def test_a_signal_saves_within_the_step_and_the_same_command_goes_on(config, fin
         run(config, expected=128 + number)
     log = log_of(config.workdir)
     assert lines_naming(log, f"(signal {int(number)})", "saved") and "not saved" not in log
+    accumulated = config.optim.global_batch_size // config.data.micro_batch_size
+    assert f"stopped at step {max(1, (after - 1) // accumulated)} " in log  # what of a step is done is left
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler)
     run(config)
     assert_same_outcome(config.workdir, finished)

@@ -174,6 +174,18 @@ def test_a_state_that_has_diverged_takes_no_place_of_a_good_one(config):
     assert lines_naming(log_of(config.workdir), "health: diverged", "not saved", "step 2 ", "optim.lr", "checkpoints")
 
 
+def test_a_run_that_goes_on_though_it_has_diverged_keeps_a_checkpoint_from_before(config):
+    config.train.steps, config.log.heldout_every, config.checkpoint.minutes = 2, 0, 1e6
+    run(config)
+    config.train.steps, config.optim.lr, config.optim.warmup_steps, config.checkpoint.keep = 200, 1.0, 0, 1
+    config.optim.grad_clip_norm, config.resume.allow_changes = 1e6, True
+    for last in (200, 210):  # the second does not know of the divergence but by its checkpoint
+        config.train.steps = last
+        run(config)
+        assert checkpoint_steps(Path(config.workdir)) == [2, last]
+    assert lines_naming(log_of(config.workdir), "checkpoints/2", "before", "diverged", "kept")
+
+
 @slow
 def test_a_state_that_is_due_when_it_is_found_diverged_is_not_saved(config):
     config.log.heldout_every, config.checkpoint.minutes, config.train.steps = 0, 1e-9, 200

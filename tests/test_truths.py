@@ -31,7 +31,8 @@ from fluxdit_jax.model.conditions import Given
 from fluxdit_jax.model.patches import patchify
 from fluxdit_jax.objective import patch_statistics
 from fluxdit_jax.run import weights
-from fluxdit_jax.run.checkpoint import EMA, SHORT_EMA, restore_ema
+from fluxdit_jax.run.averages import restore_ema
+from fluxdit_jax.run.checkpoint import EMA, SHORT_EMA
 from fluxdit_jax.run.digest import tree_digest
 from fluxdit_jax.run.run_directory import load_config, load_dataset, record_start
 from fluxdit_jax.run.validation_loss import ValidationLoss

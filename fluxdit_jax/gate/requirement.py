@@ -14,7 +14,8 @@ from fluxdit_jax.dataset.fields import LATENT, PATCHES
 from fluxdit_jax.dataset.manifest import EncoderIdentity, Manifest
 from fluxdit_jax.model import dit
 from fluxdit_jax.model.dit import ModelConfig
-from fluxdit_jax.run.checkpoint import EMA, ema_steps
+from fluxdit_jax.run.averages import ema_steps
+from fluxdit_jax.run.checkpoint import EMA
 from fluxdit_jax.run.weights import places, weights_digest
 from fluxdit_jax.shared.sanitize import shown
 

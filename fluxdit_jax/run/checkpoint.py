@@ -14,16 +14,16 @@ either a whole checkpoint or none.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
 from fluxdit_jax.device.hosts import of_a_collective
@@ -35,7 +35,8 @@ from fluxdit_jax.run.soundness import BrokenRun, state_fault, weights_fault
 from fluxdit_jax.state import TrainState, shape_difference
 
 log = logging.getLogger(__name__)
-_TEMPORARY, _DIGEST = "orbax-checkpoint-tmp", "digest"
+_TEMPORARY, DIGEST = "orbax-checkpoint-tmp", "digest"
+_KEPT = "kept"  # a checkpoint that does not make room for newer ones
 AVERAGE_DIGEST = "{}_digest"  # of `ema`, of `short_ema`: beside the whole state's in a checkpoint's meta
 CHECKPOINTS, EMA, SHORT_EMA, DAMAGED = "checkpoints", "ema", "short_ema", "damaged"  # the folders
 _LOWER_RATE = "The learning rate is too high: lower optim.lr with --config.resume.allow_changes=True"
@@ -50,6 +51,18 @@ def leaves_threads() -> bool:
 
 class CheckpointError(Exception):
     """No checkpoint can be restored, or it does not fit the configuration."""
+
+
+@dataclasses.dataclass
+class _Rotation(ocp.checkpoint_managers.PreservationPolicy):
+    """Which checkpoints stay: the newest `keep`, and that of the step `kept`."""
+
+    keep: int
+    kept: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        old = len(checkpoints) - self.keep
+        return [number >= old or each.step == self.kept for number, each in enumerate(checkpoints)]
 
 
 class Checkpoints:
@@ -68,6 +81,7 @@ class Checkpoints:
         self._own: set[int] = set()  # steps of checkpoints that this object wrote or restored
         self._noted = read_only  # whether the history says that a checkpoint is complete
         self.failures = 0
+        self._rotation = _Rotation(keep)
         if not read_only:
             (self._root / EMA).mkdir(parents=True, exist_ok=True)
         self._open()
@@ -82,7 +96,7 @@ class Checkpoints:
             self._root / CHECKPOINTS,
             item_handlers={"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=None if self._read_only else ocp.checkpoint_managers.LatestN(self._keep),
+                preservation_policy=None if self._read_only else self._rotation,
                 cleanup_tmp_directories=not self._read_only,
                 enable_async_checkpointing=True,
                 read_only=self._read_only,
@@ -121,7 +135,9 @@ class Checkpoints:
         for folder, average in ((EMA, state.ema), (SHORT_EMA, state.short_ema)):
             if average is not None:  # so that one average can be read, and checked, without the rest
                 meta[AVERAGE_DIGEST.format(folder)] = tree_digest(average)
-        meta |= {_DIGEST: tree_digest(state, meta)}
+        if self._rotation.kept is not None:
+            meta[_KEPT] = self._rotation.kept
+        meta |= {DIGEST: tree_digest(state, meta)}
         return self._start(
             CHECKPOINTS,
             step,
@@ -149,7 +165,7 @@ class Checkpoints:
 
         def write() -> None:
             path.parent.mkdir(exist_ok=True)
-            self._ema_saver.save(path, ema, custom_metadata={_DIGEST: digest})
+            self._ema_saver.save(path, ema, custom_metadata={DIGEST: digest})
 
         return self._start(folder, step, write)
 
@@ -235,6 +251,16 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
+    def keep_newest(self) -> int | None:
+        """Keeps the newest checkpoint beside those that come, also after a restart; returns its step.
+
+        Of several calls the first one decides.
+        """
+        if self._rotation.kept is None:
+            self.poll(wait=True)
+            self._rotation.kept = self.latest_step()
+        return self._rotation.kept
+
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """Restores the newest checkpoint that can be read; None if there is none at all.
 
@@ -259,12 +285,13 @@ class Checkpoints:
                 )
                 state, meta = restored["state"], restored["meta"]
                 del restored
-                if _DIGEST not in meta:
+                if DIGEST not in meta:
                     raise OSError("it carries no digest of its numbers")
-                if meta.pop(_DIGEST) != tree_digest(state, meta):
+                if meta.pop(DIGEST) != tree_digest(state, meta):
                     raise OSError("its numbers are not those that were written")
                 for folder in (EMA, SHORT_EMA):
                     meta.pop(AVERAGE_DIGEST.format(folder), None)
+                self._rotation.kept = meta.pop(_KEPT, None)
                 fault = state_fault(state)
                 if fault:
                     raise OSError(fault)
@@ -328,63 +355,9 @@ def ema_digest(workdir: Path, step: int, folder: str = EMA) -> str | None:
     try:
         with ocp.PyTreeCheckpointer() as reader:
             metadata = reader.metadata((workdir / folder / str(step)).absolute())
-        return (metadata.custom_metadata or {}).get(_DIGEST)
+        return (metadata.custom_metadata or {}).get(DIGEST)
     except Exception:  # noqa: BLE001  whatever reading a damaged file raises
         return None
-
-
-def ema_steps(workdir: Path, folder: str = EMA) -> list[int]:
-    """Steps with EMA weights in a run directory, ascending."""
-    return sorted(int(path.name) for path in (workdir / folder).glob("*") if path.name.isdigit())
-
-
-def restore_ema(workdir: Path, step: int | None = None, folder: str = EMA) -> tuple[int, Any]:
-    """Loads EMA weights as host numpy arrays: (step, nested dict of f32).
-
-    Args:
-      step: which; None takes the newest.
-      folder: `EMA`, or `SHORT_EMA` for those with the shorter memory (config.ema.short_decay).
-
-    Raises:
-      CheckpointError: there are none, or not of that step, or they cannot be read or used.
-    """
-    steps = ema_steps(workdir, folder)
-    if not steps:
-        why = "train first, or wait for the first save" if folder == EMA else "set config.ema.short_decay"
-        raise CheckpointError(f"{workdir / folder} has no weights yet: {why}")
-    step = steps[-1] if step is None else step
-    if step not in steps:
-        raise CheckpointError(f"{workdir / folder} has no step {step}; it has {', '.join(map(str, steps))}")
-    return step, read_ema(workdir / folder / str(step))[0]
-
-
-def read_ema(path: Path) -> tuple[Any, str]:
-    """(EMA weights as host numpy arrays, their digest) of a directory that `save_ema` wrote.
-
-    Raises:
-      CheckpointError: they cannot be read or used.
-    """
-    path = path.absolute()
-    try:
-        with ocp.PyTreeCheckpointer() as reader:
-            metadata = reader.metadata(path)
-            shapes = metadata.item_metadata.tree
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
-            ema = reader.restore(path, restore_args=as_numpy)
-        return ema, checked_digest(ema, (metadata.custom_metadata or {}).get(_DIGEST))
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
-
-
-def checked_digest(ema: Any, written: str | None) -> str:
-    """The digest of weights that were read; `OSError` if it is not the one that was written, or they are broken."""
-    digest = tree_digest(ema)
-    if written is not None and written != digest:
-        raise OSError("its numbers are not those that were written")
-    fault = weights_fault(ema)
-    if fault:
-        raise OSError(f"its EMA weights are broken: {fault}")
-    return digest
 
 
 def require_same_shapes(what: str, saved: Any, wanted: Any) -> None:

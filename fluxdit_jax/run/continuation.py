@@ -19,16 +19,8 @@ from ml_collections import ConfigDict
 
 from fluxdit_jax.dataset.manifest import Manifest
 from fluxdit_jax.run import history
-from fluxdit_jax.run.checkpoint import (
-    CHECKPOINTS,
-    DAMAGED,
-    EMA,
-    SHORT_EMA,
-    Checkpoints,
-    checkpoint_steps,
-    ema_digest,
-    ema_steps,
-)
+from fluxdit_jax.run.averages import ema_steps
+from fluxdit_jax.run.checkpoint import CHECKPOINTS, DAMAGED, EMA, SHORT_EMA, Checkpoints, checkpoint_steps, ema_digest
 from fluxdit_jax.run.differences import all_changes
 from fluxdit_jax.run.digest import tree_digest
 from fluxdit_jax.run.metrics import METRICS, beyond, last_step

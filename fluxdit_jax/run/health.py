@@ -222,15 +222,16 @@ class Monitor:
         now, _ = medians
         self._largest = max(self._largest, now)
         ratio = median(self._ratios) if self._ratios else math.nan
-        sunk = now < SINK * self._largest or self._seen > self._warmup_steps + BASELINE
+        sunk = now < SINK * self._largest
+        what = f"sank to {now:.3g} (it was {self._largest:.3g})" if sunk else f"is {now:.3g}, long after the warm-up,"
         return self._change(
             "collapsed",
-            ratio < WEAK and sunk,
-            f"step {seen.step}: the gradient norm sank to {now:.3g} (it was {self._largest:.3g}) and the prediction "
+            ratio < WEAK and (sunk or self._seen > self._warmup_steps + BASELINE),
+            f"step {seen.step}: the gradient norm {what} and the prediction "
             f"has {ratio:.2f} of the target's size: it collapses to the mean of all, "
             "which is a grey image. Look at the latent statistics in the manifest, at the conditions, and at layers "
             "that start at zero",
-            f"step {seen.step}: the gradient norm is back at {now:.3g}",
+            f"step {seen.step}: the prediction has {ratio:.2f} of the target's size again",
         )
 
     def _trivial(self, seen: Observation) -> Diagnosis | None:

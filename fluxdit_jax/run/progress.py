@@ -111,7 +111,7 @@ class Progress:
             self._length.steps,
             self._length.epochs(step),
             self._length.epochs(self._length.steps),
-            sum(self._losses) / max(1, len(self._losses)),
+            sum(self._losses) / len(self._losses) if self._losses else math.nan,
             gradient_norm,
             rate,
             duration(self._left(step)),

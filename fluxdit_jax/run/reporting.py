@@ -18,7 +18,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fluxdit_jax.device.devices import peak_memory_gb
 from fluxdit_jax.flow import TIME_BINS
-from fluxdit_jax.run.health import Diagnosis, Monitor, Observation
+from fluxdit_jax.run.health import DIVERGED, Diagnosis, Monitor, Observation
 from fluxdit_jax.run.metrics import UPDATE, MetricsWriter, unpack
 from fluxdit_jax.run.progress import Length, Progress
 from fluxdit_jax.run.soundness import SUSPECT_MICRO_BATCHES, BrokenRun, Watchdog
@@ -37,6 +37,7 @@ class Reporter:
 
     Attributes:
       trouble: the last serious diagnosis, or None; the loop decides what to do about it.
+      diverged: whether one was that the weights have diverged.
       progress: the bar and the lines of the log.
     """
 
@@ -74,6 +75,7 @@ class Reporter:
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._last, self._constants = length.last, constants
         self.trouble: Diagnosis | None = None
+        self.diverged = False
         self._redirect = logging_redirect_tqdm([_PACKAGE]) if _shows_bar() else None
         self.progress = Progress(length, step, bar=_shows_bar())
         self._step = step
@@ -199,6 +201,7 @@ class Reporter:
             self._writer.text(step, f"health/{diagnosis.kind}", diagnosis.message)
             if diagnosis.serious:
                 self.trouble = diagnosis
+                self.diverged |= diagnosis.kind == DIVERGED
         self.progress.finished(step, loss, norm, self._monitor.summary())
         if step % self._every == 0 or step == self._last:
             self._log(step, metrics | {"velocity_rms_ratio": ratio}, finite)

@@ -51,7 +51,7 @@ class Signals(contextlib.AbstractContextManager["Signals"]):
         self.received = number
         self._first_at = time.monotonic()
         with contextlib.suppress(OSError):  # a closed terminal cannot be told
-            log.info("%s: finishing the step and saving; again to stop at once", signal.Signals(number).name)
+            log.info("%s: saving; again to stop at once", signal.Signals(number).name)
 
 
 def any_process(flags: list[bool]) -> list[bool]:

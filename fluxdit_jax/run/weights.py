@@ -16,17 +16,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from fluxdit_jax.model.dit import PROJECTOR
+from fluxdit_jax.run.averages import checked_digest, ema_steps, read_ema
 from fluxdit_jax.run.checkpoint import (
     AVERAGE_DIGEST,
     CHECKPOINTS,
     EMA,
     CheckpointError,
-    checked_digest,
     checkpoint_steps,
     ema_digest,
-    ema_steps,
     first_line,
-    read_ema,
 )
 from fluxdit_jax.run.digest import tree_digest
 

@@ -28,7 +28,7 @@ from wording import lines_naming
 from fluxdit_jax.device.sharding import MeshError, batch_sharding, make_mesh, put_batch, replicated, tree_sharding
 from fluxdit_jax.model import dit
 from fluxdit_jax.optimizer import build_optimizer
-from fluxdit_jax.run.checkpoint import restore_ema
+from fluxdit_jax.run.averages import restore_ema
 from fluxdit_jax.run.metrics import read_metrics
 from fluxdit_jax.state import create_state
 

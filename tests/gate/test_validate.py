@@ -21,7 +21,8 @@ from fluxdit_jax.gate.subject import _under_test
 from fluxdit_jax.loader.reader import RecordSource, spread
 from fluxdit_jax.model import dit
 from fluxdit_jax.optimizer import build_optimizer
-from fluxdit_jax.run.checkpoint import Checkpoints, restore_ema
+from fluxdit_jax.run.averages import restore_ema
+from fluxdit_jax.run.checkpoint import Checkpoints
 from fluxdit_jax.run.digest import tree_digest
 from fluxdit_jax.run.run_directory import load_config, load_dataset, record_start
 from fluxdit_jax.sampling.pipeline import Generator

@@ -14,7 +14,8 @@ from training_helpers import TrainCommand, write_config
 
 from fluxdit_jax.dataset.grid import GRID_FILE
 from fluxdit_jax.gate.requirement import require_report
-from fluxdit_jax.run.checkpoint import Checkpoints, restore_ema
+from fluxdit_jax.run.averages import restore_ema
+from fluxdit_jax.run.checkpoint import Checkpoints
 from fluxdit_jax.run.run_directory import load_config, load_dataset
 from fluxdit_jax.settings import resolve
 

@@ -27,7 +27,7 @@ from fluxdit_jax.dataset.manifest import DatasetError
 from fluxdit_jax.export import export
 from fluxdit_jax.exporting import diffusers_folder
 from fluxdit_jax.portable import encoders
-from fluxdit_jax.run.checkpoint import restore_ema
+from fluxdit_jax.run.averages import restore_ema
 from fluxdit_jax.run.run_directory import load_stage
 from fluxdit_jax.sampling import solvers
 from fluxdit_jax.sampling.exported import ExportError

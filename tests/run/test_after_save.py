@@ -17,7 +17,8 @@ from wording import naming
 
 from fluxdit_jax.config import ConfigError
 from fluxdit_jax.run.after_save import OUTPUT, AfterSave
-from fluxdit_jax.run.checkpoint import checkpoint_steps, ema_steps, restore_ema
+from fluxdit_jax.run.averages import ema_steps, restore_ema
+from fluxdit_jax.run.checkpoint import checkpoint_steps
 from fluxdit_jax.train import train
 
 pytest_plugins = ("training_fixtures",)

@@ -18,16 +18,8 @@ from checkpoint_helpers import restore
 from training_helpers import abstract_state, meta_of, small_state, tree_equal
 from wording import naming
 
-from fluxdit_jax.run.checkpoint import (
-    EMA,
-    SHORT_EMA,
-    CheckpointError,
-    Checkpoints,
-    checkpoint_steps,
-    ema_digest,
-    ema_steps,
-    restore_ema,
-)
+from fluxdit_jax.run.averages import ema_steps, restore_ema
+from fluxdit_jax.run.checkpoint import EMA, SHORT_EMA, CheckpointError, Checkpoints, checkpoint_steps, ema_digest
 from fluxdit_jax.run.digest import tree_digest
 
 pytest_plugins = ("training_fixtures", "checkpoint_fixtures")
@@ -97,6 +89,22 @@ def test_the_latest_few_are_kept_and_every_ema(tmp_path, states):
         assert checkpoints.latest_step() == 4
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "4"]
     assert ema_steps(tmp_path) == [1, 2, 3, 4]
+
+
+def test_one_that_is_kept_makes_no_room_for_newer_ones_also_after_a_restart(tmp_path, states):
+    def there():
+        return sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert checkpoints.keep_newest() is None  # there is none
+        for step in (1, 2, 3):
+            checkpoints.save(step, states[step], meta_of(step))
+            assert step < 2 or checkpoints.keep_newest() == 2  # the first call decides
+    assert there() == [2, 3]
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert checkpoints.restore(abstract_state(states[3]))[1] == meta_of(3)
+        checkpoints.save(4, states[4], meta_of(4))
+    assert there() == [2, 4]
 
 
 def test_saving_a_step_twice_keeps_the_first_and_refuses_other_numbers(workdir, states):

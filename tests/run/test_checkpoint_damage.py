@@ -13,15 +13,8 @@ import pytest
 from checkpoint_helpers import cut, flip_in_the_largest_file, restore
 from training_helpers import abstract_state, meta_of, small_state, tree_equal
 
-from fluxdit_jax.run.checkpoint import (
-    CheckpointError,
-    Checkpoints,
-    checkpoint_steps,
-    ema_digest,
-    ema_steps,
-    first_line,
-    restore_ema,
-)
+from fluxdit_jax.run.averages import ema_steps, restore_ema
+from fluxdit_jax.run.checkpoint import CheckpointError, Checkpoints, checkpoint_steps, ema_digest, first_line
 
 pytest_plugins = ("training_fixtures", "checkpoint_fixtures")
 pytestmark = pytest.mark.usefixtures("quick_compile")

@@ -18,7 +18,8 @@ from training_helpers import abstract_state, meta_of, small_state, tree_equal
 from wording import naming
 
 from fluxdit_jax.run import checkpoint
-from fluxdit_jax.run.checkpoint import CHECKPOINTS, EMA, SHORT_EMA, Checkpoints, checkpoint_steps, restore_ema
+from fluxdit_jax.run.averages import restore_ema
+from fluxdit_jax.run.checkpoint import CHECKPOINTS, EMA, SHORT_EMA, Checkpoints, checkpoint_steps
 
 pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.usefixtures("quick_compile")

@@ -14,7 +14,8 @@ from training_helpers import tiny_config, tree_equal, write_config, write_datase
 from wording import lines_naming, naming
 
 from fluxdit_jax.dataset.manifest import MANIFEST
-from fluxdit_jax.run.checkpoint import EMA, SHORT_EMA, Checkpoints, ema_digest, ema_steps, restore_ema
+from fluxdit_jax.run.averages import ema_steps, restore_ema
+from fluxdit_jax.run.checkpoint import EMA, SHORT_EMA, Checkpoints, ema_digest
 from fluxdit_jax.run.history import append, has_saved
 from fluxdit_jax.run.metrics import read_metrics
 from fluxdit_jax.run.run_directory import RunError

@@ -16,7 +16,7 @@ import pytest
 from training_helpers import tiny_config, tree_equal, write_config
 from wording import lines_naming
 
-from fluxdit_jax.run.checkpoint import restore_ema
+from fluxdit_jax.run.averages import restore_ema
 from fluxdit_jax.run.metrics import read_metrics
 
 pytest_plugins = ("training_fixtures",)

@@ -15,7 +15,7 @@ from wording import lines_naming, naming
 from fluxdit_jax import overview, plan
 from fluxdit_jax.prepared import Prepared
 from fluxdit_jax.run import progress, timer
-from fluxdit_jax.run.checkpoint import ema_steps, restore_ema
+from fluxdit_jax.run.averages import ema_steps, restore_ema
 from fluxdit_jax.run.metrics import read_metrics
 from fluxdit_jax.run.progress import Length, Progress
 from fluxdit_jax.run.validation_loss import ValidationLoss

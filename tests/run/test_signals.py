@@ -25,7 +25,7 @@ def test_the_first_signal_asks_and_its_echo_is_the_same_one(number: int, package
         assert signals.received == number
         os.kill(os.getpid(), number)  # a launcher passes it on
         assert signals.received == number
-    assert len(package_log) == 1 and f"{signal.Signals(number).name}: finishing" in package_log[0]
+    assert len(package_log) == 1 and f"{signal.Signals(number).name}: saving" in package_log[0]
 
 
 def test_a_second_interrupt_stops_at_once(monkeypatch):

@@ -23,7 +23,8 @@ from fluxdit_jax.dataset.fields import BF16
 from fluxdit_jax.dataset.manifest import MANIFEST
 from fluxdit_jax.loader import reader
 from fluxdit_jax.optimizer import build_optimizer
-from fluxdit_jax.run.checkpoint import CheckpointError, Checkpoints, ema_steps, restore_ema
+from fluxdit_jax.run.averages import ema_steps, restore_ema
+from fluxdit_jax.run.checkpoint import CheckpointError, Checkpoints
 from fluxdit_jax.run.digest import tree_digest
 from fluxdit_jax.run.metrics import read_metrics
 from fluxdit_jax.run.soundness import BrokenRun, Watchdog, state_fault, weights_fault

@@ -18,7 +18,8 @@ from training_helpers import meta_of, small_state, tree_equal
 from wording import lines_naming, naming
 
 from fluxdit_jax.export import export
-from fluxdit_jax.run.checkpoint import SHORT_EMA, CheckpointError, Checkpoints, restore_ema
+from fluxdit_jax.run.averages import restore_ema
+from fluxdit_jax.run.checkpoint import SHORT_EMA, CheckpointError, Checkpoints
 from fluxdit_jax.run.digest import tree_digest
 from fluxdit_jax.run.weights import restore_weights
 from fluxdit_jax.sampling.exported import ExportError

@@ -31,7 +31,8 @@ from fluxdit_jax.gate.requirement import require_report
 from fluxdit_jax.loader import reader
 from fluxdit_jax.objective import patch_statistics
 from fluxdit_jax.program import Program
-from fluxdit_jax.run.checkpoint import Checkpoints, restore_ema
+from fluxdit_jax.run.averages import restore_ema
+from fluxdit_jax.run.checkpoint import Checkpoints
 from fluxdit_jax.run.differences import check_resume
 from fluxdit_jax.run.digest import tree_digest
 from fluxdit_jax.run.metrics import MetricsWriter

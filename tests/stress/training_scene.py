@@ -20,7 +20,7 @@ from preprocess_kills import draw, wishes
 import fluxdit_jax.export
 import fluxdit_jax.sample
 import fluxdit_jax.validate  # noqa: F401  the forks run these
-from fluxdit_jax.run.checkpoint import ema_steps, restore_ema
+from fluxdit_jax.run.averages import ema_steps, restore_ema
 from fluxdit_jax.run.digest import tree_digest
 from fluxdit_jax.run.metrics import read_metrics
 from preprocess.build.build import build
