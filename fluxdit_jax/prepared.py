@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from fluxdit_jax.dataset.manifest import DatasetError, Manifest, load_manifest, parts_of
+from fluxdit_jax.dataset.manifest import MANIFEST, DatasetError, Manifest, load_manifest, parts_of
 from fluxdit_jax.device import devices, sharding
 from fluxdit_jax.device.memory_plan import MemoryPlan, require_fit
 from fluxdit_jax.loader.reader import RecordSource
@@ -85,6 +85,13 @@ def _manifest(stage: Stage) -> Manifest:
         if config.data.resolution is not None:
             root = Path(config.data.path).parent
             found = ", ".join(map(str, parts_of(root))) or "none"
+            if (root / MANIFEST).exists():
+                raise DatasetError(
+                    f"config.data.resolution is {config.data.resolution}, and {root} is one dataset of "
+                    f"{load_manifest(root).resolution} px. Leave the key and train.stages out; or move it to NEW/"
+                    f"{load_manifest(root).resolution} and give `python -m preprocess build --output NEW --resolution "
+                    "...` with all resolutions"
+                ) from error
             raise DatasetError(
                 f"config.data.resolution is {config.data.resolution}, and {root} has datasets of these resolutions: "
                 f"{found}. `python -m preprocess build --output {root} --resolution ...` adds one. ({error})"

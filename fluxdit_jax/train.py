@@ -48,7 +48,7 @@ from fluxdit_jax.run.differences import check_resume, difference_from, flatten
 from fluxdit_jax.run.health import DIVERGED
 from fluxdit_jax.run.metrics import LogError, MetricsWriter
 from fluxdit_jax.run.profile import Trace
-from fluxdit_jax.run.run_directory import RunError, RunLock
+from fluxdit_jax.run.run_directory import RunError, RunLock, require_own
 from fluxdit_jax.run.signals import Signals
 from fluxdit_jax.run.soundness import BrokenRun
 from fluxdit_jax.run.timer import IntervalTimer
@@ -97,6 +97,7 @@ def train(config: ConfigDict) -> int:
             tracker = Tracker(config.log.tracker) if config.log.tracker else None
             if config.log.vae:
                 require_decoder(first.manifest.vae, config.log.vae)
+            require_own(workdir)
             closing.callback(RunLock(workdir).release)
             closing.callback(reporting.log_to(workdir / LOG))
             closing.push(functools.partial(reporting.note_end, workdir / LOG))

@@ -307,6 +307,16 @@ def test_a_stage_starts_from_another_runs_ema_at_another_resolution(config, fini
     assert list(scalars(config.workdir)) == [1]
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "a.jpg"])
+def test_a_run_is_not_written_among_pictures_or_into_a_dataset(config, name):
+    workdir = Path(config.workdir)
+    workdir.mkdir()
+    (workdir / name).touch()
+    with pytest.raises(RunError, match=naming("config.workdir", workdir, name)):
+        train(config)
+    assert [path.name for path in workdir.iterdir()] == [name]
+
+
 def test_a_stage_of_another_network_names_the_difference(config, finished):
     config.resume.from_run, config.model.depth = str(finished), 3
     with pytest.raises(CheckpointError) as refusal:

@@ -14,6 +14,7 @@ from fluxdit_jax.gate.verdict import Verdict, percent
 Advice = list[tuple[str, str]]  # (cause, what was seen)
 
 STRANGE = 0.5  # distance to the nearest picture, against that of two of the set, from which on it is none of them
+RECOGNISED = 0.5  # share of drawn pictures nearest to their own original, above which they are pictures of the set
 BLURRED_DB = 22.0  # median PSNR below which the pictures are blurred to the eye
 LARGE_SHIFT = 10.0  # a time shift above leaves next to no samples at little noise
 CLEAR = 0.85  # share of a test's pictures that have the right photograph, or light, where that path works
@@ -130,7 +131,7 @@ def _condition(memorisation: Verdict, training: Training) -> Advice:
             "latent_std (undone once, not twice?), and at the learning rate: too high a rate dies this way."
         )
         return [("plain pictures", seen)] + ([] if training.explains else [("plain pictures", look)])
-    if numbers["distance_to_the_nearest"] > STRANGE * numbers["usual_distance"]:
+    if memorisation.value <= RECOGNISED and numbers["distance_to_the_nearest"] > STRANGE * numbers["usual_distance"]:
         what = "noise" if numbers["roughness"] > 1.5 else "something, but no picture of this set"
         seen = f"The model draws {what}: it is untrained, or its weights are not what the sampler expects."
         return [("pictures of nothing", seen), *_where_the_loss_points(training)]
@@ -193,7 +194,12 @@ def _swap(verdict: Verdict) -> Advice:
         )
         advice.append(("text path", seen))
     if numbers["right_light"] < CLEAR:
-        seen = "The light is not B's: the vector is not used, or it does not tell the lights apart."
+        seen = (
+            "The light is not B's: the vector is not used, or it does not tell the lights apart."
+            if numbers["right_light"] < RECOGNISED
+            else f"The light is B's in {percent(numbers['right_light'])} of the pairs: the vector is used, and not yet "
+            "told apart from others in all."
+        )
         advice.append(("vision path", seen))
     if not advice and numbers["retrieved"] < verdict.threshold:
         seen = (

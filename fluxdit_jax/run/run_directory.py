@@ -148,6 +148,15 @@ def _again(path: Path) -> str:
     return f"It is a copy of the manifest of the run's data set: cp DATASET/{MANIFEST} {path}"
 
 
+def require_own(workdir: Path) -> None:
+    """Raises `RunError` where a new run would be written among pictures, or into a data set."""
+    if (workdir / CONFIG).exists():
+        return
+    for path in sorted(workdir.glob("*")):
+        if path.name == MANIFEST or path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"):
+            raise RunError(f"config.workdir is {workdir}, which has {path.name}: give the run a folder of its own")
+
+
 def ways_on(workdir: Path) -> str:
     """What to do where a run has no checkpoint to go on from."""
     return (

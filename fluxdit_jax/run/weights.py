@@ -90,10 +90,12 @@ def restore_weights(workdir: Path, step: int | None = None, folder: str = EMA) -
     while True:
         found = places(workdir, folder)
         if not found:
+            if not workdir.is_dir():
+                raise CheckpointError(f"{workdir} does not exist: give the directory of a run")
             why = (
                 "train first, or wait for the first checkpoint (config.checkpoint.minutes; Ctrl-C writes one too)"
                 if folder == EMA
-                else "set config.ema.short_decay"
+                else "a run has them if config.ema.short_decay is set from its start"
             )
             raise CheckpointError(f"{workdir} has no weights yet in {CHECKPOINTS}/ or {folder}/: {why}")
         chosen = max(found) if step is None else step

@@ -7,6 +7,7 @@ While files are moved there is no manifest, so nobody takes the directory for a 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -23,6 +24,7 @@ from fluxdit_jax.dataset.manifest import (
     MANIFEST,
     REJECTS,
     SPLITS,
+    DatasetError,
     Manifest,
     Shard,
     json_checksum,
@@ -69,6 +71,8 @@ def publish(
       PreprocessError: no record is left in the train split, or a latent channel is constant.
     """
     name = dataset_name(directory)
+    with contextlib.suppress(DatasetError):  # runs know the shards of a folder that was moved by their names
+        name = load_manifest(directory).name
     placed = _place(name, done)
     manifest = _manifest(name, plan, placed, identities)
     rejects = [*plan.rejects, *(reject for unit, _ in placed for reject in unit.info.rejects)]

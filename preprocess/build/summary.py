@@ -137,7 +137,7 @@ def report_result(
             journal.say(f"    {count:7,}  {reason}")
     if listed:
         told = ", ".join(f"{reason} {count:,}" for reason, count in listed.most_common())
-        journal.say(f"  listed there too, and not counted, as no picture is missing for it: {told}")
+        journal.say(f"  listed in {output / REJECTS} and not counted, as no picture is missing for it: {told}")
     busy = sum(seconds.get(f"encode: {what}", 0.0) for what in manifest.encoders)
     parts = ", ".join(f"{what.removeprefix('encode: ')} {value:.1f} s" for what, value in seconds.items())
     journal.say(f"  time: {parts}")

@@ -158,6 +158,8 @@ def from_mapping(
     Raises:
       Rejected: there is none.
     """
+    if isinstance(raw, list) and raw and all(isinstance(text, str) for text in raw):  # the captions alone
+        raw = {names[0]: raw}
     if not isinstance(raw, dict):
         raise Rejected("no caption", f"expected a JSON object, got {type(raw).__name__}")
     failures: list[Rejected] = []
@@ -177,7 +179,7 @@ def from_mapping(
             return tuple(found)
     if failures:
         raise failures[0]
-    there = ", ".join(repr(name)[:40] for name in list(raw)[:8]) or "no field at all"
+    there = ", ".join(f"{name!r:.40}{' (null)' * (raw[name] is None)}" for name in list(raw)[:8]) or "no field at all"
     raise Rejected("no caption", f"none of the fields {', '.join(names)}; it has {there}")
 
 

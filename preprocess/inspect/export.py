@@ -12,12 +12,14 @@ from safetensors.numpy import save
 
 from fluxdit_jax.dataset import captions, records
 from fluxdit_jax.dataset.fields import Layout
-from fluxdit_jax.dataset.manifest import SPLITS, DatasetError, load_manifest
+from fluxdit_jax.dataset.manifest import MANIFEST, SPLITS, DatasetError, load_manifest
 from fluxdit_jax.dataset.records import Record
 from fluxdit_jax.shared.atomic_files import replacing
 from preprocess import PreprocessError
 from preprocess.build.journal import Journal
 from preprocess.build.units import disk_errors, read_rows
+from preprocess.decoding.formats import EXTENSIONS
+from preprocess.input.sidecars import extension
 
 FORMATS = ("webdataset",)
 
@@ -38,6 +40,9 @@ def export(directory: str | Path, output: str | Path, format: str = "webdataset"
         raise PreprocessError(f"--format must be one of {', '.join(FORMATS)}, got {format!r}")
     directory, output = Path(directory), Path(output)
     manifest = load_manifest(directory)
+    for path in sorted(output.glob("*")):
+        if path.name == MANIFEST or extension(path.name) in EXTENSIONS:
+            raise PreprocessError(f"--output {output} has {path.name}: give a folder of its own")
     output.mkdir(parents=True, exist_ok=True)
     written = []
     total = sum(manifest.records(split) for split in manifest.shards)

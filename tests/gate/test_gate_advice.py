@@ -1,5 +1,6 @@
 """What the log says of a run, and which cause is named for which numbers: at each limit."""
 
+import dataclasses
 import re
 
 import pytest
@@ -210,6 +211,14 @@ def causes(name: str, numbers: dict, controls: tuple[Control, ...] = ()) -> list
     told = {verdict.name: verdict for verdict in advise(verdicts({name: numbers}, given), FLAT)}
     assert all(verdict.advice == verdict.causes == () for other, verdict in told.items() if other != name)
     return list(dict.fromkeys(told[name].causes))
+
+
+def test_pictures_that_are_mostly_recognised_are_of_the_set_and_unfinished():
+    far = {"distance_to_the_nearest": 0.6, "usual_distance": 1.0}
+    first, *others = verdicts({"memorisation": far})
+    for value, cause in ((0.5, "pictures of nothing"), (0.86, "unfinished pictures")):
+        (told, *_) = advise([dataclasses.replace(first, value=value), *others], FLAT)
+        assert cause in told.causes
 
 
 @pytest.mark.parametrize(

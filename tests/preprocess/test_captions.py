@@ -92,6 +92,9 @@ def test_unusable_texts_of_a_field_are_counted_and_a_reject_names_it() -> None:
     assert passed_over == {"x": 1, "caption is not a string": 2, "empty caption": 1}
     with pytest.raises(Rejected, match="mine, caption, text.*'title', 'size'"):
         captions.from_mapping({"title": "a dog", "size": 3}, NAMES)
+    assert captions.from_mapping(["a dog", "a cat"], NAMES) == ("a dog", "a cat")
+    with pytest.raises(Rejected, match="'caption' \\(null\\)"):
+        captions.from_mapping({"caption": None}, NAMES)
 
 
 def row(group: int, *texts: str) -> Source:
@@ -209,7 +212,7 @@ def test_any_json(raw: object) -> None:
         found = captions.from_json(json.dumps(raw).encode(), NAMES)
     except Rejected:
         return
-    values = [raw.get(name) for name in ("caption", "text")]
+    values = [raw] if isinstance(raw, list) else [raw.get(name) for name in ("caption", "text")]
     texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
     assert set(found) <= {text.strip() for text in texts if isinstance(text, str)}
 

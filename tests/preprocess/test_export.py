@@ -62,6 +62,16 @@ def test_an_export_again_leaves_no_tar_of_the_larger_dataset(tmp_path: Path, dra
     assert sorted((tmp_path / "tars").iterdir()) == [*written, tmp_path / "tars" / "data-train-mine.tar"]
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "a.jpg"])
+def test_it_is_not_written_among_pictures_or_into_a_dataset(tmp_path: Path, draw_photo, name: str) -> None:
+    build(options(write_photos(tmp_path / "photos", 4, draw_photo), tmp_path / "ds", holdout=0.0))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).touch()
+    with pytest.raises(PreprocessError, match=naming("--output", tmp_path / "out", name)):
+        export(tmp_path / "ds", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+
+
 def test_a_damaged_record_stops_it_and_is_named(tmp_path: Path, draw_photo) -> None:
     write_photos(tmp_path / "photos", 6, draw_photo)
     build(options(tmp_path / "photos", tmp_path / "data", holdout=0.0))

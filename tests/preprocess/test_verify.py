@@ -200,6 +200,12 @@ def test_without_its_index_a_dataset_is_not_replaced(
     assert contents(copied) == contents(built / "data")
 
 
+def test_a_dataset_that_was_moved_keeps_the_names_that_its_runs_know(built: Path, copied: Path) -> None:
+    moved = copied.rename(copied.with_name("elsewhere"))
+    build(options(built / "photos", moved))
+    assert contents(moved) == contents(built / "data")
+
+
 def test_a_repair_that_cannot_begin_leaves_all_as_it_is(copied: Path) -> None:
     """So that the next one knows what is damaged."""
     shard = copied / load_manifest(copied).shards["train"][0].file
