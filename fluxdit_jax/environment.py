@@ -5,7 +5,6 @@ For bug reports, and after installing. The exit status is 0, or 1 with what to d
 
 from __future__ import annotations
 
-import argparse
 import csv
 import os
 import platform
@@ -20,6 +19,7 @@ from typing import Any
 
 import fluxdit_jax
 from fluxdit_jax.device import cuda_stack
+from fluxdit_jax.shared.arguments import Parser
 
 NAME = "fluxdit_jax"
 INSTALL = "bash scripts/install.sh"
@@ -28,7 +28,7 @@ _CUDA = ("cuda-runtime", "cudnn", "nccl", "cublas")
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the report; returns 1 if something is wrong with the environment."""
-    parser = argparse.ArgumentParser(prog="python -m fluxdit_jax.environment", description=__doc__)
+    parser = Parser(prog="python -m fluxdit_jax.environment", description=__doc__)
     parser.parse_args(arguments)
     problems: list[str] = []
     card = cuda_stack.find_card()

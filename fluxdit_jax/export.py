@@ -10,7 +10,6 @@ neither JAX nor this project: see `exporting.diffusers_folder`.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import logging
@@ -37,6 +36,7 @@ from fluxdit_jax.run.weights import restore_weights
 from fluxdit_jax.sampling.exported import DESCRIPTION, WEIGHTS, ExportError, describe, flatten
 from fluxdit_jax.settings import resolve
 from fluxdit_jax.shared import atomic_files, cli
+from fluxdit_jax.shared.arguments import Parser
 from fluxdit_jax.shared.paths import expanded, given_path
 from fluxdit_jax.vae.files import DecoderError
 
@@ -150,7 +150,7 @@ def _replace(out: Path, write: Callable[[Path], None], marker: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m fluxdit_jax.export", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m fluxdit_jax.export", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--workdir", type=given_path, required=True, help="run directory of fluxdit_jax.train (required)")
     add("--out", type=given_path, required=True, help="directory to write (required)")

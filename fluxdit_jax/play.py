@@ -26,6 +26,7 @@ from fluxdit_jax.playground.session import Session
 from fluxdit_jax.run.run_directory import RunError, RunLock
 from fluxdit_jax.sample import USER_ERRORS
 from fluxdit_jax.shared import cli
+from fluxdit_jax.shared.arguments import Parser
 from fluxdit_jax.shared.paths import expanded, given_path
 from fluxdit_jax.shared.sanitize import shown
 
@@ -33,7 +34,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m fluxdit_jax.play",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

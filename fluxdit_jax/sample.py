@@ -295,6 +295,8 @@ def _note_untrained(settings: Settings, arguments: argparse.Namespace, given: di
     if absent and not any(share and set(absent) <= set(subset) for subset, share in settings.flow.drop):
         without = " and ".join("--reference" if name == "vision" else f"--condition {name}" for name in absent)
         print(f"note: this model never trained without {' and '.join(absent)}; without {without} expect little")
+    if "vision" not in given and (arguments.sweep_vision or arguments.guidance_vision != 1.0):
+        print("note: the vision scale has no effect without a vector (--reference)")
     scales = [arguments.guidance_text, arguments.guidance_vision, *arguments.guidance.values()]
     scales += [*(arguments.sweep_text or ()), *(arguments.sweep_vision or ())]
     if any(scale != 1.0 for scale in scales) and not settings.flow.dropped(names):
@@ -318,7 +320,8 @@ def _write_sweep(
     columns = [f"text {text:g}" for text in texts]
     sheet = image_grid.grid(rows, row_titles=titles, column_titles=columns, cell=256)
     image_grid.save(sheet, arguments.out, made.notes())
-    print(f"{arguments.out}  {len(requests)} pictures at {len(texts)} x {len(visions)} guidance scales")
+    pictures = "1 picture" if len(requests) == 1 else f"{len(requests)} pictures"
+    print(f"{arguments.out}  {pictures} at {len(texts)} x {len(visions)} guidance scales")
 
 
 def _write(

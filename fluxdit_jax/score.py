@@ -48,6 +48,7 @@ from fluxdit_jax.sampling import solvers
 from fluxdit_jax.sampling.prompts import SampleError
 from fluxdit_jax.shared import atomic_files
 from fluxdit_jax.shared import cli as programs
+from fluxdit_jax.shared.arguments import Parser
 from fluxdit_jax.shared.json_files import write_json
 from fluxdit_jax.shared.paths import expanded, given_path
 from fluxdit_jax.shared.sanitize import shown
@@ -56,13 +57,14 @@ from fluxdit_jax.vae.files import DecoderError
 from preprocess import PreprocessError
 
 LOSSES = 128  # holdout pictures whose loss is measured, at 8 times each
+FEW = 30  # captions, below which intervals are too wide to tell anything
 USER_ERRORS = (
     CheckpointError, ConfigError, DatasetError, DecoderError, LogError, PreprocessError, RunError, SampleError, OSError,
 )  # fmt: skip
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m fluxdit_jax.score",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -113,6 +115,8 @@ def score(arguments: argparse.Namespace) -> dict[str, Any]:
     questions = min(arguments.count, len(holdout))
     references = min(len(train), arguments.references if eye.own else min(arguments.references, DECODED))
     notes = [note for note in (eye.note, *(each.untrained for each in candidates)) if note]
+    if questions < FEW:
+        notes.append(f"of {questions} captions the numbers say next to nothing: hold out more (build --holdout)")
     for each in candidates:
         print(f"weights: {shown(str(each.weights))}")
     print(f"captions: {questions:,} of the {len(holdout):,} held out")

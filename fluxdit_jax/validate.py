@@ -50,6 +50,7 @@ from fluxdit_jax.sampling.pipeline import Generator
 from fluxdit_jax.sampling.prompts import SampleError
 from fluxdit_jax.shared import atomic_files
 from fluxdit_jax.shared import cli as programs
+from fluxdit_jax.shared.arguments import Parser
 from fluxdit_jax.shared.json_files import write_json
 from fluxdit_jax.shared.paths import expanded, given_path
 from fluxdit_jax.vae.files import DecoderError
@@ -62,7 +63,7 @@ USER_ERRORS = (
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m fluxdit_jax.validate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from fluxdit_jax.shared.arguments import Parser
 from fluxdit_jax.shared.cli import explain, outlive_readers
 from fluxdit_jax.shared.paths import expanded, place
 from fluxdit_jax.shared.sanitize import shown
@@ -191,9 +192,7 @@ def _positive(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m preprocess", description="Turns images with captions into an encoded dataset."
-    )
+    parser = Parser(prog="python -m preprocess", description="Turns images with captions into an encoded dataset.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     build = commands.add_parser("build", help="encode a folder of images and captions", description=DESCRIPTION)
     add_arguments(build)

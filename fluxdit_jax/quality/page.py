@@ -134,11 +134,12 @@ def _questions(exam: Exam, answers: Answers, scores: Scores) -> str:
     order = np.argsort(scores.ranks, kind="stable")
     middle = max(0, (len(order) - SHOWN) // 2)
     parts = ["<section><h2>Captions and what was drawn for them</h2>"]
-    for title, rows in (
+    shown = [
         ("the true picture is nearest", order[:SHOWN]),
         ("in the middle", order[middle : middle + SHOWN]),
         ("farthest from the true picture", order[::-1][:SHOWN]),
-    ):
+    ]
+    for title, rows in shown if len(order) >= 3 * SHOWN else [("all, by the rank of the true picture", order)]:
         parts.append(f'<h3>{title}</h3><div class="cases narrow">')
         for k in rows:
             pair = picture(exam.pictures[k], "held out") + picture(answers.pictures[k], "drawn")

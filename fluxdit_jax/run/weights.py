@@ -104,10 +104,12 @@ def restore_weights(workdir: Path, step: int | None = None, folder: str = EMA) -
             raise CheckpointError(f"{workdir} has no step {chosen} in {CHECKPOINTS}/ or {folder}/; it has {listed}")
         try:
             return _read(workdir, chosen, found[chosen], folder)
-        except CheckpointError:
+        except CheckpointError as error:
             now = places(workdir, folder)
             if chosen in now and (step is not None or max(now) == chosen):
-                raise
+                others = ", ".join(map(str, sorted(now.keys() - {chosen})))
+                there = f"; there are also those of steps {others}" if others else ""
+                raise CheckpointError(f"{error}{there}") from error
 
 
 def _read(workdir: Path, step: int, path: Path, folder: str) -> Weights:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from fluxdit_jax.run.checkpoint import EMA, SHORT_EMA
 from fluxdit_jax.sampling import recipe, solvers
 from fluxdit_jax.sampling.prompts import read_prompts
+from fluxdit_jax.shared.arguments import Parser
 from fluxdit_jax.shared.paths import expanded, given_path
 
 T = TypeVar("T")
@@ -34,7 +35,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
     `read_recipe` is the recipe or None; `given` names what the command line gives itself.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m fluxdit_jax.sample",
         description="Draws pictures from a run or an export. Sizes are width x height.",
         epilog=EPILOG,

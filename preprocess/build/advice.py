@@ -47,8 +47,9 @@ def _of_sizes(
     return np.fromiter(of_size, np.float64)[plan.items.size_of]
 
 
-def report_bends(plan: Plan, say: Callable[[str], None]) -> None:
-    """Warns of pictures that are visibly distorted, and names the options that would not."""
+def report_bends(plan: Plan, say: Callable[[str], None], several: bool = False) -> None:
+    """Warns of pictures that are visibly distorted, and names the options that would not; of `several` resolutions not
+    other tables, which they share."""
     if plan.options.fit != "resize":
         return
     found = bends(plan)
@@ -61,7 +62,7 @@ def report_bends(plan: Plan, say: Callable[[str], None]) -> None:
         f"which is visible (worst {found.max():.1%}: {shown(item.key)}, {item.header.width}x{item.header.height} to "
         f"{item.bucket[1]}x{item.bucket[0]}, width x height)"
     )
-    ways = [*_other_tables(plan), "--fit crop cuts instead", "--fit pad fills with noise"]
+    ways = [*([] if several else _other_tables(plan)), "--fit crop cuts instead", "--fit pad fills with noise"]
     say(f"  to keep their shape: {'; '.join(ways)}")
 
 
@@ -92,8 +93,9 @@ def _tried(plan: Plan, resolution: int, modulus: int) -> tuple[int, int] | None:
     return int(bent.sum()), int((_of_sizes(plan, table, buckets.enlargement) > plan.options.max_upscale).sum())
 
 
-def report_enlarged(plan: Plan, say: Callable[[str], None]) -> int:
-    """Warns of pictures that are enlarged, and names a --resolution that fits them; returns how many."""
+def report_enlarged(plan: Plan, say: Callable[[str], None], several: bool = False) -> int:
+    """Warns of pictures that are enlarged, and names a --resolution that fits them, unless there are `several`; returns
+    how many."""
     options = plan.options
     enlargements = _of_sizes(plan, options.buckets(), buckets.enlargement)
     enlarged = int((enlargements > options.max_upscale).sum())
@@ -104,7 +106,7 @@ def report_enlarged(plan: Plan, say: Callable[[str], None]) -> int:
         f"  warning: {enlarged:,} images are enlarged more than {options.max_upscale:g} times (worst "
         f"{shown(worst.key)}, {enlargements.max():.1f} times): they will look soft"
     )
-    if enlarged > _FEW * len(plan.items) and (fitting := fitting_resolution(plan)):
+    if enlarged > _FEW * len(plan.items) and not several and (fitting := fitting_resolution(plan)):
         side, bent, count = fitting
         left = f"{count:,} are" if count else "none is"
         also = f", {bent:,} stretched by more than {VISIBLE:.0%}" if bent and options.fit == "resize" else ""

@@ -121,7 +121,7 @@ def plan_only(options: Options, forecast: Forecast, replace: bool = False) -> li
     parts = load_parts(plan, options, prints, journal, beyond)
     for part in parts:
         comparison.tell(journal, part.found, part.plan)
-    report_plan(journal, parts[-1].plan, listing, beyond)
+    report_plan(journal, parts[-1].plan, listing, beyond, of_several=len(parts) > 1)
     forecast(parts, encoders, journal.say)
     rejects = sum(reject.counted for reject in plan.rejects)
     if too_many := too_many_rejects(rejects, len(plan.items), options.max_rejects):
@@ -273,7 +273,7 @@ def prepare(
     parts = load_parts(plan, options, prints, journal, beyond, damaged or frozenset())
     for part in parts:
         comparison.tell(journal, part.found, part.plan)
-    report_plan(journal, parts[-1].plan, listing, beyond)
+    report_plan(journal, parts[-1].plan, listing, beyond, of_several=len(parts) > 1)
     report_encoders(journal, identities)
     if not replace:
         _require_kept(parts, repairing=damaged is not None)

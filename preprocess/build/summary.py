@@ -27,8 +27,10 @@ MANY_REJECTS = 3  # exit status
 _SHOWN_KINDS = 6  # of files that are not looked at
 
 
-def report_plan(journal: Journal, plan: Plan, listing: Scan, beyond: Set[str] = frozenset()) -> None:
-    """Says what is odd about a plan; `beyond` are the keys that `--limit` leaves out."""
+def report_plan(
+    journal: Journal, plan: Plan, listing: Scan, beyond: Set[str] = frozenset(), of_several: bool = False
+) -> None:
+    """Says what is odd about a plan, the largest one `of_several`; `beyond` are the keys that `--limit` leaves out."""
     if beyond:
         journal.say(
             f"  --limit {plan.options.limit}: {len(beyond):,} more images of the input are not looked at; --limit 0 "
@@ -59,8 +61,8 @@ def report_plan(journal: Journal, plan: Plan, listing: Scan, beyond: Set[str] = 
     else:
         for line in advice.repeated_captions(plan.items.repeated()):
             journal.say(line)
-    advice.report_bends(plan, journal.say)
-    enlarged = advice.report_enlarged(plan, journal.say)
+    advice.report_bends(plan, journal.say, of_several)
+    enlarged = advice.report_enlarged(plan, journal.say, of_several)
     journal.event(
         "plan",
         items=len(plan.items),

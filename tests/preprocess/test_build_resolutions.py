@@ -21,7 +21,7 @@ from fluxdit_jax.dataset.manifest import DatasetError, load_manifest, parts_of
 from fluxdit_jax.sampling.prompts import encode_reference, read_reference
 from preprocess import PreprocessError, buckets
 from preprocess.__main__ import main
-from preprocess.build.build import Result, build
+from preprocess.build.build import Result, build, plan_only
 from preprocess.build.options import Options
 from preprocess.decoding import images
 
@@ -185,6 +185,14 @@ def test_the_dry_run_has_disk_and_time_of_all(photos: Path, tmp_path: Path, caps
     said = capsys.readouterr().out
     assert lines_naming(said, "disk", "256 px", "512 px", "in all") and lines_naming(said, "time: about", COUNT)
     assert not (tmp_path / "data").exists()
+
+
+def test_of_several_no_other_table_is_advised(photos: Path, tmp_path: Path, capsys) -> None:
+    """A modulus or a resolution that keeps the shapes of one may be none for the others."""
+    for more, advised in (({"resolution": 256}, True), ({"resolution": 256, "resolutions": (128, 256)}, False)):
+        plan_only(options(photos, tmp_path / "x", modulus=128, **more), lambda *_: None)
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if "to keep their shape" in line)
+        assert ("--modulus" in line or "--resolution" in line) == advised and "--fit crop" in line
 
 
 def test_a_damaged_record_is_repaired_with_what_the_vision_encoder_saw(built) -> None:

@@ -184,7 +184,7 @@ def test_a_sweep_is_one_sheet_and_tells_how_far_it_is(scene: Scene, capsys, monk
     assert "6/6" in sys.stderr.getvalue()
     told = capsys.readouterr().out
     assert [f"row {row}  vision {row - 1}  seed 5  'a dog'\n" in told for row in (1, 2, 3)] == [True] * 3
-    assert "1 pictures at 2 x 3 guidance scales" in told
+    assert "1 picture at 2 x 3 guidance scales" in told
 
 
 def test_the_program_draws_and_ends_with_success(scene: Scene, monkeypatch) -> None:
@@ -348,6 +348,8 @@ def test_only_an_encoder_that_is_asked_for_is_fetched(scene: Scene) -> None:
         ({}, False, (), ["without vision"]),
         ({}, True, (), []),
         ({"vision": 0.2}, False, (), []),
+        ({"all": 0.2, "vision": 0.2}, False, ("--sweep-vision", "1,3"), ["no effect"]),
+        ({"all": 0.2, "vision": 0.2}, False, ("--guidance-vision", "3"), ["no effect"]),
         ({"all": 0.2}, False, (), []),
         ({"vision": 0.2, "all": 0.2}, False, (), []),
         ({"vision": 0.2}, True, ("--guidance-text", "3", "--guidance-vision", "3"), ["without conditions"]),
