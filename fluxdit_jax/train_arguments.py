@@ -110,7 +110,7 @@ def _found(argument: str) -> str:
     """`--config=FILE` with the home directory, and where FILE is not there but the package has one, with that.
 
     `demo` and `configs/demo.py` are then the package's, so that the README's commands work from any folder. The keys in
-    the file have their home directory from `config.check`.
+    the file have their home directory from `config.check`. Ends the process where there is no such file.
     """
     name, equals, given = argument.partition("=")
     if not equals or name not in ("--config", "-config"):
@@ -120,6 +120,9 @@ def _found(argument: str) -> str:
     if not Path(file).exists() and file in (shipped.stem, f"configs/{shipped.name}") and shipped.is_file():
         print(f"{file}: taken from the package, {shipped}", file=sys.stderr)
         file = str(shipped)
+    if not Path(file.partition(":")[0]).exists():
+        known = ", ".join(sorted(path.stem for path in SHIPPED.glob("[!_]*.py")))
+        sys.exit(f"error: --config={given}: there is no such file; the package has {known}")
     return f"{name}={file}"
 
 

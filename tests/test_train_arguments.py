@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from training_helpers import flat, tiny_config, write_config
+from wording import naming
 
 from fluxdit_jax import config as configuration
 from fluxdit_jax import train_arguments
@@ -170,3 +171,9 @@ def test_steps_beside_images_are_refused(group):
         train_arguments.require_effect([f"--config.{group}train.steps=5"], c)
     train.images = None
     train_arguments.require_effect([f"--config.{group}train.steps=5"], c)
+
+
+def test_a_configuration_that_is_not_there_is_told_with_those_that_are():
+    with pytest.raises(SystemExit, match=naming("configs/dmo.py", "no such file", "demo, demo_stages, nano")):
+        train_arguments._found("--config=configs/dmo.py")
+    assert train_arguments._found("--config=") == "--config="
