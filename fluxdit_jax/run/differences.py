@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from fluxdit_jax.config import default_config
@@ -155,15 +156,9 @@ def config_changes(old: ConfigDict, new: ConfigDict, of_free_keys: bool = False)
     return changes
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any]) -> dict[str, Any]:
     """{"group.key": value} of nested dicts."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+    return traverse_util.flatten_dict(tree, sep=".")
 
 
 def find_dataset(workdir: Path, stage: Stage, data: Path | None = None) -> Path:

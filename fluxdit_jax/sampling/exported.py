@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import traverse_util
 from ml_collections import ConfigDict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
@@ -43,18 +44,6 @@ def flatten(tree: Any) -> dict[str, np.ndarray]:
     """Nested dicts of arrays as {"blocks.mlp.down.kernel": array}, f32."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {".".join(key.key for key in path): np.ascontiguousarray(leaf, np.float32) for path, leaf in leaves}
-
-
-def unflatten(tensors: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
-    tree: dict[str, Any] = {}
-    for name, tensor in tensors.items():
-        *folders, leaf = name.split(".")
-        branch = tree
-        for folder in folders:
-            branch = branch.setdefault(folder, {})
-        branch[leaf] = tensor
-    return tree
 
 
 def describe(config: ConfigDict, settings: Settings, manifest: Manifest, weights: Weights) -> dict[str, Any]:
@@ -158,7 +147,7 @@ def read_weights(folder: Path, settings: Settings, about: dict[str, Any]) -> Wei
     """
     path = folder / WEIGHTS
     try:
-        ema = unflatten(load_file(path))
+        ema = traverse_util.unflatten_dict(load_file(path), sep=".")
         difference = shape_difference(ema, dit.build(settings.model)[1])
         if difference:
             raise ValueError(f"it does not fit {DESCRIPTION}: {difference}")
@@ -170,6 +159,6 @@ def read_weights(folder: Path, settings: Settings, about: dict[str, Any]) -> Wei
         fault = weights_fault(ema)
         if fault:
             raise ValueError(f"its weights are broken: {fault}")
-    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, IndexError) as error:
         raise ExportError(f"{path} cannot be used: {error}") from error
     return Weights(ema, about["step"], about["folder"], folder, digest, ", of an export")
