@@ -107,7 +107,7 @@ def run_stage(run: Run, present: Prepared, position: Position) -> Ended:
     first = int(state.step)
     feed = _Feed(present, samples, stage.last - first)
     looks = looks_of(run.stages, present, run.workdir, run.writer)
-    with _reporter(run, present, first, position.unfinished) as reporter:
+    with _reporter(run, present, position) as reporter:
         # The metrics of a program are read after the next one is dispatched, so that the device never waits for
         # the host. The host waits for the device only when it needs the state.
         stopping = False
@@ -286,8 +286,9 @@ def _batches(present: Prepared, samples: int) -> Iterator[dict[str, np.ndarray]]
     )
 
 
-def _reporter(run: Run, present: Prepared, step: int, unfinished: dict[str, Any] | None) -> reporting.Reporter:
-    """What follows a stage from a step on."""
+def _reporter(run: Run, present: Prepared, position: Position) -> reporting.Reporter:
+    """What follows a stage from a position on."""
+    step = int(position.state.step)
     config, settings = present.stage.config, present.settings
     return reporting.Reporter(
         writer=run.writer,
@@ -299,9 +300,9 @@ def _reporter(run: Run, present: Prepared, step: int, unfinished: dict[str, Any]
         flops_per_token=training_flops(settings) / settings.tokens,
         peak_flops=1e12 * (devices.peak_tflops(config.log.peak_tflops) or 0) * present.mesh.size,
         step=step,
-        length=overview.length(run.stages, present),
+        length=overview.length(run.stages, present, step, position.samples),
         every=config.log.every,
-        unfinished=unfinished,
+        unfinished=position.unfinished,
         constants=_constants(run, present),
     )
 

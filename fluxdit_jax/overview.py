@@ -15,8 +15,8 @@ from fluxdit_jax.run.progress import Length
 log = logging.getLogger("fluxdit_jax")
 
 
-def length(stages: Sequence[Prepared], present: Prepared) -> Length:
-    """How long the run is, seen from one of its stages."""
+def length(stages: Sequence[Prepared], present: Prepared, step: int, samples: int) -> Length:
+    """How long the run is, seen from one of its stages; `samples` are drawn at a step."""
     flops = plan.training_flops(present.settings)
     later = [each for each in stages if each.stage.first >= present.stage.last]
     return Length(
@@ -27,6 +27,7 @@ def length(stages: Sequence[Prepared], present: Prepared) -> Length:
         until=present.stage.last,
         later=sum((e.stage.last - e.stage.first) * plan.training_flops(e.settings) / flops for e in later),
         planned=flops * present.settings.global_batch_size / plan.rate_of(present.stage.config).flops,
+        besides=samples - step * present.settings.global_batch_size,
     )
 
 

@@ -32,6 +32,7 @@ class Length:
       until: the last step of the present stage, None for `steps`.
       later: what the stages after it take, in steps of the present one.
       planned: seconds of a step of the present stage; None: not planned.
+      besides: pictures drawn beside `global_batch` in each step so far, of a run whose batch was changed.
     """
 
     steps: int
@@ -41,6 +42,7 @@ class Length:
     until: int | None = None
     later: float = 0.0
     planned: float | None = None
+    besides: int = 0
 
     @property
     def last(self) -> int:
@@ -48,7 +50,7 @@ class Length:
         return self.steps if self.until is None else self.until
 
     def epochs(self, step: int) -> float:
-        return step * self.global_batch / self.images
+        return (step * self.global_batch + self.besides) / self.images
 
 
 class Progress:

@@ -28,6 +28,12 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 LENGTH = Length(steps=1000, micro_batches=4, global_batch=8, images=24)
 
 
+def test_epochs_are_of_the_pictures_that_were_drawn() -> None:
+    """98 steps of 16, then of 64: position 104 has seen 98 * 16 + 6 * 64 pictures."""
+    now = Length(steps=104, micro_batches=4, global_batch=64, images=98, besides=98 * 16 - 98 * 64)
+    assert now.epochs(98) == 16.0 and now.epochs(104) == (98 * 16 + 6 * 64) / 98
+
+
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [(0.4, "0 s"), (119, "119 s"), (120, "2 min"), (7140, "119 min"), (7199, "2 h 0 min")]
