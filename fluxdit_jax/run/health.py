@@ -90,6 +90,16 @@ class Monitor:
         self._active: set[str] = set()
         self._seen = 0
 
+    def levels(self) -> dict[str, float] | None:
+        """The first and the best loss, and the noise there, for `recall` after a restart; None while unknown."""
+        if self._first_loss is None:
+            return None
+        return {"first": self._first_loss, "best": self._best_loss, "spread": self._best_spread}
+
+    def recall(self, levels: dict[str, float]) -> None:
+        """Takes up the `levels` of the process before, without which a diverged run would pass for one at its start."""
+        self._first_loss, self._best_loss, self._best_spread = (levels[name] for name in ("first", "best", "spread"))
+
     def observe(self, seen: Observation) -> list[Diagnosis]:
         """Takes one step; returns diagnoses that begin or end with it (usually none)."""
         self._skips.append(seen.skipped)

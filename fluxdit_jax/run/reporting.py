@@ -87,6 +87,8 @@ class Reporter:
             self._bins = np.asarray(unfinished["bins"])
             self._window_skipped = unfinished["skipped"]
             self._window_replaced = unfinished.get("replaced", 0)
+            if levels := unfinished.get("levels"):
+                monitor.recall(levels)
 
     def __enter__(self) -> Reporter:
         if self._redirect:
@@ -120,6 +122,7 @@ class Reporter:
             "bins": self._bins.tolist(),
             "skipped": self._window_skipped,
             "replaced": self._window_replaced,
+            "levels": self._monitor.levels(),
         }
 
     def _start_step(self) -> None:

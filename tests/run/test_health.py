@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 
@@ -118,6 +119,17 @@ def test_a_loss_that_goes_back_is_named():
     assert kinds(said) == ["diverged"] and said[0][1].serious
     assert 1000 <= said[0][0] <= 1000 + WINDOW
     assert "lost" in said[0][1].message and "optim.lr" in said[0][1].message
+
+
+def test_a_diverged_run_is_named_after_a_restart_as_well():
+    """The process that goes on has seen nothing better than the plateau of the diverged run."""
+    before, after = Monitor(1e-4, 0), Monitor(1e-4, 0)
+    assert before.levels() is None
+    watch([changed(seen, loss=0.3) for seen in healthy(200)], before)
+    plateau = [changed(seen, loss=2.0) for seen in healthy(200, start=200)]
+    assert kinds(watch(plateau, Monitor(1e-4, 0))) == []
+    after.recall(json.loads(json.dumps(before.levels())))
+    assert kinds(watch(plateau, after)) == ["diverged"]
 
 
 def test_weights_that_diverge_in_the_first_steps_are_named():
