@@ -108,6 +108,8 @@ def draw_contact(dataset: Dataset, cells: int, device: str, path: Path) -> str:
         height, width = record.encoded_size
         original_height, original_width = record.original_size
         title = f"{record.key[-40:]}   {original_width}x{original_height} to {width}x{height}"
+        if dataset.index["split"][position].as_py() == "holdout":
+            title += "   held out"
         title, face = drawable(title)
         axes.set_title(title, font=Path(face.file) if face.file else None, fontsize=7, parse_math=False)
         caption, face = drawable(record.caption)

@@ -115,10 +115,11 @@ def _overview(dataset: Dataset) -> list[str]:
         )
     lines.append(f"  {manifest.resolution} px, modulus {manifest.modulus}, fit {manifest.fit}")
     for name, identity in manifest.encoders.items():
+        options = ", ".join(f"{key} {value}" for key, value in identity.options.items() if not isinstance(value, list))
         revision = f"@{identity.revision[:12]}" if identity.revision else ""
         lines.append(
             f"  {name:6} {identity.id}{revision}, {identity.dtype}, width {identity.width}, "
-            f"weights {identity.sha256[:12] or 'unknown'}, {json.dumps(identity.options)[:120]}"
+            f"weights {identity.sha256[:12] or 'unknown'}, {options}"
         )
     return lines
 
