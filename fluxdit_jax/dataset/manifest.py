@@ -315,8 +315,8 @@ def load_manifest(directory: str | Path) -> Manifest:
         if not Path(directory).is_dir():
             raise DatasetError(
                 f"{directory}: there is no such folder. If the dataset was moved, give its new place: "
-                "--config.data.path of train, --data of the other commands. `python -m preprocess build --input DIR --output "
-                "DATASET` makes one"
+                "--config.data.path of train, --data of the other commands. `python -m preprocess build --input DIR "
+                "--output DATASET` makes one"
             ) from error
         if several := parts_of(directory):
             sides = ", ".join(map(str, several))
