@@ -108,7 +108,7 @@ def test_production_does_not_start_without_the_gate(dataset: Path, run: Run) -> 
 def test_export_writes_the_ema_bit_for_bit(narrow_prod, run: Run, tmp_path: Path) -> None:
     from safetensors.numpy import load_file
 
-    from fluxdit_jax.run.checkpoint import restore_ema
+    from fluxdit_jax.run.averages import restore_ema
     from fluxdit_jax.sampling.exported import flatten
 
     workdir, _ = narrow_prod

@@ -84,7 +84,7 @@ def test_more_refusals_in_one_line(train_command, config, tmp_path, tiny_dataset
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (None, ["broken.py", "No such file"]),
+        (None, ["broken.py", "no such file"]),
         ("def get_config(:\n", ["broken.py", "invalid syntax"]),
         ("x = 1\n", ["get_config"]),
         ("import nothing_of_that_name\n", ["nothing_of_that_name"]),
