@@ -33,7 +33,7 @@ from ml_collections import ConfigDict  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from fluxdit_jax.run.checkpoint import restore_ema  # noqa: E402
+from fluxdit_jax.run.averages import restore_ema  # noqa: E402
 from fluxdit_jax.run.metrics import read_metrics  # noqa: E402
 from fluxdit_jax.run.scalars import on_board  # noqa: E402
 
