@@ -78,7 +78,8 @@ def _packages() -> list[str]:
         base = [(name, "") for name in ("jax", "flax", "optax", "numpy")]
         encoders = [(name, "") for name in ("torch", "transformers", "diffusers", "sentencepiece")]
     problems = []
-    with_encoders = any(cuda_stack.version(name) for name, _ in encoders if name != "sentencepiece")
+    brought_by_others = ("sentencepiece", "protobuf")  # TensorBoard needs the second: they say nothing of the extra
+    with_encoders = any(cuda_stack.version(name) for name, _ in encoders if name not in brought_by_others)
     asked = [(name, wanted, "") for name, wanted in [*base, ("jaxlib", "")]]
     asked += [(name, wanted, " --encoders") for name, wanted in encoders]
     for name, wanted, flag in asked:

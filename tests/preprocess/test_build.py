@@ -236,8 +236,8 @@ def test_a_vector_that_changes_between_plan_and_encoding(photos: Path, tmp_path:
         (tmp_path / "v" / key).parent.mkdir(parents=True, exist_ok=True)
         np.save(tmp_path / "v" / f"{key}.npy", np.random.default_rng(number).normal(size=1024).astype(np.float32))
 
-    def change(*arguments: object) -> None:
-        tell(*arguments)
+    def change(*arguments: object, **named: object) -> None:
+        tell(*arguments, **named)
         np.save(tmp_path / "v" / f"{keys[3]}.npy", np.ones(1024, np.float32))
 
     monkeypatch.setattr(preprocess.build.build, "report_plan", change)

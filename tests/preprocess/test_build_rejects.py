@@ -78,8 +78,8 @@ def test_a_file_that_changes_between_plan_and_encoding(
     """It is not stored under the hash of what was there before; the same command again takes it."""
     key, tell = "set1/p03.png", preprocess.build.build.report_plan
 
-    def change(*arguments: object) -> None:
-        tell(*arguments)
+    def change(*arguments: object, **named: object) -> None:
+        tell(*arguments, **named)
         write_image(photos / key, 103, None, draw_photo)
 
     monkeypatch.setattr(preprocess.build.build, "report_plan", change)

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import sys
 import threading
 import time
 from pathlib import Path
@@ -185,6 +186,7 @@ def test_a_write_that_cannot_start_is_a_failure_and_does_not_end_the_run(
 ):
     spec = importlib.util.spec_from_file_location("fluxdit_jax.checkpoint_anew", checkpoint.__file__)
     anew = importlib.util.module_from_spec(spec)  # of a process in which nothing has failed yet
+    monkeypatch.setitem(sys.modules, spec.name, anew)
     spec.loader.exec_module(anew)
     assert not anew.leaves_threads()
     (tmp_path / SHORT_EMA).write_text("")
