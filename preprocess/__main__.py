@@ -116,7 +116,7 @@ def _inspect(parsed: argparse.Namespace) -> int:
 def _verify(parsed: argparse.Namespace) -> int:
     from fluxdit_jax.dataset.manifest import MANIFEST, DatasetError
     from preprocess.build.parts import datasets_of
-    from preprocess.inspect.verify import WHOLE, Finding, difference, repair_all, report, verify
+    from preprocess.inspect.verify import WHOLE, Finding, difference, repair, report, verify
 
     datasets = datasets_of(Path(parsed.dataset))
 
@@ -135,7 +135,7 @@ def _verify(parsed: argparse.Namespace) -> int:
     if parsed.repair and any(found.values()):
         for finding in (each for of_one in found.values() for each in of_one):
             print(shown(str(finding), lines=True))
-        repair_all(parsed.dataset, found)
+        repair(parsed.dataset, found)
         found = findings()
     status = max([report(of_one, str(dataset), parsed.dataset) for dataset, of_one in found.items()])
     if status or len(datasets) == 1 or not (apart := difference(datasets)):

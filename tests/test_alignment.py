@@ -10,17 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training_helpers import REPOSITORY, arguments, lively, make_batch, network_inputs, tiny_model, tiny_optimizer
+from training_helpers import REPOSITORY, arguments, lively, make_batch, network_inputs, tiny_model, tiny_step
 
 from fluxdit_jax import alignment, flow
 from fluxdit_jax.alignment import AlignmentConfig
 from fluxdit_jax.dataset import cells
 from fluxdit_jax.model import dit
 from fluxdit_jax.model.routing import Routed, Routing
-from fluxdit_jax.objective import Objective, patch_statistics, valid_tokens
-from fluxdit_jax.optimizer import build_optimizer
-from fluxdit_jax.state import create_state
-from fluxdit_jax.train_step import make_train_step
+from fluxdit_jax.objective import valid_tokens
 
 pytest_plugins = ("training_fixtures",)
 
@@ -75,23 +72,7 @@ def test_the_loss_in_closed_form():
 def step_of(depth: int, aligned: AlignmentConfig | None, routing: Routing | None = None, tap: int = 2, **changes):
     """(state, step) of a tiny network; without alignment it has no projector."""
     config = tiny_model(depth=depth, tap=tap if aligned else 0, target_width=6 if aligned else 0, **changes)
-    graph, shapes = dit.build(config)
-    optimizer = build_optimizer(tiny_optimizer())
-    step = make_train_step(
-        Objective(
-            graph,
-            config,
-            flow.FlowConfig(),
-            patch_statistics((0.5,) * 4, (2.0,) * 4, 2),
-            seed=0,
-            global_batch_size=4,
-            routing=routing,
-            aligned=aligned,
-        ),
-        optimizer,
-        ema_target=0.99,
-    )
-    return create_state(lively(shapes, scale=0.2), optimizer), step
+    return tiny_step(config, flow.FlowConfig(), routing=routing, aligned=aligned)
 
 
 def batch_with_patches() -> dict[str, np.ndarray]:

@@ -22,6 +22,7 @@ from training_helpers import (
     tiny_flow,
     tiny_model,
     tiny_optimizer,
+    tiny_step,
     tree_equal,
 )
 
@@ -48,32 +49,14 @@ def programs(accumulate=1, effective=4, dtype="float32", warmup=0, lr=1e-3, eps=
 
 @functools.cache
 def _programs(accumulate, effective, dtype, warmup, lr, eps, name, flow_changes):
-    optimizer = build_optimizer(
-        tiny_optimizer(
-            name=name,
-            grad_accum_steps=accumulate,
-            lr=lr,
-            adam_lr=lr,
-            warmup_steps=warmup,
-            eps=eps,
-            weight_decay=0.01,
-        )
+    optimizer = tiny_optimizer(
+        name=name, grad_accum_steps=accumulate, lr=lr, adam_lr=lr, warmup_steps=warmup, eps=eps, weight_decay=0.01
     )
-    config = tiny_model(dtype=dtype)
-    graph, shapes = dit.build(config)
-    step = make_train_step(
-        Objective(
-            graph,
-            config,
-            tiny_flow(stratified=True, **dict(flow_changes)),
-            patch_statistics(MEAN, STD, 2),
-            seed=0,
-            global_batch_size=effective,
-        ),
-        optimizer,
-        ema_target=0.9999,
+    times = tiny_flow(stratified=True, **dict(flow_changes))
+    state, step = tiny_step(
+        tiny_model(dtype=dtype), times, optimizer, (MEAN, STD), ema_target=0.9999, global_batch_size=effective
     )
-    return create_state(lively(shapes, scale=0.2), optimizer), jitted(step)
+    return state, jitted(step)
 
 
 def poisoned(batch, value=np.nan):

@@ -21,9 +21,10 @@ from fluxdit_jax.dataset.records import WRITER_OPTIONS, Record, encode_record
 from fluxdit_jax.loader import reader
 from fluxdit_jax.model import dit
 from fluxdit_jax.model.conditions import Condition, given
+from fluxdit_jax.objective import Objective, patch_statistics
 from fluxdit_jax.optimizer import OptimizerConfig, build_optimizer
 from fluxdit_jax.state import TrainState, create_state
-from fluxdit_jax.train_step import TrainStep
+from fluxdit_jax.train_step import TrainStep, make_train_step
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LATENT_SIZES = ((4, 4), (2, 8), (8, 2))  # 4 tokens each at patch 2, three aspect ratios
@@ -258,6 +259,28 @@ def tree_equal(a, b) -> bool:
         and np.asarray(x).tobytes() == np.asarray(y).tobytes()
         for x, y in zip(leaves_a, leaves_b)
     )
+
+
+def tiny_step(
+    config: dit.ModelConfig,
+    times: flow.FlowConfig | None = None,
+    optimizer: OptimizerConfig | None = None,
+    statistics: tuple[tuple[float, ...], tuple[float, ...]] = ((0.5,) * CHANNELS, (2.0,) * CHANNELS),
+    ema_target: float = 0.99,
+    **of_objective,
+) -> tuple[TrainState, TrainStep]:
+    """(state with `lively` weights, step) of a network; `statistics` are mean and std of the latents."""
+    graph, shapes = dit.build(config)
+    transformation = build_optimizer(optimizer or tiny_optimizer())
+    objective = Objective(
+        graph,
+        config,
+        times or tiny_flow(),
+        patch_statistics(*statistics, config.patch),
+        **({"seed": 0, "global_batch_size": 4} | of_objective),
+    )
+    step = make_train_step(objective, transformation, ema_target=ema_target)
+    return create_state(lively(shapes, scale=0.2), transformation), step
 
 
 def jitted(parts: TrainStep):

@@ -1,4 +1,4 @@
-"""The parser of every command: an error is one line, and a mistyped option is told which one it is like."""
+"""The parser of every command: an error is one line, which suggests the option that a mistyped one resembles."""
 
 from __future__ import annotations
 

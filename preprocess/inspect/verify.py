@@ -51,7 +51,6 @@ from preprocess.build.units import read_rows
 from preprocess.database import Database
 
 WHOLE = -1  # the row of a finding about a whole shard
-_UNLISTED = "is not in the manifest"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +115,7 @@ def _check_metadata(directory: Path, manifest: Manifest, rejects_sha256: str) ->
     listed = {shard.file for shards in manifest.shards.values() for shard in shards}
     for path in directory.glob("*.array_record-*-of-*"):
         if path.name not in listed:
-            findings.append(Finding(path.name, WHOLE, _UNLISTED))
+            findings.append(Finding(path.name, WHOLE, "is not in the manifest"))
     with tempfile.TemporaryDirectory() as folder:
         for name in listed:
             (Path(folder) / name).touch()
@@ -240,12 +239,7 @@ def difference(datasets: list[Path]) -> list[Finding]:
     ]
 
 
-def repair(directory: str | Path, findings: list[Finding]) -> None:
-    """`repair_all` of one dataset."""
-    repair_all(directory, {Path(directory): findings})
-
-
-def repair_all(directory: str | Path, findings: Mapping[Path, list[Finding]]) -> None:
+def repair(directory: str | Path, findings: Mapping[Path, list[Finding]]) -> None:
     """Encodes again what is damaged, and writes anew what can be derived from the rest.
 
     Runs the dataset's own `build` with the damaged records as if they had never been made. So sources that

@@ -19,13 +19,12 @@ from training_helpers import (
     tiny_flow,
     tiny_model,
     tiny_optimizer,
+    tiny_step,
 )
 
 from fluxdit_jax.model import attention, dit, rotary
-from fluxdit_jax.objective import Objective, patch_statistics
 from fluxdit_jax.optimizer import build_optimizer, gradient_norms, path_name
 from fluxdit_jax.state import create_state
-from fluxdit_jax.train_step import make_train_step
 
 pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -250,26 +249,12 @@ def test_a_dropped_condition_is_wholly_replaced_by_its_null(network, keep, ignor
 def two_steps(quick_compile):
     """(graph, params after two optimizer steps from the real start, the state, the step) with dropped conditions."""
     config = tiny_model()
-    graph, _ = dit.build(config)
-    optimizer = build_optimizer(tiny_optimizer())
-    state = create_state(jax.jit(lambda key: dit.initialize(config, key))(jax.random.key(0)), optimizer)
-    step = jitted(
-        make_train_step(
-            Objective(
-                graph,
-                config,
-                tiny_flow(drop=dropping(0.2, 0.2, 0.2)),
-                patch_statistics((0.5,) * 4, (2.0,) * 4, 2),
-                seed=0,
-                global_batch_size=16,
-            ),
-            optimizer,
-            ema_target=0.999,
-        )
-    )
+    state, parts = tiny_step(config, tiny_flow(drop=dropping(0.2, 0.2, 0.2)), ema_target=0.999, global_batch_size=16)
+    start = jax.jit(lambda key: dit.initialize(config, key))(jax.random.key(0))
+    state, step = create_state(start, build_optimizer(tiny_optimizer())), jitted(parts)
     for number in range(2):
         state, _ = step(state, make_batch(size=16, first_index=16 * number))
-    return graph, state, step
+    return dit.build(config)[0], state, step
 
 
 def test_conditions_reach_the_output_after_two_steps(two_steps):

@@ -21,7 +21,7 @@ from training_helpers import (
     tiny_config,
     tiny_flow,
     tiny_model,
-    tiny_optimizer,
+    tiny_step,
     tree_equal,
     write_dataset,
 )
@@ -29,11 +29,8 @@ from training_helpers import (
 from fluxdit_jax import flow
 from fluxdit_jax.model import cost, dit
 from fluxdit_jax.model.routing import Routed, Routing, reordered
-from fluxdit_jax.objective import Objective, patch_statistics, valid_tokens
-from fluxdit_jax.optimizer import build_optimizer
+from fluxdit_jax.objective import valid_tokens
 from fluxdit_jax.settings import resolve
-from fluxdit_jax.state import create_state
-from fluxdit_jax.train_step import make_train_step
 
 pytest_plugins = ("training_fixtures",)
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -51,23 +48,7 @@ def routed_of(inputs, routing, seed=0):
 
 
 def training_step(routing, **changes):
-    config = tiny_model(depth=5, **changes)
-    graph, shapes = dit.build(config)
-    optimizer = build_optimizer(tiny_optimizer())
-    step = make_train_step(
-        Objective(
-            graph,
-            config,
-            tiny_flow(drop=dropping(0.1, 0.2, 0.2)),
-            patch_statistics((0.5,) * 4, (2.0,) * 4, 2),
-            seed=0,
-            global_batch_size=4,
-            routing=routing,
-        ),
-        optimizer,
-        ema_target=0.99,
-    )
-    return create_state(lively(shapes, scale=0.2), optimizer), step
+    return tiny_step(tiny_model(depth=5, **changes), tiny_flow(drop=dropping(0.1, 0.2, 0.2)), routing=routing)
 
 
 # ------------------------------------------------------------------------------------------------ counts and order

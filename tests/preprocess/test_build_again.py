@@ -314,10 +314,10 @@ def test_repair_keeps_sound_records_whose_pictures_are_gone(scene: Scene) -> Non
     findings = verify(scene.data)
     assert findings
     with pytest.raises(WouldLose, match=naming(6, "set0/p00.png")):
-        repair(scene.data, findings)
+        repair(scene.data, {scene.data: findings})
     assert verify(scene.data) == findings, "the manifest is back"
     shutil.move(scene.photos.parent / "aside", scene.photos / "set0")
-    repair(scene.data, findings)
+    repair(scene.data, {scene.data: findings})
     assert verify(scene.data) == [] and scene.files() == scene.before
 
 

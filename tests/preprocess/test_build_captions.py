@@ -275,7 +275,7 @@ def test_damage_in_a_further_caption_is_found_and_one_record_made_again(
     findings = verify(data)
     assert [f.row for f in findings if f.row >= 0] == [row["row"]]
     capsys.readouterr()
-    repair(data, findings)
+    repair(data, {data: findings})
     assert "encoded 1 latents, 12 captions, 1 vision vectors" in capsys.readouterr().out
     assert verify(data) == [] and contents(data) == contents(built / "data")
 
@@ -285,7 +285,7 @@ def test_a_lost_index_is_salvaged_with_its_counts(
 ) -> None:
     _, data = copied
     (data / INDEX).unlink()
-    repair(data, verify(data))
+    repair(data, {data: verify(data)})
     assert "encoded 0 latents, 0 captions, 0 vision vectors" in capsys.readouterr().out
     assert verify(data) == [] and contents(data) == contents(built / "data")
 

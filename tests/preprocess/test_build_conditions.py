@@ -149,7 +149,7 @@ def test_an_index_is_written_anew_with_it(scene: Path) -> None:
     assert with_pose(scene) == 0
     before = {name: (scene / "data" / name).read_bytes() for name in ("manifest.json", INDEX)}
     (scene / "data" / INDEX).unlink()
-    repair(scene / "data", verify(scene / "data"))
+    repair(scene / "data", {scene / "data": verify(scene / "data")})
     assert verify(scene / "data") == []
     assert {name: (scene / "data" / name).read_bytes() for name in before} == before
 

@@ -206,7 +206,7 @@ def test_verify_names_a_damaged_one_and_repair_writes_it_anew(
     assert [finding.file for finding in findings] == [GRID_FILE]
     assert main(["verify", str(scene / "data")]) == 1
     capsys.readouterr()
-    repair(scene / "data", findings)
+    repair(scene / "data", {scene / "data": findings})
     assert "encoded 0 latents, 0 captions, 0 vision vectors" in capsys.readouterr().out
     assert verify(scene / "data") == [] and contents(scene / "data") == before
 

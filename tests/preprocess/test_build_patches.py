@@ -111,5 +111,5 @@ def test_a_damaged_record_gets_its_patches_back(photos: Path, tmp_path: Path) ->
     (data / shard.file).write_bytes(broken)
     findings = verify(data)
     assert findings
-    repair(data, findings)
+    repair(data, {data: findings})
     assert (data / shard.file).read_bytes() == whole and verify(data) == []

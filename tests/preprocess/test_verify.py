@@ -46,7 +46,7 @@ def flip(path: Path, position: int, mask: int = 1) -> None:
 def encoded_by_repair(directory: Path, capsys: pytest.CaptureFixture) -> tuple[int, int, int]:
     """Repairs and returns how many latents, captions and vectors were encoded."""
     capsys.readouterr()
-    repair(directory, verify(directory))
+    repair(directory, {directory: verify(directory)})
     line = next(line for line in capsys.readouterr().out.splitlines() if "encoded" in line and "latents" in line)
     words = line.replace(",", "").split()
     return int(words[1]), int(words[3]), int(words[5])
@@ -191,7 +191,7 @@ def test_without_its_index_a_dataset_is_not_replaced(
             build(options(built / "photos", copied))
         assert contents(copied) == before
         with pytest.raises(WouldLose):
-            repair(copied, verify(copied))
+            repair(copied, {copied: verify(copied)})
     finally:
         for path in pictures[2:]:
             path.with_suffix(".away").rename(path)
@@ -215,10 +215,10 @@ def test_a_repair_that_cannot_begin_leaves_all_as_it_is(copied: Path) -> None:
     findings, before = verify(copied), contents(copied)
     (copied / ".build").mkdir()
     with locked(copied / ".build" / "lock"), pytest.raises(PreprocessError, match="being written"):
-        repair(copied, findings)
+        repair(copied, {copied: findings})
     shutil.rmtree(copied / ".build", ignore_errors=True)
     assert contents(copied) == before and verify(copied) == findings
-    repair(copied, findings)
+    repair(copied, {copied: findings})
     assert verify(copied) == [] and mine.read_text() == "mine"
 
 
@@ -226,7 +226,7 @@ def test_without_a_manifest_damaged_shards_are_made_again(built: Path, copied: P
     shard = copied / load_manifest(copied).shards["train"][0].file
     flip(shard, 70_000)
     (copied / MANIFEST).unlink()
-    repair(copied, [Finding(MANIFEST, WHOLE, "is missing")])
+    repair(copied, {copied: [Finding(MANIFEST, WHOLE, "is missing")]})
     assert verify(copied) == [] and contents(copied) == contents(built / "data")
 
 
@@ -238,10 +238,10 @@ def test_repair_without_the_sources_says_so(copied: Path) -> None:
     flip(shard, 70_000)
     findings = verify(copied)
     with pytest.raises(PreprocessError, match="build.json.*checksum"):
-        repair(copied, findings)
+        repair(copied, {copied: findings})
     (copied / "build.json").write_text(json.dumps({"options": moved["options"]}))
     with pytest.raises(PreprocessError, match=f"--input {moved['options']['input']}"):
-        repair(copied, findings)
+        repair(copied, {copied: findings})
     (copied / "build.json").unlink()
     with pytest.raises(PreprocessError, match="build.json.*No such file"):
-        repair(copied, findings)
+        repair(copied, {copied: findings})
