@@ -45,7 +45,7 @@ from fluxdit_jax.stages import stages_of
 Curve = list[dict[str, float]]  # step, flops, seconds and loss of each point
 NAME = "learning"
 EVERY = 50  # steps between the EMA weights that are measured
-PICTURES, TIMES = 240, 8  # of the held-out set, and quantiles of uniform time
+PICTURES, TIMES = 240, 8  # at most of the held-out set, and quantiles of uniform time
 # A network with six blocks, so that routing has a middle; at a constant rate every point of a curve counts.
 BASE: dict[str, Any] = {
     "model.depth": 6, "routing.first": 1, "routing.last": 1, "optim.schedule": "constant", "optim.lr": 3e-3,
@@ -94,7 +94,7 @@ def train(variant: Variant, given: dict[str, Any], data: Path, workdir: Path) ->
     subprocess.run([*command, *(f"--config.{key}={value}" for key, value in values.items())], cwd=ROOT, check=True)
 
 
-def curve(workdir: Path, heldout: Path | None) -> Curve:
+def curve(workdir: Path, heldout: Path | None, pictures: int = PICTURES) -> Curve:
     """Held-out loss at each step whose EMA is kept, with the FLOPs and the seconds of training before it."""
     prepared = Prepared.of(stages_of(load_config(workdir))[0])
     settings, batch = prepared.settings, prepared.settings.global_batch_size
@@ -107,7 +107,7 @@ def curve(workdir: Path, heldout: Path | None) -> Curve:
         statistics=prepared.statistics,
         layout=settings.batch.without_patches(),
         batch_size=48,
-        pictures=PICTURES,
+        pictures=pictures,
         times=TIMES,
     )
     logged = [e["images_per_second"] for e in read_metrics(workdir / "metrics.jsonl") if "images_per_second" in e]
@@ -179,6 +179,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--pictures", type=int, default=PICTURES, help="held-out ones that are measured")
     parser.add_argument("--changes", nargs="+", default=[], metavar="KEY=VALUE", help="of the configuration, for all")
     parser.add_argument("--runs", type=Path, default=Path("runs/learning"), help="where the runs are kept")
     parser.add_argument("--show", action="store_true", help="print the tables of what is measured")
@@ -193,7 +194,7 @@ def main() -> None:
                 continue
             given = {"train.steps": a.steps, "seed": seed} | dict(change.split("=", 1) for change in a.changes)
             train(variant, given, data.absolute(), a.runs.absolute() / run)
-            points = curve(a.runs.absolute() / run, a.heldout)
+            points = curve(a.runs.absolute() / run, a.heldout, a.pictures)
             replace_rows(NAME, run, [{"run": run, "set": a.set, "variant": name, "seed": seed, "curve": points}])
     print(show(json.loads((RESULTS / f"{NAME}.json").read_text())["rows"]))
 

@@ -37,6 +37,7 @@ class StagePlan:
     Attributes:
       flops: of a picture: forward and backward pass, recomputation not counted.
       pictures: trained on, each time one is seen. images: of an epoch.
+      warmup: steps until its rate is `lr`.
       seconds, kwh: time and energy of the stage.
     """
 
@@ -48,6 +49,7 @@ class StagePlan:
     micro_batches: int
     remat: str
     lr: float
+    warmup: int
     steps: int
     pictures: int
     images: int
@@ -106,6 +108,7 @@ def plan_of(stages: Sequence[Prepared], rate: Rate) -> list[StagePlan]:
                 micro_batches=settings.optimizer.grad_accum_steps,
                 remat=settings.model.remat,
                 lr=config.optim.lr,
+                warmup=config.optim.warmup_steps,
                 steps=steps,
                 pictures=pictures,
                 images=each.manifest.records("train"),
@@ -149,17 +152,25 @@ def totals(plans: Sequence[StagePlan], stages: Sequence[Prepared], rate: Rate) -
 
 
 def warnings(plans: Sequence[StagePlan]) -> list[str]:
-    """What a plan does that its maker may not want: so many epochs of few images that it memorises them."""
+    """What a plan does that its maker may not want: a rate that is never reached, so many epochs of few images that the
+    model memorises them."""
+    found = [
+        f"{f'stage {plan.name}: ' if plan.name else ''}optim.warmup_steps is {plan.warmup} and there are {plan.steps} "
+        f"steps: the learning rate ends at {plan.lr * plan.steps / plan.warmup:.2g} and never is {plan.lr:g}"
+        for plan in plans
+        if plan.warmup > plan.steps
+    ]
     pictures, images = sum(plan.pictures for plan in plans), plans[0].images
     epochs = pictures / images
     if epochs <= MANY_EPOCHS or images <= SMALL_SET:
-        return []
+        return found
     fewer = max(1, round(MANY_EPOCHS / 10 * images / (plans[0].micro_batch * plans[0].micro_batches)))
     key = "--config.train.steps" if len(plans) == 1 else "in all stages together train.steps"
     return [
+        *found,
         f"train.steps is {sum(plan.steps for plan in plans)}: {epochs:.3g} epochs of {images} images. After so many a "
         f"model has memorised its images; {MANY_EPOCHS // 10} epochs are {key}={fewer}, or "
-        f"train.images={round(MANY_EPOCHS / 10 * images)}"
+        f"train.images={round(MANY_EPOCHS / 10 * images)}",
     ]
 
 

@@ -360,6 +360,9 @@ def test_the_plan_by_hand(data: Path, tmp_path: Path) -> None:
     assert "px32" in lines and f"3 states of {size / 1e9:.2f} GB, 2 EMA" in lines
     many = [dataclasses.replace(one, pictures=10**6, images=500) for one in plans]
     assert plan.warnings(plans) == [] and len(plan.warnings(many)) == 1
+    short = [plans[0], dataclasses.replace(plans[1], warmup=2 * LARGE)]
+    (told,) = plan.warnings(short)
+    assert re.match(naming("px64", "warmup_steps", 2 * LARGE, f"{plans[1].lr / 2:.2g}"), told)
 
 
 def test_the_plan_is_printed_and_nothing_is_run(train_command, data: Path, tmp_path: Path) -> None:

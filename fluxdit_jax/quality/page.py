@@ -116,7 +116,9 @@ def _scale(one: Measured, kind: Kind) -> str:
     )
     drawn = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{text(kind.title)}">{"".join(parts)}</svg>'
     rows = [row(word, written(value, kind)) for word, value, _ in sides]
-    return f'<div class="beside"><table>{"".join(rows)}</table><figure>{drawn}</figure></div>'
+    legend = "dashed: this run, with its interval" + "; green: what true pictures have; red: useless ones" * bool(sides)
+    figure = f"<figure><figcaption>{legend}</figcaption>{drawn}</figure>"
+    return f'<div class="beside"><table>{"".join(rows)}</table>{figure}</div>'
 
 
 def _modes(exam: Exam, answers: Answers, scores: Scores) -> str:
