@@ -28,7 +28,7 @@ from preprocess.build.rows import RowsFile
 from preprocess.build.units import WORK, disk_errors
 from preprocess.build.workers import require_no_worker
 from preprocess.database import StoredSet
-from preprocess.input.system_folders import hidden
+from preprocess.input.system_folders import hidden, is_plot, of_a_system
 
 
 @dataclasses.dataclass
@@ -113,7 +113,7 @@ def _require_ours(output: Path) -> None:
     """Raises `PreprocessError` where something stands that no build made: pictures, or another program's shards."""
     if not output.is_dir() or any((output / name).exists() for name in (LOG_FILE, Path(WORK) / "lock")):
         return
-    found = sorted(path.name for path in output.iterdir() if not hidden(path.name))
+    found = sorted(path.name for path in output.iterdir() if not _of_nobody(path))
     if (output / WORK).is_dir() and any((output / WORK).iterdir()):  # one that is empty may be of a killed build
         found.append(WORK)
     if found and not (_is_dataset(output) or parts_of(output)):
@@ -121,6 +121,11 @@ def _require_ours(output: Path) -> None:
             f"--output {output} holds no dataset of `build`, and has {shown(found[0])}"
             f"{f' and {len(found) - 1:,} more' if found[1:] else ''}: give a new folder, or an empty one"
         )
+
+
+def _of_nobody(path: Path) -> bool:
+    """Whether a file may stand in a new output: a system's, what `--draw` has drawn, or what a shell has logged."""
+    return hidden(path.name) or of_a_system(path.name) or is_plot(path, ours=False) or path.suffix == ".log"
 
 
 def _is_dataset(directory: Path) -> bool:

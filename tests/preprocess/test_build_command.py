@@ -80,6 +80,17 @@ def test_files_of_others_are_not_replaced(name: str, photos: Path, tmp_path: Pat
     assert [path for path in (tmp_path / "data").rglob("*") if path.is_file()] == [file]
 
 
+def test_an_output_may_have_what_is_of_nobody(photos: Path, tmp_path: Path) -> None:
+    """A new disk, with the picture of its plan and the log of the shell in it."""
+    data = tmp_path / "data"
+    (data / "lost+found").mkdir(parents=True)
+    (data / "build.log").write_text("")
+    of_both = ["build", "--input", str(photos), "--output", str(data), *FLAGS]
+    assert main([*of_both, "--dry-run", "--draw", str(data / "plan.png")]) == 0
+    assert main(of_both) == 0 and (data / "plan.png").exists() and (data / "lost+found").exists()
+    assert main(["verify", str(data)]) == 0
+
+
 def test_help_loads_nothing_heavy() -> None:
     code = (
         "import sys; from preprocess.__main__ import main\n"
