@@ -25,7 +25,7 @@ from fluxdit_jax.plan import training_flops
 from fluxdit_jax.prepared import Prepared, open_source
 from fluxdit_jax.run import reporting
 from fluxdit_jax.run.checkpoint import Checkpoints
-from fluxdit_jax.run.health import DEAD_STEPS, DIVERGED, Diagnosis, Monitor
+from fluxdit_jax.run.health import DEAD_STEPS, DIVERGED, WINDOW, Diagnosis, Monitor
 from fluxdit_jax.run.metrics import ACCUMULATE, PLAIN, UPDATE, MetricsWriter
 from fluxdit_jax.run.profile import Trace
 from fluxdit_jax.run.signals import Signals, any_process
@@ -115,7 +115,8 @@ def run_stage(run: Run, present: Prepared, position: Position) -> Ended:
             run.trace.at(step - 1)
             state, whole = _trained(run, present, reporter, feed, state, samples, step)
             if not whole:
-                state = without_part(state)
+                reporter.read()
+                state = without_part(state, reporter.of_part("skipped"))
                 _visit(run, present, reporter, _STOP, state, samples, step - 1)
                 return Ended(Position(state, samples), stopped=True)
             samples += present.settings.global_batch_size
@@ -211,8 +212,8 @@ def _visit(
         reporter.end()
     trouble = _trouble(present, reporter)
     diverged = trouble is not None and trouble.kind == DIVERGED
-    if reporter.diverged and due.save and not diverged and (kept := run.checkpoints.keep_newest()) is not None:
-        log.warning("checkpoints/%d is from before the weights diverged, and is kept beside newer ones", kept)
+    if not diverged:
+        _keep_good(run, reporter)
     suspect = (reporter.suspect or diverged) and step < run.last
     asked = time.monotonic()
     meta = {"samples": samples, "unfinished": reporter.unfinished()}
@@ -249,6 +250,13 @@ def _visit(
     return False
 
 
+def _keep_good(run: Run, reporter: reporting.Reporter) -> None:
+    """Before a state is saved that has diverged: keeps one from before."""
+    if (found := reporter.diverged) is not None and (kept := run.checkpoints.keep_before(found, WINDOW)) is not None:
+        why = f"it is from {found - kept} steps before the weights were found to have diverged"
+        log.warning("checkpoints/%d is kept beside newer ones: %s", kept, why)
+
+
 def _saved(
     run: Run, reporter: reporting.Reporter, state: TrainState, samples: int, error: DatasetError
 ) -> DatasetError:
@@ -256,12 +264,13 @@ def _saved(
 
     Of several processes the others are within a step, and nothing is saved.
     """
-    state = without_part(state)
-    step = int(state.step)
-    if jax.process_count() > 1 or not step:
+    if jax.process_count() > 1 or not int(state.step):
         return error
     with contextlib.suppress(BrokenRun):
         reporter.read()
+        state = without_part(state, reporter.of_part("skipped"))
+        step = int(state.step)
+        _keep_good(run, reporter)
         run.checkpoints.save(step, state, {"samples": samples, "unfinished": reporter.unfinished()})
         run.checkpoints.poll(wait=True)
         if run.checkpoints.latest_step() == step:
@@ -303,8 +312,15 @@ def _reporter(run: Run, present: Prepared, position: Position) -> reporting.Repo
         length=overview.length(run.stages, present, step, position.samples),
         every=config.log.every,
         unfinished=position.unfinished,
+        comparable=_comparable(present),
         constants=_constants(run, present),
     )
+
+
+def _comparable(present: Prepared) -> str:
+    """What losses must have in common to be compared: all that shifts them and is not learned."""
+    settings, manifest = present.settings, present.manifest
+    return repr((present.stage.first, settings.flow, settings.routing, manifest.latent_mean, manifest.records("train")))
 
 
 def _untrained(settings: Settings) -> frozenset[str]:

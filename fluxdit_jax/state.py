@@ -44,10 +44,12 @@ def create_state(params: Any, optimizer: optax.MultiSteps, short_ema: bool = Fal
     )
 
 
-def without_part(state: TrainState) -> TrainState:
-    """The state of the last whole step: without a gradient that is accumulated in part."""
+def without_part(state: TrainState, skipped: int = 0) -> TrainState:
+    """The state of the last whole step: without a gradient that is accumulated in part, of whose micro-batches, which
+    are drawn again, so many were `skipped`."""
     zeros = jax.tree.map(jnp.zeros_like, (state.opt_state.mini_step, state.opt_state.acc_grads))
-    return state._replace(opt_state=state.opt_state._replace(mini_step=zeros[0], acc_grads=zeros[1]))
+    whole = state.opt_state._replace(mini_step=zeros[0], acc_grads=zeros[1])
+    return state._replace(opt_state=whole, skipped=state.skipped - skipped if skipped else state.skipped)
 
 
 def shape_difference(saved: Any, wanted: Any) -> str | None:

@@ -116,6 +116,7 @@ def train(config: ConfigDict) -> int:
         saved = closing.enter_context(after).saved if after else None
         checkpoints = closing.enter_context(Checkpoints(workdir, config.checkpoint.keep, saved=saved))
         position = _first_position(config, first, checkpoints, begin_with)
+        del begin_with  # as large as the network
         step = int(position.state.step)
         ends = [each.stage.last for each in stages]
         continuation.begin(workdir, config, first.manifest, checkpoints, position.state, ends, manifests)

@@ -25,7 +25,7 @@ class EvalSet:
       patch: side of a token in latent pixels.
       grid: the places of pictures, by record key; empty for a set that is no grid.
       seed: of the first record's noise.
-      left_out: records of the set that are not under test.
+      left_out: records of a grid's set that are not under test.
     """
 
     records: tuple[Record, ...]

@@ -95,7 +95,7 @@ class Subject:
     def eval_set(self) -> EvalSet:
         """The records with their pictures, which the VAE decodes on the first call."""
         truths = decode_all(self.decoder, [record.latent for record in self.records])
-        left_out = self.available - len(self.records)
+        left_out = self.available - len(self.records) if self.grid else 0
         return EvalSet(self.records, tuple(truths), self.settings.model.patch, self.grid, self.seed, left_out)
 
     def tests(

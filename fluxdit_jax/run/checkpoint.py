@@ -36,6 +36,7 @@ from fluxdit_jax.state import TrainState, shape_difference
 
 log = logging.getLogger(__name__)
 _TEMPORARY, DIGEST = "orbax-checkpoint-tmp", "digest"
+NONE = -1
 _KEPT = "kept"  # a checkpoint that does not make room for newer ones
 AVERAGE_DIGEST = "{}_digest"  # of `ema`, of `short_ema`: beside the whole state's in a checkpoint's meta
 CHECKPOINTS, EMA, SHORT_EMA, DAMAGED = "checkpoints", "ema", "short_ema", "damaged"  # the folders
@@ -55,7 +56,7 @@ class CheckpointError(Exception):
 
 @dataclasses.dataclass
 class _Rotation(ocp.checkpoint_managers.PreservationPolicy):
-    """Which checkpoints stay: the newest `keep`, and that of the step `kept`."""
+    """Which checkpoints stay: the newest `keep`, and that of the step `kept`, `NONE` for none; None: undecided."""
 
     keep: int
     kept: int | None = None
@@ -251,15 +252,19 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def keep_newest(self) -> int | None:
-        """Keeps the newest checkpoint beside those that come, also after a restart; returns its step.
+    def keep_before(self, step: int, margin: int) -> int | None:
+        """Keeps a checkpoint from before a step beside those that come, also after a restart: the newest that is at
+        least `margin` steps older, or else the oldest.
 
-        Of several calls the first one decides.
+        Returns its step if this call decides, which the first one does; None also if there is none.
         """
-        if self._rotation.kept is None:
-            self.poll(wait=True)
-            self._rotation.kept = self.latest_step()
-        return self._rotation.kept
+        if self._rotation.kept is not None:
+            return None
+        self.poll(wait=True)
+        before = [each for each in self._manager.all_steps() if each < step]
+        old = [each for each in before if each <= step - margin]
+        self._rotation.kept = max(old) if old else min(before, default=NONE)
+        return self._rotation.kept if before else None
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """Restores the newest checkpoint that can be read; None if there is none at all.

@@ -37,7 +37,7 @@ class Reporter:
 
     Attributes:
       trouble: the last serious diagnosis, or None; the loop decides what to do about it.
-      diverged: whether one was that the weights have diverged.
+      diverged: the step at which the weights were found to have diverged, or None.
       progress: the bar and the lines of the log.
     """
 
@@ -56,6 +56,7 @@ class Reporter:
         length: Length,
         every: int,
         unfinished: dict[str, Any] | None = None,
+        comparable: str = "",
         constants: Mapping[str, float] = types.MappingProxyType({}),
     ):
         """
@@ -67,6 +68,7 @@ class Reporter:
           step: optimizer steps already done; length: of the whole run.
           every: steps between logged scalars.
           unfinished: what `unfinished` gave when the checkpoint was written that the run goes on from.
+          comparable: equal for runs whose losses compare; see `Monitor.recall`.
           constants: what is logged beside every measured scalar.
         """
         self._writer, self._monitor, self._watchdog, self._schedule = writer, monitor, watchdog, schedule
@@ -75,7 +77,8 @@ class Reporter:
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._last, self._constants = length.last, constants
         self.trouble: Diagnosis | None = None
-        self.diverged = False
+        self.diverged: int | None = None
+        self._comparable = comparable
         self._redirect = logging_redirect_tqdm([_PACKAGE]) if _shows_bar() else None
         self.progress = Progress(length, step, bar=_shows_bar())
         self._step = step
@@ -87,7 +90,7 @@ class Reporter:
             self._bins = np.asarray(unfinished["bins"])
             self._window_skipped = unfinished["skipped"]
             self._window_replaced = unfinished.get("replaced", 0)
-            if levels := unfinished.get("levels"):
+            if (levels := unfinished.get("levels")) and unfinished.get("comparable") == comparable:
                 monitor.recall(levels)
 
     def __enter__(self) -> Reporter:
@@ -120,10 +123,15 @@ class Reporter:
         return {
             "losses": self._losses,
             "bins": self._bins.tolist(),
-            "skipped": self._window_skipped,
-            "replaced": self._window_replaced,
+            "skipped": self._window_skipped - self.of_part("skipped"),
+            "replaced": self._window_replaced - self.of_part("replaced"),
             "levels": self._monitor.levels(),
+            "comparable": self._comparable,
         }
+
+    def of_part(self, metric: str) -> int:
+        """The sum of a metric over the micro-batches read of a step that is not whole."""
+        return sum(int(micro[metric]) for micro in self._micro_batches)
 
     def _start_step(self) -> None:
         self._micro_batches: list[dict[str, Any]] = []  # of this step
@@ -202,9 +210,10 @@ class Reporter:
         for diagnosis in self._monitor.observe(Observation(step, loss, norm, groups, ratio, skipped, waited)):
             (log.warning if diagnosis.serious else log.info)("health: %s", diagnosis.message)
             self._writer.text(step, f"health/{diagnosis.kind}", diagnosis.message)
-            if diagnosis.serious:
+            if diagnosis.kind == DIVERGED and diagnosis.serious and self.diverged is None:
+                self.diverged = step
+            if diagnosis.serious and (self.trouble is None or self.trouble.kind != DIVERGED):  # which weighs most
                 self.trouble = diagnosis
-                self.diverged |= diagnosis.kind == DIVERGED
         self.progress.finished(step, loss, norm, self._monitor.summary())
         if step % self._every == 0 or step == self._last:
             self._log(step, metrics | {"velocity_rms_ratio": ratio}, finite)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from fluxdit_jax.dataset.fields import PATCHES
 from fluxdit_jax.dataset.grid import INPUT_GRID, read_grid
-from fluxdit_jax.dataset.manifest import MANIFEST, REJECTS, DatasetError, EncoderIdentity, Manifest
+from fluxdit_jax.dataset.manifest import MANIFEST, REJECTS, DatasetError, EncoderIdentity, Manifest, load_manifest
 from preprocess import PreprocessError
 from preprocess.build import comparison, repeat
 from preprocess.build.archive import Archive
@@ -137,14 +137,21 @@ def plan_only(options: Options, forecast: Forecast, replace: bool = False) -> li
 def _require_kept(parts: list[Part], repairing: bool = False) -> None:
     """Raises `PreprocessError` where a finished dataset has other options or would lose more than a few records."""
     for part in parts:
-        if part.done.unreadable and not repairing:
-            raise PreprocessError(
-                f"{part.done.unreadable}. `python -m preprocess verify --repair {part.options.output}` writes it anew "
-                "from the shards. Or everything is encoded again, with --replace; nothing was changed"
-            )
+        if part.done.unreadable:  # also where it was to be repaired, and could not be
+            raise PreprocessError(f"{part.done.unreadable}. {_ways_on(part.options.output)}; nothing was changed")
         if part.before is not None:
             differences = repeat.require_same(part.options, part.before, part.options.output)
             comparison.require_kept(part.found, part.options.output, differences, repairing)
+
+
+def _ways_on(directory: str) -> str:
+    """What to do about a dataset without a usable index."""
+    anew = "everything is encoded again with `build --replace`, and pictures that are gone from the input go"
+    try:
+        load_manifest(directory)
+    except DatasetError:
+        return f"Without it and the manifest nothing tells what the shards hold: bring back both, or {anew}"
+    return f"`python -m preprocess verify --repair {directory}` writes it anew from the shards. Or {anew}"
 
 
 def _likely_identities(options: Options, folders: list[Folder], earlier: list[repeat.Earlier | None]) -> Identities:

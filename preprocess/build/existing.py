@@ -66,14 +66,15 @@ class Existing:
     def _load_index(self, uids: set[str]) -> None:
         pending = pending_index(self._output)  # while its shards are being moved their places say nothing
         path = pending or self._output / INDEX
-        if not path.exists() and not (self._output / MANIFEST).exists():
+        shards = self._output.glob("*.array_record-*-of-*")  # of a copy that was broken off, perhaps without the rest
+        if not path.exists() and not (self._output / MANIFEST).exists() and not any(shards):
             return
         try:
             index = RowsFile(path)
             index.check()
         except DatasetError as error:
             self.unreadable = str(error)
-            self._journal.say(f"damaged: {error}; what it described is encoded again")
+            self._journal.say(f"damaged: {error}; what it described is not known")
             return
         self._index, self.records = list(index), index.records
         self._sources += self._index

@@ -109,6 +109,9 @@ def datasets_of(directory: Path) -> list[Path]:
     return [directory / str(side) for side in sorted(sides)] or [directory]
 
 
+_LOGS = (".log", ".out", ".err")  # of a shell, of SLURM
+
+
 def _require_ours(output: Path) -> None:
     """Raises `PreprocessError` where something stands that no build made: pictures, or another program's shards."""
     if not output.is_dir() or any((output / name).exists() for name in (LOG_FILE, Path(WORK) / "lock")):
@@ -125,13 +128,17 @@ def _require_ours(output: Path) -> None:
 
 def _of_nobody(path: Path) -> bool:
     """Whether a file may stand in a new output: a system's, what `--draw` has drawn, or what a shell has logged."""
-    return hidden(path.name) or of_a_system(path.name) or is_plot(path, ours=False) or path.suffix == ".log"
+    return hidden(path.name) or of_a_system(path.name) or is_plot(path, ours=False) or path.suffix in _LOGS
 
 
 def _is_dataset(directory: Path) -> bool:
-    """Whether there is a manifest or an index of `build`."""
-    for read in (lambda: load_manifest(directory), lambda: RowsFile(directory / INDEX)):
-        with contextlib.suppress(DatasetError):
+    """Whether there is a manifest, an index or the options of `build`."""
+    for read in (
+        lambda: load_manifest(directory),
+        lambda: RowsFile(directory / INDEX),
+        lambda: load_options(directory),
+    ):
+        with contextlib.suppress(DatasetError, PreprocessError):
             read()
             return True
     return False

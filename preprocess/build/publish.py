@@ -7,7 +7,6 @@ While files are moved there is no manifest, so nobody takes the directory for a 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import re
@@ -71,8 +70,12 @@ def publish(
       PreprocessError: no record is left in the train split, or a latent channel is constant.
     """
     name = dataset_name(directory)
-    with contextlib.suppress(DatasetError):  # runs know the shards of a folder that was moved by their names
+    # Runs know the shards of a folder that was moved by their names.
+    try:
         name = load_manifest(directory).name
+    except DatasetError:
+        ends = ((unit.info.file, f"-{unit.info.split}.array_record-") for unit in done)
+        name = next((file.partition(end)[0] for file, end in ends if end in file), name)
     placed = _place(name, done)
     manifest = _manifest(name, plan, placed, identities)
     rejects = [*plan.rejects, *(reject for unit, _ in placed for reject in unit.info.rejects)]

@@ -126,8 +126,8 @@ class StoredPlan:
         if lines:
             raise PreprocessError(
                 "this machine would make other bytes than the plan asks for:\n" + "\n".join(lines) + "\nInstall the "
-                "same versions (`bash scripts/install.sh --encoders`), give the same encoders and --dtype; or have "
-                "`build --replace` plan anew"
+                "same versions (`bash scripts/install.sh --encoders`), give the same encoders and --dtype; or plan "
+                f"anew: remove {_folder(Path(self.options.output))}; finished shards stay"
             )
 
 

@@ -128,9 +128,16 @@ def _offered_conversion(repository: str) -> str:
     """
     from huggingface_hub import HfApi
 
-    offers = HfApi().get_repo_discussions(
-        repository, author=_CONVERSION_BOT, discussion_type="pull_request", discussion_status="open"
-    )
+    try:
+        offers = list(
+            HfApi().get_repo_discussions(
+                repository, author=_CONVERSION_BOT, discussion_type="pull_request", discussion_status="open"
+            )
+        )
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # the HTTP library's own, without a connection
+        raise OSError(str(error)) from error
     return next((f"refs/pr/{offer.num}" for offer in offers if "safetensors" in offer.title), "")
 
 
@@ -154,7 +161,7 @@ def _unreachable(
         why = "does not exist on the Hub, or is private and needs `hf auth login`"
     else:
         why = f"cannot be fetched ({_first_line(error)}) and is not in the cache"
-    files = (f"{folder}config.json", f"{folder}{stem}*.safetensors", *(f"{folder}{name}" for name in extra))
+    files = (f"{folder}config.json", f"{folder}{stem}*.safetensors*", *(f"{folder}{name}" for name in extra))
     return Unreachable(Wanted(option, spec, files, why, refused))
 
 

@@ -58,11 +58,13 @@ class Source:
     texts: tuple[str, ...] | Rejected = ()
     only: bool = False
 
-    def read(self, names: tuple[str, ...], passed_over: collections.Counter[str]) -> tuple[str, ...]:
-        """The captions; raises `Rejected` if there is no usable one."""
+    def read(
+        self, names: tuple[str, ...], passed_over: collections.Counter[str], lists: bool = False
+    ) -> tuple[str, ...]:
+        """The captions; raises `Rejected` if there is no usable one. `lists`: also of a JSON list of texts."""
         if self.place is not None:
             data = self.place.read(MAX_BYTES)
-            return from_json(data, names, passed_over) if self.type == ".json" else (from_text(data),)
+            return from_json(data, names, passed_over, lists) if self.type == ".json" else (from_text(data),)
         if isinstance(self.texts, Rejected):
             raise self.texts
         return self.texts
@@ -70,6 +72,8 @@ class Source:
 
 def choose(sources: tuple[Source, ...], names: tuple[str, ...]) -> tuple[tuple[str, ...], collections.Counter[str]]:
     """The captions of a picture, all different, in order; and what was passed over, counted by reason.
+
+    A JSON file that is a list of texts, which may as well be tags, counts where there is no other caption.
 
     Args:
       sources: in order of preference.
@@ -79,6 +83,17 @@ def choose(sources: tuple[Source, ...], names: tuple[str, ...]) -> tuple[tuple[s
       Rejected: no source has a usable caption; the detail names each. Or one could not be read (`transient`): another
         one in its place would be a caption that the next build takes back.
     """
+    try:
+        return _chosen(sources, names, lists=False)
+    except Rejected as rejected:
+        if rejected.transient:
+            raise
+    return _chosen(sources, names, lists=True)
+
+
+def _chosen(
+    sources: tuple[Source, ...], names: tuple[str, ...], lists: bool
+) -> tuple[tuple[str, ...], collections.Counter[str]]:
     passed_over: collections.Counter[str] = collections.Counter()
     failures: list[tuple[str, Rejected]] = []
     looked_at = 0
@@ -91,7 +106,7 @@ def choose(sources: tuple[Source, ...], names: tuple[str, ...]) -> tuple[tuple[s
             if source.only and stem in usable:
                 continue
             try:
-                texts = source.read(names, passed_over)
+                texts = source.read(names, passed_over, lists)
             except Rejected as rejected:
                 if rejected.transient:
                     raise
@@ -132,13 +147,15 @@ def fields(first: str = "") -> tuple[str, ...]:
 
 
 def from_json(
-    data: bytes, names: tuple[str, ...], passed_over: collections.Counter[str] | None = None
+    data: bytes, names: tuple[str, ...], passed_over: collections.Counter[str] | None = None, lists: bool = False
 ) -> tuple[str, ...]:
     """The captions in a JSON object; raises `Rejected`."""
     try:
         raw = json.loads(decode(data))
     except (ValueError, RecursionError) as error:
         raise Rejected("broken JSON", str(error)[:200]) from error
+    if lists and isinstance(raw, list) and raw and all(isinstance(text, str) for text in raw):
+        raw = {names[0]: raw}
     return from_mapping(raw, names, passed_over)
 
 
@@ -158,8 +175,6 @@ def from_mapping(
     Raises:
       Rejected: there is none.
     """
-    if isinstance(raw, list) and raw and all(isinstance(text, str) for text in raw):  # the captions alone
-        raw = {names[0]: raw}
     if not isinstance(raw, dict):
         raise Rejected("no caption", f"expected a JSON object, got {type(raw).__name__}")
     failures: list[Rejected] = []

@@ -10,7 +10,7 @@ from preprocess.decoding.formats import EXTENSIONS
 
 # Archives of macOS; thumbnails and bins of NAS boxes and Windows; what a file system's check found.
 _SYSTEM = {"__macosx", "@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "$recycle.bin"}
-_SYSTEM |= {"system volume information", "lost+found"}
+_SYSTEM |= {"system volume information", "lost+found", "thumbs.db", "desktop.ini"}
 PLOTS = ("plan.png", "latents.png", "buckets.png", "contact.png", "pictures.png", "details.png")
 MARK = "drawn by fluxdit_jax.preprocess"  # a text in the PNGs
 # An extension of letters alone means something; "jpg_large", "jpg?w=1200" and the "30" of "at 10.15.30" do not.
@@ -23,7 +23,7 @@ def hidden(name: str) -> bool:
 
 
 def of_a_system(name: str) -> bool:
-    """Whether a folder of this name holds a system's own files."""
+    """Whether a folder or file of this name is a system's own."""
     return name.casefold() in _SYSTEM
 
 

@@ -92,7 +92,6 @@ def test_unusable_texts_of_a_field_are_counted_and_a_reject_names_it() -> None:
     assert passed_over == {"x": 1, "caption is not a string": 2, "empty caption": 1}
     with pytest.raises(Rejected, match="mine, caption, text.*'title', 'size'"):
         captions.from_mapping({"title": "a dog", "size": 3}, NAMES)
-    assert captions.from_mapping(["a dog", "a cat"], NAMES) == ("a dog", "a cat")
     with pytest.raises(Rejected, match="'caption' \\(null\\)"):
         captions.from_mapping({"caption": None}, NAMES)
 
@@ -152,6 +151,16 @@ def test_files_are_read_by_their_type_and_hide_none_behind_them(file: Callable[.
     assert found == ("one", "two") and passed_over == {"caption is not a string": 1}
 
 
+def test_a_list_of_texts_counts_where_there_is_no_other_caption(file: Callable[..., Source]) -> None:
+    """It may as well be tags."""
+    tags = file("a.json", 0, '["a dog", "a cat"]')
+    assert captions.choose((tags,), NAMES) == (("a dog", "a cat"), {})
+    assert captions.choose((tags, file("a.txt", 1, " ")), NAMES)[0] == ("a dog", "a cat")
+    assert captions.choose((tags, file("a.txt", 1, "a sentence")), NAMES) == (("a sentence",), {"no caption": 1})
+    with pytest.raises(Rejected, match="got list"):
+        captions.choose((file("b.json", 0, '["a dog", 3]'),), NAMES)
+
+
 def test_the_reject_of_a_picture_without_a_caption_names_every_source(file: Callable[..., Source]) -> None:
     def refused(*sources: Source) -> Rejected:
         with pytest.raises(Rejected) as caught:
@@ -209,7 +218,7 @@ JSON = st.recursive(
 @settings(deadline=None, max_examples=200)
 def test_any_json(raw: object) -> None:
     try:
-        found = captions.from_json(json.dumps(raw).encode(), NAMES)
+        found = captions.from_json(json.dumps(raw).encode(), NAMES, lists=True)
     except Rejected:
         return
     values = [raw] if isinstance(raw, list) else [raw.get(name) for name in ("caption", "text")]

@@ -96,15 +96,23 @@ def test_one_that_is_kept_makes_no_room_for_newer_ones_also_after_a_restart(tmp_
         return sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
 
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        assert checkpoints.keep_newest() is None  # there is none
         for step in (1, 2, 3):
             checkpoints.save(step, states[step], meta_of(step))
-            assert step < 2 or checkpoints.keep_newest() == 2  # the first call decides
+            assert step < 2 or checkpoints.keep_before(22, 20) == (2 if step == 2 else None)  # the first call decides
     assert there() == [2, 3]
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         assert checkpoints.restore(abstract_state(states[3]))[1] == meta_of(3)
         checkpoints.save(4, states[4], meta_of(4))
     assert there() == [2, 4]
+
+
+@pytest.mark.parametrize(("found", "margin", "kept"), [(4, 2, 2), (4, 1, 3), (3, 20, 1), (1, 20, None), (9, 0, 4)])
+def test_which_one_is_kept(tmp_path, states, found, margin, kept):
+    with Checkpoints(tmp_path, keep=9) as checkpoints:
+        for step in (1, 2, 3, 4):
+            checkpoints.save(step, states[step], meta_of(step))
+        assert checkpoints.keep_before(found, margin) == kept
+        assert checkpoints.keep_before(9, 0) is None, "also where there was none, it is decided"
 
 
 def test_saving_a_step_twice_keeps_the_first_and_refuses_other_numbers(workdir, states):

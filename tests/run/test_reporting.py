@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from fluxdit_jax.flow import TIME_BINS
-from fluxdit_jax.run.health import Monitor, Observation
+from fluxdit_jax.run.health import DIVERGED, Diagnosis, Monitor, Observation
 from fluxdit_jax.run.metrics import MetricsWriter, pack, read_metrics
 from fluxdit_jax.run.progress import Length
 from fluxdit_jax.run.reporting import Reporter
@@ -114,3 +114,35 @@ def test_a_step_without_a_finite_micro_batch_gives_no_number(reporter) -> None:
     assert not [name for name in line if name.startswith("gradient_norm_by_group")]
     first = monitor.heard[0]
     assert np.isnan([first.loss, first.gradient_norm, first.rms_ratio]).all() and first.gradient_groups == {}
+
+
+def test_a_step_that_is_left_counts_when_it_is_drawn_again(reporter) -> None:
+    made, _, _ = reporter
+    nan = {"loss": np.nan, "skipped": 1.0, "replaced": 3.0}
+    steps(made, nan, {}, nan)
+    assert made.of_part("skipped") == 1 and made.of_part("replaced") == 3
+    assert (made.unfinished()["skipped"], made.unfinished()["replaced"]) == (1, 3), "of the whole step alone"
+    steps(made, {})
+    assert made.of_part("skipped") == 1
+
+
+@pytest.mark.parametrize("comparable", ["a", "b"])
+def test_levels_are_recalled_where_losses_compare(tmp_path: Path, comparable: str) -> None:
+    """Another stage, noise or data set has other losses, none of which is a divergence."""
+    levels, monitor = {"first": 1.4, "best": 0.3, "spread": 0.1}, Monitor(1e-3, 0)
+    unfinished = {"losses": [], "bins": [[0.0] * TIME_BINS] * 2, "skipped": 0, "levels": levels, "comparable": "a"}
+    with Reporter(
+        writer=MetricsWriter(tmp_path, 0), monitor=monitor, watchdog=Watchdog(100, 10, 1e-3), batch_size=4,
+        schedule=optax.constant_schedule(1.0), metric_shapes=SHAPES, flops_per_token=50.0, peak_flops=1e6, step=0,
+        length=Length(4, 2, 8, 16), every=2, unfinished=unfinished, comparable=comparable,
+    ) as made:  # fmt: skip
+        assert made.unfinished()["comparable"] == comparable
+        assert monitor.levels() == (levels if comparable == "a" else None)
+
+
+def test_nothing_hides_that_the_weights_have_diverged(reporter) -> None:
+    made, monitor, _ = reporter
+    said = iter([DIVERGED, "spiked", DIVERGED])
+    monitor.observe = lambda seen: [Diagnosis(next(said), "it is so", True)]
+    steps(made, *[{}] * 4)
+    assert made.trouble.kind == DIVERGED and made.diverged == 1
