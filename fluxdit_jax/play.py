@@ -71,7 +71,8 @@ def _require_free(host: str, port: int) -> None:
 
 def _require_own(out: Path) -> None:
     """Raises `RunError` where a folder holds more than a history: the page serves every file in it."""
-    others = [path.name for path in sorted(out.glob("*")) if not (path.match(".*") or path.match("play-[0-9]*.png"))]
+    ours = (".*", "play-[0-9]*.png", "[Tt]humbs.db", "desktop.ini")  # the last two are a file manager's
+    others = [path.name for path in sorted(out.glob("*")) if not any(map(path.match, ours))]
     if others:
         raise RunError(
             f"--out {out} holds {shown(others[0])}, and the page serves every file in there: give a folder of its own"

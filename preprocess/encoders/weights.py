@@ -143,7 +143,7 @@ def _offered_conversion(repository: str) -> str:
 
 def _cached_conversion(snapshot: Path, folder: str, stem: str) -> Path | None:
     """The snapshot of a pull request with weights that is in the cache, where the Hub cannot be asked."""
-    references = sorted((snapshot.parents[1] / "refs" / "refs" / "pr").glob("*"))
+    references = sorted((snapshot.parents[1] / "refs" / "refs" / "pr").glob("[0-9]*"), key=lambda path: int(path.name))
     found = (snapshot.parent / path.read_text().strip() for path in references)
     return next((each for each in found if _weight_files(each / folder, stem)), None)
 

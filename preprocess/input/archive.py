@@ -64,11 +64,11 @@ def scan_tar(result: Scan, path: Path, prefix: str) -> None:
         with path.open("rb") as file:
             for member in _members(file):
                 name = str(PurePosixPath(member.name))
-                if member.islnk() and member.linkname in written:
+                if member.islnk() and (target := str(PurePosixPath(member.linkname))) in written:
                     member.type = tarfile.REGTYPE
-                    member.offset_data, member.size = written[member.linkname]
+                    member.offset_data, member.size = written[target]
                 elif member.isreg() and not member.issparse():
-                    written[member.name] = member.offset_data, member.size
+                    written[name] = member.offset_data, member.size
                 try:
                     kind = _kind(result, member, file)
                 except Rejected as rejected:

@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -228,6 +229,32 @@ def test_without_a_manifest_damaged_shards_are_made_again(built: Path, copied: P
     (copied / MANIFEST).unlink()
     repair(copied, {copied: [Finding(MANIFEST, WHOLE, "is missing")]})
     assert verify(copied) == [] and contents(copied) == contents(built / "data")
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("x")], ids=["gone", "broken"])
+def test_without_manifest_and_index_nothing_is_thrown_away(built: Path, copied: Path, damage: Callable) -> None:
+    """Nothing tells what the shards hold, as after a copy that was broken off."""
+    for name in (MANIFEST, INDEX):
+        damage(copied / name)
+    before = {path.name for path in copied.glob("*.array_record*")}
+    for attempt in (
+        lambda: build(options(built / "photos", copied)),
+        lambda: repair(copied, {copied: [Finding(MANIFEST, WHOLE, "is damaged"), Finding(INDEX, WHOLE, "is damaged")]}),
+    ):
+        with pytest.raises(PreprocessError, match=naming(copied / INDEX, "--replace")) as refused:
+            attempt()
+        assert "--repair" not in str(refused.value), "which could not help"
+    assert {path.name for path in copied.glob("*.array_record*")} == before
+    build(options(built / "photos", copied), replace=True)
+    assert verify(copied) == []
+
+
+def test_shards_of_a_moved_dataset_keep_their_names_without_a_manifest(copied: Path, tmp_path: Path) -> None:
+    moved = copied.rename(tmp_path / "elsewhere")
+    name = load_manifest(moved).name
+    (moved / MANIFEST).write_text("x")
+    repair(moved, {moved: [Finding(MANIFEST, WHOLE, "is damaged")]})
+    assert verify(moved) == [] and load_manifest(moved).name == name != "elsewhere"
 
 
 def test_repair_without_the_sources_says_so(copied: Path) -> None:
