@@ -22,7 +22,16 @@ from preprocess.build.loading import are_here, device_name, load_encoders, torch
 from preprocess.build.options import Options, option_of
 from preprocess.build.parts import Part, all_locked, load_parts, require_place, tasks
 from preprocess.build.plan import Fingerprints, Identities, NothingToBuild, Plan, make_plan
-from preprocess.build.publish import LOG_FILE, OPTIONS_FILE, finish, publish, roll_forward, save_options, save_rejects
+from preprocess.build.publish import (
+    LOG_FILE,
+    OPTIONS_FILE,
+    finish,
+    load_options,
+    publish,
+    roll_forward,
+    save_options,
+    save_rejects,
+)
 from preprocess.build.stored_plan import StoredPlan, versions_here
 from preprocess.build.summary import (
     MANY_REJECTS,
@@ -149,8 +158,9 @@ def _ways_on(directory: str) -> str:
     anew = "everything is encoded again with `build --replace`, and pictures that are gone from the input go"
     try:
         load_manifest(directory)
-    except DatasetError:
-        return f"Without it and the manifest nothing tells what the shards hold: bring back both, or {anew}"
+        load_options(Path(directory))
+    except (DatasetError, PreprocessError) as error:
+        return f"It cannot be written anew from the shards either ({error}): bring back these files, or {anew}"
     return f"`python -m preprocess verify --repair {directory}` writes it anew from the shards. Or {anew}"
 
 

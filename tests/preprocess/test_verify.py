@@ -20,6 +20,7 @@ from preprocess import PreprocessError
 from preprocess.build.build import build
 from preprocess.build.comparison import WouldLose
 from preprocess.build.lock import locked
+from preprocess.build.publish import OPTIONS_FILE
 from preprocess.build.rows import Rows
 from preprocess.inspect.verify import WHOLE, Finding, repair, verify
 
@@ -232,18 +233,17 @@ def test_without_a_manifest_damaged_shards_are_made_again(built: Path, copied: P
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("x")], ids=["gone", "broken"])
-def test_without_manifest_and_index_nothing_is_thrown_away(built: Path, copied: Path, damage: Callable) -> None:
+@pytest.mark.parametrize("missing", [MANIFEST, OPTIONS_FILE])
+def test_without_an_index_nothing_is_thrown_away(built: Path, copied: Path, damage: Callable, missing: str) -> None:
     """Nothing tells what the shards hold, as after a copy that was broken off."""
-    for name in (MANIFEST, INDEX):
+    for name in (missing, INDEX):
         damage(copied / name)
     before = {path.name for path in copied.glob("*.array_record*")}
-    for attempt in (
-        lambda: build(options(built / "photos", copied)),
-        lambda: repair(copied, {copied: [Finding(MANIFEST, WHOLE, "is damaged"), Finding(INDEX, WHOLE, "is damaged")]}),
-    ):
-        with pytest.raises(PreprocessError, match=naming(copied / INDEX, "--replace")) as refused:
-            attempt()
-        assert "--repair" not in str(refused.value), "which could not help"
+    with pytest.raises(PreprocessError, match=naming(copied / INDEX, missing, "--replace")) as refused:
+        build(options(built / "photos", copied))
+    assert "--repair" not in str(refused.value), "which could not help"
+    with pytest.raises(PreprocessError, match=naming(missing)):
+        repair(copied, {copied: [Finding(MANIFEST, WHOLE, "is damaged"), Finding(INDEX, WHOLE, "is damaged")]})
     assert {path.name for path in copied.glob("*.array_record*")} == before
     build(options(built / "photos", copied), replace=True)
     assert verify(copied) == []
