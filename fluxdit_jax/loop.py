@@ -115,8 +115,7 @@ def run_stage(run: Run, present: Prepared, position: Position) -> Ended:
             run.trace.at(step - 1)
             state, whole = _trained(run, present, reporter, feed, state, samples, step)
             if not whole:
-                reporter.read()
-                state = without_part(state, reporter.of_part("skipped"))
+                state = _whole(reporter, state)
                 _visit(run, present, reporter, _STOP, state, samples, step - 1)
                 return Ended(Position(state, samples), stopped=True)
             samples += present.settings.global_batch_size
@@ -250,6 +249,12 @@ def _visit(
     return False
 
 
+def _whole(reporter: reporting.Reporter, state: TrainState) -> TrainState:
+    """The state of the last whole step, of one within a step; raises `BrokenRun` as reading does."""
+    reporter.read()
+    return without_part(state, reporter.of_part("skipped"))
+
+
 def _keep_good(run: Run, reporter: reporting.Reporter) -> None:
     """Before a state is saved that has diverged: keeps one from before."""
     if (found := reporter.diverged) is not None and (kept := run.checkpoints.keep_before(found, WINDOW)) is not None:
@@ -264,12 +269,11 @@ def _saved(
 
     Of several processes the others are within a step, and nothing is saved.
     """
-    if jax.process_count() > 1 or not int(state.step):
+    step = int(state.step)
+    if jax.process_count() > 1 or not step:
         return error
     with contextlib.suppress(BrokenRun):
-        reporter.read()
-        state = without_part(state, reporter.of_part("skipped"))
-        step = int(state.step)
+        state = _whole(reporter, state)
         _keep_good(run, reporter)
         run.checkpoints.save(step, state, {"samples": samples, "unfinished": reporter.unfinished()})
         run.checkpoints.poll(wait=True)

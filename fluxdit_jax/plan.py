@@ -162,16 +162,19 @@ def warnings(plans: Sequence[StagePlan]) -> list[str]:
     ]
     pictures, images = sum(plan.pictures for plan in plans), plans[0].images
     epochs = pictures / images
-    if epochs <= MANY_EPOCHS or images <= SMALL_SET:
-        return found
+    if epochs > MANY_EPOCHS and images > SMALL_SET:
+        found.append(_many_epochs(plans, epochs, images))
+    return found
+
+
+def _many_epochs(plans: Sequence[StagePlan], epochs: float, images: int) -> str:
     fewer = max(1, round(MANY_EPOCHS / 10 * images / (plans[0].micro_batch * plans[0].micro_batches)))
     key = "--config.train.steps" if len(plans) == 1 else "in all stages together train.steps"
-    return [
-        *found,
+    return (
         f"train.steps is {sum(plan.steps for plan in plans)}: {epochs:.3g} epochs of {images} images. After so many a "
         f"model has memorised its images; {MANY_EPOCHS // 10} epochs are {key}={fewer}, or "
-        f"train.images={round(MANY_EPOCHS / 10 * images)}",
-    ]
+        f"train.images={round(MANY_EPOCHS / 10 * images)}"
+    )
 
 
 def _bytes(tree: object) -> int:

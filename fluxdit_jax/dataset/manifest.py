@@ -29,6 +29,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 INDEX = "index.parquet"
 REJECTS = "rejects.jsonl"
+SHARD_FILES = "*.array_record-*-of-*"  # all that `shard_name` gives
 SPLITS = ("train", "holdout")
 # Sides, widths and tokens that a manifest may claim: programs and buffers are made to measure.
 _LARGEST = 2**16

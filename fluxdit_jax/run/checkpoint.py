@@ -36,7 +36,7 @@ from fluxdit_jax.state import TrainState, shape_difference
 
 log = logging.getLogger(__name__)
 _TEMPORARY, DIGEST = "orbax-checkpoint-tmp", "digest"
-NONE = -1
+_NONE = -1  # of `_Rotation.kept`
 _KEPT = "kept"  # a checkpoint that does not make room for newer ones
 AVERAGE_DIGEST = "{}_digest"  # of `ema`, of `short_ema`: beside the whole state's in a checkpoint's meta
 CHECKPOINTS, EMA, SHORT_EMA, DAMAGED = "checkpoints", "ema", "short_ema", "damaged"  # the folders
@@ -56,7 +56,7 @@ class CheckpointError(Exception):
 
 @dataclasses.dataclass
 class _Rotation(ocp.checkpoint_managers.PreservationPolicy):
-    """Which checkpoints stay: the newest `keep`, and that of the step `kept`, `NONE` for none; None: undecided."""
+    """Which checkpoints stay: the newest `keep`, and that of the step `kept`, `_NONE` for none; None: undecided."""
 
     keep: int
     kept: int | None = None
@@ -263,7 +263,7 @@ class Checkpoints:
         self.poll(wait=True)
         before = [each for each in self._manager.all_steps() if each < step]
         old = [each for each in before if each <= step - margin]
-        self._rotation.kept = max(old) if old else min(before, default=NONE)
+        self._rotation.kept = max(old) if old else min(before, default=_NONE)
         return self._rotation.kept if before else None
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:

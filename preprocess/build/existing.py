@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fluxdit_jax.dataset.manifest import INDEX, MANIFEST, DatasetError
+from fluxdit_jax.dataset.manifest import INDEX, MANIFEST, SHARD_FILES, DatasetError
 from preprocess.build.archive import Archive
 from preprocess.build.journal import Journal
 from preprocess.build.publish import pending_index
@@ -66,7 +66,7 @@ class Existing:
     def _load_index(self, uids: set[str]) -> None:
         pending = pending_index(self._output)  # while its shards are being moved their places say nothing
         path = pending or self._output / INDEX
-        shards = self._output.glob("*.array_record-*-of-*")  # of a copy that was broken off, perhaps without the rest
+        shards = self._output.glob(SHARD_FILES)  # of a copy that was broken off, perhaps without the rest
         if not path.exists() and not (self._output / MANIFEST).exists() and not any(shards):
             return
         try:

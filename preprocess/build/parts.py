@@ -30,6 +30,8 @@ from preprocess.build.workers import require_no_worker
 from preprocess.database import StoredSet
 from preprocess.input.system_folders import hidden, is_plot, of_a_system
 
+_LOGS = (".log", ".out", ".err")  # of a shell, of SLURM
+
 
 @dataclasses.dataclass
 class Part:
@@ -107,9 +109,6 @@ def datasets_of(directory: Path) -> list[Path]:
     with contextlib.suppress(PreprocessError):
         sides |= set(load_options(directory).resolutions)
     return [directory / str(side) for side in sorted(sides)] or [directory]
-
-
-_LOGS = (".log", ".out", ".err")  # of a shell, of SLURM
 
 
 def _require_ours(output: Path) -> None:

@@ -7,6 +7,7 @@ While files are moved there is no manifest, so nobody takes the directory for a 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -22,6 +23,7 @@ from fluxdit_jax.dataset.manifest import (
     INDEX,
     MANIFEST,
     REJECTS,
+    SHARD_FILES,
     SPLITS,
     DatasetError,
     Manifest,
@@ -53,6 +55,17 @@ def dataset_name(directory: Path) -> str:
     return name if name[:1].isalpha() else f"dataset_{name}".rstrip("_")
 
 
+def _name_there(directory: Path, done: list[Finished]) -> str:
+    """That of the dataset in a folder, by its manifest or its shards; "" if there is none.
+
+    Runs know the shards of a folder that was moved by their names.
+    """
+    with contextlib.suppress(DatasetError):
+        return load_manifest(directory).name
+    ends = ((unit.info.file, f"-{unit.info.split}.array_record-") for unit in done)
+    return next((file.partition(end)[0] for file, end in ends if end in file), "")
+
+
 def publish(
     directory: Path, plan: Plan, done: list[Finished], identities: Identities, anew: bool = False
 ) -> tuple[Manifest, bool]:
@@ -69,13 +82,7 @@ def publish(
     Raises:
       PreprocessError: no record is left in the train split, or a latent channel is constant.
     """
-    name = dataset_name(directory)
-    # Runs know the shards of a folder that was moved by their names.
-    try:
-        name = load_manifest(directory).name
-    except DatasetError:
-        ends = ((unit.info.file, f"-{unit.info.split}.array_record-") for unit in done)
-        name = next((file.partition(end)[0] for file, end in ends if end in file), name)
+    name = _name_there(directory, done) or dataset_name(directory)
     placed = _place(name, done)
     manifest = _manifest(name, plan, placed, identities)
     rejects = [*plan.rejects, *(reject for unit, _ in placed for reject in unit.info.rejects)]
@@ -248,7 +255,7 @@ def roll_forward(directory: Path) -> bool:
         for uid, file in commit["place"].items():
             if (work / (uid + SHARD_SUFFIX)).exists():
                 (work / (uid + SHARD_SUFFIX)).replace(directory / file)
-        for path in directory.glob("*.array_record-*-of-*"):
+        for path in directory.glob(SHARD_FILES):
             if path.name not in commit["place"].values():
                 path.unlink()
         next_folder = work / _NEXT

@@ -129,16 +129,14 @@ def _offered_conversion(repository: str) -> str:
     from huggingface_hub import HfApi
 
     try:
-        offers = list(
-            HfApi().get_repo_discussions(
-                repository, author=_CONVERSION_BOT, discussion_type="pull_request", discussion_status="open"
-            )
+        offers = HfApi().get_repo_discussions(
+            repository, author=_CONVERSION_BOT, discussion_type="pull_request", discussion_status="open"
         )
+        return next((f"refs/pr/{offer.num}" for offer in offers if "safetensors" in offer.title), "")
     except (OSError, ValueError):
         raise
     except Exception as error:  # the HTTP library's own, without a connection
         raise OSError(str(error)) from error
-    return next((f"refs/pr/{offer.num}" for offer in offers if "safetensors" in offer.title), "")
 
 
 def _cached_conversion(snapshot: Path, folder: str, stem: str) -> Path | None:

@@ -21,6 +21,7 @@ from fluxdit_jax.dataset.manifest import (
     INDEX,
     MANIFEST,
     REJECTS,
+    SHARD_FILES,
     DatasetError,
     Manifest,
     Shard,
@@ -113,7 +114,7 @@ def _check_metadata(directory: Path, manifest: Manifest, rejects_sha256: str) ->
     if (directory / MANIFEST).read_text(encoding="utf-8") != manifest.to_json():
         findings.append(Finding(MANIFEST, WHOLE, "says the right things, but is not as it was written"))
     listed = {shard.file for shards in manifest.shards.values() for shard in shards}
-    for path in directory.glob("*.array_record-*-of-*"):
+    for path in directory.glob(SHARD_FILES):
         if path.name not in listed:
             findings.append(Finding(path.name, WHOLE, "is not in the manifest"))
     with tempfile.TemporaryDirectory() as folder:

@@ -59,16 +59,19 @@ def steps(reporter: Reporter, *micro_batches: dict) -> None:
     reporter.read()
 
 
+def reporter_of(writer: MetricsWriter, monitor: Monitor, **more: object) -> Reporter:
+    return Reporter(
+        writer=writer, monitor=monitor, watchdog=Watchdog(100, 10, 1e-3), batch_size=4,
+        schedule=optax.linear_schedule(1.0, 0.0, 10), metric_shapes=SHAPES,
+        flops_per_token=50.0, peak_flops=1e6, step=0, length=Length(4, 2, 8, 16), every=2, **more,
+    )  # fmt: skip
+
+
 @pytest.fixture
 def reporter(tmp_path: Path):
     monitor = Listening()
     writer = MetricsWriter(tmp_path, 0)
-    made = Reporter(
-        writer=writer, monitor=monitor, watchdog=Watchdog(100, 10, 1e-3), batch_size=4,
-        schedule=optax.linear_schedule(1.0, 0.0, 10), metric_shapes=SHAPES,
-        flops_per_token=50.0, peak_flops=1e6, step=0, length=Length(4, 2, 8, 16), every=2,
-    )  # fmt: skip
-    with made:
+    with reporter_of(writer, monitor) as made:
         yield made, monitor, tmp_path / "metrics.jsonl"
     writer.close()
 
@@ -131,11 +134,7 @@ def test_levels_are_recalled_where_losses_compare(tmp_path: Path, comparable: st
     """Another stage, noise or data set has other losses, none of which is a divergence."""
     levels, monitor = {"first": 1.4, "best": 0.3, "spread": 0.1}, Monitor(1e-3, 0)
     unfinished = {"losses": [], "bins": [[0.0] * TIME_BINS] * 2, "skipped": 0, "levels": levels, "comparable": "a"}
-    with Reporter(
-        writer=MetricsWriter(tmp_path, 0), monitor=monitor, watchdog=Watchdog(100, 10, 1e-3), batch_size=4,
-        schedule=optax.constant_schedule(1.0), metric_shapes=SHAPES, flops_per_token=50.0, peak_flops=1e6, step=0,
-        length=Length(4, 2, 8, 16), every=2, unfinished=unfinished, comparable=comparable,
-    ) as made:  # fmt: skip
+    with reporter_of(MetricsWriter(tmp_path, 0), monitor, unfinished=unfinished, comparable=comparable) as made:
         assert made.unfinished()["comparable"] == comparable
         assert monitor.levels() == (levels if comparable == "a" else None)
 
